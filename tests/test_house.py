@@ -1,0 +1,131 @@
+"""The house rules that a machine can check: imports, flags that are read, a quick and harmless --help."""
+
+import ast
+import importlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+LEAVES = {  # what each may import beside the standard library; never a file of ours
+    "model.py": {"torch", "safetensors"},
+    "data.py": {"torch", "numpy", "PIL"},
+    "losses.py": {"torch"},
+    "checkpoint.py": {"torch"},
+}
+PROGRAMS = {
+    "train_ssl.py": {"torch", "numpy", "tqdm"},
+    "train_probe.py": {"torch", "numpy", "tqdm", "PIL"},
+    "monitor.py": {"torch", "numpy", "PIL"},
+}
+TOOLS = {"torch", "numpy", "pydicom", "PIL", "safetensors", "tqdm"}
+TOP_LEVEL = sorted(LEAVES | PROGRAMS)
+OURS = {Path(name).stem for name in TOP_LEVEL} | {"tools"}
+
+
+def top_of(module):
+    return module.split(".")[0]
+
+
+def imports(path, everywhere=True):
+    """Third-party and own modules of a file; everywhere=False leaves out optional extras inside functions."""
+    tree = ast.parse(path.read_text())
+    inner = {n for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for n in ast.walk(f)}
+    names = set()
+    for node in ast.walk(tree):
+        if node in inner and not everywhere:
+            continue
+        if isinstance(node, ast.Import):
+            names |= {top_of(alias.name) for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}: relative import"
+            names.add(top_of(node.module))
+    return names - set(sys.stdlib_module_names)
+
+
+def existing(names):
+    return [name for name in names if (ROOT / name).exists()]
+
+
+def modules_of(folder):
+    return sorted(
+        p.relative_to(ROOT).as_posix() for p in (ROOT / folder).glob("*.py") if p.name != "__init__.py"
+    )
+
+
+def programs():
+    """Everything a user can run: defines build_parser()."""
+    names = existing(PROGRAMS) + modules_of("tools")
+    return [name for name in names if "\ndef build_parser(" in (ROOT / name).read_text()]
+
+
+def test_top_level_python_files_are_the_house():
+    assert {p.name for p in ROOT.glob("*.py")} <= set(TOP_LEVEL)
+
+
+@pytest.mark.parametrize("name", existing(LEAVES))
+def test_leaf_can_be_copied_alone(name):
+    assert imports(ROOT / name) <= LEAVES[name]
+
+
+@pytest.mark.parametrize("name", existing(LEAVES))
+def test_leaf_imports_in_an_empty_folder(name, tmp_path):
+    (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    subprocess.run(
+        [sys.executable, "-c", f"import {Path(name).stem}"],
+        cwd=tmp_path,
+        check=True,
+        env={"PATH": os.environ["PATH"]},
+    )
+
+
+@pytest.mark.parametrize("name", existing(PROGRAMS) + modules_of("tools"))
+def test_program_imports_only_what_is_allowed(name):
+    found = imports(ROOT / name, everywhere=False)
+    assert found - OURS <= PROGRAMS.get(name, TOOLS)
+    assert not found & {Path(p).stem for p in PROGRAMS}, "programs are run, not imported"
+
+
+@pytest.mark.parametrize("name", programs())
+def test_every_flag_is_read_and_explained(name):
+    module = importlib.import_module(name[:-3].replace("/", "."))
+    source = (ROOT / name).read_text()
+    for action in module.build_parser()._actions:
+        if action.dest == "help":
+            continue
+        assert re.search(rf"\bargs\.{action.dest}\b", source), f"{name}: --{action.dest} is read nowhere"
+        assert action.help, f"{name}: --{action.dest} has no help"
+        assert action.type is not bool, f"{name}: type=bool makes 'False' true"
+
+
+@pytest.mark.parametrize("name", programs())
+def test_help_is_quick_and_touches_nothing(name, tmp_path):
+    process = subprocess.Popen([sys.executable, ROOT / name, "--help"], cwd=tmp_path, stdout=subprocess.PIPE)
+    out = process.stdout.read().decode()
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0 and out.startswith("usage:")
+    assert usage.ru_utime + usage.ru_stime < 3.0  # processor time: wall time of a shared machine says little
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", programs())
+def test_an_unknown_flag_is_one_line_and_exit_code_2(name):
+    done = subprocess.run([sys.executable, ROOT / name, "--no-such-flag"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
+def test_gitignore_entries_are_anchored():
+    lines = (ROOT / ".gitignore").read_text().split("\n")
+    entries = [line for line in lines if line and not line.startswith("#")]
+    loose = [e for e in entries if not e.startswith("/") and e not in ("__pycache__/", "*.pyc")]
+    assert not loose, f"anchor with a leading slash: {loose}"
+
+
+def test_readme_states_the_test_command_that_ci_runs():
+    assert "\n    pip install -r requirements.txt && pytest\n" in (ROOT / "README.md").read_text()

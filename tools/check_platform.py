@@ -1,0 +1,326 @@
+"""Is this machine fit to train on? Prints one table of attention kernels and the machine's measured rates.
+
+    python tools/check_platform.py [--json platform.json]
+
+Every kernel is run forward and backward on 512x512 scores and compared with float64 math. Kernels that
+crash or hang are reported, not suffered: they run in a child process. The last line is `ok=true` (exit 0)
+or `ok=false reason=...` (exit 1).
+"""
+
+import contextlib
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from checkpoint import atomic_write
+from tools.cli import Parser, run
+
+BACKENDS = {
+    "math": SDPBackend.MATH,
+    "mem-efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+}
+# largest error relative to the largest value: a few units of the type's own rounding, summed over 512 keys
+DTYPES = {"fp32": (torch.float32, 1e-3), "bf16": (torch.bfloat16, 4e-2), "fp16": (torch.float16, 5e-3)}
+CHECKS = [f"sdpa {backend} {dtype}" for backend in BACKENDS for dtype in DTYPES] + [
+    "gemm fp32",
+    "gemm bf16",
+    "copy",
+    "compile",
+]
+PATIENCE_S = 120  # a kernel that has not answered by then hangs
+
+
+def build_parser():
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--device", default="auto", help="auto (CUDA/ROCm if there, else CPU), cpu, cuda, cuda:1"
+    )
+    parser.add_argument("--json", metavar="PATH", help="also write everything here")
+    parser.add_argument(
+        "--child", type=int, metavar="N", help="internal: run checks from number N on, one JSON line each"
+    )
+    return parser
+
+
+def synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds(function, device, least=0.1):
+    """Median time of one call; repeats until `least` seconds are spent, after one call to warm up."""
+    function()
+    times = []
+    while sum(times) < least or len(times) < 3:
+        synchronize(device)
+        start = time.perf_counter()
+        function()
+        synchronize(device)
+        times.append(time.perf_counter() - start)
+    return sorted(times)[len(times) // 2]
+
+
+def attend(backend, inputs):
+    """Output and the three input gradients of one attention; inputs are q, k, v and the output's gradient."""
+    q, k, v = (x.detach().requires_grad_() for x in inputs[:3])
+    with sdpa_kernel(backend):
+        out = scaled_dot_product_attention(q, k, v)
+    return [out, *torch.autograd.grad(out, (q, k, v), inputs[3])]
+
+
+def check_sdpa(device, backend, dtype):
+    kind, tolerance = DTYPES[dtype]
+    if device.type == "cpu" and backend in ("mem-efficient", "cudnn"):
+        return {"works": False, "reason": "this torch has no such kernel for CPUs"}
+    generator = torch.Generator().manual_seed(0)
+    inputs = [
+        torch.randn(2, 6, 512, 64, generator=generator).to(kind) for _ in range(4)
+    ]  # batch, heads, tokens, head dim
+    exact = attend(
+        SDPBackend.MATH, [x.double() for x in inputs]
+    )  # on the CPU: the device's own float64 is not the judge
+    inputs = [x.to(device) for x in inputs]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            got = attend(BACKENDS[backend], inputs)
+        except RuntimeError as error:  # torch says why a kernel refused in warnings, one per cause
+            causes = [str(w.message).split(" (Triggered")[0] for w in caught]
+            refused = [c for c in causes if "not used because" not in c and "runtime disabled" not in c]
+            return {"works": False, "reason": (refused or [str(error)])[0].split("\n")[0]}
+    error = max(((a.double().cpu() - b).abs().max() / b.abs().max()).item() for a, b in zip(got, exact))
+    result = {
+        "works": error < tolerance,
+        "error": error,
+        "ms": 1e3 * seconds(lambda: attend(BACKENDS[backend], inputs), device),
+    }
+    if not result["works"]:
+        result["reason"] = f"wrong numbers: relative error {error:.1e}, allowed {tolerance:.0e}"
+    return result
+
+
+def check_gemm(device, dtype):
+    """Rate of a square product, doubled in size until one takes 20 ms, so that any machine is measured at its best."""
+    n = 512
+    while True:
+        a = torch.randn(n, n, device=device, dtype=DTYPES[dtype][0])
+        took = seconds(lambda a=a: a @ a, device)
+        if took > 0.02 or n >= 16384:
+            return {"works": True, "tflops": 2 * n**3 / took / 1e12, "size": n}
+        n *= 2
+
+
+def check_copy(device):
+    size = 1 << (30 if device.type == "cuda" else 28)  # bytes; far beyond any cache
+    source = torch.ones(size, dtype=torch.uint8, device=device)  # written: untouched pages are not memory
+    target = torch.empty_like(source)
+    return {
+        "works": True,
+        "gb_s": 2 * size / seconds(lambda: target.copy_(source), device) / 1e9,
+    }  # read + write
+
+
+def check_compile(device):
+    def function(x):
+        return torch.nn.functional.gelu(x).sum(-1)
+
+    x = torch.randn(64, 64, device=device)
+    start = time.perf_counter()
+    try:
+        got = torch.compile(function)(x)
+    except Exception as error:  # noqa: BLE001 - the compiler may fail in any way; all of them are the answer asked for
+        return {"works": False, "reason": f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"}
+    return {"works": torch.allclose(got, function(x), atol=1e-3), "seconds": time.perf_counter() - start}
+
+
+def child(device, first):
+    """Run CHECKS[first:], printing one JSON line each; the alarm's default action kills even a hung kernel call."""
+    for name in CHECKS[first:]:
+        if hasattr(signal, "alarm"):
+            signal.alarm(PATIENCE_S)
+        kind, *words = name.split()
+        print(json.dumps({"name": name, **globals()[f"check_{kind}"](device, *words)}), flush=True)
+
+
+def run_checks(command):
+    """All results by name; a child that dies is noted and a new one goes on behind the check that killed it."""
+    results = {}
+    while len(results) < len(CHECKS):
+        with tempfile.TemporaryFile("w+") as complaints:
+            process = subprocess.Popen(
+                [*command, str(len(results))], stdout=subprocess.PIPE, stderr=complaints, text=True
+            )
+            for line in process.stdout:
+                result = json.loads(line)
+                results[result.pop("name")] = result
+                print(f"\r{len(results)}/{len(CHECKS)} checks", end="", file=sys.stderr, flush=True)
+            process.wait()
+            complaints.seek(0)
+            last = complaints.read().strip().splitlines()[-1:]
+        if len(results) == len(CHECKS):
+            break
+        reason = f"exit code {process.returncode}: {' '.join(last)}"
+        if process.returncode < 0:
+            reason = f"killed by {signal.Signals(-process.returncode).name}"
+        if process.returncode == -signal.SIGALRM:
+            reason = f"hangs: no answer in {PATIENCE_S} s"
+        results[CHECKS[len(results)]] = {"works": False, "reason": reason}
+    print("\r" + " " * 20 + "\r", end="", file=sys.stderr)
+    return results
+
+
+def temperatures():
+    """{sensor: degrees C} of every readable kernel sensor (CPU, disks, AMD cards) and of NVIDIA cards."""
+    found = {}
+    for file in sorted(Path("/sys/class/hwmon").glob("hwmon*/temp*_input")):
+        with contextlib.suppress(OSError, ValueError):  # sensors of sleeping devices refuse to be read
+            name = (file.parent / "name").read_text().strip()
+            found[f"{name}/{file.name[:-6]}"] = int(file.read_text()) / 1000
+    if shutil.which("nvidia-smi"):
+        command = ["nvidia-smi", "--query-gpu=index,temperature.gpu", "--format=csv,noheader,nounits"]
+        for line in subprocess.run(command, capture_output=True, text=True).stdout.splitlines():
+            index, degrees = line.split(",")
+            found[f"nvidia/{index}"] = float(degrees)
+    return found
+
+
+def describe(device):
+    """Facts about the machine that need no measuring."""
+    facts = {
+        "device": str(device),
+        "name": platform.processor() or platform.machine(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "cuda": torch.version.cuda,
+        "rocm": torch.version.hip,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "free_disk_gb": shutil.disk_usage(".").free / 1e9,
+        "temperatures_c": temperatures(),
+    }
+    with contextlib.suppress(ValueError, OSError):  # not every system tells
+        facts["memory_gb"] = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
+    with contextlib.suppress(OSError):
+        models = [s for s in Path("/proc/cpuinfo").read_text().splitlines() if s.startswith("model name")]
+        facts["cpu"] = models[0].split(":")[1].strip() if models else facts["name"]
+    if device.type == "cuda":
+        card = torch.cuda.get_device_properties(device)
+        free, total = torch.cuda.mem_get_info(device)
+        facts |= {"name": card.name, "device_memory_gb": total / 1e9, "device_free_gb": free / 1e9}
+        if torch.version.hip:
+            facts["arch"] = card.gcnArchName  # Strix Halo is gfx1151; its marketing name varies by laptop
+        else:
+            facts["arch"] = f"sm_{card.major}{card.minor}"
+    return facts
+
+
+def advice(facts, results):
+    """What to do about measured facts; empty on a machine that needs nothing."""
+    lines = []
+    rocm = facts["rocm"] is not None and facts["device"] != "cpu"
+    fp32, bf16 = (results[f"gemm {d}"].get("tflops", 0) for d in ("fp32", "bf16"))
+    if rocm and os.environ.get("TORCH_BLAS_PREFER_HIPBLASLT") != "1":
+        lines.append(
+            f"bf16 GEMM ran at {bf16:.1f} TFLOP/s: export TORCH_BLAS_PREFER_HIPBLASLT=1 and measure again"
+        )
+    fast = [
+        r for n, r in results.items() if n in ("sdpa mem-efficient bf16", "sdpa flash bf16") and r["works"]
+    ]
+    if rocm and not fast and os.environ.get("TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL") != "1":
+        lines.append(
+            "only math attention works: export TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL=1 and run this again"
+        )
+    if bf16 < fp32:
+        lines.append(
+            f"bf16 is slower than fp32 here ({bf16:.2f} against {fp32:.2f} TFLOP/s): train with --precision fp32"
+        )
+    if facts["free_disk_gb"] < 20:
+        lines.append(
+            f"{facts['free_disk_gb']:.0f} GB of disk are free; LIDC-IDRI alone takes 125 GB as DICOM"
+        )
+    return lines
+
+
+def verdict(results):
+    """Why training cannot work here, or None: one attention kernel and the matrix product must, in one type."""
+    for dtype in ("bf16", "fp32"):
+        attention = [b for b in BACKENDS if results[f"sdpa {b} {dtype}"]["works"]]
+        if attention and results[f"gemm {dtype}"]["works"]:
+            return None
+    return f"no attention kernel works: {results['sdpa math fp32'].get('reason', 'see the table')}"
+
+
+def print_report(facts, results):
+    print(f"{'attention':14} {'dtype':6} {'works':6} {'error':>8} {'fwd+bwd ms':>11}  reason")
+    for backend in BACKENDS:
+        for dtype in DTYPES:
+            r = results[f"sdpa {backend} {dtype}"]
+            works = "yes" if r["works"] else "no"
+            numbers = f"{r['error']:8.1e} {r['ms']:11.2f}" if "error" in r else " " * 20
+            print(f"{backend:14} {dtype:6} {works:6} {numbers}  {r.get('reason', '')}".rstrip())
+    print()
+    for key, value in facts.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{k} {v:.0f}" for k, v in value.items()) or "none readable"
+        print(f"{key:18} {value:.1f}" if isinstance(value, float) else f"{key:18} {value}")
+    rates = {"gemm fp32": ("tflops", "TFLOP/s"), "gemm bf16": ("tflops", "TFLOP/s"), "copy": ("gb_s", "GB/s")}
+    for name, (key, unit) in (rates | {"compile": ("seconds", "s to the first result")}).items():
+        r = results[name]
+        print(f"{name:18} {r[key]:.2f} {unit}" if r["works"] else f"{name:18} no: {r.get('reason', 'wrong')}")
+
+
+def main(argv=None):
+    args = build_parser().parse_args(argv)
+    device = args.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"--device {args.device}: not a device; use auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"--device {args.device}: this torch ({torch.__version__}) sees no such card; use --device cpu"
+        )
+    if args.child is not None:
+        return child(device, args.child)
+
+    facts, results = (
+        describe(device),
+        run_checks([sys.executable, __file__, "--device", str(device), "--child"]),
+    )
+    print_report(facts, results)
+    lines = advice(facts, results)
+    for line in lines:
+        print(f"advice: {line}")
+    reason = verdict(results)
+    if args.json:
+        report = {
+            "version": 1,
+            "ok": reason is None,
+            "reason": reason,
+            "facts": facts,
+            "checks": results,
+            "advice": lines,
+        }
+        atomic_write(args.json, lambda f: f.write(json.dumps(report, indent=1).encode()))
+    print("ok=true" if reason is None else f"ok=false reason={reason}")
+    return 0 if reason is None else 1
+
+
+if __name__ == "__main__":
+    run(main)
