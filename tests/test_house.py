@@ -52,9 +52,7 @@ def existing(names):
 
 
 def modules_of(folder):
-    return sorted(
-        p.relative_to(ROOT).as_posix() for p in (ROOT / folder).glob("*.py") if p.name != "__init__.py"
-    )
+    return sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / folder).glob("*.py") if p.name != "__init__.py")
 
 
 def programs():
@@ -76,10 +74,7 @@ def test_leaf_can_be_copied_alone(name):
 def test_leaf_imports_in_an_empty_folder(name, tmp_path):
     (tmp_path / name).write_bytes((ROOT / name).read_bytes())
     subprocess.run(
-        [sys.executable, "-c", f"import {Path(name).stem}"],
-        cwd=tmp_path,
-        check=True,
-        env={"PATH": os.environ["PATH"]},
+        [sys.executable, "-c", f"import {Path(name).stem}"], cwd=tmp_path, check=True, env={"PATH": os.environ["PATH"]}
     )
 
 

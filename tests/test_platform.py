@@ -38,10 +38,7 @@ def test_a_kernel_that_kills_its_process_is_reported_and_the_rest_goes_on():
     results = cp.run_checks([sys.executable, "-c", script])
     assert list(results) == cp.CHECKS
     bad = {name: r["reason"] for name, r in results.items() if not r["works"]}
-    assert bad == {
-        "sdpa flash bf16": "killed by SIGSEGV",
-        "gemm bf16": "exit code 1: HIP error: no kernel image",
-    }
+    assert bad == {"sdpa flash bf16": "killed by SIGSEGV", "gemm bf16": "exit code 1: HIP error: no kernel image"}
 
 
 def test_verdict_needs_one_working_attention_and_product():

@@ -47,9 +47,7 @@ PATIENCE_S = 120  # a kernel that has not answered by then hangs
 
 def build_parser():
     parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--device", default="auto", help="auto (CUDA/ROCm if there, else CPU), cpu, cuda, cuda:1"
-    )
+    parser.add_argument("--device", default="auto", help="auto (CUDA/ROCm if there, else CPU), cpu, cuda, cuda:1")
     parser.add_argument("--json", metavar="PATH", help="also write everything here")
     parser.add_argument(
         "--child", type=int, metavar="N", help="internal: run checks from number N on, one JSON line each"
@@ -129,10 +127,7 @@ def check_copy(device):
     size = 1 << (30 if device.type == "cuda" else 28)  # bytes; far beyond any cache
     source = torch.ones(size, dtype=torch.uint8, device=device)  # written: untouched pages are not memory
     target = torch.empty_like(source)
-    return {
-        "works": True,
-        "gb_s": 2 * size / seconds(lambda: target.copy_(source), device) / 1e9,
-    }  # read + write
+    return {"works": True, "gb_s": 2 * size / seconds(lambda: target.copy_(source), device) / 1e9}  # read + write
 
 
 def check_compile(device):
@@ -234,24 +229,16 @@ def advice(facts, results):
     rocm = facts["rocm"] is not None and facts["device"] != "cpu"
     fp32, bf16 = (results[f"gemm {d}"].get("tflops", 0) for d in ("fp32", "bf16"))
     if rocm and os.environ.get("TORCH_BLAS_PREFER_HIPBLASLT") != "1":
-        lines.append(
-            f"bf16 GEMM ran at {bf16:.1f} TFLOP/s: export TORCH_BLAS_PREFER_HIPBLASLT=1 and measure again"
-        )
-    fast = [
-        r for n, r in results.items() if n in ("sdpa mem-efficient bf16", "sdpa flash bf16") and r["works"]
-    ]
+        lines.append(f"bf16 GEMM ran at {bf16:.1f} TFLOP/s: export TORCH_BLAS_PREFER_HIPBLASLT=1 and measure again")
+    fast = [r for n, r in results.items() if n in ("sdpa mem-efficient bf16", "sdpa flash bf16") and r["works"]]
     if rocm and not fast and os.environ.get("TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL") != "1":
-        lines.append(
-            "only math attention works: export TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL=1 and run this again"
-        )
+        lines.append("only math attention works: export TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL=1 and run this again")
     if bf16 < fp32:
         lines.append(
             f"bf16 is slower than fp32 here ({bf16:.2f} against {fp32:.2f} TFLOP/s): train with --precision fp32"
         )
     if facts["free_disk_gb"] < 20:
-        lines.append(
-            f"{facts['free_disk_gb']:.0f} GB of disk are free; LIDC-IDRI alone takes 125 GB as DICOM"
-        )
+        lines.append(f"{facts['free_disk_gb']:.0f} GB of disk are free; LIDC-IDRI alone takes 125 GB as DICOM")
     return lines
 
 
@@ -299,10 +286,7 @@ def main(argv=None):
     if args.child is not None:
         return child(device, args.child)
 
-    facts, results = (
-        describe(device),
-        run_checks([sys.executable, __file__, "--device", str(device), "--child"]),
-    )
+    facts, results = (describe(device), run_checks([sys.executable, __file__, "--device", str(device), "--child"]))
     print_report(facts, results)
     lines = advice(facts, results)
     for line in lines:

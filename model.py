@@ -1,0 +1,658 @@
+"""DINOv3 vision transformer, projection head, and weights in every common layout.
+
+Copyable: imports torch and safetensors only. Facts from the DINOv3 paper (arXiv:2508.10104) and its public code.
+Letters: B images, N patches, R registers, D features, H heads, K prototypes, T packed tokens.
+Tokens come in the order [cls | registers | patches].
+"""
+
+import inspect
+import itertools
+import json
+import math
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+import safetensors
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+import torch.utils.checkpoint
+from torch import Tensor, nn
+
+ARCHS = {  # patch 16 and 4 registers unless overridden
+    "vit_test": dict(dim=64, depth=2, heads=2, ffn_dim=128),
+    "vit_tiny": dict(dim=192, depth=12, heads=3, ffn_dim=768),
+    "vit_small": dict(dim=384, depth=12, heads=6, ffn_dim=1536),
+    "vit_small_plus": dict(dim=384, depth=12, heads=6, ffn_dim=1536, gated=True),
+    "vit_base": dict(dim=768, depth=12, heads=12, ffn_dim=3072),
+    "vit_large": dict(dim=1024, depth=24, heads=16, ffn_dim=4096),
+    "vit_huge_plus": dict(dim=1280, depth=32, heads=20, ffn_dim=5120, gated=True),
+    "vit_giant": dict(dim=1408, depth=40, heads=16, ffn_dim=6144),
+    "vit_7b": dict(dim=4096, depth=40, heads=32, ffn_dim=8192, gated=True, qkv_bias=False, local_cls_norm=True),
+}
+
+
+class Tokens(NamedTuple):
+    """What a backbone says about images, after the final norm."""
+
+    cls: Tensor  # [B, D]
+    registers: Tensor  # [B, R, D]
+    patches: Tensor  # [B, N, D], row-major
+
+
+class RopeDraw(NamedTuple):
+    """One training-time distortion of the patch coordinates: (coords + shift) * jitter * rescale."""
+
+    shift: Tensor  # [2], y and x
+    jitter: Tensor  # [2]
+    rescale: Tensor  # [1]
+
+
+def rope_table(height, width, head_dim, base=100.0, prefix=0, draw=None, device=None):
+    """cos and sin [prefix + height * width, head_dim] of axial rotary positions, float32.
+
+    Patch centres lie in (-1, 1) on each axis; theta = 2 pi coord / base^(4j / head_dim), y angles then x angles,
+    twice. The first `prefix` tokens (cls, registers) have no position: cos 1, sin 0 leave them as they are.
+    """
+    y, x = (2 * (torch.arange(n, device=device, dtype=torch.float32) + 0.5) / n - 1 for n in (height, width))
+    coords = torch.stack(torch.meshgrid(y, x, indexing="ij"), -1).flatten(0, 1)  # [N, 2]
+    if draw is not None:
+        coords = (coords + draw.shift) * draw.jitter * draw.rescale
+    theta = 2 * math.pi * coords[:, :, None] / rope_periods(head_dim, base, device)  # [N, 2, head_dim / 4]
+    theta = F.pad(theta.flatten(1).tile(2), (0, 0, prefix, 0))  # angle 0 is the identity
+    return theta.cos(), theta.sin()
+
+
+def rope_periods(head_dim, base=100.0, device=None):
+    return base ** (4 * torch.arange(head_dim // 4, device=device, dtype=torch.float32) / head_dim)
+
+
+def rotate(x, cos, sin):
+    """Rotate the pairs (i, i + h/2) of the last axis, in float32 whatever x is."""
+    a, b = x.chunk(2, -1)
+    return (x * cos + torch.cat([-b, a], -1) * sin).to(x.dtype)
+
+
+def draw_rope(generator, rescale=2.0, shift=0.0, jitter=1.0, device=None):
+    """Draw one RopeDraw: shift U(-s, s), jitter and rescale log-uniform in [1/j, j] and [1/r, r]."""
+    u = 2 * torch.rand(5, generator=generator) - 1
+    logs = torch.tensor([math.log(jitter), math.log(jitter), math.log(rescale)])
+    factors = torch.cat([u[:2] * shift, torch.exp(u[2:] * logs)]).to(device)
+    return RopeDraw(factors[:2], factors[2:4], factors[4:])
+
+
+def draw_keep(generator, depth, batches, rate, device=None):
+    """Rows that pass each residual branch: per block (attention, ffn), per view group a LongTensor; None at rate 0."""
+    if rate == 0:
+        return None
+    counts = [max(int(b * (1 - rate)), 1) for b in batches]
+    rows = [torch.randperm(b, generator=generator)[:c] for _ in range(2 * depth) for b, c in zip(batches, counts)]
+    rows = torch.cat(rows).to(device).split(counts * 2 * depth)  # one copy to the device, not hundreds
+    groups = len(batches)
+    branches = [rows[i : i + groups] for i in range(0, len(rows), groups)]
+    return list(zip(branches[::2], branches[1::2]))
+
+
+# Packed tokens: all view groups as one [T, D], `shapes` = [(images, tokens per image), ...] says how to cut it.
+
+
+def pack(parts):
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def unpack(x, shapes):
+    """[T, D] -> one [B, tokens, D] per group."""
+    return [part.unflatten(0, shape) for part, shape in zip(x.split([b * n for b, n in shapes]), shapes)]
+
+
+def add_branch(x, shapes, rows, branch):
+    """x + branch(x). With stochastic depth only the kept `rows` of each group pass, scaled by B / kept."""
+    if rows is None:
+        return x + branch(x, shapes)
+    index, scale, kept, start = [], [], [], 0
+    for (b, n), r in zip(shapes, rows):
+        index.append((start + r[:, None] * n + torch.arange(n, device=x.device)).flatten())
+        scale.append(x.new_full((len(r) * n, 1), b / len(r)))
+        kept.append((len(r), n))
+        start += b * n
+    index = pack(index)
+    update = branch(x.index_select(0, index), kept) * pack(scale)
+    return x.index_add(0, index, update.to(x.dtype))
+
+
+class Attention(nn.Module):
+    """Self-attention inside each image, rotary positions on patches, no bias on keys."""
+
+    def __init__(self, dim, heads, qkv_bias):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+
+    def project(self, x):
+        bias = self.qkv.bias
+        if bias is not None:
+            q, k, v = bias.chunk(3)
+            bias = torch.cat([q, torch.zeros_like(k), v])  # with RoPE a key bias would change results
+        return F.linear(x, self.qkv.weight, bias)
+
+    def split_heads(self, qkv, shape, rope):
+        """[B * n, 3D] -> rotated q, k and v [B, H, n, D / H]."""
+        qkv = qkv.unflatten(0, shape).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return *rotate(qkv[:2], *rope), qkv[2]
+
+    def forward(self, x, shapes, ropes):
+        parts = []
+        qkv = self.project(x)
+        for part, shape, rope in zip(qkv.split([b * n for b, n in shapes]), shapes, ropes):
+            q, k, v = self.split_heads(part, shape, rope)
+            parts.append(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2).flatten(0, 1))
+        return self.proj(pack(parts))
+
+    def cls_probabilities(self, x, shape, rope):
+        """Softmax row of the cls token over all tokens, [B, H, 1 + R + N], float32."""
+        q, k, _ = self.split_heads(self.project(x), shape, rope)
+        scores = (q[:, :, :1].float() @ k.float().mT)[:, :, 0] * q.shape[-1] ** -0.5
+        return scores.softmax(-1)
+
+
+class MLP(nn.Module):
+    def __init__(self, dim, ffn_dim):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, ffn_dim)
+        self.fc2 = nn.Linear(ffn_dim, dim)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, dim, ffn_dim):
+        super().__init__()
+        self.w1 = nn.Linear(dim, ffn_dim)  # gate
+        self.w2 = nn.Linear(dim, ffn_dim)
+        self.w3 = nn.Linear(ffn_dim, dim)
+
+    def forward(self, x):
+        return self.w3(F.silu(self.w1(x)) * self.w2(x))
+
+
+class LayerScale(nn.Module):
+    def __init__(self, dim, value):
+        super().__init__()
+        self.value = value
+        self.gamma = nn.Parameter(torch.full((dim,), value))
+
+    def forward(self, x):
+        return x * self.gamma
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block on packed tokens; draws nothing itself, so recomputing it gives the same numbers."""
+
+    def __init__(self, dim, heads, ffn_dim, gated, qkv_bias, norm_eps, layerscale):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, norm_eps)
+        self.attn = Attention(dim, heads, qkv_bias)
+        self.ls1 = LayerScale(dim, layerscale)
+        self.norm2 = nn.LayerNorm(dim, norm_eps)
+        self.mlp = (SwiGLU if gated else MLP)(dim, ffn_dim)
+        self.ls2 = LayerScale(dim, layerscale)
+
+    def forward(self, x, shapes, ropes, keep=(None, None)):
+        x = add_branch(x, shapes, keep[0], lambda y, kept: self.ls1(self.attn(self.norm1(y), kept, ropes)))
+        return add_branch(x, shapes, keep[1], lambda y, kept: self.ls2(self.mlp(self.norm2(y))))
+
+
+class PatchEmbed(nn.Module):
+    def __init__(self, in_chans, dim, patch_size):
+        super().__init__()
+        self.proj = nn.Conv2d(in_chans, dim, patch_size, patch_size)
+
+    def forward(self, images):
+        chans, p = self.proj.in_channels, self.proj.stride[0]
+        if images.ndim != 4 or images.shape[1] != chans:
+            raise ValueError(f"images must be [B, {chans}, height, width], got {list(images.shape)}")
+        for name, side in zip(("height", "width"), images.shape[2:]):
+            if side % p or not side:
+                raise ValueError(f"image {name} {side} is not a multiple of the patch size {p}")
+        return self.proj(images).flatten(2).mT  # [B, N, D]
+
+
+class VisionTransformer(nn.Module):
+    def __init__(self, dim, depth, heads, ffn_dim, gated=False, qkv_bias=True, patch_size=16, in_chans=3, registers=4,
+                 norm_eps=1e-5, layerscale=1e-5, rope_base=100.0, cls_norm=False, local_cls_norm=False,
+                 checkpointing=False):  # fmt: skip
+        super().__init__()
+        if dim % (4 * heads):
+            raise ValueError(f"dim {dim} must be a multiple of 4 * heads ({4 * heads}): RoPE turns pairs on two axes")
+        self.dim, self.depth, self.heads, self.registers, self.patch_size = (dim, depth, heads, registers, patch_size)
+        self.rope_base, self.checkpointing = rope_base, checkpointing
+        self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
+        self.register_tokens = nn.Parameter(torch.empty(1, registers, dim)) if registers else None
+        self.mask_token = nn.Parameter(torch.empty(1, dim))
+        self.patch_embed = PatchEmbed(in_chans, dim, patch_size)
+        shape = (dim, heads, ffn_dim, gated, qkv_bias, norm_eps, layerscale)
+        self.blocks = nn.ModuleList(Block(*shape) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim, norm_eps)
+        self.cls_norm = nn.LayerNorm(dim, norm_eps) if cls_norm else None  # cls and registers, if untied
+        self.local_cls_norm = nn.LayerNorm(dim, norm_eps) if local_cls_norm else None  # theirs in local crops
+        self.init_weights()
+
+    def init_weights(self):
+        """Linear normal(0.02), bias 0; conv uniform(1 / sqrt(fan in)); tokens normal(0.02), mask 0."""
+        init_linears(self)
+        for module in self.modules():
+            if isinstance(module, nn.LayerNorm):
+                nn.init.ones_(module.weight)
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, LayerScale):
+                nn.init.constant_(module.gamma, module.value)
+        bound = self.patch_embed.proj.weight[0].numel() ** -0.5
+        nn.init.uniform_(self.patch_embed.proj.weight, -bound, bound)
+        nn.init.uniform_(self.patch_embed.proj.bias, -bound, bound)
+        nn.init.normal_(self.cls_token, std=0.02)
+        if self.register_tokens is not None:
+            nn.init.normal_(self.register_tokens, std=0.02)
+        nn.init.zeros_(self.mask_token)
+
+    def embed(self, images, mask=None, draw=None):
+        """Images [B, C, height, width] -> tokens [B, 1 + R + N, D] and their rope table."""
+        x = self.patch_embed(images)
+        cls = self.cls_token
+        if mask is None:
+            cls = cls + 0 * self.mask_token  # DDP wants every parameter in the graph
+        else:
+            x = torch.where(mask[:, :, None], self.mask_token.to(x.dtype), x)
+        prefix = [cls] if self.register_tokens is None else [cls, self.register_tokens]
+        x = torch.cat([*(t.expand(len(x), -1, -1) for t in prefix), x], 1)
+        grid = [side // self.patch_size for side in images.shape[2:]]
+        rope = rope_table(*grid, self.dim // self.heads, self.rope_base, 1 + self.registers, draw, x.device)
+        return x, rope
+
+    def run_block(self, block, *inputs):
+        if self.checkpointing and torch.is_grad_enabled():
+            return torch.utils.checkpoint.checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return block(*inputs)
+
+    def to_tokens(self, x, shapes, norm=True):
+        """Packed [T, D] -> one Tokens per group, through the final norms."""
+        out = []
+        for group, part in enumerate(unpack(x, shapes)):
+            prefix, patches = part.split([1 + self.registers, part.shape[1] - 1 - self.registers], 1)
+            if norm:
+                local = self.local_cls_norm if group > 0 and self.training else None
+                prefix = (local or self.cls_norm or self.norm)(prefix)
+                patches = self.norm(patches)
+            out.append(Tokens(prefix[:, 0], prefix[:, 1:], patches))
+        return out
+
+    def forward_crops(self, crops, masks=None, keep=None, rope=None):
+        """One packed pass over view groups of different sizes: [[B, C, height, width], ...] -> [Tokens, ...].
+
+        Token-wise work is done once on all groups together, attention per group. `masks`, `rope` (RopeDraw): one
+        entry per group, or None; a lone mask belongs to the first group. `keep`: what draw_keep returns.
+        """
+        absent = [None] * len(crops)
+        if isinstance(masks, Tensor):
+            masks = [masks, *absent[1:]]
+        groups = [self.embed(*group) for group in zip(crops, masks or absent, rope or absent)]
+        shapes = [tuple(x.shape[:2]) for x, _ in groups]
+        ropes = [r for _, r in groups]
+        x = pack([x.flatten(0, 1) for x, _ in groups])
+        for i, block in enumerate(self.blocks):
+            x = self.run_block(block, x, shapes, ropes, keep[i] if keep else (None, None))
+        return self.to_tokens(x, shapes)
+
+    def forward(self, images, masks=None):
+        """Images [B, C, height, width], masks [B, N] (True = hidden) -> Tokens."""
+        return self.forward_crops([images], masks)[0]
+
+    def walk(self, images):
+        """Packed tokens before block 0, 1, ... and after the last, each with their shape and rope table."""
+        x, rope = self.embed(images)
+        shape, x = tuple(x.shape[:2]), x.flatten(0, 1)
+        yield x, shape, rope
+        for block in self.blocks:
+            x = self.run_block(block, x, [shape], [rope])
+            yield x, shape, rope
+
+    def intermediate(self, images, layers, norm=True):
+        """Tokens after the given blocks (a count from the end, or indices), through the final norms if `norm`."""
+        layers = range(self.depth - layers, self.depth) if isinstance(layers, int) else layers
+        layers = [self.layer_index(i) for i in layers]
+        found = {}
+        for after, (x, shape, _) in zip(range(-1, max(layers) + 1), self.walk(images)):
+            if after in layers:
+                found[after] = self.to_tokens(x, [shape], norm)[0]
+        return [found[i] for i in layers]
+
+    def cls_probabilities(self, images, layer=-1):
+        """Attention of the cls token over all tokens in one block, [B, H, 1 + R + N]; each row sums to 1."""
+        layer = self.layer_index(layer)
+        x, shape, rope = next(itertools.islice(self.walk(images), layer, None))  # what goes into that block
+        block = self.blocks[layer]
+        return block.attn.cls_probabilities(block.norm1(x), shape, rope)
+
+    def attention(self, images, layer=-1):
+        """Attention of cls to the patches, [B, H, rows, columns]; the rest of its mass is on cls and registers."""
+        grid = [side // self.patch_size for side in images.shape[2:]]
+        return self.cls_probabilities(images, layer)[:, :, 1 + self.registers :].unflatten(-1, grid)
+
+    def layer_index(self, layer):
+        if not -self.depth <= layer < self.depth:
+            raise ValueError(f"layer {layer} does not exist: this backbone has {self.depth} blocks")
+        return layer % self.depth
+
+
+def init_linears(module):
+    for m in module.modules():
+        if isinstance(m, nn.Linear):
+            nn.init.trunc_normal_(m.weight, std=0.02)
+            if m.bias is not None:
+                nn.init.zeros_(m.bias)
+
+
+def build_vit(arch, **overrides):
+    """VisionTransformer of a name in ARCHS; overrides are its keyword arguments."""
+    if arch not in ARCHS:
+        raise ValueError(f"unknown arch {arch!r}: known are {', '.join(ARCHS)}")
+    known = list(inspect.signature(VisionTransformer).parameters)
+    unknown = sorted(set(overrides) - set(known))
+    if unknown:
+        raise ValueError(f"unknown arch option {', '.join(unknown)}: known are {', '.join(known)}")
+    vit = VisionTransformer(**{**ARCHS[arch], **overrides})
+    vit.arch = {"name": arch, "overrides": overrides}
+    return vit
+
+
+class ProjectionHead(nn.Module):
+    """MLP to a bottleneck on the unit sphere, then prototypes: [..., D] -> logits [..., K]."""
+
+    def __init__(self, in_dim, hidden_dim, bottleneck_dim, prototypes, layers=3):
+        super().__init__()
+        widths = [in_dim] + [hidden_dim] * (layers - 1) + [bottleneck_dim]
+        linears = [nn.Linear(a, b) for a, b in zip(widths, widths[1:])]
+        with_gelu = [m for linear in linears for m in (linear, nn.GELU())][:-1]
+        self.mlp = nn.Sequential(*with_gelu) if layers > 1 else linears[0]
+        self.last_layer = nn.Linear(bottleneck_dim, prototypes, bias=False)
+        self.init_weights()
+
+    def init_weights(self):
+        init_linears(self)
+
+    def bottleneck(self, x):
+        return F.normalize(self.mlp(x).float(), dim=-1, eps=1e-12)
+
+    def forward(self, x):
+        return self.last_layer(self.bottleneck(x).to(self.last_layer.weight.dtype))
+
+
+class SSLOutput(NamedTuple):
+    tokens: list  # one Tokens per view group
+    cls_logits: Tensor  # [images of all groups, K], group after group
+    patch_logits: Tensor | None  # [M, K] at the given patches of the first group
+
+
+class SSLModel(nn.Module):
+    """Backbone and two heads; student and teacher alike. Its forward is the one entry for DDP and FSDP."""
+
+    def __init__(self, backbone, dino_head, ibot_head):
+        super().__init__()
+        self.backbone, self.dino_head, self.ibot_head = backbone, dino_head, ibot_head
+
+    def forward(self, crops, masks=None, at=None, keep=None, rope=None):
+        """`at` [M]: positions in the first group's flattened [B * N] patches that go through the iBOT head."""
+        tokens = self.backbone.forward_crops(crops, masks, keep, rope)
+        cls_logits = self.dino_head(torch.cat([t.cls for t in tokens]))
+        if at is None:
+            return SSLOutput(tokens, cls_logits, None)
+        return SSLOutput(tokens, cls_logits, self.ibot_head(tokens[0].patches.flatten(0, 1).index_select(0, at)))
+
+
+# Weights in and out. Our own layout is that of the original .pth but for register_tokens (there: storage_tokens),
+# the RoPE periods (there: a buffer rounded to bfloat16; here: recomputed in float32, up to 4e-3 in the outputs) and
+# the key-bias mask (there: a buffer).
+
+HF_NAMES = {  # ours -> Hugging Face; block names are relative to the block
+    "cls_token": "embeddings.cls_token",
+    "mask_token": "embeddings.mask_token",
+    "register_tokens": "embeddings.register_tokens",
+    "patch_embed.proj": "embeddings.patch_embeddings",
+    "norm": "norm",
+    "norm1": "norm1",
+    "norm2": "norm2",
+    "attn.proj": "attention.o_proj",
+    "ls1.gamma": "layer_scale1.lambda1",
+    "ls2.gamma": "layer_scale2.lambda1",
+    "mlp.fc1": "mlp.up_proj",
+    "mlp.fc2": "mlp.down_proj",
+    "mlp.w1": "mlp.gate_proj",
+    "mlp.w2": "mlp.up_proj",
+    "mlp.w3": "mlp.down_proj",
+}
+
+
+def rename(key, names, blocks, new_blocks):
+    """`blocks.3.norm1.weight` -> `layer.3.norm1.weight`, by a table of names without the final weight/bias."""
+    head, rest = "", key
+    if key.startswith(blocks + "."):
+        _, index, rest = key.split(".", 2)
+        head = f"{new_blocks}.{index}."
+    if rest in names:
+        return head + names[rest]
+    stem, _, leaf = rest.rpartition(".")
+    return f"{head}{names[stem]}.{leaf}" if stem in names else key
+
+
+def state_to_hf(model):
+    """Backbone -> (state dict, config) in the published Hugging Face DINOv3 layout."""
+    if model.cls_norm is not None:
+        raise ValueError(
+            "the Hugging Face layout has one final norm: a backbone with cls_norm cannot be exported to it"
+        )
+    if model.local_cls_norm is not None:
+        print("local_cls_norm is left out: the Hugging Face layout has no place for it (only training uses it)")
+    state = {}
+    for key, value in model.state_dict().items():
+        if ".attn.qkv." in key:
+            index, leaf = key.split(".")[1], key.rsplit(".", 1)[1]
+            for name, third in zip("qkv", value.chunk(3)):
+                if (name, leaf) != ("k", "bias"):
+                    state[f"layer.{index}.attention.{name}_proj.{leaf}"] = third.clone()
+        elif not key.startswith("local_cls_norm."):
+            state[rename(key, HF_NAMES, "blocks", "layer")] = value.clone()
+    state["embeddings.mask_token"] = state["embeddings.mask_token"].reshape(1, 1, -1)
+    block = model.blocks[0]
+    gated, qkv_bias = isinstance(block.mlp, SwiGLU), block.attn.qkv.bias is not None
+    config = {
+        "architectures": ["DINOv3ViTModel"], "model_type": "dinov3_vit", "image_size": 224,
+        "patch_size": model.patch_size, "num_channels": model.patch_embed.proj.in_channels, "hidden_size": model.dim,
+        "intermediate_size": (block.mlp.w1 if gated else block.mlp.fc1).out_features,
+        "num_hidden_layers": model.depth, "num_attention_heads": model.heads, "num_register_tokens": model.registers,
+        "use_gated_mlp": gated, "hidden_act": "silu" if gated else "gelu", "layer_norm_eps": model.norm.eps,
+        "layerscale_value": block.ls1.value, "rope_theta": model.rope_base,
+        "query_bias": qkv_bias, "key_bias": False, "value_bias": qkv_bias, "proj_bias": True, "mlp_bias": True,
+        "attention_dropout": 0.0, "drop_path_rate": 0.0, "initializer_range": 0.02,
+        # null, not the library's default 2.0: that would distort positions of anyone who fine-tunes, unasked
+        "pos_embed_shift": None, "pos_embed_jitter": None, "pos_embed_rescale": None,
+    }  # fmt: skip
+    return state, config
+
+
+def state_from_hf(state, config):
+    """Hugging Face DINOv3 state dict -> that of VisionTransformer; unknown keys keep their names."""
+    if config.get("key_bias"):
+        raise ValueError("config.json says key_bias: true; DINOv3 has no bias on keys, and neither has this backbone")
+    ours = {v: k for k, v in HF_NAMES.items() if not k.startswith("mlp.")}
+    mlp = ("w1", "w2", "w3") if any(".mlp.gate_proj." in key for key in state) else (None, "fc1", "fc2")
+    for theirs, own in zip(("gate_proj", "up_proj", "down_proj"), mlp):
+        ours[f"mlp.{theirs}"] = f"mlp.{own}"
+    out = {}
+    for key, value in state.items():
+        stem, _, leaf = key.rpartition(".")
+        if not stem.endswith((".attention.q_proj", ".attention.k_proj", ".attention.v_proj")):
+            out[rename(key, ours, "layer", "blocks")] = value
+        elif stem.endswith(".q_proj"):
+            base = stem[: -len("q_proj")]
+            k = torch.zeros_like(value) if leaf == "bias" else state.get(f"{base}k_proj.weight")
+            v = state.get(f"{base}v_proj.{leaf}")
+            if k is None or v is None:
+                raise ValueError(f"{key} is there, but {base}k_proj.{leaf} or {base}v_proj.{leaf} is missing")
+            out[f"blocks.{stem.split('.')[1]}.attn.qkv.{leaf}"] = torch.cat([value, k, v])
+    if "mask_token" in out:
+        out["mask_token"] = out["mask_token"].reshape(1, -1)
+    return out
+
+
+def state_from_original(state):
+    """Layout of the original .pth -> (state dict of VisionTransformer, RoPE periods or None)."""
+    out = {}
+    for key, value in state.items():
+        if key.endswith(".qkv.bias") and key + "_mask" not in state and value.chunk(3)[1].any():
+            raise ValueError(f"{key} has a bias on keys and no bias_mask to remove it: not a DINOv3 release")
+        if not key.endswith((".bias_mask", "rope_embed.periods")):
+            out["register_tokens" if key == "storage_tokens" else key] = value
+    return out, state.get("rope_embed.periods")
+
+
+def infer_arch(state, heads=None, periods=None):
+    """{name, overrides} of the backbone that a state dict (our layout) belongs to, by its shapes."""
+    required = ("cls_token", "patch_embed.proj.weight", "blocks.0.norm1.weight")
+    missing = [key for key in required if key not in state]
+    if missing:
+        raise ValueError(f"not a DINOv3 ViT: {', '.join(missing)} is missing; found {', '.join(list(state)[:4])} ...")
+    dim, in_chans, patch_size = state["patch_embed.proj.weight"].shape[:3]
+    gated = "blocks.0.mlp.w1.weight" in state
+    up = state.get("blocks.0.mlp.w1.weight" if gated else "blocks.0.mlp.fc1.weight")
+    if up is None:
+        raise ValueError("not a DINOv3 ViT: block 0 has neither mlp.fc1 nor the gated mlp.w1")
+    found = dict(
+        dim=dim,
+        depth=1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks.")),
+        ffn_dim=len(up),
+        gated=gated,
+        qkv_bias="blocks.0.attn.qkv.bias" in state,
+        patch_size=patch_size,
+        in_chans=in_chans,
+        registers=state["register_tokens"].shape[1] if "register_tokens" in state else 0,
+        cls_norm="cls_norm.weight" in state,
+        local_cls_norm="local_cls_norm.weight" in state,
+    )
+    alike = [a for a in ARCHS.values() if all(a[k] == found[k] for k in ("dim", "depth", "ffn_dim"))]
+    if heads is None and periods is not None:
+        heads = dim // (4 * len(periods))
+    elif heads is None:
+        if len({a["heads"] for a in alike}) != 1:
+            raise ValueError(
+                f"the number of heads of a {found['depth']}-block, {dim}-wide ViT is not in the file and no known arch "
+                "has this shape: put a config.json with num_attention_heads beside it"
+            )
+        heads = alike[0]["heads"]
+    found["heads"] = heads
+    defaults = {k: p.default for k, p in inspect.signature(VisionTransformer).parameters.items()}
+
+    def differences(name):
+        return {k: v for k, v in found.items() if v != {**defaults, **ARCHS[name]}[k]}
+
+    name = min(ARCHS, key=lambda name: len(differences(name)))
+    return {"name": name, "overrides": differences(name)}
+
+
+def read_tensors(path):
+    """A file's content by its first bytes: a dict of tensors (safetensors) or whatever torch.save wrote, safely."""
+    with open(path, "rb") as f:
+        start = f.read(9)
+    try:
+        if start[8:] == b"{":
+            return safetensors.torch.load_file(path)
+        zipped = zipfile.is_zipfile(path)
+        if zipped and (bad := zipfile.ZipFile(path).testzip()):  # torch.load does not notice a flipped bit
+            raise ValueError(f"wrong checksum of {bad}")
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except Exception as error:  # noqa: BLE001 - each reader has its own many ways to say that bytes are wrong
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path} is damaged, or not safetensors or a weights-only torch file: {reason}") from None
+
+
+def read_weights(path):
+    """Path of a file or Hugging Face folder -> (its content, what config.json says or {})."""
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"no weights at {path}")
+    folder = path if path.is_dir() else path.parent
+    config = json.loads((folder / "config.json").read_text()) if (folder / "config.json").exists() else {}
+    kind = config.get("model_type")
+    if kind != "dinov3_vit" and path.is_dir():
+        raise ValueError(f"{folder / 'config.json'}: model_type {kind!r}, expected 'dinov3_vit'")
+    config = config if kind == "dinov3_vit" else {}  # a run's config.json describes flags, not an architecture
+    if not path.is_dir():
+        return read_tensors(path), config
+    index = path / "model.safetensors.index.json"  # large models come in several files
+    names = ["model.safetensors"]
+    if index.exists():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    missing = [name for name in names if not (path / name).exists()]
+    if missing:
+        raise FileNotFoundError(f"{path} holds no {', '.join(missing)}")
+    return {k: v for name in names for k, v in read_tensors(path / name).items()}, config
+
+
+def recognise(path, content, config):
+    """Any known content -> (state dict of VisionTransformer, {name, overrides})."""
+    if "format" in content:
+        if content["format"] != "dinox":
+            raise ValueError(f"{path}: format {content['format']!r}, expected 'dinox'")
+        content, arch = content["teacher"], content["arch"]  # the EMA teacher is the product
+        return {k[9:]: v for k, v in content.items() if k.startswith("backbone.")}, arch
+    if isinstance(content.get("teacher"), dict):  # the original code's evaluation export
+        content = {k[9:]: v for k, v in content["teacher"].items() if k.startswith("backbone.")}
+    loose = [k for k, v in content.items() if not isinstance(v, Tensor)]
+    if loose or not content:
+        raise ValueError(f"{path}: expected a dict of tensors, found {', '.join(map(str, loose[:4])) or 'nothing'}")
+    if any(key.startswith(("stages.", "downsample_layers.")) for key in content):
+        raise ValueError(f"{path} holds a ConvNeXt (stages.*): only the ViT backbones of DINOv3 can be loaded")
+    if "embeddings.patch_embeddings.weight" in content:
+        state = state_from_hf(content, config)
+        arch = infer_arch(state, heads=config.get("num_attention_heads"))
+        for theirs, own in (("layer_norm_eps", "norm_eps"), ("rope_theta", "rope_base")):
+            default = inspect.signature(VisionTransformer).parameters[own].default
+            if config.get(theirs, default) != default:
+                arch["overrides"][own] = config[theirs]
+        return state, arch
+    if "patch_embed.proj.weight" in content and "blocks.0.attn.qkv.weight" in content:
+        state, periods = state_from_original(content)
+        arch = infer_arch(state, periods=periods)
+        if periods is not None:
+            ours = rope_periods(4 * len(periods))
+            if not torch.allclose(periods.float().cpu(), ours, rtol=2**-7):  # files hold them rounded to bfloat16
+                raise ValueError(f"{path}: RoPE periods {periods.tolist()} are not those of base 100")
+        return state, arch
+    raise ValueError(
+        f"{path}: unknown layout, first keys {', '.join(list(content)[:4])}; expected a DINO-X checkpoint, a Hugging "
+        "Face DINOv3 ViT or the original DINOv3 .pth"
+    )
+
+
+def load_backbone(path, allow_partial=False, **overrides):
+    """Any DINOv3 ViT weights -> VisionTransformer in eval mode; see read_weights and recognise for what is known."""
+    content, config = read_weights(path)
+    state, arch = recognise(path, content, config)
+    with torch.device("meta"):  # no time or memory for weights that are replaced at once
+        vit = build_vit(arch["name"], **{**arch["overrides"], **overrides})
+    own = vit.state_dict()
+    matched, missing, unexpected = own.keys() & state, sorted(own.keys() - state), sorted(state.keys() - own)
+    counts = f"{len(matched)} matched, {len(missing)} missing, {len(unexpected)} unexpected tensors"
+    print(f"{path}: {arch['name']}, {counts}")
+    for key in matched:
+        if state[key].shape != own[key].shape:
+            raise ValueError(f"{path}: {key} has shape {list(state[key].shape)}, expected {list(own[key].shape)}")
+    if (missing or unexpected) and not allow_partial:
+        names = [f"missing {key}" for key in missing[:5]] + [f"unexpected {key}" for key in unexpected[:5]]
+        raise ValueError(f"{path}: {counts} ({', '.join(names)})")
+    if missing:
+        vit = vit.to_empty(device="cpu")
+        vit.init_weights()
+    vit.load_state_dict({k: state[k].float().clone() for k in matched}, strict=not missing, assign=True)
+    return vit.eval()
