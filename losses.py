@@ -1,0 +1,227 @@
+"""The objectives of DINOv3 (arXiv:2508.10104) as pure functions. Copyable: imports torch only.
+
+Letters: B images, S, T student and teacher crops, K prototypes, M rows (masked tokens), N tokens, D features.
+
+Every function leaves autocast and computes in float32 whatever it is given (float64 stays float64), keeps no
+state and works without a process group. Matrix products follow torch.set_float32_matmul_precision: "high" (TF32)
+rounds the similarities of KoLeo and Gram to about 1e-3.
+
+Each loss is a mean over the images of one call (Gram over pairs of images with per_image=False). With equal
+micro-batches on equal ranks the mean of the calls (each divided by the number of micro-batches, gradients averaged
+by DDP) is therefore the loss of the batch.
+"""
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+CHUNK = 2**25  # elements of a temporary in sinkhorn and ibot_loss: 128 MiB in float32
+
+
+def exact(x):
+    """Context: no autocast on the device of `x`."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def wide(x, copy=False):
+    """At least float32; float64 is kept, so that gradcheck means something."""
+    return x.to(torch.promote_types(x.dtype, torch.float32), copy=copy)
+
+
+def over_ranks(x, op, group):
+    """All-reduce `x` in place ("SUM" or "MAX"); the identity without a process group."""
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(x, getattr(dist.ReduceOp, op), group)
+    return x
+
+
+def rows_per_chunk(x):
+    return max(1, CHUNK // x.shape[-1])
+
+
+@torch.no_grad()
+def sinkhorn(logits, temperature, iterations=3, group=None):
+    """Balanced soft assignment of all rows to prototypes (SwAV, arXiv:2006.09882, section 3.1): [M, K] -> [M, K].
+
+    Each iteration gives every prototype equal mass over the rows of all ranks, then every row mass 1: rows end
+    normalised. Pass all micro-batches of this rank, concatenated; ranks may hold different numbers of rows, or none.
+    Log domain: finite as long as logits / temperature is, where exp() underflows whole rows at logit std 3.
+    Memory beside `logits`: the result in float32 and one chunk, 1.0 + 0.125 GiB at [4096, 65536].
+    """
+    assert logits.dim() == 2 and iterations >= 1, (logits.shape, iterations)
+    with exact(logits):
+        log_q = wide(logits, copy=True).div_(temperature)
+        chunks = log_q.split(rows_per_chunk(log_q))  # views
+        for _ in range(iterations):
+            # Prototypes. The factors 1/K and 1/(rows) of the textbook cancel when rows are normalised, so the
+            # number of rows is never needed. The maximum and the log of the sum are subtracted one after the
+            # other: near 1e5 (logits of 1e4) their float32 sum would be off by 0.004, and the masses with it.
+            top = log_q.amax(0) if len(log_q) else log_q.new_full(log_q.shape[1:], -torch.inf)  # [K]
+            top = over_ranks(top, "MAX", group)
+            mass = sum((rows - top).exp_().sum(0) for rows in chunks)  # [K]
+            log_mass = over_ranks(mass, "SUM", group).log()  # at least 0: the maximum counts 1
+            for rows in chunks:  # samples
+                rows.copy_(rows.sub_(top).sub_(log_mass).log_softmax(1))
+        return log_q.exp_()
+
+
+@torch.no_grad()
+def softmax_center(logits, center, temperature, momentum=0.9, group=None):
+    """Teacher targets for batches too small for Sinkhorn (DINO, arXiv:2104.14294): [M, K], [K] -> [M, K], next [K].
+
+    The targets use `center` as given; the returned one, for the next update, has moved to the mean row of all ranks.
+    """
+    with exact(logits):
+        logits, center = wide(logits), wide(center)
+        probs = F.softmax((logits - center) / temperature, dim=-1)
+        count = logits.new_tensor([len(logits)])  # ranks may differ
+        sums = over_ranks(torch.cat([logits.sum(0), count]), "SUM", group)  # [K + 1]
+        total, count = sums[:-1], sums[-1]
+        moved = momentum * center + (1 - momentum) * total / count
+        return probs, torch.where(count > 0, moved, center)  # no rows on any rank: the centre stays
+
+
+def cross_entropy(logits, probs, temperature):
+    """-sum_k p log softmax(logits / temperature), per row: [..., K], [..., K] -> [...]; rows of p need not sum to 1."""
+    return -(wide(probs) * F.log_softmax(wide(logits) / temperature, dim=-1)).sum(-1)
+
+
+def dino_loss(student, teacher_probs, temperature=0.1, ignore_diagonal=False):
+    """Cross entropy of cls logits [S, B, K] against targets [T, B, K], mean over (student crop, teacher crop, image).
+
+    ignore_diagonal leaves out equal crop indices: S*T - min(S, T) pairs remain.
+    Cross entropy is linear in the targets, so those of one student crop are added up first: no tensor is larger
+    than the inputs, and backward keeps one float32 copy of `student`.
+    """
+    S, T, B = len(student), len(teacher_probs), student.shape[1]
+    assert student.shape[1:] == teacher_probs.shape[1:], (student.shape, teacher_probs.shape)
+    pairs = S * T - min(S, T) if ignore_diagonal else S * T
+    if pairs == 0:
+        raise ValueError("dino_loss: ignore_diagonal with one student and one teacher crop leaves no pair of crops")
+    with exact(student):
+        teacher = wide(teacher_probs)
+        everyone = teacher.sum(0)  # [B, K]
+        total = 0
+        for s, logits in enumerate(student):
+            others = [t for t in range(T) if t != s]
+            targets = teacher[others].sum(0) if ignore_diagonal else everyone  # [B, K]
+            total = total + cross_entropy(logits, targets, temperature).sum()
+        return total / (B * pairs)
+
+
+def ibot_loss(student, teacher_probs, mask_weights, crops, temperature=0.1):
+    """Cross entropy of masked tokens [M, K] against targets [M, K], weighted by [M] = 1 / (masked tokens of the crop).
+
+    `crops` counts all global crops of this call (2B), masked or not, as in DINOv3: with half of them masked the
+    loss is half the mean over masked crops. No masked token at all gives 0, connected to `student`.
+    """
+    assert student.shape == teacher_probs.shape and mask_weights.shape == student.shape[:1], student.shape
+    with exact(student):
+        rows = rows_per_chunk(student)  # spares three temporaries as large as `student`
+        chunks = zip(student.split(rows), teacher_probs.split(rows), mask_weights.split(rows))
+        return sum((wide(w) * cross_entropy(s, p, temperature)).sum() for s, p, w in chunks) / crops
+
+
+def koleo_loss(features, group=16):
+    """-mean log distance to the nearest neighbour (arXiv:1806.03198): backbone cls tokens [B, D] of one crop.
+
+    Neighbours are sought within `group` consecutive samples (at most B), so that the value does not depend on how
+    samples are spread over micro-batches and ranks; they receive gradient too. A batch of one has no neighbour: 0,
+    connected to `features`. Identical samples stay finite: the two gradients of a pair cancel, but a third copy
+    gets one of about 1e8 / (B D |x|) per number, which only clipping tames.
+    """
+    B = len(features)
+    if B > 1 and (group < 2 or B % min(group, B)):
+        near = min((g for g in range(2, B + 1) if B % g == 0), key=lambda g: abs(g - group))
+        raise ValueError(f"koleo_loss: group={group} must divide the {B} samples and be at least 2; nearest: {near}")
+    with exact(features):
+        if B <= 1:
+            return wide(features).sum() * 0
+        x = F.normalize(wide(features), dim=-1, eps=1e-8)
+        x = x.unflatten(0, (-1, min(group, B)))  # [B / group, group, D]
+        with torch.no_grad():
+            similarity = x @ x.mT  # [B / group, group, group]
+            similarity.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
+            nearest = similarity.argmax(-1, keepdim=True)  # [B / group, group, 1]
+        # Both eps are the reference's: identical samples are 1e-8 * sqrt(D) apart.
+        distance = (x - torch.take_along_dim(x, nearest, dim=1) + 1e-8).norm(dim=-1)
+        return -(distance + 1e-8).log().mean()
+
+
+def resize_tokens(tokens, grid, new_grid):
+    """Bicubic, corners not aligned, not antialiased (as DINOv3 does): [B, h*w, D] -> [B, new_h*new_w, D]."""
+    maps = tokens.mT.unflatten(2, grid)  # [B, D, h, w]
+    return F.interpolate(maps, size=new_grid, mode="bicubic", align_corners=False).flatten(2).mT
+
+
+def gram_distance(student, teacher, per_image=True, negatives="keep"):
+    """Mean squared difference of dot products of tokens [B, N, D], of one image or of the batch, as they are."""
+    if not per_image:
+        student, teacher = student.flatten(0, 1), teacher.flatten(0, 1)  # [B * N, D]
+    of_student, of_teacher = student @ student.mT, teacher @ teacher.mT
+    if negatives == "clip":
+        of_student = of_student.clamp(min=0)
+    if negatives in ("clip", "clip_teacher"):
+        of_teacher = of_teacher.clamp(min=0)
+    return F.mse_loss(of_student, of_teacher)
+
+
+def gram_loss(student, teacher, per_image=True, negatives="keep", grids=None):
+    """Distance of patch similarities (cosines) [B, N, D] to those of an earlier teacher (DINOv3, section 4).
+
+    negatives: "keep"; "clip" sets negative cosines of both to 0; "clip_teacher" only the teacher's, so that a negative
+    cosine of the student is pulled up to 0 (what the reference computes as remove_only_teacher_neg).
+    grids = ((rows, cols) of the student, of the teacher): the teacher is resized to the student, then normalised.
+    """
+    if negatives not in ("keep", "clip", "clip_teacher"):
+        raise ValueError(f'gram_loss: negatives={negatives!r}: choose "keep", "clip" or "clip_teacher"')
+    with exact(student):
+        student, teacher = wide(student), wide(teacher)
+        if grids is not None and tuple(grids[0]) != tuple(grids[1]):
+            teacher = resize_tokens(teacher, tuple(grids[1]), tuple(grids[0]))
+        if student.shape[:2] != teacher.shape[:2]:
+            raise ValueError(
+                f"gram_loss: student tokens {tuple(student.shape)}, teacher tokens {tuple(teacher.shape)}: if their "
+                "resolutions differ, give grids=((rows, cols) of the student, (rows, cols) of the teacher)"
+            )
+        return gram_distance(F.normalize(student, dim=-1), F.normalize(teacher, dim=-1), per_image, negatives)
+
+
+def effective_rank(x, floor):
+    """exp of the entropy of the singular values of [N, D]: 1 (a line or a point) to min(N, D). NaN for non-finite x."""
+    values = torch.linalg.svdvals(x.nan_to_num(0, 0, 0))  # LAPACK raises on NaN; a log line should say NaN
+    values = torch.where(values > floor, values, 0)
+    rank = torch.special.entr(values / values.sum().clamp(min=torch.finfo(x.dtype).tiny)).sum().exp()
+    return torch.where(x.isfinite().all(), rank, torch.nan)
+
+
+@torch.no_grad()
+def health(teacher_probs, student_logits, features, temperature=0.1):
+    """Numbers that tell collapse from progress: targets [N, K], logits [N, K] of the same rows, cls features [., D].
+
+    Uniform collapse: teacher_entropy 1. Peaked: teacher_entropy 0, marginal_entropy 0 (Sinkhorn hides the latter, the
+    features do not). Dimensional: cosine 1, feature_std 0, ranks 1. Of the rows given, that is of one rank.
+    Returns 0-d tensors; torch.stack(list(numbers.values())).tolist() reads them in one transfer.
+    Cost: 3 ms for 8 rows, 25 ms for 64 (K 65536, D 384, 2 CPU cores), where a ViT-S step of 4 images takes 4.4 s.
+    """
+    with exact(features):
+        p, x = wide(teacher_probs), wide(features)
+        N, K, ln_K = len(x), p.shape[1], p.new_tensor(max(2, p.shape[1])).log()  # entropy of one prototype: 0
+        marginal = p.mean(0)
+        entropy = torch.special.entr(p).sum(1).mean()
+        marginal_entropy = torch.special.entr(marginal).sum()
+        unit = F.normalize(x, dim=-1)
+        pair_sum = unit.sum(0).square().sum() - unit.square().sum()  # all cosines but the diagonal, in O(N D)
+        # Below the floor is rounding, which would give the features of a collapsed model full rank.
+        floor = 100 * torch.finfo(x.dtype).eps * x.norm()
+        return {
+            "teacher_entropy": entropy / ln_K,  # mean over samples, 0 .. 1
+            "marginal_entropy": marginal_entropy / ln_K,  # of the mean sample, 0 .. 1
+            "perplexity": marginal_entropy.exp(),  # prototypes in use, 1 .. K
+            "dead_prototypes": (marginal < 0.01 / K).to(p.dtype).mean(),  # fraction below 1% of an equal share
+            "kl": cross_entropy(student_logits, p, temperature).mean() - entropy,  # student from teacher, nats
+            "cosine": pair_sum / max(N * (N - 1), 1),  # mean over pairs
+            "feature_std": unit.std(0, correction=0).mean() * x.shape[1] ** 0.5,  # 1 when spread evenly
+            "rankme": effective_rank(x, floor),  # arXiv:2210.02885
+            "effective_rank": effective_rank(x - x.mean(0), floor),  # centred; Roy and Vetterli 2007
+        }
