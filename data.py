@@ -1,17 +1,53 @@
-"""From files to a batch that is a pure function of the step. Copyable: imports torch, numpy and pillow only."""
+"""From files to a batch that is a pure function of (seed, step). Copyable: imports torch, numpy and pillow only.
 
+    source = open_source("data/processed", split="train")
+    loader = make_loader(source, RECIPES["ct"], seed=0, steps=range(1000), batch=32)
+    for batch in loader:
+        crops = render(batch.images.to(device), batch.plan)
+
+Letters: B images, V views, C channels (three neighbouring slices, or RGB), N patches. Boxes are (y0, x0, y1, x1).
+"""
+
+import csv
+import functools
 import hashlib
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
 
-# index.csv, one row per slice; paths are relative to the processed root (see README, files on disk)
+# index.csv, one row per slice; paths are relative to the processed root
 INDEX_COLUMNS = (
     "path encoding dataset patient study series sop z z_mm spacing_y spacing_x spacing_z rows cols "
     "body_y0 body_y1 body_x0 body_x1"
 ).split()
+TEXT = ("path", "sop")  # one value per row
+REPEATED = ("encoding", "dataset", "patient", "study", "series")  # few values, many rows: kept as integer codes
 
 WINDOWS_HU = {"lung": (-600, 1500), "soft": (40, 400), "bone": (300, 1500)}  # level, width
 RGB_WINDOWS = ("lung", "soft", "bone")  # channel order of rgb-v1: slices z-1, z, z+1
+AIR_HU = -1024
+PHOTO_ENDINGS = (".png", ".jpg", ".jpeg")
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as released DINOv3 weights expect
+STREAMS = {
+    "order": 1,
+    "crops": 2,
+    "masks": 3,
+    "limit": 4,
+    "sizes": 5,
+}  # random numbers of one purpose never meet another's
+
+
+def rng(seed, stream, *key):
+    return np.random.default_rng((seed, STREAMS[stream], *key))
 
 
 def window_codes(hu, level, width):
@@ -27,3 +63,756 @@ def file_sha256(path):
         while piece := f.read(1 << 20):
             digest.update(piece)
     return digest.hexdigest()
+
+
+# Sources: a folder of files as a sequence of images with metadata.
+
+
+class Rows:
+    """Columns of the index: rows[i] is a dict, rows.column(name) an array.
+
+    250,000 rows take about 60 MB: repeated texts are stored once, the others as bytes.
+    """
+
+    def __init__(self, columns, names):
+        self.columns, self.names = columns, names  # names[column]: the texts behind integer codes
+
+    def __len__(self):
+        return len(self.columns["path"])
+
+    def __getitem__(self, i):
+        row = {}
+        for key, values in self.columns.items():
+            value = self.names[key][values[i]] if key in self.names else values[i].item()
+            row[key] = value.decode() if isinstance(value, bytes) else value
+        return row
+
+    def column(self, key):
+        values = self.columns[key]
+        return np.array(self.names[key])[values] if key in self.names else values
+
+    def take(self, index):
+        return Rows({key: values[index] for key, values in self.columns.items()}, self.names)
+
+
+def read_index(path):
+    """index.csv -> Rows, in pieces, so that texts never all exist as Python objects."""
+    pieces = {key: [] for key in INDEX_COLUMNS}
+    names = {key: {} for key in REPEATED}
+    with open(path, newline="") as f:
+        reader = csv.reader(f)
+        header = next(reader, [])
+        if header != INDEX_COLUMNS:
+            raise ValueError(f"{path}: columns {','.join(header)}; expected {','.join(INDEX_COLUMNS)}")
+        while lines := [
+            line for _, line in zip(range(1024), reader)
+        ]:  # larger pieces are 3x slower: garbage collection
+            try:
+                columns = dict(zip(INDEX_COLUMNS, zip(*lines, strict=True), strict=True))
+                for key, texts in columns.items():
+                    pieces[key].append(encode_column(key, texts, names))
+            except ValueError as error:
+                raise ValueError(f"{path}: a row before line {reader.line_num + 1} is malformed: {error}") from None
+    if not pieces["path"]:
+        raise ValueError(f"{path} has no rows; run tools/preprocess_dicom.py")
+    return Rows({key: np.concatenate(values) for key, values in pieces.items()}, {k: list(v) for k, v in names.items()})
+
+
+def encode_column(key, texts, names):
+    if key in REPEATED:
+        codes = names[key]
+        return np.fromiter((codes.setdefault(t, len(codes)) for t in texts), np.int32, len(texts))
+    if key in TEXT:
+        return np.array([t.encode() for t in texts])
+    if key.endswith("_mm") or key.startswith("spacing"):
+        return np.fromiter(map(float, texts), np.float64, len(texts))
+    return np.fromiter(map(int, texts), np.int32, len(texts))
+
+
+def photo_paths(root):
+    """Sorted paths below root, with forward slashes, of PNG and JPEG files; folders named _x or .x are ours."""
+
+    def stop(error):
+        raise error
+
+    found, seen = [], set()
+    for folder, folders, files in os.walk(root, onerror=stop, followlinks=True):
+        if (real := os.path.realpath(folder)) in seen:
+            raise ValueError(f"{folder}: links lead to {real} twice, so its images would count twice; remove one")
+        seen.add(real)
+        folders[:] = [name for name in folders if name[0] not in "._"]
+        names = [name for name in files if name[0] != "." and name.lower().endswith(PHOTO_ENDINGS)]
+        found += [Path(folder, name).relative_to(root).as_posix() for name in names]
+    return sorted(found)
+
+
+def read_labels(path):
+    """labels.csv with path,label[,group] -> {path: row}; an unknown header is an error."""
+    with open(path, newline="") as f:
+        reader = csv.DictReader(f)
+        if (reader.fieldnames or [])[:2] != ["path", "label"]:
+            raise ValueError(f"{path}: header {reader.fieldnames}; expected path,label[,group]")
+        return {row["path"]: row for row in reader}
+
+
+def index_photos(root):
+    paths = photo_paths(root)
+    if not paths:
+        raise FileNotFoundError(f"{root} has neither _index/index.csv nor a PNG or JPEG file")
+    labels = read_labels(root / "labels.csv") if (root / "labels.csv").exists() else {}
+    if missing := sorted(labels.keys() - set(paths)):
+        raise FileNotFoundError(f"{root / 'labels.csv'} names {len(missing)} missing files, first {missing[0]}")
+    rows = [labels.get(p, {}) for p in paths]
+    groups = {}
+    codes = np.array([groups.setdefault(r.get("group") or p, len(groups)) for p, r in zip(paths, rows)], np.int32)
+    columns = {"path": np.array([p.encode() for p in paths]), "group": codes, "series": codes}
+    columns["label"] = np.array([r.get("label", "").encode() for r in rows])
+    sha = hashlib.sha256("\n".join(paths).encode()).hexdigest()
+    return Rows(columns, {"group": list(groups), "series": list(groups)}), sha
+
+
+class Source:
+    """Images of one encoding: len(source), source.read(i) -> [C, H, W], source.rows[i] -> metadata, source.groups."""
+
+    def __init__(self, root, encoding, rows, index_sha256, split_sha256=None):
+        self.root, self.encoding, self.rows = root, encoding, rows
+        self.index_sha256, self.split_sha256 = index_sha256, split_sha256
+        used = np.unique(rows.columns["group"])
+        self.groups = sorted(rows.names["group"][code] for code in used)
+        # neighbours in a volume are near copies, so one batch should hold one slice per series
+        self.series = rows.columns["series"]
+
+    def __len__(self):
+        return len(self.rows)
+
+    def path(self, i):
+        return self.root / self.rows.columns["path"][i].decode()
+
+    def read(self, i):
+        """uint8 [3, H, W] of rgb-v1 and photographs; int16 HU [3, H, W] of hu16-v1: slices z-1, z, z+1."""
+        path = self.path(i)
+        try:
+            if self.encoding == "hu16-v1":
+                z = self.rows.columns["z"][i]
+                volume = open_volume(path)
+                if not 1 <= z < len(volume) - 1:
+                    raise ValueError(f"slice {z} of {len(volume)} has no two neighbours")
+                image = np.array(volume[z - 1 : z + 2])
+            else:
+                with Image.open(path) as file:
+                    image = np.asarray(file.convert("RGB")).transpose(2, 0, 1)
+        except (OSError, ValueError, SyntaxError, EOFError) as error:  # what pillow and numpy say of broken files
+            raise OSError(f"{path} cannot be read: {error}") from None
+        if self.encoding != "photo" and image.shape[1:] != self.size(i):
+            raise OSError(f"{path} has {image.shape[1:]} pixels, the index says {self.size(i)}")
+        return torch.from_numpy(np.ascontiguousarray(image))
+
+    def size(self, i):
+        return int(self.rows.columns["rows"][i]), int(self.rows.columns["cols"][i])
+
+    def body(self, i):
+        """Box that keeps crops out of empty air; of a photograph, None: all of it."""
+        if self.encoding == "photo":
+            return None
+        return [int(self.rows.columns[f"body_{k}"][i]) for k in ("y0", "x0", "y1", "x1")]
+
+    def take(self, index):
+        return Source(self.root, self.encoding, self.rows.take(index), self.index_sha256, self.split_sha256)
+
+    def order(self, seed, step, batch):
+        """Sample ids of one update: a new permutation each epoch; one slice per series and batch where possible."""
+        updates = max(len(self) // batch, 1)  # per epoch; what does not fill a batch is left out, other ones each epoch
+        epoch, position = divmod(step, updates)
+        return epoch_order(self, seed, epoch, batch)[position]
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(source, seed, epoch, batch):
+    """Ids [updates, batch]: slices sorted by (shuffled) series are dealt like cards, so a series never meets itself."""
+    random = rng(seed, "order", epoch)
+    ids = random.permutation(len(source))
+    if len(ids) < batch:  # fewer images than one batch holds: whole permutations after each other
+        more = [random.permutation(len(ids)) for _ in range(math.ceil(batch / len(ids)) - 1)]
+        return np.concatenate([ids, *more])[None, :batch]
+    updates = len(ids) // batch
+    ids = ids[: updates * batch]
+    shuffled = random.permutation(source.series.max() + 1)[source.series[ids]]
+    dealt = ids[np.argsort(shuffled, kind="stable")].reshape(batch, updates).T  # card i goes to update i % updates
+    return random.permuted(dealt[random.permutation(updates)], axis=1)
+
+
+@functools.lru_cache(maxsize=64)
+def open_volume(path):
+    volume = np.load(path, mmap_mode="r", allow_pickle=False)
+    if volume.dtype != np.int16 or volume.ndim != 3:
+        raise ValueError(f"{volume.dtype} {volume.shape}, expected int16 [Z, H, W]")
+    return volume
+
+
+def open_source(root, split=None, limit=None, z_stride=1):
+    """A processed CT folder (by its index) or any folder of PNG and JPEG files -> Source.
+
+    split: train, val_select, ... of _splits/splits.json, whose absence is an error; None: everything.
+    z_stride keeps every n-th slice of a series (neighbours still come from the full volume); limit keeps N images.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise FileNotFoundError(f"--data {root} is not a folder")
+    index = root / "_index" / "index.csv"
+    if index.exists():
+        rows, sha = read_index(index), file_sha256(index)
+        known, found = {"rgb-v1", "hu16-v1"}, set(rows.names["encoding"])
+        if not found <= known:
+            raise ValueError(f"{index}: encoding {sorted(found - known)}; known are {sorted(known)}: preprocess again")
+        if len(found) > 1:
+            raise ValueError(f"{index} mixes encodings {sorted(found)}; preprocess all datasets to one of them")
+        encoding = found.pop()
+        pair = rows.columns["dataset"].astype(np.int64) * len(rows.names["patient"]) + rows.columns["patient"]
+        pairs, codes = np.unique(pair, return_inverse=True)
+        split_pair = [divmod(int(p), len(rows.names["patient"])) for p in pairs]
+        rows.names["group"] = [f"{rows.names['dataset'][d]}/{rows.names['patient'][p]}" for d, p in split_pair]
+        rows.columns["group"] = codes.astype(np.int32)
+    else:
+        (rows, sha), encoding = index_photos(root), "photo"
+    source = Source(root, encoding, rows, sha)
+    if split is not None:
+        source = take_split(source, split)
+    if z_stride > 1 and encoding != "photo":
+        source = source.take(np.flatnonzero((source.rows.columns["z"] - 1) % z_stride == 0))
+    if limit is not None and limit < len(source):  # the same images for any seed
+        source = source.take(np.sort(rng(0, "limit").permutation(len(source))[:limit]))
+    return source
+
+
+def take_split(source, split):
+    path = source.root / "_splits" / "splits.json"
+    remedy = f"python tools/make_splits.py --data {source.root}"
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist; make it with: {remedy}")
+    contract = json.loads(path.read_text())
+    if contract.get("version") != 1:
+        raise ValueError(f"{path}: version {contract.get('version')}, expected 1; make it again with: {remedy} --force")
+    if contract["index_sha256"] != source.index_sha256:
+        raise ValueError(f"{path} was made for another index; make it again with: {remedy} --force")
+    of_group = contract["groups"]
+    if strangers := [g for g in source.groups if g not in of_group]:
+        raise ValueError(f"{path} does not name group {strangers[0]} ({len(strangers)} in all); run {remedy} --force")
+    inside = np.array([of_group.get(name) == split for name in source.rows.names["group"]])
+    index = np.flatnonzero(inside[source.rows.columns["group"]])
+    if not len(index):
+        raise ValueError(f"{path} has no image in {split!r}; it has {sorted(set(of_group.values()))}")
+    chosen = source.take(index)
+    chosen.split_sha256 = file_sha256(path)
+    return chosen
+
+
+# The plan: every random choice about every view, drawn from (seed, step, sample id) alone.
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How views are cut and how they look. Areas are shares of the body box (CT) or of the image (photographs)."""
+
+    kind: str  # ct or photo
+    global_size: int = 224
+    local_size: int = 96
+    local_crops: int = 8
+    global_scale: tuple = (0.2, 1.0)
+    local_scale: tuple = (0.01, 0.2)  # down to a nodule: 10% of a 350 mm body is 35 mm
+    ratio: tuple = (3 / 4, 4 / 3)
+    inside: bool = False  # whole box inside the region, or only its centre
+    flip: float = 0.5
+    blur: tuple = (0.1, 0.1, 0.1)  # probability for global 1, global 2, local
+    sigma: tuple = (0.1, 2.0)  # of the blur, in pixels of the view
+    solarize: tuple = (0.0, 0.0, 0.0)
+    gram_size: int = 0  # side of the Gram teacher's undistorted crops; 0: none
+
+
+RECIPES = {  # <- change the views here
+    "ct": Recipe("ct"),
+    "photo": Recipe("photo", global_scale=(0.32, 1.0), local_scale=(0.05, 0.32), inside=True,
+                    blur=(1.0, 0.1, 0.5), solarize=(0.0, 0.2, 0.0)),
+}  # fmt: skip
+
+TRIES = 10  # boxes that do not fit are drawn again, as in RandomResizedCrop
+LOOK = 12  # uniform numbers per view that decide its intensities
+
+
+class Plan(NamedTuple):
+    """Choices for V views (two global, then local) of B images, as small arrays."""
+
+    recipe: Recipe
+    shapes: np.ndarray  # [V, B, TRIES, 2] area share and log aspect ratio
+    centres: np.ndarray  # [V, B, 2] in 0..1
+    flips: np.ndarray  # [V, B] bool
+    sigmas: np.ndarray  # [V, B] of the blur; 0: none
+    solarized: np.ndarray  # [V, B] bool
+    looks: np.ndarray  # [V, B, LOOK] uniform in 0..1
+    noise_seeds: np.ndarray  # [V, B] int64
+    boxes: np.ndarray | None = None  # [V, B, 4] in pixels of the image, once sizes are known
+
+
+def plan(seed, step, sample_ids, recipe):
+    """All choices for these samples in this update -> Plan without boxes (see place)."""
+    views = 2 + recipe.local_crops
+    width = 2 * TRIES + 7 + LOOK
+    u = np.stack([rng(seed, "crops", step, int(i)).random((views, width)) for i in sample_ids], 1)  # [V, B, width]
+    kind = np.minimum(np.arange(views), 2)  # 0 global 1, 1 global 2, 2 local
+
+    shapes = u[..., : 2 * TRIES].reshape(*u.shape[:2], TRIES, 2)
+    low, high = np.array([recipe.global_scale, recipe.global_scale, recipe.local_scale])[kind].T[:, :, None, None]
+    area = low + shapes[..., 0] * (high - low)
+    aspect = np.log(recipe.ratio[0]) + shapes[..., 1] * np.log(recipe.ratio[1] / recipe.ratio[0])
+    rest = u[..., 2 * TRIES :]
+    sigma = recipe.sigma[0] + rest[..., 4] * (recipe.sigma[1] - recipe.sigma[0])
+    return Plan(
+        recipe=recipe,
+        shapes=np.stack([area, aspect], -1),
+        centres=rest[..., :2],
+        flips=rest[..., 2] < recipe.flip,
+        sigmas=np.where(rest[..., 3] < np.array(recipe.blur)[kind][:, None], sigma, 0.0),
+        solarized=rest[..., 5] < np.array(recipe.solarize)[kind][:, None],
+        looks=rest[..., 7:],
+        noise_seeds=(rest[..., 6] * 2**53).astype(np.int64),
+    )
+
+
+def place(plan, sizes, regions=None):
+    """Resolve the boxes for images of these sizes [B, 2] and regions [B, 4] (None: the whole image) -> Plan."""
+    sizes = np.asarray(sizes, np.float64)
+    regions = np.concatenate([np.zeros_like(sizes), sizes], 1) if regions is None else np.asarray(regions, np.float64)
+    low, extent = regions[:, :2], regions[:, 2:] - regions[:, :2]
+    limit = extent if plan.recipe.inside else sizes  # [B, 2]
+    area, aspect = plan.shapes[..., 0] * extent.prod(1)[:, None], plan.shapes[..., 1]  # [V, B, TRIES]
+    sides = np.stack([np.sqrt(area * np.exp(-aspect)), np.sqrt(area * np.exp(aspect))], -1)
+    sides = np.maximum(np.floor(sides + 0.5), 1)
+    fits = (sides <= limit[:, None]).all(-1)
+    first = fits.argmax(-1)[..., None, None]  # 0 when none fits: then what fits of it
+    sides = np.minimum(np.take_along_axis(sides, first, 2)[:, :, 0], limit)  # [V, B, 2]
+    if plan.recipe.inside:
+        first, room = low, extent - sides
+    else:
+        first, room = low - sides / 2, extent
+    start = np.clip(np.floor(first + plan.centres * (room + 1)), 0, sizes - sides)
+    return plan._replace(boxes=np.concatenate([start, start + sides], -1))
+
+
+def block_masks(seed, step, crops, grid, probability=0.5, ratio=(0.1, 0.5)):
+    """iBOT masks of one update, bool [crops, N]: DINOv3's counts and rectangles (sections 4 of its recipe).
+
+    int(crops * probability) crops are masked; their shares are evenly spaced over `ratio` and exact.
+    """
+    random = rng(seed, "masks", step)
+    patches, count = grid[0] * grid[1], int(crops * probability)
+    masks = np.zeros((crops, *grid), bool)
+    shares = np.linspace(*ratio, count + 1)[1:]
+    for mask, share in zip(masks, shares):
+        fill_blocks(random, mask, int(patches * share))
+    return torch.from_numpy(masks.reshape(crops, patches)[random.permutation(crops)])
+
+
+def fill_blocks(random, mask, target):
+    """Hide exactly `target` cells: rectangles of 4 cells to half the grid, aspect 0.3 to 1/0.3, then single cells."""
+    hidden = 0
+    while hidden < target:
+        limit = min(target - hidden, mask.size // 2)
+        for _ in range(10):
+            area, aspect = 4 + random.random() * (limit - 4), 0.3 ** random.uniform(-1, 1)
+            h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+            if h >= mask.shape[0] or w >= mask.shape[1]:
+                continue
+            y, x = random.integers(mask.shape[0] - h + 1), random.integers(mask.shape[1] - w + 1)
+            block = mask[y : y + h, x : x + w]
+            new = block.size - block.sum()
+            if 0 < new <= limit:
+                block[:] = True
+                hidden += new
+                break
+        else:
+            break
+    free = np.flatnonzero(~mask)
+    mask.reshape(-1)[random.choice(free, target - hidden, replace=False)] = True
+
+
+# Rendering: crop, antialiased bicubic resize, flip and blur of X are Wy @ X @ Wx.T, one small matrix per axis and view.
+
+
+def bicubic(t):
+    """Keys' cubic with a = -0.5, the kernel of Pillow's BICUBIC."""
+    t = t.abs()
+    near = (1.5 * t - 2.5) * t * t + 1
+    far = ((-0.5 * t + 2.5) * t - 4) * t + 2
+    return torch.where(t < 1, near, torch.where(t < 2, far, torch.zeros_like(t)))
+
+
+def axis_matrices(start, end, flip, sigma, window, out, length, device="cpu"):
+    """[n, out, length]: resize [start, end) to `out` samples, blur, flip; columns are pixels window .. window + length.
+
+    start, end, sigma, window: [n] float32 and flip [n] bool, all on the CPU, so that no shape waits for a device.
+    Same weights as Pillow's resize of the crop: support stretched by the reduction, cut at the box, normalised.
+    """
+    taps = math.ceil(4 * max(((end - start) / out).max().item(), 1)) + 2
+    blurred = sigma.nonzero()[:, 0]
+    blurs = blur_matrices(sigma[blurred], out).to(device, non_blocking=True)
+    table = torch.stack([start, end, window, flip.float()]).double().to(device, non_blocking=True)
+    start, end, window, flip = table[:, :, None, None]  # [n, 1, 1]; float32 would move a tap by 1e-5 of the image
+    scale = (end - start) / out
+    stretch = scale.clamp(min=1)
+    centre = start + (torch.arange(out, device=device)[:, None] + 0.5) * scale  # [n, out, 1]
+    pixel = (centre - 2 * stretch).floor() + torch.arange(taps, device=device)  # [n, out, taps]
+    weight = bicubic((pixel + 0.5 - centre) / stretch)
+    weight = weight * ((pixel + 1 > start) & (pixel < end))
+    weight = (weight / weight.sum(-1, keepdim=True)).float()
+    # taps outside the window weigh 0: margins on both sides take them, so that no two taps share a cell
+    column = (pixel - window + taps).long().clamp_(0, length + 2 * taps - 1)
+    matrices = weight.new_zeros(len(weight), out, length + 2 * taps).scatter_(2, column, weight)
+    matrices = matrices[:, :, taps : taps + length]
+    if len(blurred):
+        blurred = blurred.to(device, non_blocking=True)
+        matrices = matrices.index_copy(0, blurred, blurs @ matrices.index_select(0, blurred))
+    return torch.where(flip > 0, matrices.flip(1), matrices)
+
+
+def blur_matrices(sigma, size, taps=9):
+    """Gaussian blur of `size` samples with mirrored borders as [n, size, size]."""
+    half = min(taps // 2, size - 1)
+    x = torch.arange(-half, half + 1, device=sigma.device)
+    g = torch.exp(-0.5 * (x / sigma[:, None]) ** 2)
+    g = g / g.sum(1, keepdim=True)
+    band = sigma.new_zeros(len(sigma), size, size + 2 * half)
+    for k in range(2 * half + 1):
+        band.diagonal(k, 1, 2)[:] = g[:, k : k + 1]
+    inner = band[:, :, half : half + size].clone()
+    if half:
+        inner[:, :, 1 : half + 1] += band[:, :, :half].flip(2)
+        inner[:, :, size - 1 - half : size - 1] += band[:, :, half + size :].flip(2)
+    return inner
+
+
+def cut(images, boxes, flips, sigmas, out):
+    """Images [B, C, H, W] and arrays [V, B, ...] -> float32 views [V, B, C, out, out] in the images' own units."""
+    V, B = boxes.shape[:2]
+    boxes = torch.as_tensor(boxes, dtype=torch.float32).flatten(0, 1)  # [V * B, 4]
+    flips, sigmas = torch.as_tensor(flips).flatten(), torch.as_tensor(sigmas, dtype=torch.float32).flatten()
+    product = cut_each if images.device.type == "cpu" else cut_batched
+    return product(images.float(), boxes, flips, sigmas, out).unflatten(0, (V, B))
+
+
+def cut_each(images, boxes, flips, sigmas, out):
+    """For CPUs: view by view, only the pixels of its box; there are no launches to save."""
+    low, high = boxes[:, :2].floor(), boxes[:, 2:].ceil()
+    height, width = (high - low).amax(0).int().tolist()
+    Wy = axis_matrices(boxes[:, 0], boxes[:, 2], torch.zeros_like(flips), sigmas, low[:, 0], out, height)
+    Wx = axis_matrices(boxes[:, 1], boxes[:, 3], flips, sigmas, low[:, 1], out, width)
+    views = torch.empty(len(boxes), images.shape[1], out, out)
+    for i, (y0, x0, y1, x1) in enumerate(torch.cat([low, high], 1).int().tolist()):
+        rows = Wy[i, :, : y1 - y0] @ images[i % len(images), :, y0:y1, x0:x1]  # [C, out, w]
+        torch.matmul(rows, Wx[i, :, : x1 - x0].T, out=views[i])
+    return views
+
+
+def cut_batched(images, boxes, flips, sigmas, out):
+    """For accelerators: all views in two batched products over whole images, whatever the batch."""
+    B, _, H, W = images.shape
+    device, zero = images.device, torch.zeros_like(boxes[:, 0])
+    Wy = axis_matrices(boxes[:, 0], boxes[:, 2], torch.zeros_like(flips), sigmas, zero, out, H, device)
+    Wx = axis_matrices(boxes[:, 1], boxes[:, 3], flips, sigmas, zero, out, W, device)
+    Wy = Wy.unflatten(0, (-1, B)).transpose(0, 1).flatten(1, 2)  # [B, V * out, H]
+    rows = Wy @ images.transpose(1, 2).flatten(2)  # [B, V * out, C * W]
+    rows = rows.unflatten(1, (-1, out)).transpose(0, 1).flatten(0, 1)  # [V * B, out, C * W]
+    views = rows.unflatten(2, (-1, W)).flatten(1, 2) @ Wx.mT  # [V * B, out * C, out]
+    return views.unflatten(1, (out, -1)).transpose(1, 2).contiguous()
+
+
+class Crops(NamedTuple):
+    """Normalised views, crop-major: [crop 0 of all images, crop 1 of all images, ...]."""
+
+    globals: Tensor  # [2B, 3, G, G]
+    locals: Tensor  # [n * B, 3, l, l]
+    gram: Tensor | None  # [2B, 3, g, g]: the boxes, flips and windows of the globals, undistorted
+
+
+@torch.no_grad()
+def render(images, plan):
+    """Images [B, 3, H, W] (uint8, or int16 HU) -> Crops on their device. Exact in float32, autocast or not."""
+    recipe = plan.recipe
+    if plan.boxes is None:
+        plan = place(plan, [images.shape[2:]] * len(images))
+    with torch.autocast(images.device.type, enabled=False):
+        groups = []
+        for views, size in ((slice(0, 2), recipe.global_size), (slice(2, None), recipe.local_size)):
+            x = cut(images, plan.boxes[views], plan.flips[views], plan.sigmas[views], size)
+            groups.append(normalise(intensities(x, images.dtype, plan, views).flatten(0, 1)))
+        gram = None
+        if recipe.gram_size:
+            x = cut(images, plan.boxes[:2], plan.flips[:2], np.zeros_like(plan.sigmas[:2]), recipe.gram_size)
+            shown = window(x, *look_windows(plan.looks[:2])) if images.dtype == torch.int16 else x / 255
+            gram = normalise(shown.clamp(0, 1).flatten(0, 1))
+        return Crops(*groups, gram)
+
+
+def normalise(x):
+    """Values in 0..1 [n, 3, h, w] -> what the backbone sees."""
+    mean, std = (x.new_tensor(t)[:, None, None] for t in (MEAN, STD))
+    return (x - mean) / std
+
+
+def intensities(x, dtype, plan, views):
+    """How the views [V, B, 3, h, w] look, by what their images hold: HU, rgb-v1 codes or photographs -> 0..1."""
+    looks = plan.looks[views]
+    if dtype == torch.int16:
+        noisy = np.where(looks[..., 0] < 0.3, 30 * looks[..., 1], 0.0)  # HU, as between a soft and a sharp kernel
+        x = window(add_noise(x, noisy, plan.noise_seeds[views]), *look_windows(looks))
+        return contrast(x.clamp(0, 1), 0.8 + 0.4 * looks[..., 5:6], 0).clamp(0, 1)
+    x = (x / 255).clamp(0, 1)  # bicubic overshoots
+    if plan.recipe.kind == "ct":
+        return contrast(x, 0.8 + 0.4 * looks[..., 6:9], 0.2 * looks[..., 9:12] - 0.1).clamp(0, 1)
+    return colour(x.flatten(0, 1), looks.reshape(-1, LOOK), plan.solarized[views].reshape(-1)).view_as(x)
+
+
+def to_device(array, like):
+    """A small array as float32 on the device of `like`, shaped to broadcast against it."""
+    t = torch.as_tensor(array, dtype=torch.float32).to(like.device, non_blocking=True)
+    return t.reshape(*t.shape, *[1] * (like.ndim - t.ndim))
+
+
+def contrast(x, factors, shifts):
+    """x [V, B, 3, h, w], factors and shifts [V, B, 1 or 3]: stretch around middle grey, then brighten."""
+    return (x - 0.5) * to_device(factors, x) + (0.5 + to_device(shifts, x))
+
+
+def window(hu, levels, widths):
+    """HU [V, B, ...] through one window per view, not clamped: 0 and 1 are its ends."""
+    levels, widths = to_device(levels, hu), to_device(widths, hu)
+    return (hu - levels) / widths + 0.5
+
+
+def look_windows(looks):
+    """A window per view between two of the named ones, then moved by up to 10% of its width and scaled by e^+-0.2."""
+    level, width = np.array(list(WINDOWS_HU.values()), np.float64).T
+    one = (looks[..., 2] * 3).astype(int)
+    other = (one + 1 + (looks[..., 3] * 2).astype(int)) % 3
+    mix = looks[..., 4]
+    widths = width[one] ** (1 - mix) * width[other] ** mix * np.exp(0.4 * looks[..., 6] - 0.2)
+    levels = level[one] * (1 - mix) + level[other] * mix + widths * (0.2 * looks[..., 7] - 0.1)
+    return levels, widths
+
+
+def add_noise(x, sds, seeds):
+    """x [V, B, 3, h, w] plus noise of standard deviations [V, B]: a hash of (seed, pixel), the same on any device."""
+    noisy = np.flatnonzero(sds.reshape(-1))
+    if not len(noisy):
+        return x
+    index = torch.from_numpy(noisy).to(x.device, non_blocking=True)
+    seeds = torch.from_numpy(seeds.reshape(-1)[noisy]).to(x.device, non_blocking=True)
+    h = torch.arange(x[0, 0].numel(), device=x.device) * -7046029254386353131 + seeds[:, None]  # splitmix64
+    h = (h ^ (h >> 30)) * -4658895280553007687
+    h = (h ^ (h >> 27)) * -7723592293110705685
+    parts = sum((h >> shift) & 0xFFFF for shift in (0, 16, 32, 48))  # four uniforms: close to a normal
+    noise = (parts.float() / 65536 - 2) * 3**0.5
+    noise = noise * to_device(sds.reshape(-1)[noisy], noise)
+    flat = x.flatten(0, 1)
+    return flat.index_add(0, index, noise.view(-1, *flat.shape[1:])).view_as(x)
+
+
+def grey(x):
+    return (x * x.new_tensor((0.299, 0.587, 0.114))[:, None, None]).sum(1, keepdim=True)
+
+
+def shift_hue(x, turn):
+    """RGB [n, 3, h, w] with the hue turned by `turn` [n] of a full circle, through HSV."""
+    top, bottom = x.amax(1), x.amin(1)
+    chroma = top - bottom
+    safe = torch.where(chroma > 0, chroma, torch.ones_like(chroma))
+    r, g, b = x.unbind(1)
+    hue = torch.where(top == r, (g - b) / safe, torch.where(top == g, 2 + (b - r) / safe, 4 + (r - g) / safe))
+    hue = hue + 6 * turn[:, None, None]
+    k = (x.new_tensor((5, 3, 1))[:, None, None] + hue[:, None]) % 6
+    return top[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
+
+
+def colour(x, looks, solarized):
+    """DINOv3's colour recipe on photographs [n, 3, h, w] in 0..1: jitter p 0.8, grey p 0.2, solarise."""
+    jittered = looks[:, 0] < 0.8
+    factors = 1 + (2 * looks[:, 1:5] - 1) * (0.4, 0.4, 0.2, 0.1)  # brightness, contrast, saturation; hue around 1
+    order = np.argsort(looks[:, 5:9], 1)  # a random order of the four
+    for slot in range(4):
+        for op in range(4):
+            chosen = np.flatnonzero(jittered & (order[:, slot] == op))
+            if not len(chosen):
+                continue
+            index = torch.from_numpy(chosen).to(x.device, non_blocking=True)
+            part, f = x.index_select(0, index), to_device(factors[chosen, op], x)
+            if op == 0:
+                part = part * f
+            elif op == 1:
+                part = part * f + (1 - f) * grey(part).mean((1, 2, 3), keepdim=True)
+            elif op == 2:
+                part = part * f + (1 - f) * grey(part)
+            else:
+                part = shift_hue(part, f.flatten() - 1)
+            x = x.index_copy(0, index, part.clamp(0, 1))
+    x = torch.where(to_device(looks[:, 9] < 0.2, x) > 0, grey(x), x)
+    return torch.where((to_device(solarized, x) > 0) & (x >= 128 / 255), 1 - x, x)
+
+
+def eval_view(encoding, size=224):
+    """The one deterministic look at an image, as plain values that a checkpoint stores."""
+    # halfway between the lung and the bone window: air, tissue and calcium are all inside (-900 .. 600 HU)
+    return {"size": size, "window": [-150, 1500] if encoding == "hu16-v1" else None}
+
+
+def eval_boxes(sizes, regions=None):
+    """Square around each region (the whole image if None), moved and cut to stay inside the image: [B, 4]."""
+    sizes = np.asarray(sizes, np.float64)
+    regions = np.concatenate([np.zeros_like(sizes), sizes], 1) if regions is None else np.asarray(regions, np.float64)
+    side = np.minimum((regions[:, 2:] - regions[:, :2]).max(1), sizes.min(1))[:, None]
+    start = np.floor(np.clip((regions[:, :2] + regions[:, 2:] - side) / 2, 0, sizes - side))
+    return np.concatenate([start, start + side], 1)
+
+
+@torch.no_grad()
+def render_eval(images, view, boxes=None):
+    """Images [B, 3, H, W] through an eval_view, cut at boxes [B, 4] -> normalised [B, 3, size, size]."""
+    boxes = eval_boxes([images.shape[2:]] * len(images)) if boxes is None else np.asarray(boxes)
+    nothing = np.zeros((1, len(images)))
+    with torch.autocast(images.device.type, enabled=False):
+        x = cut(images, boxes[None], nothing > 0, nothing, view["size"])[0]
+        if images.dtype == torch.int16:
+            level, width = view["window"]
+            x = (x - level) / width + 0.5
+        else:
+            x = x / 255
+        return normalise(x.clamp(0, 1))
+
+
+# Loading: workers read files and resolve boxes; nothing depends on how many there are.
+
+
+class Batch(NamedTuple):
+    """One micro-batch of one update, as read."""
+
+    step: int  # updates done before it
+    ids: np.ndarray  # [b] sample ids
+    images: Tensor  # [b, 3, H, W]
+    plan: Plan
+    masks: Tensor  # [2b, N] bool, crop-major
+    bad: list  # [(path, reason)] of files that were replaced by their neighbour in the batch
+
+
+def read_photo(path, plan):
+    """The union of the crops, reduced while each keeps twice its target size -> (image, its placed plan)."""
+    try:
+        with Image.open(path) as file:
+            W, H = file.size
+            plan = place(plan, [(H, W)])
+            boxes = plan.boxes[:, 0]  # [V, 4]
+            sizes = np.array([plan.recipe.global_size] * 2 + [plan.recipe.local_size] * plan.recipe.local_crops)
+            factor = max(1, int(((boxes[:, 2:] - boxes[:, :2]).min(1) / (2 * sizes)).min()))
+            file.draft("RGB", (-(-W // factor), -(-H // factor)))  # JPEG decodes at 1/2, 1/4 or 1/8 for free
+            drafted = np.array([file.height / H, file.width / W] * 2)
+            factor = max(1, int(factor * drafted.min() + 1e-6))
+            low, high = np.floor((boxes * drafted)[:, :2].min(0)), np.ceil((boxes * drafted)[:, 2:].max(0))
+            high = np.minimum(high, (file.height, file.width))
+            image = file.convert("RGB").reduce(factor, box=(int(low[1]), int(low[0]), int(high[1]), int(high[0])))
+    except (OSError, ValueError, SyntaxError, EOFError) as error:
+        raise OSError(f"{path} cannot be read: {error}") from None
+    moved = (boxes * drafted - np.tile(low, 2)) / factor
+    image = torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())
+    return image, plan._replace(boxes=moved[:, None])
+
+
+def pad_to_one_size(images):
+    """[3, H, W] of different sizes -> [B, 3, H, W], filled with air (HU) or black; boxes never reach the filling."""
+    H, W = (max(image.shape[axis] for image in images) for axis in (1, 2))
+    filling = AIR_HU if images[0].dtype == torch.int16 else 0
+    return torch.stack(
+        [F.pad(image, (0, W - image.shape[2], 0, H - image.shape[1]), value=filling) for image in images]
+    )
+
+
+def pick_recipe(recipes, seed, step):
+    """Of several recipes (mixed sizes) the one of this update; all ranks agree."""
+    return recipes[rng(seed, "sizes", step).integers(len(recipes))]
+
+
+class Updates(torch.utils.data.Dataset):
+    """Item k is micro-batch k % micros of update steps[k // micros], this rank's contiguous part of the plan."""
+
+    def __init__(self, source, recipes, seed, steps, batch, micro_batch, rank, world, patch_size, masking):
+        if batch % (world * micro_batch):
+            raise ValueError(f"batch {batch} is not a multiple of ranks x micro-batch = {world} x {micro_batch}")
+        self.source, self.recipes, self.seed, self.steps, self.batch = source, recipes, seed, steps, batch
+        self.micro_batch, self.rank, self.patch_size, self.masking = micro_batch, rank, patch_size, masking
+        self.micros = batch // (world * micro_batch)
+
+    def __len__(self):
+        return len(self.steps) * self.micros
+
+    def __getitem__(self, k):
+        step, micro = self.steps[k // self.micros], k % self.micros
+        start = (self.rank * self.micros + micro) * self.micro_batch
+        here = slice(start, start + self.micro_batch)
+        ids = self.source.order(self.seed, step, self.batch)[here]
+        recipe = pick_recipe(self.recipes, self.seed, step)
+        images, choices, bad = self.read(ids, plan(self.seed, step, ids, recipe))
+        grid = [recipe.global_size // self.patch_size] * 2
+        masks = block_masks(self.seed, step, 2 * self.batch, grid, *self.masking)
+        masks = masks.unflatten(0, (2, self.batch))[:, here].flatten(0, 1)
+        return Batch(step, ids, images, choices, masks, bad)
+
+    def read(self, ids, choices):
+        """Images and their placed plan; a broken file is reported and the next good one stands in for it."""
+        images, boxes, bad = [], [], []
+        for j, i in enumerate(ids):
+            own = select(choices, [j])
+            try:
+                if self.source.encoding == "photo":
+                    image, own = read_photo(self.source.path(i), own)
+                else:
+                    image = self.source.read(i)
+                    own = place(own, [self.source.size(i)], [self.source.body(i)])
+                images.append(image)
+                boxes.append(own.boxes[:, 0])
+            except OSError as error:
+                bad.append((str(self.source.path(i)), str(error)))
+                images.append(None)
+                boxes.append(None)
+        good = [j for j, image in enumerate(images) if image is not None]
+        if not good:
+            raise OSError(f"no file of a whole micro-batch can be read; first: {bad[0][1]}")
+        stand_in = [min(good, key=lambda g: (g - j) % len(ids)) for j in range(len(ids))]
+        choices = select(choices, stand_in) if bad else choices
+        images = pad_to_one_size([images[j] for j in stand_in])
+        return images, choices._replace(boxes=np.stack([boxes[j] for j in stand_in], 1)), bad
+
+
+def select(plan, index):
+    """The plan of some of its images."""
+    return Plan(plan.recipe, *(None if a is None else a[:, index] for a in plan[1:]))
+
+
+def as_read(batch):
+    return batch  # torch would turn the arrays of the plan into tensors
+
+
+def make_loader(source, recipes, seed, steps, batch, micro_batch=None, rank=0, world=1, workers=0, patch_size=16,
+                masking=(0.5, (0.1, 0.5)), skip_bad=0, pin_memory=False):  # fmt: skip
+    """Yield the micro-batches of `steps` (a range) in order; starts at any step at once.
+
+    A file that cannot be read is an error, or, up to `skip_bad` times, a printed and counted replacement.
+    """
+    recipes = [recipes] if isinstance(recipes, Recipe) else recipes
+    micro_batch = micro_batch or batch // world
+    updates = Updates(source, recipes, seed, steps, batch, micro_batch, rank, world, patch_size, masking)
+    loader = torch.utils.data.DataLoader(
+        updates, batch_size=None, shuffle=False, num_workers=workers, pin_memory=pin_memory, collate_fn=as_read
+    )
+    skipped = 0
+    for item in loader:
+        for path, reason in item.bad:
+            skipped += 1
+            if skipped > skip_bad:
+                raise OSError(f"{reason} (--skip-bad {skip_bad} allows no more)")
+            print(f"skipped {skipped} of at most {skip_bad} broken files: {path}")
+        yield item
