@@ -739,11 +739,12 @@ def pick_recipe(recipes, seed, step):
 class Updates(torch.utils.data.Dataset):
     """Item k is micro-batch k % micros of update steps[k // micros], this rank's contiguous part of the plan."""
 
-    def __init__(self, source, recipes, seed, steps, batch, micro_batch, rank, world, patch_size, masking):
+    def __init__(self, source, recipes, seed, steps, batch, micro_batch, rank, world, patch_size, masking, fixed):
         if batch % (world * micro_batch):
             raise ValueError(f"batch {batch} is not a multiple of ranks x micro-batch = {world} x {micro_batch}")
         self.source, self.recipes, self.seed, self.steps, self.batch = source, recipes, seed, steps, batch
-        self.micro_batch, self.rank, self.patch_size, self.masking = micro_batch, rank, patch_size, masking
+        self.micro_batch, self.rank, self.patch_size = micro_batch, rank, patch_size
+        self.masking, self.fixed = masking, fixed
         self.micros = batch // (world * micro_batch)
 
     def __len__(self):
@@ -755,9 +756,10 @@ class Updates(torch.utils.data.Dataset):
         here = slice(start, start + self.micro_batch)
         ids = self.source.order(self.seed, step, self.batch)[here]
         recipe = pick_recipe(self.recipes, self.seed, step)
-        images, choices, bad = self.read(ids, plan(self.seed, step, ids, recipe))
+        look = 0 if self.fixed else step
+        images, choices, bad = self.read(ids, plan(self.seed, look, ids, recipe))
         grid = [recipe.global_size // self.patch_size] * 2
-        masks = block_masks(self.seed, step, 2 * self.batch, grid, *self.masking)
+        masks = block_masks(self.seed, look, 2 * self.batch, grid, *self.masking)
         masks = masks.unflatten(0, (2, self.batch))[:, here].flatten(0, 1)
         return Batch(step, ids, images, choices, masks, bad)
 
@@ -797,14 +799,15 @@ def as_read(batch):
 
 
 def make_loader(source, recipes, seed, steps, batch, micro_batch=None, rank=0, world=1, workers=0, patch_size=16,
-                masking=(0.5, (0.1, 0.5)), skip_bad=0, pin_memory=False):  # fmt: skip
+                masking=(0.5, (0.1, 0.5)), skip_bad=0, pin_memory=False, fixed=False):  # fmt: skip
     """Yield the micro-batches of `steps` (a range) in order; starts at any step at once.
 
     A file that cannot be read is an error, or, up to `skip_bad` times, a printed and counted replacement.
+    fixed: an image always gets the same crops, and each update the same masks (to overfit on purpose).
     """
     recipes = [recipes] if isinstance(recipes, Recipe) else recipes
     micro_batch = micro_batch or batch // world
-    updates = Updates(source, recipes, seed, steps, batch, micro_batch, rank, world, patch_size, masking)
+    updates = Updates(source, recipes, seed, steps, batch, micro_batch, rank, world, patch_size, masking, fixed)
     loader = torch.utils.data.DataLoader(
         updates, batch_size=None, shuffle=False, num_workers=workers, pin_memory=pin_memory, collate_fn=as_read
     )

@@ -1,0 +1,533 @@
+import copy
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from safetensors import safe_open
+from test_data import make_ct, make_split
+
+import checkpoint
+import data
+import train_ssl as t
+from model import ProjectionHead, SSLModel, build_vit, draw_rope, state_from_original
+
+ROOT = Path(__file__).resolve().parent.parent
+GOLDEN = Path(__file__).parent / "golden"
+TINY = (
+    "--arch vit_test --batch-size 8 --global-size 32 --local-size 16 --local-crops 2 --prototypes 32 --head-hidden 32 "
+    "--head-bottleneck 16 --workers 0 --log-every 2 --save-every 2 --eval-every 0 --gram-start 0.5 --gram-refresh 2 "
+    "--koleo-group 4 --device cpu --layerscale 0.1 --lr 1e-3"
+).split()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    root = make_ct(tmp_path / "data", series=10)
+    make_split(root, {f"toy/P{i}": "train" if i < 8 else "val_select" for i in range(9)})
+    return root
+
+
+def train(folder, out, *more):
+    return t.main(["--data", str(folder), "--out", str(out), *TINY, *more])
+
+
+def weights(run):
+    state = checkpoint.load(run / "last.pth")
+    found = {f"{k}.{n}": v for k in ("student", "teacher", "gram") for n, v in (state[k] or {}).items()}
+    return (
+        found
+        | {f"opt.{n}.{k}": v for n, s in state["optimizer"].items() for k, v in s.items()}
+        | {"step": state["step"]}
+    )
+
+
+def same(a, b):
+    assert a.keys() == b.keys()
+    different = [k for k in a if not (torch.equal(a[k], b[k]) if isinstance(a[k], torch.Tensor) else a[k] == b[k])]
+    assert not different, different[:5]
+
+
+def lines(run, key=None):
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if key is None or key in row]
+
+
+# the reference's numbers
+
+
+def test_schedules_match_the_reference():
+    with safe_open(GOLDEN / "06_schedules.safetensors", "pt") as f:
+        golden = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118 - not a dict
+        meta = json.loads(f.metadata()["meta"])
+    cases = {}
+    for name, a in meta["fn"].items():
+        cosine = a["cosine_iterations"]
+        cosine = a["total_iterations"] - a["warmup_iterations"] if cosine is None else cosine
+        cases[f"fn.{name}"] = (a["start"], a["peak"], a["end"], a["warmup_iterations"], 0, cosine)
+    for name, a in meta["schedules_v2"]["schedules"].items():
+        factor = 0.5 if name == "lr" else 1.0  # the reference's batch-size rule
+        warmup = 10 * a["warmup_epochs"]
+        cosine = 10 * a["cosine_epochs"] if "cosine_epochs" in a else 120 - warmup
+        cases[f"v2.{name}"] = (a["start"], factor * a["peak"], factor * a["end"], warmup, 0, cosine)
+    assert len(cases) == 9
+    for name, arguments in cases.items():
+        ours = [t.schedule(step, *arguments) for step in range(len(golden[name]))]
+        torch.testing.assert_close(
+            torch.tensor(ours, dtype=torch.float64), golden[name].double(), rtol=1e-9, atol=1e-12
+        )
+    frozen = [0.0 if s < 10 else t.schedule(s, *cases["v2.lr"]) for s in range(120)]
+    torch.testing.assert_close(torch.tensor(frozen, dtype=torch.float64), golden["v2.last_layer_lr"].double())
+    hold = [t.schedule(s, 0, 1.0, 0.1, 2, 5, 4) for s in range(13)]
+    assert hold == pytest.approx([0, 0.5] + [1.0] * 6 + [0.775, 0.325, 0.1, 0.1, 0.1])
+
+
+def test_parameter_groups_match_the_reference():
+    golden = json.loads((GOLDEN / "06_param_groups.json").read_text())
+    for part, key in (("backbone", "backbone_swiglu_depth3"), ("dino_head", "dino_head")):
+        for name, expected in golden[key].items():
+            ours = name.replace("storage_tokens", "register_tokens")
+            lr, wd, last = t.multipliers(f"{part}.{ours}", 3, golden["lr_decay_rate"], golden["patch_embed_lr_mult"])
+            assert lr == pytest.approx(expected["lr_multiplier"]) and last == expected["is_last_layer"], name
+            assert wd == expected["wd_multiplier"], name
+    model = toy()
+    groups = t.param_groups(model, 0.9, 0.2)
+    assert sorted(id(p) for g in groups for p in g["params"]) == sorted(id(p) for p in model.parameters())
+
+
+def golden_step():
+    meta = json.loads((GOLDEN / "08_full_step_a.json").read_text())
+    g = safetensors.torch.load_file(GOLDEN / "08_full_step_a.safetensors")
+    stored = safetensors.torch.load_file(GOLDEN / "08_full_step_a_weights.safetensors")
+
+    def load(module, prefix):
+        state = {k[len(prefix) :]: v for k, v in stored.items() if k.startswith(prefix)}
+        module.load_state_dict(ours(state))
+        return module
+
+    def vit():
+        return build_vit("vit_test", dim=32, depth=2, heads=2, ffn_dim=128)
+
+    student, teacher = (
+        SSLModel(vit(), ProjectionHead(32, 48, 16, 64), ProjectionHead(32, 48, 16, 48)) for _ in range(2)
+    )
+    load(student, "student.")
+    load(teacher, "teacher.").eval()
+    prefix = (
+        "gram_teacher.backbone." if any(k.startswith("gram_teacher.backbone.") for k in stored) else "gram_teacher."
+    )
+    gram = load(vit(), prefix).eval()
+    crops = data.Crops(*((g[f"batch.{k}_crops_u8"].float() - 128) / 32 for k in ("global", "local", "gram")))
+    return student, teacher, gram, t.Micro(crops, g["batch.masks"]), g, meta
+
+
+def ours(state):
+    """Reference names -> ours, below any prefix."""
+    kept = {k: v for k, v in state.items() if not k.endswith((".bias_mask", "rope_embed.periods", "center"))}
+    return {k.replace("storage_tokens", "register_tokens"): v for k, v in kept.items()}
+
+
+def test_one_full_step_matches_the_reference():
+    student, teacher, gram, micro, g, meta = golden_step()
+    w = t.Weights(teacher_temp=meta["teacher_temp"], gram=2.0, koleo_group=4)
+    sums, seen = t.ssl_update(student, teacher, gram, [micro], w)
+    close = dict(rtol=1e-4, atol=2e-5)
+    for term, name in (("dino_global", "dino_global_crops_loss"), ("dino_local", "dino_local_crops_loss"),
+                       ("ibot", "ibot_loss"), ("koleo", "koleo_loss"), ("gram", "gram_loss")):  # fmt: skip
+        assert sums[term].item() == pytest.approx(meta["metrics"][name], rel=1e-4), term
+    assert sums["loss"].item() == pytest.approx(meta["total_loss"], rel=1e-5)
+    torch.testing.assert_close(seen.cls_targets, g["mid.teacher.cls_centered"].flatten(0, 1), **close)
+    parameters = dict(student.named_parameters())
+    expected = ours({k[5:]: v for k, v in g.items() if k.startswith("grad.")})
+    for name, gradient in expected.items():
+        torch.testing.assert_close(parameters[name].grad, gradient, rtol=1e-3, atol=1e-5, msg=lambda s: f"{name}: {s}")
+    for name, norm in ours(meta["grad_norm_per_param"]).items():
+        assert parameters[name].grad.norm().item() == pytest.approx(norm, rel=2e-3, abs=1e-5), name
+
+    norms = t.clip_gradients(student, meta["clip_grad"])
+    for name, norm in meta["grad_norm_before_clip_per_submodule"].items():
+        assert norms[name].item() == pytest.approx(norm, rel=1e-4)
+    for name in ("backbone.cls_token", "dino_head.last_layer.weight", "ibot_head.last_layer.weight"):
+        torch.testing.assert_close(parameters[name].grad, g[f"grad_clipped.{name}"], rtol=1e-3, atol=1e-5)
+
+    groups = t.param_groups(student, meta["layerwise_decay"], meta["patch_embed_lr_mult"])
+    optimizer = torch.optim.AdamW(groups, betas=meta["adamw_betas"], eps=meta["adamw_eps"], fused=True)
+    t.set_rates(optimizer, t.Now(meta["lr"], meta["last_layer_lr"], meta["wd"], 0.9, 0.06, 2.0))
+    small = {n: p.grad.abs() < 1e-6 for n, p in parameters.items()}
+    optimizer.step()
+    t.update_teacher(teacher, student, meta["ema_momentum"])
+    for who, model, scale in (("student", student, 1.0), ("teacher", teacher, 0.1)):
+        after = ours({k[len(f"after.{who}.") :]: v for k, v in g.items() if k.startswith(f"after.{who}.")})
+        assert after
+        for name, value in after.items():
+            error = (dict(model.named_parameters())[name] - value).abs()
+            error[small[name]] = 0  # AdamW's first step is lr * sign(g): at rounding level the sign may flip
+            assert error.max() < 2e-6 * scale + 1e-6, (who, name)
+
+
+# the batch is what you say
+
+
+def toy():
+    torch.manual_seed(0)
+    vit = build_vit("vit_test", layerscale=0.5)
+    return SSLModel(vit, ProjectionHead(64, 32, 16, 48), ProjectionHead(64, 32, 16, 40))
+
+
+def toy_batch(images=32):
+    g = torch.Generator().manual_seed(1)
+    globals_, locals_ = (torch.randn(v, images, 3, s, s, generator=g) for v, s in ((2, 32), (3, 16)))
+    masks = data.block_masks(0, 0, 2 * images, (2, 2), ratio=(0.3, 0.8)).unflatten(0, (2, images))
+    rope = [draw_rope(torch.Generator().manual_seed(2)) for _ in range(2)]
+
+    def piece(start, stop):
+        cut = [x[:, start:stop].flatten(0, 1) for x in (globals_, locals_, masks)]
+        return t.Micro(data.Crops(cut[0], cut[1], None), cut[2], rope=rope)
+
+    return piece
+
+
+def update(world_rank, micros, net_of=lambda m: m):
+    """Losses and gradients of the toy batch, cut into `micros` pieces per rank."""
+    rank, world = world_rank
+    student, teacher = toy(), toy().eval()
+    torch.manual_seed(5)
+    for p in teacher.parameters():
+        p.data += 0.05 * torch.randn_like(p)
+    piece, size = toy_batch(), 32 // (world * micros)
+    pieces = [piece(i * size, (i + 1) * size) for i in range(rank * micros, (rank + 1) * micros)]
+    w = t.Weights(teacher_temp=0.05, gram=1.0, koleo_group=8)
+    net = net_of(student)
+    sums, _ = t.ssl_update(net, teacher, teacher.backbone, pieces, w)
+    return sums, {name: p.grad for name, p in student.named_parameters()}
+
+
+def two_ranks(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    for micros in (1, 2):
+        sums, grads = update((rank, 2), micros, torch.nn.parallel.DistributedDataParallel)
+        for value in sums.values():
+            dist.all_reduce(value)
+        if rank == 0:
+            torch.save([{k: v / 2 for k, v in sums.items()}, grads], f"{folder}/{micros}.pth")
+    dist.destroy_process_group()
+
+
+def test_any_cut_of_the_batch_gives_the_same_losses_and_gradients(tmp_path):
+    sums, grads = update((0, 1), 1)
+    mp.spawn(two_ranks, (str(tmp_path),), 2)
+    others = {"4 x 8": update((0, 1), 4)}
+    others |= {f"2 ranks, {m} each": torch.load(tmp_path / f"{m}.pth", weights_only=True) for m in (1, 2)}
+    for name, (other_sums, other_grads) in others.items():
+        for key in sums:
+            torch.testing.assert_close(
+                other_sums[key], sums[key], rtol=1e-4, atol=1e-6, msg=lambda s: f"{name} {key} {s}"
+            )
+        for key in grads:
+            torch.testing.assert_close(
+                other_grads[key], grads[key], rtol=1e-4, atol=1e-6, msg=lambda s: f"{name} {key} {s}"
+            )
+
+
+def test_centering_by_softmax_moves_its_centre_once_per_update():
+    student, teacher = toy(), toy().eval()
+    piece, centers = toy_batch(), {}
+    w = t.Weights(teacher_temp=0.05, koleo_group=8, centering="softmax")
+    for _ in range(2):
+        t.ssl_update(student, teacher, None, [piece(0, 16), piece(16, 32)], w, centers)
+    with torch.no_grad():
+        mean = teacher([piece(0, 32).crops.globals]).cls_logits.mean(0)
+    torch.testing.assert_close(centers["cls"], (1 - 0.9**2) * mean, rtol=1e-4, atol=1e-6)
+
+
+# runs
+
+
+def test_a_stopped_and_resumed_run_ends_with_the_same_bits(folder, tmp_path, monkeypatch):
+    assert train(folder, tmp_path / "whole", "--steps", "9", "--drop-path", "0.3") == 0
+    real, count = t.ssl_update, []
+
+    def interrupted(*args):
+        count.append(1)
+        if len(count) in (3, 6):  # update 3 (then 6) is finished and saved, then the run stops
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args)
+
+    monkeypatch.setattr(t, "ssl_update", interrupted)
+    for expected in (3, 6, 9):
+        assert train(folder, tmp_path / "parts", "--steps", "9", "--drop-path", "0.3") == 0
+        assert checkpoint.load(tmp_path / "parts" / "last.pth")["step"] == expected
+    same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+    events = [row["event"] for row in lines(tmp_path / "parts", "event")]
+    assert [e for e in events if "saved at" in e] == [f"interrupted, saved at step {n}" for n in (3, 6)]
+    assert "resumed from step_00000003.pth" in events
+    a, b = ({r["step"]: r["loss"] for r in lines(tmp_path / n, "loss")} for n in ("whole", "parts"))
+    assert a == b and list(a) == [2, 4, 6, 8, 9]
+    state = checkpoint.load(tmp_path / "whole" / "last.pth")
+    assert state["trained_groups"] == [f"toy/P{i}" for i in range(8)] and state["encoding"] == "hu16-v1"
+    assert state["gram"] is not None and state["gram_refreshes"] == 2 and state["images"] == 72
+
+
+def test_a_finished_run_says_so_and_extends_only_on_request(folder, tmp_path, capsys):
+    out = tmp_path / "run"
+    train(folder, out, "--steps", "4")
+    assert train(folder, out, "--steps", "4") == 0
+    assert "is finished: 4 updates done" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="--steps was 4 in this run and is now 6; use --extend N"):
+        train(folder, out, "--steps", "6")
+    with pytest.raises(ValueError, match="--lr was 0.001 in this run and is now 0.002"):
+        train(folder, out, "--steps", "4", "--lr", "2e-3")
+    with pytest.raises(ValueError, match="--resume never"):
+        train(folder, out, "--steps", "4", "--resume", "never", "--extend", "1")
+    assert train(folder, out, "--steps", "4", "--extend", "2", "--workers", "1") == 0
+    assert checkpoint.load(out / "last.pth")["step"] == 6
+    changed = lines(out, "changed")[-1]["changed"]
+    assert changed == {"extend": [0, 2], "workers": [0, 1]}
+    rates = {row["step"]: row["lr"] for row in lines(out, "loss")}
+    assert rates[6] == pytest.approx(1e-6)
+
+
+def test_a_changed_split_or_index_is_refused(folder, tmp_path):
+    train(folder, tmp_path / "run", "--steps", "2")
+    make_split(folder, {f"toy/P{i}": "train" if i < 7 else "val_select" for i in range(9)})
+    with pytest.raises(ValueError, match="split_sha256 differs"):
+        train(folder, tmp_path / "run", "--steps", "2", "--extend", "2")
+    (folder / "_splits" / "splits.json").unlink()
+    with pytest.raises(FileNotFoundError, match="make_splits.py"):
+        train(folder, tmp_path / "other", "--steps", "2")
+    assert train(folder, tmp_path / "other", "--steps", "2", "--no-split") == 0
+    assert checkpoint.load(tmp_path / "other" / "last.pth")["split_sha256"] is None
+
+
+def test_a_non_finite_update_is_skipped_and_three_stop_the_run(folder, tmp_path, monkeypatch):
+    real, count = t.ssl_update, []
+
+    def poisoned(student, *args):
+        count.append(1)
+        sums, seen = real(student, *args)
+        if len(count) in bad:
+            student.backbone.cls_token.grad.fill_(math.nan)
+        return sums, seen
+
+    monkeypatch.setattr(t, "ssl_update", poisoned)
+    bad = {3}
+    assert train(folder, tmp_path / "one", "--steps", "4") == 0
+    state = checkpoint.load(tmp_path / "one" / "last.pth")
+    assert all(v["step"] == 3 for v in state["optimizer"].values())  # of 4 updates
+    assert all(v.isfinite().all() for k in ("student", "teacher") for v in state[k].values())
+    assert any("inspect_step.py --step 3" in row["event"] for row in lines(tmp_path / "one", "event"))
+    count.clear()
+    bad = {4, 5, 6}
+    assert train(folder, tmp_path / "three", "--steps", "8") == 3
+    assert "three updates in a row" in lines(tmp_path / "three", "event")[-1]["event"]
+    assert checkpoint.load(tmp_path / "three" / "last.pth")["step"] == 4
+
+
+def test_a_full_disk_is_loud_and_does_not_stop_the_run(folder, tmp_path, monkeypatch):
+    def full_disk(path, state):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save", full_disk)
+    assert train(folder, tmp_path / "run", "--steps", "5") == 0
+    failed = [row for row in lines(tmp_path / "run", "event") if "SAVE FAILED" in row["event"]]
+    assert [row["step"] for row in failed] == [2, 4, 5] and "No space left" in failed[0]["event"]
+
+
+def test_a_damaged_newest_checkpoint_falls_back_and_still_ends_the_same(folder, tmp_path, capsys):
+    train(folder, tmp_path / "whole", "--steps", "6")
+    train(folder, tmp_path / "run", "--steps", "6")
+    (tmp_path / "run" / "last.pth").unlink()
+    newest = tmp_path / "run" / "step_00000006.pth"
+    newest.write_bytes(newest.read_bytes()[:-1000])
+    raw = bytearray((tmp_path / "run" / "step_00000004.pth").read_bytes())
+    raw[len(raw) // 2] ^= 1
+    (tmp_path / "run" / "step_00000004.pth").write_bytes(raw)
+    capsys.readouterr()
+    train(folder, tmp_path / "run", "--steps", "6")
+    assert "using step_00000002.pth" in capsys.readouterr().err
+    same(weights(tmp_path / "whole"), weights(tmp_path / "run"))
+
+
+def test_one_run_per_folder(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("tools.runlog.time.sleep", lambda s: None)
+    out = tmp_path / "run"
+    out.mkdir()
+    held = t.lock(out)
+    with pytest.raises(ValueError, match=f"in use by process {os.getpid()}"):
+        train(folder, out, "--steps", "2")
+    held.close()
+    assert train(folder, out, "--steps", "2") == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--micro-batch", "3"], "--micro-batch 3 does not divide the images of a rank (8); nearest: 2"),
+        (["--koleo-group", "3"], "--koleo-group 3 does not divide --micro-batch (8); nearest: 2"),
+        (["--precision", "fp16"], "fp16"),
+        (["--sizes", "448x112"], "'448x112' is not GLOBAL/LOCAL"),
+        (["--global-size", "40"], "height 40 is not a multiple of the patch size 16"),
+        (["--init", "/nowhere"], "no weights at /nowhere"),
+    ],
+)
+def test_bad_flags_say_what_to_do(folder, tmp_path, flags, message):
+    with pytest.raises((ValueError, OSError)) as caught:
+        train(folder, tmp_path / "run", "--steps", "2", *flags)
+    assert message in str(caught.value)
+
+
+def test_the_log_holds_what_it_promises(folder, tmp_path):
+    train(folder, tmp_path / "run", "--steps", "4", "--eval-every", "4", "--grace", "4")
+    row = lines(tmp_path / "run", "loss")[-1]
+    promised = (
+        "images epoch loss excess dino ibot koleo gram lr last_lr weight_decay ema teacher_temp grad_norm_backbone "
+        "grad_norm_dino_head grad_norm_ibot_head teacher_entropy marginal_entropy rankme effective_rank cosine kl "
+        "images_s data_wait tflops memory_gb seconds_to_go"
+    )
+    for key in promised.split():
+        assert isinstance(row[key], (int, float)) and math.isfinite(row[key]), key
+    assert row["step"] == 4 and row["images"] == 32 and row["seconds_to_go"] == 0
+    held = lines(tmp_path / "run", "val_loss")[-1]
+    assert held["val_slices"] == 4 and 0 <= held["val_top1"] <= held["val_top5"] <= 1
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["args"]["batch_size"] == 8 and config["split"] == "train" and config["recipes"][0]["kind"] == "ct"
+    assert list((tmp_path / "run" / "tb").iterdir())
+
+
+def test_continuing_from_weights(folder, tmp_path, capsys):
+    train(folder, tmp_path / "one", "--steps", "2")
+    last = str(tmp_path / "one" / "last.pth")
+    train(folder, tmp_path / "two", "--steps", "2", "--init", last, "--lr", "0", "--lr-end", "0", "--gram-teacher", last)
+    one, two = (checkpoint.load(tmp_path / n / "last.pth") for n in ("one", "two"))
+    for key, value in two["student"].items():
+        if key.startswith("backbone."):
+            assert torch.equal(value, one["teacher"][key]), key
+    assert all(torch.equal(v, one["teacher"]["backbone." + k]) for k, v in two["gram"].items())
+    with pytest.raises(ValueError, match="is a vit_test; say --arch vit_test"):
+        train(folder, tmp_path / "three", "--steps", "2", "--init", last, "--arch", "vit_tiny")
+
+
+def test_gram_snapshots_are_a_function_of_the_step():
+    args = t.build_parser().parse_args(["--data", "x", "--steps", "100", "--gram-start", "50", "--gram-refresh", "10"])
+    t.resolve(args, 1)
+    found = [t.gram_snapshots(s, args) for s in (0, 49, 50, 59, 60, 70, 80, 99)]
+    assert found == [0, 0, 1, 1, 2, 3, 4, 4]
+    assert t.values_at(49, args).gram == 0 and t.values_at(60, args).gram == 2.0
+    args.gram_weight = 0
+    assert t.gram_snapshots(80, args) == 0
+
+
+def test_retrieval_against_a_loop():
+    class Fake:
+        def backbone(self, globals_):
+            return type("Tokens", (), {"cls": globals_.flatten(1)[:, :7]})
+
+    random = np.random.default_rng(0)
+    images = torch.from_numpy(random.integers(0, 255, (12, 3, 32, 32))).byte()
+    recipe = t.dataclasses.replace(data.RECIPES["ct"], global_size=16, local_size=16, local_crops=1)
+    plan = data.plan(0, 0, range(12), recipe)
+    series = np.arange(12) // 3
+    found = t.retrieval(Fake(), [(images, plan, series)], torch.device("cpu"))
+    a, b = torch.nn.functional.normalize(data.render(images, plan).globals.flatten(1)[:, :7], dim=-1).chunk(2)
+    for suffix, excluded in (("", True), ("_with_series", False)):
+        ranks = []
+        for i in range(12):
+            others = [j for j in range(12) if j != i and not (excluded and series[j] == series[i])]
+            ranks.append(sum((a[i] @ b[j] > a[i] @ b[i]).item() for j in others))
+        assert found[f"top1{suffix}"] == pytest.approx(np.mean(np.array(ranks) < 1), abs=0.09)
+        assert found[f"top5{suffix}"] == pytest.approx(np.mean(np.array(ranks) < 5), abs=0.09)
+
+
+def command(folder, out, *more, launcher=(sys.executable,)):
+    return [*launcher, str(ROOT / "train_ssl.py"), "--data", str(folder), "--out", str(out), *TINY, *more]
+
+
+def test_a_users_mistake_is_one_line_and_exit_code_2(tmp_path):
+    done = subprocess.run(command(tmp_path / "nothing", tmp_path / "run"), capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.strip().endswith("nothing is not a folder")
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_sigkills_at_random_moments_change_no_bit(folder, tmp_path):
+    flags = ("--steps", "40", "--save-every", "1", "--drop-path", "0.2", "--workers", "1")
+    subprocess.run(command(folder, tmp_path / "whole", *flags), check=True, capture_output=True)
+    random, kills = np.random.default_rng(0), 0
+    while kills < 5:
+        process = subprocess.Popen(
+            command(folder, tmp_path / "run", *flags), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        target = random.integers(3, 9) + (latest_step(tmp_path / "run"))
+        while process.poll() is None and latest_step(tmp_path / "run") < target:
+            pass
+        if process.poll() is not None:
+            break
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        kills += 1
+    assert kills >= 4
+    subprocess.run(command(folder, tmp_path / "run", *flags), check=True, capture_output=True)
+    same(weights(tmp_path / "whole"), weights(tmp_path / "run"))
+    assert not list((tmp_path / "run").glob(".*.tmp"))
+
+
+def latest_step(run):
+    return max((checkpoint.step_of(p) for p in run.glob("step_*.pth")), default=0)
+
+
+@pytest.mark.slow
+def test_two_processes_and_another_world_size_continue_the_same_samples(folder, tmp_path):
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    one = command(folder, tmp_path / "one", "--steps", "4", launcher=(sys.executable,))
+    two = command(folder, tmp_path / "two", "--steps", "4", launcher=torchrun)
+    mixed = [command(folder, tmp_path / "mixed", "--steps", "4", launcher=x) for x in (torchrun, (sys.executable,))]
+    subprocess.run(one, check=True, env=env, capture_output=True)
+    subprocess.run(two, check=True, env=env, capture_output=True)
+    limited = [*mixed[0], "--time-limit", "0.000001"]  # stops after one update
+    subprocess.run(limited, check=True, env=env, capture_output=True)
+    assert checkpoint.load(tmp_path / "mixed" / "last.pth")["step"] == 1
+    subprocess.run(mixed[1], check=True, env=env, capture_output=True)
+    fsdp = command(folder, tmp_path / "fsdp", "--steps", "4", "--fsdp", launcher=torchrun)
+    subprocess.run(fsdp, check=True, env=env, capture_output=True)
+    reference = weights(tmp_path / "one")
+    for name in ("two", "mixed", "fsdp"):
+        found = weights(tmp_path / name)
+        losses = [{r["step"]: r["loss"] for r in lines(tmp_path / n, "loss")} for n in ("one", name)]
+        assert losses[1][4] == pytest.approx(losses[0][4], rel=1e-4), name
+        error = max((found[k] - v).abs().max().item() for k, v in reference.items() if k.startswith("teacher"))
+        assert error < 1e-5, (name, error)
+
+
+@pytest.mark.slow
+def test_a_planted_collapse_is_named(folder, tmp_path):
+    out = tmp_path / "run"
+    flags = "--steps 200 --centering none --teacher-temp 1 1 --lr 0.1 --log-every 10 --save-every 200 --warmup 10"
+    code = train(folder, out, *flags.split(), "--gram-weight", "0")
+    events = [row["event"] for row in lines(out, "event")]
+    assert any("collapse" in e or "diverged" in e for e in events) or code == 3, events
+
+
+def test_teacher_is_a_moving_average_not_the_student():
+    student, teacher = toy(), toy()
+    for p in student.parameters():
+        p.data += 1
+    before = copy.deepcopy(dict(teacher.named_parameters()))
+    t.update_teacher(teacher, student, 0.75)
+    for (name, p), s in zip(teacher.named_parameters(), student.parameters()):
+        torch.testing.assert_close(p, 0.75 * before[name] + 0.25 * s)
+
+
+def test_original_state_helper_is_the_one_used_by_the_model():
+    state, periods = state_from_original({"storage_tokens": torch.ones(1), "rope_embed.periods": torch.ones(2)})
+    assert list(state) == ["register_tokens"] and periods is not None

@@ -1,0 +1,147 @@
+"""What a training run leaves behind for people: metrics.jsonl, TensorBoard, a readable line, warnings in words.
+
+Shared by the training programs; nothing here changes a number of the method.
+"""
+
+import contextlib
+import fcntl
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from data import MEAN, STD
+
+
+def lock(out, patience_s=60):
+    """Hold the run's folder until this process ends; waits for a dying worker, then refuses."""
+    file = open(out / ".lock", "a+")  # noqa: SIM115 - stays open for the life of the run
+    for _ in range(patience_s):
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+            return file
+        time.sleep(1)
+    file.seek(0)
+    raise ValueError(f"{out} is in use by process {file.read()}; stop it, or choose another --out")
+
+
+def git_commit():
+    here = Path(__file__).parent
+    ask = [
+        subprocess.run(["git", *q], cwd=here, capture_output=True, text=True)
+        for q in (["rev-parse", "HEAD"], ["status", "--porcelain"])
+    ]
+    return ask[0].stdout.strip() + ("+dirty" if ask[1].stdout.strip() else "") if ask[0].returncode == 0 else None
+
+
+def append_line(path, line):
+    with open(path, "a") as f:  # one write of one line: readers never see half of it
+        f.write(json.dumps(line) + "\n")
+
+
+PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312, "L40S": 362, "RTX 4090": 165}  # dense bf16, from the data sheets
+
+
+def device_peak(device):
+    """Dense bf16 TFLOP/s of a known card, or None."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((peak for card, peak in PEAK_TFLOPS.items() if card in name), None)
+
+
+def forward_flops(vit, size):
+    patches = (size // vit.patch_size) ** 2
+    tokens, weights = patches + 1 + vit.registers, sum(p.numel() for p in vit.blocks.parameters() if p.ndim == 2)
+    return (
+        2 * tokens * weights + 4 * vit.depth * tokens**2 * vit.dim + 2 * patches * vit.patch_embed.proj.weight.numel()
+    )
+
+
+def flops_per_image(student, recipe, args, with_gram):
+    """Multiply-adds x 2 of one image in one update: student forward and backward, teacher forward, Gram forward."""
+    big, small = (forward_flops(student.backbone, s) for s in (recipe.global_size, recipe.local_size))
+    patches = (recipe.global_size // student.backbone.patch_size) ** 2
+    masked = 2 * patches * args.mask_probability * sum(args.mask_ratio) / 2
+    head = 2 * sum(p.numel() for p in student.dino_head.parameters())
+    total = (
+        3 * (2 * big + recipe.local_crops * small + head * (2 + recipe.local_crops + masked))
+        + 2 * big
+        + head * (2 + masked)
+    )
+    return total + (2 * forward_flops(student.backbone, recipe.gram_size) if with_gram else 0)
+
+
+def warnings_in_words(numbers, loss_before, rows, dim):
+    """What the collapse numbers of one log line say, if anything."""
+    most = min(rows, dim)
+    if not math.isfinite(numbers["rankme"]):
+        yield "diverged: the teacher's features are not finite"
+    elif numbers["rankme"] < max(1.5, 0.05 * most) or numbers["cosine"] > 0.99:
+        spans = f"{numbers['rankme']:.1f} of {most} dimensions"
+        yield f"rank collapse: features span {spans}, mean cosine {numbers['cosine']:.3f}"
+    if numbers["teacher_entropy"] < 0.02:
+        yield f"one-hot collapse: teacher entropy is {numbers['teacher_entropy']:.4f} of ln K"
+    elif numbers["teacher_entropy"] > 0.995 and numbers["kl"] < 0.05:
+        yield f"uniform collapse: teacher entropy is {numbers['teacher_entropy']:.4f} of ln K and the student agrees"
+    if numbers["loss"] > 1.5 * loss_before:
+        yield f"loss spike: {numbers['loss']:.3f} after {loss_before:.3f}"
+
+
+def memory_gb(device):
+    """Most memory taken on a card, or memory of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    if sys.platform != "linux":
+        return 0.0
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e9
+
+
+SHOWN = "loss excess dino ibot koleo gram teacher_entropy rankme lr images_s val_loss val_top1 val_top5".split()
+
+
+class Log:
+    """metrics.jsonl, TensorBoard and one readable line; on rank 0 only."""
+
+    def __init__(self, out, start, total, quiet):
+        self.quiet, self.path = quiet, out / "metrics.jsonl"
+        if quiet:
+            return
+        from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+        self.tb = SummaryWriter(out / "tb", purge_step=start + 1)
+        self.bar = tqdm(total=total, initial=start, unit="update", dynamic_ncols=True, smoothing=0.05)
+
+    def event(self, step, text, **more):
+        if not self.quiet:
+            append_line(self.path, {"step": step, "event": text, **more})
+            tqdm.write(f"step {step}: {text}")
+
+    def numbers(self, step, line):
+        if self.quiet:
+            return
+        line = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in line.items()}
+        append_line(self.path, {"step": step, **line})
+        for key, value in line.items():
+            if isinstance(value, (int, float)):
+                self.tb.add_scalar(key, value, step)
+        shown = [f"{key} {line[key]:.4g}" for key in SHOWN if key in line]
+        tqdm.write(f"step {step}: " + ", ".join(shown))
+
+    def crops(self, step, crops):
+        if not self.quiet:
+            for name, views in (("globals", crops.globals[:8]), ("locals", crops.locals[:16])):
+                mean, std = (views.new_tensor(t)[:, None, None] for t in (MEAN, STD))
+                self.tb.add_images(f"crops/{name}", (views * std + mean).clamp(0, 1).float().cpu(), step)
+
+    def close(self):
+        if not self.quiet:
+            self.bar.close()
+            self.tb.close()

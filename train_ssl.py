@@ -1,0 +1,859 @@
+"""Pretrain a DINOv3 ViT on CT slices or photographs: DINO + iBOT + KoLeo, Gram anchoring, EMA teacher.
+
+    torchrun --nproc-per-node=1 train_ssl.py --data data/processed --out runs/lidc
+
+The same command again resumes. Everything random is a function of (seed, step), so a killed run ends with the same
+weights as one that was never interrupted. Method: arXiv:2508.10104. Letters: B images of an update, b of a
+micro-batch, K prototypes, M masked patches, N patches, D features.
+"""
+
+import argparse
+import contextlib
+import copy
+import dataclasses
+import datetime
+import json
+import math
+import os
+import platform
+import signal
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn import functional as F
+from tqdm import tqdm
+
+import checkpoint
+import data
+import losses
+from model import ARCHS, ProjectionHead, SSLModel, build_vit, draw_keep, draw_rope, load_backbone
+from tools.cli import Parser, positive, run
+from tools.runlog import Log, device_peak, flops_per_image, git_commit, lock, memory_gb, warnings_in_words
+
+# ------------------------------------------------------------------ flags
+
+# May change between a run and its continuation; any other difference is refused.
+HARMLESS = (
+    "data out resume workers log_every save_every keep_last keep_every eval_every time_limit extend skip_bad grace "
+    "device micro_batch compile fsdp checkpointing deterministic"
+).split()
+
+
+# fmt: off
+def build_parser():
+    p = Parser(description=__doc__.splitlines()[0])
+    switch = argparse.BooleanOptionalAction
+    g = p.add_argument_group("run")
+    g.add_argument("--data", required=True, help="processed CT folder, or any folder of PNG/JPEG")
+    g.add_argument("--out", default="runs/ssl", help="the run's folder; the same command resumes what is there")
+    g.add_argument("--resume", choices=["auto", "never"], default="auto", help="never: refuse a used folder")
+    g.add_argument("--steps", type=positive, default=100_000, help="updates; all schedules end there")
+    g.add_argument("--extend", type=int, default=0, help="further updates at the final values of all schedules")
+    g.add_argument("--seed", type=int, default=0, help="of weights, order, crops, masks and stochastic depth")
+    g.add_argument("--device", default="auto", help="auto (CUDA/ROCm if there, else CPU), cpu, cuda")
+    g.add_argument("--precision", choices=["auto", "bf16", "fp32", "fp16"], default="auto", help="auto: bf16 on a GPU")
+    g.add_argument("--workers", type=int, default=min(8, max(1, (os.cpu_count() or 2) - 1)), help="readers; 0: none")
+    g.add_argument("--log-every", type=positive, default=50, help="updates")
+    g.add_argument("--save-every", type=positive, default=500, help="updates")
+    g.add_argument("--keep-last", type=positive, default=3, help="checkpoints, besides those of --keep-every")
+    g.add_argument("--keep-every", type=int, default=0, help="updates; checkpoints at multiples stay; 0: none")
+    g.add_argument("--eval-every", type=int, default=1000, help="updates between looks at val_select; 0: never")
+    g.add_argument("--time-limit", type=float, default=0, help="minutes until the run saves and exits; 0: none")
+    g.add_argument("--grace", type=float, default=None, help="updates or share without warnings; default: warm-up")
+    g.add_argument("--skip-bad", type=int, default=0, help="broken files replaced before one stops the run")
+    g.add_argument("--deterministic", default=False, action=switch, help="bit-identical on a GPU too; slower")
+    g.add_argument("--compile", default=False, action=switch, help="torch.compile the blocks; a slow first update")
+    g.add_argument("--fsdp", default=False, action=switch, help="shard weights over ranks, for what does not fit one")
+    g.add_argument("--checkpointing", default=False, action=switch, help="recompute activations to save memory")
+
+    g = p.add_argument_group("data (shares are of all --steps, from 0 to 1; above 1 they are updates)")
+    g.add_argument("--no-split", action="store_true", help="train on everything, without a contract; recorded")
+    g.add_argument("--limit", type=positive, default=None, help="images to train on, a fixed random subset")
+    g.add_argument("--overfit", action="store_true", help="an image always gets the same crops: a test of the method")
+    g.add_argument("--z-stride", type=positive, default=1, help="every n-th slice; neighbours stay the true ones")
+    g.add_argument("--aug", choices=["auto", *data.RECIPES], default="auto", help="views; auto: by encoding")
+    g.add_argument("--global-size", type=positive, default=224, help="pixels")
+    g.add_argument("--local-size", type=positive, default=96, help="pixels")
+    g.add_argument("--local-crops", type=positive, default=8, help="per image")
+    g.add_argument("--sizes", default=None, help="mixed sizes instead, one pair per update: 448/112,512/112")
+    g.add_argument("--global-scale", type=float, nargs=2, default=None, help="share of the area; default: by --aug")
+    g.add_argument("--local-scale", type=float, nargs=2, default=None, help="share of the area; default: by --aug")
+    g.add_argument("--mask-probability", type=float, default=0.5, help="share of global crops with iBOT masks")
+    g.add_argument("--mask-ratio", type=float, nargs=2, default=(0.1, 0.5), help="share of patches hidden in those")
+
+    g = p.add_argument_group("model")
+    g.add_argument("--arch", choices=list(ARCHS), default="vit_small", help="backbone")
+    g.add_argument("--init", default=None, help="backbone weights to start from: what model.load_backbone reads")
+    g.add_argument("--prototypes", type=positive, default=8192, help="per head; at most 32 for each crop of a batch")
+    g.add_argument("--head-hidden", type=positive, default=2048, help="width of the heads")
+    g.add_argument("--head-bottleneck", type=positive, default=256, help="dimension of the sphere before prototypes")
+    g.add_argument("--drop-path", type=float, default=0.0, help="share of images that skip a residual branch")
+    g.add_argument("--layerscale", type=float, default=1e-5, help="initial LayerScale")
+    g.add_argument("--rope-rescale", type=float, default=2.0, help="largest zoom of positions in training; 1: none")
+
+    g = p.add_argument_group("loss")
+    g.add_argument("--w-dino", type=float, default=1.0, help="weight of the cls cross entropy")
+    g.add_argument("--w-ibot", type=float, default=1.0, help="weight of the masked patch cross entropy")
+    g.add_argument("--w-koleo", type=float, default=0.1, help="weight of the spreading term, times 2 as in DINOv3")
+    g.add_argument("--koleo-group", type=positive, default=None, help="samples to spread apart; default: 16")
+    g.add_argument("--centering", choices=["sinkhorn", "softmax", "none"], default="sinkhorn", help="of targets")
+    g.add_argument("--student-temp", type=float, default=0.1, help="temperature")
+    g.add_argument("--teacher-temp", type=float, nargs=2, default=(0.04, 0.07), help="first and final temperature")
+    g.add_argument("--teacher-temp-warmup", type=float, default=0.1, help="updates or share")
+    g.add_argument("--gram-start", type=float, default=0.5, help="update or share; 1: never")
+    g.add_argument("--gram-refresh", type=float, default=0.1, help="updates or share between snapshots")
+    g.add_argument("--gram-max-refreshes", type=int, default=3, help="snapshots after the first")
+    g.add_argument("--gram-scale", type=int, default=2, help="resolution of the Gram crops over the global ones")
+    g.add_argument("--gram-weight", type=float, default=2.0, help="final weight; 0: no Gram anchoring")
+    g.add_argument("--gram-ramp", type=float, default=0.01, help="updates or share until that weight")
+    g.add_argument("--gram-teacher", default=None, help="weights of a fixed Gram teacher, used from --gram-start on")
+
+    g = p.add_argument_group("optimizer")
+    g.add_argument("--batch-size", type=positive, default=128, help="images per update, over all ranks")
+    g.add_argument("--micro-batch", type=positive, default=None, help="images that fit a device; default: up to 64")
+    g.add_argument("--lr", type=float, default=None, help="peak, as used; default: 5e-4 * sqrt(batch / 256)")
+    g.add_argument("--lr-end", type=float, default=1e-6, help="final")
+    g.add_argument("--schedule", choices=["cosine", "constant", "decay"], default="cosine",
+                   help="of the learning rate; decay: constant, then a cosine over the last fifth")
+    g.add_argument("--warmup", type=float, default=0.1, help="updates or share")
+    g.add_argument("--weight-decay", type=float, nargs=2, default=(0.04, 0.2), help="first and final")
+    g.add_argument("--layer-decay", type=float, default=0.9, help="learning rate factor per block, from the last down")
+    g.add_argument("--patch-lr", type=float, default=0.2, help="further factor of the patch embedding")
+    g.add_argument("--freeze-last", type=float, default=0.01, help="updates or share with fixed prototypes")
+    g.add_argument("--beta2", type=float, default=0.999, help="AdamW")
+    g.add_argument("--clip", type=float, default=3.0, help="largest gradient norm of backbone and of each head")
+    g.add_argument("--ema", type=float, nargs=2, default=(0.992, 1.0), help="first and final momentum of the teacher")
+    return p
+# fmt: on
+
+
+SHARES = "warmup teacher_temp_warmup gram_start gram_refresh gram_ramp freeze_last grace".split()
+
+
+def divisor(flag, value, whole, of):
+    """`value`, if it divides `whole`; else an error that names the nearest number that does."""
+    if whole % value:
+        nearest = min((m for m in range(1, whole + 1) if whole % m == 0), key=lambda m: abs(m - value))
+        raise ValueError(f"{flag} {value} does not divide {of} ({whole}); nearest: {nearest}")
+    return value
+
+
+def resolve(args, world):
+    """Turn shares into updates and fill in what depends on the batch, once and for the whole run."""
+    if args.precision == "fp16":
+        raise ValueError("--precision fp16: attention and prototype logits overflow in it; use bf16 or fp32")
+    divisor("the number of ranks", world, args.batch_size, "--batch-size")
+    images = args.batch_size // world
+    fits = max(m for m in range(1, min(images, 64) + 1) if images % m == 0)
+    args.micro_batch = divisor("--micro-batch", args.micro_batch or fits, images, "the images of a rank")
+    group = args.koleo_group or min(16, args.batch_size)
+    args.koleo_group = divisor("--koleo-group", group, args.micro_batch, "--micro-batch")
+    args.grace = args.warmup if args.grace is None else args.grace
+    for name in SHARES:
+        value = getattr(args, name)
+        setattr(args, name, int(value) if value > 1 else round(value * args.steps))
+    args.lr = 5e-4 * math.sqrt(args.batch_size / 256) if args.lr is None else args.lr
+    return args
+
+
+def choices_in_words(args):
+    rows = 2 * args.batch_size
+    yield f"batch {args.batch_size} as {args.micro_batch} at a time, {args.prototypes} prototypes, lr {args.lr:.2e}"
+    if args.centering == "sinkhorn" and args.prototypes > 32 * rows:
+        yield (
+            f"warning: Sinkhorn shares {rows} crops among {args.prototypes} prototypes, which makes targets noisy: use "
+            f"--prototypes {32 * rows} or fewer, a larger batch, or --centering softmax"
+        )
+    if args.no_split:
+        yield "no split: this run may have seen any image, and nothing that evaluates it can claim otherwise"
+
+
+# ------------------------------------------------------------------ schedules and parameter groups
+
+
+def schedule(step, start, peak, end, warmup=0, hold=0, cosine=0):
+    """Linear start -> peak over `warmup` updates, `hold`, half a cosine peak -> end over `cosine` updates, then end."""
+    if step < warmup:
+        return start + (peak - start) * step / warmup
+    step -= warmup + hold
+    if step < 0:
+        return peak
+    if step < cosine:
+        return end + (peak - end) * (1 + math.cos(math.pi * step / max(cosine - 1, 1))) / 2
+    return end
+
+
+class Now(NamedTuple):
+    """Values of all schedules for one update."""
+
+    lr: float
+    last_lr: float  # of the prototypes
+    weight_decay: float
+    ema: float
+    teacher_temp: float
+    gram: float
+
+
+def values_at(step, args):
+    steps, rest = args.steps, args.steps - args.warmup
+    tail = {"cosine": rest, "constant": 0, "decay": rest // 5}[args.schedule]
+    lr_end = args.lr if args.schedule == "constant" else args.lr_end
+    lr = schedule(step, 0.0, args.lr, lr_end, args.warmup, rest - tail, tail)
+    return Now(
+        lr=lr,
+        last_lr=0.0 if step < args.freeze_last else lr,
+        weight_decay=schedule(step, 0, *args.weight_decay, cosine=steps),
+        ema=schedule(step, 0, *args.ema, cosine=steps),
+        teacher_temp=schedule(step, args.teacher_temp[0], *[args.teacher_temp[1]] * 2, warmup=args.teacher_temp_warmup),
+        gram=schedule(step - args.gram_start, 0, 0, args.gram_weight, cosine=args.gram_ramp)
+        if step >= args.gram_start
+        else 0.0,
+    )
+
+
+def multipliers(name, depth, layer_decay, patch_lr):
+    """(lr factor, weight decay factor, is a last layer) of a parameter by its name in SSLModel."""
+    part, _, name = name.partition(".")
+    lr = 1.0
+    if part == "backbone":
+        layer = depth + 1 if "norm" in name.split(".")[0] else 0  # final norms; embeddings and tokens
+        if name.startswith("blocks."):
+            layer = int(name.split(".")[1]) + 1
+        lr = layer_decay ** (depth + 1 - layer) * (patch_lr if name.startswith("patch_embed") else 1.0)
+    undecayed = name.endswith("bias") or "norm" in name or "gamma" in name
+    return lr, 0.0 if undecayed else 1.0, "last_layer" in name
+
+
+def param_groups(model, layer_decay, patch_lr):
+    """AdamW groups of equal multipliers; every parameter is in exactly one."""
+    groups = {}
+    for name, p in model.named_parameters():
+        groups.setdefault(multipliers(name, model.backbone.depth, layer_decay, patch_lr), []).append(p)
+    return [dict(params=ps, lr_factor=lr, wd_factor=wd, last=last) for (lr, wd, last), ps in groups.items()]
+
+
+def set_rates(optimizer, now):
+    for group in optimizer.param_groups:
+        group["lr"] = (now.last_lr if group["last"] else now.lr) * group["lr_factor"]
+        group["weight_decay"] = now.weight_decay * group["wd_factor"]
+
+
+# ------------------------------------------------------------------ the update
+
+
+class Micro(NamedTuple):
+    """One micro-batch on the device."""
+
+    crops: data.Crops
+    masks: torch.Tensor  # [2b, N] bool
+    keep: list | None = None  # rows that pass each residual branch
+    rope: list | None = None  # one RopeDraw per view group
+
+
+class Weights(NamedTuple):
+    """How the terms are made and added in one update."""
+
+    teacher_temp: float
+    student_temp: float = 0.1
+    dino: float = 1.0
+    ibot: float = 1.0
+    koleo: float = 0.1
+    gram: float = 0.0
+    koleo_group: int = 16
+    centering: str = "sinkhorn"
+    precision: str = "fp32"
+
+
+class Seen(NamedTuple):
+    """What one update looked at, for the log; all of this rank."""
+
+    cls_targets: torch.Tensor  # [2B, K]
+    cls_logits: torch.Tensor  # [2b, K] the student's, of the last micro-batch
+    features: torch.Tensor  # [B, D] the teacher's cls of the first crops
+    target_entropy: (
+        torch.Tensor
+    )  # what DINO + iBOT would be if the student matched: their cross entropy minus this is the excess
+
+
+def center(logits, centers, key, w):
+    """Teacher logits of the whole batch -> targets; the softmax centre moves as a side effect of the next update."""
+    if w.centering == "sinkhorn":
+        return losses.sinkhorn(logits, w.teacher_temp)
+    if w.centering == "none":
+        return F.softmax(logits.float() / w.teacher_temp, -1)
+    old = centers.get(key, torch.zeros_like(logits[0], dtype=torch.float32))
+    targets, centers[key] = losses.softmax_center(logits, old, w.teacher_temp)
+    return targets
+
+
+def ssl_update(student, teacher, gram, micro_batches, w, centers=None):
+    """Losses of one update over its micro-batches, and (unless under no_grad) their gradients -> (losses, Seen).
+
+    `student` and `teacher` are SSLModels (or their DDP/FSDP wrapping), `gram` a backbone or None.
+    """
+    device = micro_batches[0].masks.device
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=w.precision == "bf16")
+    masked = [m.masks.flatten().nonzero()[:, 0] for m in micro_batches]  # [M] positions in [2b * N]
+
+    # teacher first, for all micro-batches: targets are balanced over the whole batch
+    with torch.no_grad(), autocast:
+        seen = [teacher([m.crops.globals], at=at) for m, at in zip(micro_batches, masked)]
+        cls_targets = center(torch.cat([s.cls_logits for s in seen]), centers, "cls", w)  # [2B, K]
+        patch_targets = center(torch.cat([s.patch_logits for s in seen]), centers, "patch", w)  # [M, K]
+        features = torch.cat([s.tokens[0].cls.chunk(2)[0] for s in seen]).float()  # [B, D]
+        del seen
+
+    sums, entropy = {}, 0.0
+    n, parts = (
+        len(micro_batches),
+        zip(cls_targets.chunk(len(micro_batches)), patch_targets.split([len(at) for at in masked])),
+    )
+    for i, (m, at, (cls_target, patch_target)) in enumerate(zip(micro_batches, masked, parts)):
+        b, views = len(m.masks) // 2, len(m.crops.locals)
+        per_crop = m.masks.sum(1)  # [2b]
+        mask_weights = (1 / per_crop.clamp(min=1))[:, None].expand_as(m.masks)[m.masks]  # [M]
+        with contextlib.ExitStack() as stack:
+            if i < n - 1 and hasattr(student, "no_sync"):
+                stack.enter_context(student.no_sync())  # ranks average once, with the last micro-batch
+            # student: masked globals and locals in one packed pass
+            with autocast:
+                out = student([m.crops.globals, m.crops.locals], [m.masks, None], at, m.keep, m.rope)
+                if gram is not None:
+                    with torch.no_grad():
+                        gram_tokens = gram(m.crops.globals if m.crops.gram is None else m.crops.gram).patches
+            big, small = out.cls_logits.split([2 * b, views])
+            target = cls_target.unflatten(0, (2, b))  # [2, b, K]
+            terms = {
+                "dino_global": losses.dino_loss(big.unflatten(0, (2, b)), target, w.student_temp, ignore_diagonal=True),
+                "dino_local": losses.dino_loss(small.unflatten(0, (-1, b)), target, w.student_temp),
+                "ibot": losses.ibot_loss(out.patch_logits, patch_target, mask_weights, 2 * b, w.student_temp),
+                "koleo": sum(losses.koleo_loss(c, w.koleo_group) for c in out.tokens[0].cls.chunk(2)) / 2,
+            }
+            if gram is not None:
+                tokens = out.tokens[0].patches
+                grids = [[math.isqrt(t.shape[1])] * 2 for t in (tokens, gram_tokens)]
+                terms["gram"] = losses.gram_loss(tokens, gram_tokens, grids=grids)
+            # the sum: local and global DINO terms count by their pairs, KoLeo twice  <- change the objective here
+            pairs_local, pairs_global = 2 * views // b, 2
+            terms["dino"] = (pairs_local * terms["dino_local"] + pairs_global * terms["dino_global"]) / (
+                pairs_local + pairs_global
+            )
+            terms["loss"] = w.dino * terms["dino"] + w.ibot * terms["ibot"] + 2 * w.koleo * terms["koleo"]
+            if gram is not None:
+                terms["loss"] = terms["loss"] + w.gram * terms["gram"]
+            if torch.is_grad_enabled():
+                (terms["loss"] / n).backward()
+        with torch.no_grad():
+            for key, value in terms.items():
+                sums[key] = sums.get(key, 0) + value.detach() / n
+            rows = torch.special.entr(patch_target.float()).sum(1)
+            entropy = (
+                entropy
+                + (
+                    w.dino * torch.special.entr(cls_target.float()).sum(1).mean()
+                    + w.ibot * (rows * mask_weights).sum() / (2 * b)
+                )
+                / n
+            )
+    return sums, Seen(cls_targets, big.detach(), features, entropy)
+
+
+def clip_gradients(student, limit):
+    """Clip each sub-module to `limit` on its own norm, as DINOv3 does -> norms before clipping."""
+    norms = {}
+    for name, module in student.named_children():
+        norm = torch.nn.utils.clip_grad_norm_(module.parameters(), limit)
+        norms[name] = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    return norms
+
+
+@torch.no_grad()
+def update_teacher(teacher, student, momentum):
+    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
+
+
+def generator(*key):
+    """A torch generator that is a function of its key."""
+    state = np.random.SeedSequence(key).generate_state(2)
+    return torch.Generator().manual_seed(int(state[0]) << 31 | int(state[1]) >> 1)
+
+
+def to_micro(batch, device, args, depth, number, with_gram):
+    """A micro-batch as read -> rendered on the device, with this update's draws. `number` counts over ranks."""
+    plan = batch.plan if with_gram else batch.plan._replace(recipe=dataclasses.replace(batch.plan.recipe, gram_size=0))
+    crops = data.render(batch.images.to(device, non_blocking=True), plan)
+    draw = generator(args.seed, 6, batch.step)
+    rope = [draw_rope(draw, args.rope_rescale, device=device) for _ in range(2)] if args.rope_rescale > 1 else None
+    rows = [len(crops.globals), len(crops.locals)]
+    keep = draw_keep(generator(args.seed, 7, batch.step, number), depth, rows, args.drop_path, device)
+    return Micro(crops, batch.masks.to(device, non_blocking=True), keep, rope)
+
+
+# ------------------------------------------------------------------ held-out numbers
+
+
+@torch.no_grad()
+def retrieval(teacher, batches, device):
+    """Does one view of a slice find the other among N? Without and with the other slices of its series."""
+    pairs, series = [], []
+    for images, plan, ids in batches:
+        globals_ = data.render(images.to(device), plan).globals
+        pairs.append(F.normalize(teacher.backbone(globals_).cls.float(), dim=-1).unflatten(0, (2, -1)))
+        series.append(ids)
+    a, b = torch.cat(pairs, 1)
+    series = torch.from_numpy(np.concatenate(series)).to(device)
+    similarity = a @ b.T  # [N, N]
+    own = similarity.diagonal()[:, None]
+    same = (series[:, None] == series) & ~torch.eye(len(a), dtype=torch.bool, device=device)
+    numbers = {}
+    for name, values in (("", similarity.masked_fill(same, -2)), ("_with_series", similarity)):
+        better = (values > own).sum(1)
+        numbers[f"top1{name}"] = (better < 1).float().mean().item()
+        numbers[f"top5{name}"] = (better < 5).float().mean().item()
+    return numbers
+
+
+def evaluate(student, teacher, gram, source, recipe, args, w, device, slices=256):
+    """The training losses and view retrieval on held-out slices, always the same ones and the same views."""
+    size = min(args.micro_batch, len(source))
+    group = max(g for g in range(1, min(args.koleo_group, size) + 1) if size % g == 0)
+    held = source.take(np.sort(data.rng(0, "limit").permutation(len(source))[: max(slices // size, 1) * size]))
+    loader = data.make_loader(
+        held, recipe, 0, range(len(held) // size), size, masking=masking(args), patch_size=student.backbone.patch_size
+    )
+    found, looks = [], []
+    student.eval()
+    with torch.no_grad():
+        for batch in loader:
+            micro = to_micro(batch, device, args, 0, 0, gram is not None)._replace(keep=None, rope=None)
+            found.append(ssl_update(student, teacher, gram, [micro], w._replace(koleo_group=group), {})[0])
+            looks.append(
+                (
+                    batch.images,
+                    batch.plan._replace(recipe=dataclasses.replace(recipe, gram_size=0)),
+                    held.series[batch.ids],
+                )
+            )
+    student.train()
+    numbers = {key: torch.stack([f[key] for f in found]).mean().item() for key in found[0]}
+    return numbers | retrieval(teacher, looks, device) | {"slices": len(held)}
+
+
+# ------------------------------------------------------------------ ranks, folder, state
+
+
+def setup_distributed(name):
+    """(rank, world, device); without torchrun: one rank and no process group."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {name}: this torch ({torch.__version__}) sees no such card; use --device cpu")
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", local) if name == "cuda" else torch.device(name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if "RANK" not in os.environ:
+        return 0, 1, device
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def largest_over_ranks(values, device):
+    """Element-wise maximum over ranks, on the host: the one transfer from the device in each update."""
+    t = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=device) for v in values])
+    if dist.is_initialized():
+        dist.all_reduce(t, dist.ReduceOp.MAX)
+    return t.tolist()
+
+
+def full(t):
+    return t.full_tensor() if hasattr(t, "full_tensor") else t
+
+
+def like(p, t):
+    """A whole tensor placed as the parameter `p` is: on its device, and in its shards under --fsdp."""
+    if not hasattr(p, "device_mesh"):
+        return t.to(p.device)
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(t.to(p.device), p.device_mesh, p.placements)
+
+
+def pack_weights(module):
+    return {name: full(p.detach()) for name, p in module.named_parameters()}
+
+
+@torch.no_grad()
+def unpack_weights(module, state):
+    own = dict(module.named_parameters())
+    if own.keys() != state.keys():
+        raise ValueError(f"checkpoint and model differ in {sorted(own.keys() ^ state.keys())[:3]}; was --arch changed?")
+    for name, p in own.items():
+        p.copy_(like(p, state[name]))
+
+
+def pack_optimizer(optimizer, model):
+    """AdamW state by parameter name, so that neither grouping nor sharding matters to the file."""
+    return {
+        name: {k: full(v) for k, v in optimizer.state[p].items()}
+        for name, p in model.named_parameters()
+        if p in optimizer.state
+    }
+
+
+def unpack_optimizer(optimizer, model, state):
+    for name, p in model.named_parameters():
+        if name in state:
+            optimizer.state[p] = {
+                k: v.to(p.device) if k == "step" else like(p, v).clone() for k, v in state[name].items()
+            }
+
+
+def check_flags(args, saved):
+    """Refuse a continuation whose flags mean another run; returns the harmless changes."""
+    changed = {}
+    for name, value in json.loads(json.dumps(vars(args))).items():
+        old = json.loads(json.dumps(saved.get(name)))
+        if old == value:
+            continue
+        if name not in HARMLESS:
+            hint = "use --extend N to go on" if name == "steps" else "use the old value, or another --out"
+            raise ValueError(f"--{name.replace('_', '-')} was {old} in this run and is now {value}; {hint}")
+        changed[name] = [old, value]
+    return changed
+
+
+def masking(args):
+    return args.mask_probability, tuple(args.mask_ratio)
+
+
+def make_recipes(args, encoding):
+    kind = ("photo" if encoding == "photo" else "ct") if args.aug == "auto" else args.aug
+    base = dataclasses.replace(data.RECIPES[kind], local_crops=args.local_crops)
+    for name in ("global_scale", "local_scale"):
+        if getattr(args, name):
+            base = dataclasses.replace(base, **{name: tuple(getattr(args, name))})
+    pairs = f"{args.global_size}/{args.local_size}" if args.sizes is None else args.sizes
+    recipes = []
+    for pair in pairs.split(","):
+        try:
+            size, local = map(int, pair.split("/"))
+        except ValueError:
+            raise ValueError(f"--sizes {args.sizes}: {pair!r} is not GLOBAL/LOCAL, as in 448/112") from None
+        gram = args.gram_scale * size if args.gram_weight else 0
+        recipes.append(dataclasses.replace(base, global_size=size, local_size=local, gram_size=gram))
+    return recipes
+
+
+# ------------------------------------------------------------------ main
+
+
+def shard(model):
+    from torch.distributed.fsdp import fully_shard
+
+    for module in (*model.backbone.blocks, model.dino_head, model.ibot_head):
+        fully_shard(module)
+    return fully_shard(model)
+
+
+def build(args):
+    """(student, teacher) on the CPU, equal; weights depend on the seed alone."""
+    torch.manual_seed(args.seed)
+    if args.init:
+        backbone = load_backbone(args.init)
+        if backbone.arch["name"] != args.arch:
+            raise ValueError(f"--init {args.init} is a {backbone.arch['name']}; say --arch {backbone.arch['name']}")
+    else:
+        backbone = build_vit(args.arch, layerscale=args.layerscale)
+    backbone.checkpointing = args.checkpointing
+    heads = [ProjectionHead(backbone.dim, args.head_hidden, args.head_bottleneck, args.prototypes) for _ in range(2)]
+    student = SSLModel(backbone, *heads).train()
+    teacher = copy.deepcopy(student).requires_grad_(False).eval()
+    return student, teacher
+
+
+def gram_snapshots(step, args):
+    """How many snapshots of the EMA teacher the Gram teacher has been by update `step`, its own included."""
+    if args.gram_weight == 0 or step < args.gram_start:
+        return 0
+    return 1 + min((step - args.gram_start) // max(args.gram_refresh, 1), args.gram_max_refreshes)
+
+
+def pack(step, args, source, recipes, student, teacher, gram, optimizer, centers):
+    """Everything a continuation needs; collective under --fsdp."""
+    return {
+        "images": step * args.batch_size,
+        "args": vars(args),
+        "arch": student.backbone.arch,
+        "encoding": source.encoding,
+        "eval_view": data.eval_view(source.encoding, recipes[0].global_size),
+        "student": pack_weights(student),
+        "teacher": pack_weights(teacher),
+        "gram": None if gram is None else pack_weights(gram),
+        "gram_refreshes": max(gram_snapshots(step - 1, args) - 1, 0),
+        "optimizer": pack_optimizer(optimizer, student),
+        "centers": centers,
+        "trained_groups": source.groups,
+        "index_sha256": source.index_sha256,
+        "split_sha256": source.split_sha256,
+    }
+
+
+def find_state(args, out, source, rank, world):
+    """(state to go on from or None, its file's name, harmless changes of flags); refuses what would be another run."""
+    found = [checkpoint.latest(out) if rank == 0 else None]
+    if world > 1:
+        dist.broadcast_object_list(found)
+    if found[0] is None:
+        return None, None, {}
+    if args.resume == "never":
+        raise ValueError(f"{out} holds {found[0].name} and --resume never was given; choose another --out")
+    state = checkpoint.load(found[0])
+    changed = check_flags(args, state["args"])
+    for name in ("index_sha256", "split_sha256"):
+        if state[name] != getattr(source, name):
+            raise ValueError(
+                f"{args.data}: {name} differs from that of {found[0]}; put the old data back, or use another --out"
+            )
+    return state, found[0].name, changed
+
+
+def write_config(args, out, source, recipes, student, world, device):
+    config = {
+        "version": 1,
+        "args": vars(args),
+        "recipes": [dataclasses.asdict(r) for r in recipes],
+        "masking": masking(args),
+        "patch_size": student.backbone.patch_size,
+        "arch": student.backbone.arch,
+        "encoding": source.encoding,
+        "split": None if args.no_split else "train",
+        "images": len(source),
+        "groups": len(source.groups),
+        "index_sha256": source.index_sha256,
+        "split_sha256": source.split_sha256,
+        "git": git_commit(),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+        "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "threads": torch.get_num_threads(),
+        "world": world,
+        "started_utc": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+    checkpoint.atomic_write(out / "config.json", lambda f: f.write(json.dumps(config, indent=1).encode()))
+
+
+def log_line(args, log, done, total, terms, seen, norms, now, clock, student, recipe, with_gram, device):
+    """Everything known about the last interval; the only place that reads losses from the device."""
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    means = torch.stack([*terms.values(), seen.target_entropy])
+    if world > 1:
+        dist.all_reduce(means)
+    values = dict(zip([*terms, "target_entropy"], (means / world).tolist()))
+    rows = len(seen.cls_logits)
+    health = losses.health(seen.cls_targets[-rows:], seen.cls_logits, seen.features, args.student_temp)
+    values |= dict(zip(health, torch.stack(list(health.values())).tolist()))
+    values["excess"] = args.w_dino * values["dino"] + args.w_ibot * values["ibot"] - values["target_entropy"]
+    seconds, updates = time.perf_counter() - clock["since"], done - clock["done"]
+    rate = updates * args.batch_size / seconds
+    tflops = rate * flops_per_image(student, recipe, args, with_gram) / 1e12
+    peak = device_peak(device)
+    line = {
+        "images": done * args.batch_size,
+        "epoch": done * args.batch_size / clock["images"],
+        **values,
+        **now._asdict(),
+    }
+    line |= {f"grad_norm_{name}": float(norm) for name, norm in norms.items()}
+    line |= {"images_s": rate, "data_wait": clock["wait"] / seconds, "tflops": tflops, "memory_gb": memory_gb(device)}
+    line["seconds_to_go"] = (total - done) * seconds / max(updates, 1)
+    if peak:
+        line["mfu"] = tflops / (peak * world)
+    log.numbers(done, line)
+    if done > args.grace:
+        for text in warnings_in_words(values, clock.get("loss", math.inf), *seen.features.shape):
+            log.event(done, f"warning: {text}")
+    clock.update(since=time.perf_counter(), done=done, wait=0.0, loss=values["loss"])
+
+
+def main(argv=None):
+    args = build_parser().parse_args(argv)
+    rank, world, device = setup_distributed(args.device)
+    try:
+        return train(resolve(args, world), rank, world, device)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def train(args, rank, world, device):
+    out, total, parent, begun = Path(args.out), args.steps + args.extend, os.getppid(), time.monotonic()
+    if args.precision == "auto":
+        args.precision = "bf16" if device.type == "cuda" else "fp32"
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    stop = []  # why to stop after this update
+
+    def on_signal(number, _):
+        if stop and number == signal.SIGINT:
+            os._exit(130)  # a second Ctrl+C: at once
+        stop.append(signal.Signals(number).name)
+
+    # ------------------------------------------------------------------ data
+    source = data.open_source(args.data, None if args.no_split else "train", args.limit, args.z_stride)
+    recipes = make_recipes(args, source.encoding)
+    held = None  # chosen by nobody: only looked at
+    if args.eval_every and not args.no_split:
+        held = data.open_source(args.data, "val_select", None, args.z_stride)
+
+    # ------------------------------------------------------------------ run folder, what to resume
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        locked = lock(out)
+        checkpoint.sweep(out)
+    state, name, changed = find_state(args, out, source, rank, world)
+    start = state["step"] if state else 0
+    if start >= total:
+        if rank == 0:
+            print(f"{out} is finished: {start} updates done; --extend N goes on")
+        return 0
+
+    # ------------------------------------------------------------------ model  <- change the backbone in build()
+    student, teacher = (m.to(device) for m in build(args))
+    gram_net = load_backbone(args.gram_teacher) if args.gram_teacher else copy.deepcopy(teacher.backbone)
+    gram_net = gram_net.to(device).requires_grad_(False).eval()
+    if args.compile:
+        for block in (*student.backbone.blocks, *teacher.backbone.blocks, *gram_net.blocks):
+            block.compile()
+    net = student  # what is called; `student` stays the plain module: that is what is saved
+    if args.fsdp and world > 1:
+        shard(student)
+        shard(teacher)
+    elif world > 1:
+        ids = [device.index] if device.type == "cuda" else None
+        net = torch.nn.parallel.DistributedDataParallel(student, device_ids=ids, gradient_as_bucket_view=True)
+    groups = param_groups(student, args.layer_decay, args.patch_lr)
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, args.beta2), fused=True)
+    gram, centers = None, {}
+    if state:
+        unpack_weights(student, state["student"])
+        unpack_weights(teacher, state["teacher"])
+        unpack_optimizer(optimizer, student, state["optimizer"])
+        centers = {k: v.to(device) for k, v in state["centers"].items()}
+        if state["gram"] is not None:
+            unpack_weights(gram_net, state["gram"])
+            gram = gram_net
+        del state
+    elif rank == 0:
+        write_config(args, out, source, recipes, student, world, device)
+
+    log = Log(out, start, total, quiet=rank > 0)
+    saver = checkpoint.Saver(out, args.keep_last, args.keep_every)
+    log.event(start, f"resumed from {name}" if name else "started", changed=changed, git=git_commit(), world=world)
+    for text in choices_in_words(args) if rank == 0 else ():
+        tqdm.write(text)
+    micros = args.batch_size // (world * args.micro_batch)
+    batches = iter(data.make_loader(
+        source, recipes, args.seed, range(start, total), args.batch_size, args.micro_batch, rank, world, args.workers,
+        student.backbone.patch_size, masking(args), args.skip_bad, pin_memory=device.type == "cuda", fixed=args.overfit,
+    ))  # fmt: skip
+    handlers = {s: signal.signal(s, on_signal) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    clock = {"since": time.perf_counter(), "done": start, "wait": 0.0, "images": len(source)}
+    bad_in_a_row, code = 0, 0
+
+    # ------------------------------------------------------------------ training loop: one step = one update
+    try:
+        for step in range(start, total):
+            done, now = step + 1, values_at(step, args)
+            if gram_snapshots(step, args) > gram_snapshots(step - 1, args):  # anchor: the EMA teacher of this moment
+                if not args.gram_teacher:
+                    unpack_weights(gram_net, pack_weights(teacher.backbone))
+                gram = gram_net
+
+            waiting = time.perf_counter()
+            read = [next(batches) for _ in range(micros)]
+            clock["wait"] += time.perf_counter() - waiting
+            w = Weights(now.teacher_temp, args.student_temp, args.w_dino, args.w_ibot, args.w_koleo, now.gram,
+                        args.koleo_group, args.centering, args.precision)  # fmt: skip
+            try:
+                micro_batches = [
+                    to_micro(batch, device, args, student.backbone.depth, rank * micros + i, gram is not None)
+                    for i, batch in enumerate(read)
+                ]
+                optimizer.zero_grad(set_to_none=True)
+                moved = dict(centers)
+                terms, seen = ssl_update(net, teacher, gram, micro_batches, w, moved)
+            except torch.OutOfMemoryError:
+                optimizer.zero_grad(set_to_none=True)
+                torch.cuda.empty_cache()
+                if rank == 0 and not args.fsdp:
+                    saver.save(step, pack(step, args, source, recipes, student, teacher, gram, optimizer, centers))
+                raise ValueError(
+                    f"out of memory at step {done}; nothing is lost: run the same command with "
+                    f"--micro-batch {max(args.micro_batch // 2, 1)}, or --checkpointing"
+                ) from None
+            norms = clip_gradients(student, args.clip)
+            finite = torch.stack([terms["loss"], *norms.values()]).isfinite().all()
+            over_time = args.time_limit and time.monotonic() - begun > 60 * args.time_limit
+            orphaned = os.getppid() != parent  # torchrun died
+            bad, halt = largest_over_ranks([~finite, bool(stop or over_time or orphaned)], device)
+            if bad:  # weights, teacher, optimizer and its step counter stay as they were
+                bad_in_a_row += 1
+                log.event(done, f"skipped: loss or gradient is not finite; see tools/inspect_step.py --step {done}")
+            else:
+                bad_in_a_row, centers = 0, moved
+                set_rates(optimizer, now)
+                optimizer.step()
+                update_teacher(teacher, student, now.ema)
+
+            if not log.quiet:
+                log.bar.update()
+            if done == start + 1:
+                log.crops(done, micro_batches[0].crops)
+            if not bad and (done % args.log_every == 0 or done == total):
+                recipe = read[0].plan.recipe
+                log_line(
+                    args, log, done, total, terms, seen, norms, now, clock, student, recipe, gram is not None, device
+                )
+            if held and (done % args.eval_every == 0 or done == total):
+                numbers = evaluate(student, teacher, gram, held, recipes[0], args, w, device)
+                log.numbers(done, {f"val_{k}": v for k, v in numbers.items()})
+            if bad_in_a_row == 3:
+                log.event(done, "stopped: three updates in a row were not finite; lower --lr or --clip and resume")
+                code = 3
+                break
+            if done % args.save_every == 0 or done == total or halt:
+                parts = pack(done, args, source, recipes, student, teacher, gram, optimizer, centers)
+                if rank == 0:
+                    saver.save(done, parts)
+            if halt:
+                saver.wait()
+                why = (stop or ["torchrun died" if orphaned else "time limit" if over_time else "another rank"])[0]
+                saved = f"saved at step {done}" if not saver.error else f"NOT saved: {saver.error}"
+                log.event(done, f"interrupted, {saved}", why=why)
+                break
+            report_saves(log, saver, done)
+    finally:
+        saver.wait()
+        report_saves(log, saver, start)
+        log.close()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        if rank == 0:
+            locked.close()
+    return code
+
+
+def report_saves(log, saver, done):
+    while saver.events:
+        e = saver.events.popleft()
+        text = f"SAVE FAILED, training goes on: {e['error']}" if e["error"] else "saved"
+        log.event(e["step"], text, at=done, save_s=e["seconds"], stall_s=e["stall_s"])
+
+
+if __name__ == "__main__":
+    run(main)
