@@ -557,7 +557,7 @@ def shard(model):
 
     for module in (*model.backbone.blocks, model.dino_head, model.ibot_head):
         fully_shard(module)
-    return fully_shard(model)
+    return fully_shard(model, reshard_after_forward=True)  # the teacher has no backward that would do it
 
 
 def build(args):
