@@ -14,6 +14,8 @@ import hashlib
 import json
 import math
 import os
+import struct
+import tokenize
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -44,6 +46,11 @@ STREAMS = {
     "limit": 4,
     "sizes": 5,
 }  # random numbers of one purpose never meet another's
+
+
+# what numpy and pillow say of broken files; tokenize: the header of a .npy is a Python literal
+BROKEN = (OSError, ValueError, SyntaxError, EOFError, LookupError, struct.error, tokenize.TokenError)
+BROKEN += (Image.DecompressionBombError,)
 
 
 def rng(seed, stream, *key):
@@ -95,27 +102,34 @@ class Rows:
         return Rows({key: values[index] for key, values in self.columns.items()}, self.names)
 
 
+def read_csv(path):
+    """Header, then the rows in pieces (larger ones are 3x slower: garbage collection)."""
+    try:
+        with open(path, newline="", encoding="utf-8") as f:
+            reader = csv.reader(f)
+            yield next(reader, [])
+            while rows := [row for _, row in zip(range(1024), reader)]:
+                yield rows
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a UTF-8 CSV file ({error}); write it anew") from None
+
+
 def read_index(path):
     """index.csv -> Rows, in pieces, so that texts never all exist as Python objects."""
-    pieces = {key: [] for key in INDEX_COLUMNS}
-    names = {key: {} for key in REPEATED}
-    with open(path, newline="") as f:
-        reader = csv.reader(f)
-        header = next(reader, [])
-        if header != INDEX_COLUMNS:
-            raise ValueError(f"{path}: columns {','.join(header)}; expected {','.join(INDEX_COLUMNS)}")
-        while lines := [
-            line for _, line in zip(range(1024), reader)
-        ]:  # larger pieces are 3x slower: garbage collection
-            try:
-                columns = dict(zip(INDEX_COLUMNS, zip(*lines, strict=True), strict=True))
-                for key, texts in columns.items():
-                    pieces[key].append(encode_column(key, texts, names))
-            except ValueError as error:
-                raise ValueError(f"{path}: a row before line {reader.line_num + 1} is malformed: {error}") from None
-    if not pieces["path"]:
+    columns, names = {key: [] for key in INDEX_COLUMNS}, {key: {} for key in REPEATED}
+    pieces = read_csv(path)
+    if (header := next(pieces)) != INDEX_COLUMNS:
+        raise ValueError(f"{path}: columns {','.join(header)}; expected {','.join(INDEX_COLUMNS)}")
+    for number, rows in enumerate(pieces):
+        try:
+            for key, texts in zip(INDEX_COLUMNS, zip(*rows, strict=True), strict=True):
+                columns[key].append(encode_column(key, texts, names))
+        except ValueError as error:
+            lines = f"{1024 * number + 2} to {1024 * number + len(rows) + 1}"
+            raise ValueError(f"{path}: in lines {lines} a row is malformed: {error}") from None
+    if not columns["path"]:
         raise ValueError(f"{path} has no rows; run tools/preprocess_dicom.py")
-    return Rows({key: np.concatenate(values) for key, values in pieces.items()}, {k: list(v) for k, v in names.items()})
+    return Rows({k: np.concatenate(v) for k, v in columns.items()}, {k: list(v) for k, v in names.items()})
 
 
 def encode_column(key, texts, names):
@@ -148,11 +162,10 @@ def photo_paths(root):
 
 def read_labels(path):
     """labels.csv with path,label[,group] -> {path: row}; an unknown header is an error."""
-    with open(path, newline="") as f:
-        reader = csv.DictReader(f)
-        if (reader.fieldnames or [])[:2] != ["path", "label"]:
-            raise ValueError(f"{path}: header {reader.fieldnames}; expected path,label[,group]")
-        return {row["path"]: row for row in reader}
+    header, *pieces = read_csv(path)
+    if header[:2] != ["path", "label"]:
+        raise ValueError(f"{path}: header {','.join(header)}; expected path,label[,group]")
+    return {row[0]: dict(zip(header, row)) for rows in pieces for row in rows if row}
 
 
 def index_photos(root):
@@ -169,6 +182,12 @@ def index_photos(root):
     columns["label"] = np.array([r.get("label", "").encode() for r in rows])
     sha = hashlib.sha256("\n".join(paths).encode()).hexdigest()
     return Rows(columns, {"group": list(groups), "series": list(groups)}), sha
+
+
+def to_rgb(file):
+    if file.mode.startswith(("I", "F")):  # pillow would clip 16 bits at 255 without a word
+        raise ValueError(f"pixels of mode {file.mode}, expected 8 bits per channel; convert the file")
+    return file.convert("RGB")
 
 
 class Source:
@@ -200,8 +219,8 @@ class Source:
                 image = np.array(volume[z - 1 : z + 2])
             else:
                 with Image.open(path) as file:
-                    image = np.asarray(file.convert("RGB")).transpose(2, 0, 1)
-        except (OSError, ValueError, SyntaxError, EOFError) as error:  # what pillow and numpy say of broken files
+                    image = np.asarray(to_rgb(file)).transpose(2, 0, 1)
+        except BROKEN as error:
             raise OSError(f"{path} cannot be read: {error}") from None
         if self.encoding != "photo" and image.shape[1:] != self.size(i):
             raise OSError(f"{path} has {image.shape[1:]} pixels, the index says {self.size(i)}")
@@ -272,6 +291,8 @@ def open_source(root, split=None, limit=None, z_stride=1):
         split_pair = [divmod(int(p), len(rows.names["patient"])) for p in pairs]
         rows.names["group"] = [f"{rows.names['dataset'][d]}/{rows.names['patient'][p]}" for d, p in split_pair]
         rows.columns["group"] = codes.astype(np.int32)
+    elif index.parent.exists():  # as photographs, every slice would be its own group
+        raise FileNotFoundError(f"{index} is missing beside its folder; run tools/preprocess_dicom.py")
     else:
         (rows, sha), encoding = index_photos(root), "photo"
     source = Source(root, encoding, rows, sha)
@@ -714,8 +735,8 @@ def read_photo(path, plan):
             factor = max(1, int(factor * drafted.min() + 1e-6))
             low, high = np.floor((boxes * drafted)[:, :2].min(0)), np.ceil((boxes * drafted)[:, 2:].max(0))
             high = np.minimum(high, (file.height, file.width))
-            image = file.convert("RGB").reduce(factor, box=(int(low[1]), int(low[0]), int(high[1]), int(high[0])))
-    except (OSError, ValueError, SyntaxError, EOFError) as error:
+            image = to_rgb(file).reduce(factor, box=(int(low[1]), int(low[0]), int(high[1]), int(high[0])))
+    except BROKEN as error:
         raise OSError(f"{path} cannot be read: {error}") from None
     moved = (boxes * drafted - np.tile(low, 2)) / factor
     image = torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())

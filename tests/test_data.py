@@ -1,4 +1,5 @@
 import colorsys
+import contextlib
 import csv
 import hashlib
 import json
@@ -148,6 +149,9 @@ def test_what_cannot_be_read_is_named(tmp_path):
     refused(good.replace("z_mm", "zmm"), "columns path,encoding")
     refused(good.replace(",2.5,", ",abc,", 1), "malformed")
     refused(good.splitlines()[0] + "\n", "no rows")
+    index.unlink()
+    with pytest.raises(FileNotFoundError, match="is missing beside its folder"):
+        d.open_source(root)
     index.write_text(good)
     source = d.open_source(root)
     source.path(0).write_bytes(source.path(0).read_bytes()[:500])
@@ -156,6 +160,28 @@ def test_what_cannot_be_read_is_named(tmp_path):
     np.save(source.path(5), volume(1)[:, :20])
     with pytest.raises(OSError, match=r"has \(20, 48\) pixels, the index says \(48, 48\)"):
         source.read(5)
+
+
+def test_no_damage_of_a_file_escapes_as_another_error(tmp_path):
+    random = np.random.default_rng(0)
+    for root in (make_ct(tmp_path / "hu"), make_ct(tmp_path / "rgb", "rgb-v1")):
+        source = d.open_source(root)
+        whole = source.path(0).read_bytes()
+        for _ in range(300):
+            raw = bytearray(whole)
+            for at in random.integers(0, min(len(raw), 200), 3):
+                raw[at] = random.integers(256)
+            source.path(0).write_bytes(raw)
+            d.open_volume.cache_clear()
+            with contextlib.suppress(OSError):
+                source.read(0)
+        source.path(0).write_bytes(whole)
+
+
+def test_sixteen_bit_photographs_are_refused_not_clipped(tmp_path):
+    Image.fromarray(np.full((20, 20), 51000, np.uint16)).save(tmp_path / "xray.png")
+    with pytest.raises(OSError, match="expected 8 bits per channel"):
+        d.open_source(tmp_path).read(0)
 
 
 def test_photographs_are_found_labelled_and_grouped(tmp_path):
@@ -172,6 +198,9 @@ def test_photographs_are_found_labelled_and_grouped(tmp_path):
     assert source.rows[1]["label"] == "dog" and source.rows[1]["group"] == "a" and source.rows[3]["group"] == "c1/1.JPG"
     (tmp_path / "labels.csv").write_text("path,label\nc0/9.png,cat\n")
     with pytest.raises(FileNotFoundError, match="names 1 missing files, first c0/9.png"):
+        d.open_source(tmp_path)
+    (tmp_path / "labels.csv").write_bytes(b"path,label\nc0/0.png,\xff\xfe\n")
+    with pytest.raises(ValueError, match="not a UTF-8 CSV file"):
         d.open_source(tmp_path)
     (tmp_path / "labels.csv").write_text("file,class\n")
     with pytest.raises(ValueError, match="expected path,label"):

@@ -1,0 +1,265 @@
+"""tools/make_splits.py: exact shares, no group in two splits, the same answer for any order of rows."""
+
+import csv
+import json
+import os
+import random
+from collections import Counter
+from fractions import Fraction
+
+import pytest
+from PIL import Image
+
+from data import INDEX_COLUMNS, file_sha256, open_source
+from tools import make_splits
+
+FOUR = {"train": 0.60, "val_select": 0.15, "val_calib": 0.15, "val_test": 0.10}
+THREE = {"train": 0.85, "val_select": 0.05, "val_test": 0.10}
+
+
+def processed(root, groups, slices=2, shuffle=0):
+    """A processed folder with an index only: `slices` rgb slices for each dataset/patient."""
+    rows = []
+    for group in groups:
+        dataset, patient = group.split("/")
+        for z in range(1, slices + 1):
+            path = f"{dataset}/s{patient}/{z:04d}.png"
+            known = dict(path=path, encoding="rgb-v1", dataset=dataset, patient=patient, series=f"s{patient}", z=z)
+            rows.append({name: known.get(name, 0) for name in INDEX_COLUMNS})
+    random.Random(shuffle).shuffle(rows)
+    (root / "_index").mkdir(parents=True, exist_ok=True)
+    with open(root / "_index" / "index.csv", "w", newline="") as f:
+        writer = csv.DictWriter(f, INDEX_COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+    return root
+
+
+def patients(n):
+    return [f"lidc/{i:04d}" for i in range(n)]
+
+
+def photographs(root, names):
+    for i, name in enumerate(names):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (i % 256, i // 256, 0)).save(root / name)
+    return root
+
+
+def table(path, lines, header="path,label"):
+    path.write_text("\n".join([header, *lines]) + "\n")
+    return path
+
+
+def split(root, *flags):
+    assert make_splits.main(["--data", str(root), *map(str, flags)]) == 0
+    return json.loads((root / "_splits" / "splits.json").read_text())
+
+
+def sizes(splits):
+    return dict(Counter(splits["groups"].values()))
+
+
+@pytest.mark.parametrize("n, expected", [(100, (85, 5, 10)), (1013, (861, 51, 101)), (10, (8, 1, 1)), (3, (1, 1, 1))])
+def test_default_shares_are_exact_and_no_split_is_empty(tmp_path, n, expected):
+    found = split(processed(tmp_path, patients(n), 1))
+    assert sizes(found) == dict(zip(THREE, expected))
+    assert found["ratios"] == THREE and found["index_sha256"] == file_sha256(tmp_path / "_index" / "index.csv")
+    assert {s: c["groups"] for s, c in found["counts"].items()} == sizes(found)
+
+
+def test_four_way_is_60_15_15_10_and_not_the_nested_fractions_that_give_15_9_16(tmp_path):
+    assert sizes(split(processed(tmp_path, patients(200), 1), "--four-way")) == {k: 200 * r for k, r in FOUR.items()}
+
+
+def test_decimal_ratios_are_exact():
+    ratios = make_splits.parse_ratios("train=0.71, val_test=0.29")
+    assert ratios == {"train": Fraction(71, 100), "val_test": Fraction(29, 100)}
+    assert make_splits.quotas(100, ratios) == {"train": 71, "val_test": 29}  # floor(0.29 * 100.0) is 28
+
+
+def test_order_of_rows_does_not_matter_and_the_seed_does(tmp_path):
+    names = patients(50)
+    a = split(processed(tmp_path / "a", names, shuffle=1))["groups"]
+    b = split(processed(tmp_path / "b", names[::-1], shuffle=2))["groups"]
+    c = split(processed(tmp_path / "c", names), "--seed", 1)["groups"]
+    assert a == b != c
+    assert list(a) == sorted(a)
+
+
+def test_equal_patient_names_in_two_datasets_are_two_groups(tmp_path):
+    found = split(processed(tmp_path, [*patients(10), *(f"nlst/{i:04d}" for i in range(10))]))
+    assert len(found["groups"]) == 20 and "nlst/0003" in found["groups"]
+
+
+def test_every_class_is_within_one_group_of_its_share(tmp_path):
+    names, rng = patients(237), random.Random(0)
+    label = {name: rng.choices("abc", (80, 15, 5))[0] for name in names}
+    root = processed(tmp_path, names)
+    labels = table(tmp_path / "l.csv", [f"lidc/s{name[5:]}/0001.png,{label[name]}" for name in names])
+    for flags, ratios in (((), THREE), (("--four-way", "--force"), FOUR)):
+        groups = split(root, "--labels", labels, *flags)["groups"]
+        for which in "abc":
+            n = sum(v == which for v in label.values())
+            got = Counter(groups[name] for name in names if label[name] == which)
+            assert all(abs(got[s] - n * r) < 1 for s, r in ratios.items()), (which, n, got)
+
+
+def test_allocation_is_floor_or_ceiling_in_random_tables():
+    rng = random.Random(0)
+    for _ in range(200):
+        ratios = make_splits.parse_ratios(rng.choice([make_splits.THREE_WAY, make_splits.FOUR_WAY]))
+        strata = {f"k{i}": rng.randint(1, 40) for i in range(rng.randint(1, 30))}
+        cells, want = make_splits.allocate(strata, ratios), make_splits.quotas(sum(strata.values()), ratios)
+        for k, n in strata.items():
+            assert sum(cells[k].values()) == n and all(abs(cells[k][s] - n * r) < 1 for s, r in ratios.items())
+        assert all(abs(sum(row[s] for row in cells.values()) - want[s]) <= 1 for s in ratios)
+
+
+def test_a_group_with_several_labels_belongs_to_the_rarest():
+    labels = [("1", "common", ""), ("2", "common", ""), *[("2", "rare", "")] * 5, ("4", "common", "")]
+    group_of = {"1": "g1", "2": "g2", "3": "g3", "4": "g1"}
+    assert make_splits.rarest_label([["g1"], ["g2"], ["g3"]], labels, group_of) == ["common", "rare", ""]
+
+
+def test_nodule_tables_are_recognised_and_counted_by_row(tmp_path):
+    root = processed(tmp_path, patients(20))
+    header = "id,path,z,y,x,label,group,diameter_mm,box_mm"
+    lines = [f"n{i},lidc/s{i:04d}/0001.png,1,5,5,{'mb'[i % 2]},lidc/{i:04d},9,9" for i in [*range(20), 3, 3]]
+    counts = split(root, "--labels", table(tmp_path / "n.csv", lines, header))["counts"]
+    assert {k: sum(c["labels"][k] for c in counts.values()) for k in "bm"} == {"b": 12, "m": 10}
+    assert sum(c["slices"] for c in counts.values()) == 40
+
+
+def test_joined_groups_stay_together_through_chains(tmp_path):
+    root, names = processed(tmp_path, patients(40)), patients(40)
+    chains = [names[0:2], names[1:3], names[10:16]]
+    found = {"groups": chains, "index_sha256": file_sha256(root / "_index" / "index.csv")}
+    (root / "d.json").write_text(json.dumps(found))
+    for seed in range(20):
+        got = split(root, "--duplicates", root / "d.json", "--seed", seed, "--force")
+        assert len({got["groups"][n] for n in names[0:3]}) == 1 and len({got["groups"][n] for n in names[10:16]}) == 1
+        assert list(got["groups"]) == names
+        assert sizes(got) == {"train": 34, "val_select": 2, "val_test": 4}  # single groups fill what large ones left
+    processed(root, patients(41))
+    with pytest.raises(ValueError, match="run tools/check_duplicates.py again"):
+        split(root, "--duplicates", root / "d.json", "--force")
+
+
+def test_join_is_the_transitive_closure():
+    rng = random.Random(0)
+    for _ in range(100):
+        names = [f"{i:02d}" for i in range(30)]
+        sets = [rng.sample(names, rng.randint(1, 4)) for _ in range(rng.randint(0, 20))]
+        reach = {name: {name} for name in names}
+        for _ in names:  # slow: grow every reach through every set until nothing changes
+            for name in names:
+                reach[name] |= set().union(*(members for members in sets if reach[name] & set(members)))
+        assert make_splits.join(names, sets) == sorted({tuple(sorted(r)): sorted(r) for r in reach.values()}.values())
+
+
+def test_groups_that_share_a_label_group_stay_together(tmp_path):
+    names = patients(20)
+    lines = [f"lidc/s{i:04d}/0001.png,x,site{i // 2}" for i in range(20)]
+    labels = table(tmp_path / "l.csv", lines, "path,label,group")
+    groups = split(processed(tmp_path, names), "--labels", labels)["groups"]
+    assert all(groups[names[i]] == groups[names[i + 1]] for i in range(0, 20, 2))
+
+
+def test_group_by_dataset_keeps_datasets_whole(tmp_path):
+    names = [f"{dataset}/{i}" for dataset in "abcd" for i in range(5)]
+    groups = split(processed(tmp_path, names), "--group-by", "dataset")["groups"]
+    assert all(len({groups[f"{dataset}/{i}"] for i in range(5)}) == 1 for dataset in "abcd")
+
+
+def test_stable_never_moves_an_earlier_patient(tmp_path):
+    before = split(processed(tmp_path / "a", patients(300)), "--stable")
+    after = split(processed(tmp_path / "b", [*patients(400), *(f"a/{i}" for i in range(50))]), "--stable")
+    assert before["groups"].items() <= after["groups"].items()
+    assert abs(sizes(after)["train"] / 450 - 0.85) < 0.05
+    moved = split(processed(tmp_path / "c", patients(400)))["groups"]
+    assert not split(processed(tmp_path / "d", patients(300)))["groups"].items() <= moved.items()  # the default does
+
+
+def test_an_existing_split_is_kept_without_force(tmp_path):
+    root = processed(tmp_path, patients(30))
+    split(root)
+    path = root / "_splits" / "splits.json"
+    content, stamp = path.read_bytes(), path.stat().st_mtime_ns
+    split(root)
+    assert path.stat().st_mtime_ns == stamp
+    with pytest.raises(ValueError, match="--force"):
+        split(root, "--seed", 1)
+    assert path.read_bytes() == content
+    split(root, "--seed", 1, "--force")
+    assert path.read_bytes() != content
+    assert [p.name for p in path.parent.iterdir()] == ["splits.json"]
+
+
+def test_an_image_in_two_label_groups_joins_them(tmp_path):
+    root = photographs(tmp_path, [f"{i}.png" for i in range(9)])
+    table(root / "labels.csv", ["0.png,x,g1", "0.png,y,g2", "1.png,x,g1", "2.png,x,g2"], "path,label,group")
+    found = split(root)
+    assert len({found["groups"][name] for name in ("g1", "g2")}) == 1
+    assert {k: sum(c["labels"][k] for c in found["counts"].values()) for k in "xy"} == {"x": 3, "y": 1}
+
+
+def test_photographs_are_groups_by_file_or_by_the_group_column(tmp_path):
+    names = [f"{'cat' if i % 2 else 'dog'}/_{i}.{'JPG' if i % 3 else 'png'}" for i in range(40)]
+    root = photographs(tmp_path, [*names, "_labels/x.png", ".thumbs/y.png", "cat/._z.png"])
+    assert set(split(root)["groups"]) == set(names)
+    labels = table(
+        root / "labels.csv", [f"{n},{n[:3]},scene{i // 4}" for i, n in enumerate(names[:20])], "path,label,group"
+    )
+    found = split(root, "--force")
+    assert set(found["groups"]) == {f"scene{i}" for i in range(5)} | set(names[20:])
+    assert sum(c["slices"] for c in found["counts"].values()) == 40 and found["stratify"]["sha256"] == file_sha256(
+        labels
+    )
+
+
+def test_the_photograph_hash_follows_names_and_not_the_listing(tmp_path, monkeypatch):
+    walk = os.walk
+    monkeypatch.setattr(os, "walk", lambda *a, **k: sorted(walk(*a, **k), reverse=True))
+    a = open_source(photographs(tmp_path / "a", ["b.png", "a/c.png", "a.png"])).index_sha256
+    monkeypatch.setattr(os, "walk", lambda *a, **k: sorted(walk(*a, **k)))
+    b = open_source(photographs(tmp_path / "b", ["a/c.png", "a.png", "b.png"])).index_sha256
+    c = open_source(photographs(tmp_path / "c", ["a/c.png", "a.png"])).index_sha256
+    assert a == b != c
+
+
+@pytest.mark.parametrize(
+    "ratios",
+    ["train", "train=x,val_test=1", "train=0.5,val_test=0.4", "train=0.5,test=0.5", "val_test=1",
+     "train=1.5,val_test=-0.5", "train=0.5,train=1", "train=0.5=1,val_test=0.5", ""],
+)  # fmt: skip
+def test_bad_ratios_are_refused(ratios):
+    with pytest.raises(ValueError, match="--ratios"):
+        make_splits.parse_ratios(ratios)
+
+
+@pytest.mark.parametrize(
+    "lines, header, message",
+    [
+        (["lidc/s0001/0001.png,x"], "file,label", "begins"),
+        (["x,lidc/s0001/0001.png"], "label,path", "begins"),
+        (["lidc/s0001/0009.png,x"], "path,label", "row 2.*0009.png"),
+        (["lidc/s0001/0001.png,"], "path,label", "row 2"),
+        (["lidc/s0001/0001.png,x,g"], "path,label", "row 2"),
+        (["lidc/s0001/0001.png," + "x" * 200_000], "path,label", "not a UTF-8 CSV file"),
+    ],
+)
+def test_a_broken_label_table_is_one_sentence(tmp_path, lines, header, message):
+    root = processed(tmp_path, patients(5))
+    with pytest.raises(ValueError, match=message):
+        split(root, "--labels", table(tmp_path / "l.csv", lines, header))
+
+
+def test_too_few_groups_and_a_missing_index_are_errors(tmp_path):
+    with pytest.raises(ValueError, match="2 independent groups cannot fill 3 splits"):
+        split(processed(tmp_path / "a", patients(2)))
+    photographs(tmp_path / "b", ["_index/../lidc/s1/0001.png"])  # slices whose index was lost are not photographs
+    with pytest.raises(FileNotFoundError):
+        split(tmp_path / "b")
+    with pytest.raises(ValueError, match="without dataset or patient"):
+        split(processed(tmp_path / "c", [*patients(4), "lidc/"]))

@@ -1,0 +1,292 @@
+"""Divide the patients of a data folder, once, for every program that follows: writes DATA/_splits/splits.json.
+
+DATA is a processed CT folder (with _index/index.csv; group = dataset/patient) or any folder tree of PNG/JPEG
+photographs (group = the group column of DATA/labels.csv, else the file itself). A group never straddles two splits.
+
+    python tools/make_splits.py --data data/processed --duplicates data/processed/_splits/duplicates.json
+"""
+
+import csv
+import hashlib
+import json
+import sys
+from collections import Counter, defaultdict
+from fractions import Fraction
+from itertools import accumulate
+from math import floor
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from checkpoint import atomic_write
+from data import file_sha256, open_source
+from tools.cli import Parser, run
+
+VERSION = 1
+SPLITS = ("train", "val_select", "val_calib", "val_test")
+THREE_WAY = "train=0.85,val_select=0.05,val_test=0.10"
+FOUR_WAY = "train=0.60,val_select=0.15,val_calib=0.15,val_test=0.10"
+NODULE_HEADER = "id,path,z,y,x,label,group".split(",")
+
+
+def open_data(root):
+    """Everything below a data root as a Source; slices whose patient is unknown cannot be kept apart."""
+    source = open_source(root)
+    if source.encoding != "photo" and any(name[0] == "/" or name[-1] == "/" for name in source.groups):
+        raise ValueError(f"{root}: the index has slices without dataset or patient; preprocess again")
+    return source
+
+
+def read_table(table, known):
+    """[(path, label, group or "")] of a table that begins `path,label[,group]` or as a nodule table."""
+    try:
+        with open(table, newline="", encoding="utf-8-sig") as f:
+            header, *lines = [line for line in csv.reader(f) if line] or [[]]
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{table}: not a UTF-8 CSV file ({error}); write it anew") from None
+    if header[:2] != ["path", "label"] and header[:7] != NODULE_HEADER:
+        raise ValueError(f"{table}: begins {header}, not path,label[,group] nor {','.join(NODULE_HEADER)}")
+    rows = [dict(zip(header, line)) for line in lines]
+    for number, (line, row) in enumerate(zip(lines, rows), 2):
+        if len(line) != len(header) or not row["label"].strip() or row["path"] not in known:
+            raise ValueError(f"{table}, row {number}: {','.join(line)[:200]!r} lacks a field, a label or its image")
+    return [(row["path"], row["label"].strip(), row.get("group", "").strip()) for row in rows]
+
+
+def join(names, sets):
+    """Union-find: lists of names that any of `sets` links, each sorted, ordered by their first name."""
+    parent = {name: name for name in names}
+
+    def find(name):
+        while parent[name] != name:
+            parent[name] = parent[parent[name]]
+            name = parent[name]
+        return name
+
+    for members in sets:
+        for other in members[1:]:
+            parent[find(other)] = find(members[0])
+    units = defaultdict(list)
+    for name in sorted(parent):
+        units[find(name)].append(name)
+    return sorted(units.values())
+
+
+def parse_ratios(text):
+    """'train=0.85,val_test=0.15' -> exact fractions, so that 0.29 of 100 groups is 29 and not 28."""
+    try:
+        pairs = [part.split("=") for part in text.replace(" ", "").split(",")]
+        ratios = {name: Fraction(value) for name, value in pairs}
+    except (ValueError, ZeroDivisionError):
+        raise ValueError(f"--ratios {text!r}: write it like {THREE_WAY}") from None
+    if len(ratios) < len(pairs) or "train" not in ratios or not set(ratios) <= set(SPLITS):
+        raise ValueError(f"--ratios {text!r}: names are {', '.join(SPLITS)}, each once, train among them")
+    if min(ratios.values()) <= 0 or sum(ratios.values()) != 1:
+        raise ValueError(f"--ratios {text!r}: each above 0 and together 1, not {float(sum(ratios.values())):g}")
+    return {name: ratios[name] for name in SPLITS if name in ratios}
+
+
+def quotas(n, ratios):
+    """Largest remainder: whole numbers that sum to n, each within one of n * ratio."""
+    take = {split: floor(n * ratio) for split, ratio in ratios.items()}
+    by_remainder = sorted(ratios, key=lambda split: take[split] - n * ratios[split])
+    for split in by_remainder[: n - sum(take.values())]:
+        take[split] += 1
+    return take
+
+
+def allocate(sizes, ratios):
+    """{stratum: {split: groups}}: each cell is the floor or the ceiling of size * ratio, so within one of it.
+
+    The totals over strata follow quotas(): equal with one stratum, within one (97% equal) in 3,000 random tables.
+    """
+    exact = {k: {split: n * ratio for split, ratio in ratios.items()} for k, n in sorted(sizes.items())}
+    cells = {k: {split: floor(x) for split, x in row.items()} for k, row in exact.items()}
+    want = quotas(sum(sizes.values()), ratios)
+    room = {split: want[split] - sum(row[split] for row in cells.values()) for split in ratios}
+    for k, row in cells.items():
+        rounded = [split for split in sorted(ratios, key=lambda s: -room[s]) if exact[k][split] > row[split]]
+        for split in rounded[: sizes[k] - sum(row.values())]:
+            row[split] += 1
+            room[split] -= 1
+    return cells
+
+
+def chance(seed, name):
+    """A number in [0, 1) that depends on seed and name alone."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "big") / 2**64
+
+
+def assign(units, strata, ratios, seed):
+    """Index of unit -> split. Within a stratum the units come in a random order, large ones first, each to the split
+    that still lacks most groups; an empty split then gets one unit from the fullest."""
+    sizes = Counter()
+    for unit, stratum in zip(units, strata):
+        sizes[stratum] += len(unit)
+    lacks = allocate(sizes, ratios)
+    order = sorted(range(len(units)), key=lambda i: (-len(units[i]), chance(seed, units[i][0])))
+    members = {split: [] for split in ratios}
+    for i in order:
+        left = lacks[strata[i]]
+        split = max(left, key=left.get)
+        left[split] -= len(units[i])
+        members[split].append(i)
+    for split in ratios:
+        if not members[split]:
+            members[split].append(max(members.values(), key=len).pop())
+    return {i: split for split, indices in members.items() for i in indices}
+
+
+def assign_stable(units, ratios, seed):
+    """Each unit by the hash of its first name against the cumulative ratios: what is added later moves nothing."""
+    uppers = list(accumulate(ratios.values()))[:-1]
+    placed = {}
+    for i, unit in enumerate(units):
+        passed = [upper for upper in uppers if chance(seed, unit[0]) >= upper]
+        placed[i] = list(ratios)[len(passed)]
+    return placed
+
+
+def rarest_label(units, labels, group_of):
+    """Stratum of each unit: of the labels on its slices the one that fewest groups carry (ties by name), or none."""
+    carriers = {(group_of[path], label) for path, label, _ in labels}
+    groups_with = Counter(label for _, label in carriers)
+    labels_of = defaultdict(set)
+    for group, label in carriers:
+        labels_of[group].add(label)
+    found = [set().union(*(labels_of[group] for group in unit)) for unit in units]
+    return [min(names, key=lambda name: (groups_with[name], name), default="") for names in found]
+
+
+def count(slices, labels, group_of, groups, ratios):
+    """{split: {groups, slices, labels: {label: rows of the table}}}; slices is {group: number}."""
+    n_groups, n_slices = Counter(groups.values()), Counter()
+    for name, n in slices.items():
+        n_slices[groups[name]] += n
+    n_labels = Counter((groups[group_of[path]], label) for path, label, _ in labels)
+    names = sorted({label for _, label, _ in labels})
+    return {
+        s: {"groups": n_groups[s], "slices": n_slices[s], "labels": {name: n_labels[s, name] for name in names}}
+        for s in ratios
+    }
+
+
+def verify(groups, counts, slices, sets):
+    """Raise on what a bug in this file would break, before anything is written."""
+    assert set(groups) == set(slices), "a group is missing or invented"
+    assert sum(c["slices"] for c in counts.values()) == sum(slices.values()), "slices do not add up"
+    assert all(len({groups[name] for name in members}) == 1 for members in sets), "joined groups straddle two splits"
+    if empty := [split for split, c in counts.items() if not c["groups"]]:
+        raise ValueError(f"{empty[0]} would be empty (--stable draws at random); add patients, or take another --seed")
+
+
+def show(counts):
+    """Print the table of counts; at most six labels, since photographs may have a thousand."""
+    labels = list(counts["train"]["labels"])
+    lines = [["split", "groups", "slices", *labels[:6], *["..."][: len(labels) > 6]]]
+    lines += [[split, c["groups"], c["slices"], *list(c["labels"].values())[:6]] for split, c in counts.items()]
+    for line in lines:
+        print(" ".join(f"{cell!s:>11}" for cell in line))
+    for split, c in counts.items():
+        if absent := [label for label, n in c["labels"].items() if not n]:
+            print(f"note: {split} has no {', '.join(absent[:6])}")
+
+
+def write(path, payload, force):
+    """Write once: the same content again is fine, another content needs --force."""
+    content = json.dumps(payload, indent=1).encode() + b"\n"
+    if path.exists() and path.read_bytes() == content:
+        print("unchanged", path)
+        return
+    if path.exists() and not force:
+        raise ValueError(f"{path} exists and differs; checkpoints may depend on it, --force replaces it")
+    path.parent.mkdir(exist_ok=True)
+    atomic_write(path, lambda f: f.write(content))
+    print("wrote", path)
+
+
+def read_duplicates(path, digest, names):
+    """Lists of groups that check_duplicates.py found to share pictures."""
+    try:
+        found = json.loads(Path(path).read_bytes())
+        sets, made_for = [list(members) for members in found["groups"]], found["index_sha256"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"--duplicates {path}: not a file of tools/check_duplicates.py") from None
+    if made_for != digest or not {name for members in sets for name in members} <= set(names):
+        raise ValueError(f"--duplicates {path}: made for another set of slices; run tools/check_duplicates.py again")
+    return sets
+
+
+def build_parser():
+    p = Parser(description=__doc__.split("\n\n")[0])
+    p.add_argument("--data", type=Path, required=True, help="processed CT folder, or folder tree of photographs")
+    shares = p.add_mutually_exclusive_group()
+    shares.add_argument("--ratios", default=THREE_WAY, help="shares of the groups, together 1")
+    shares.add_argument("--four-way", action="store_true", help=f"the same as --ratios {FOUR_WAY}")
+    p.add_argument("--labels", type=Path, help="label table to stratify by (of photographs: DATA/labels.csv if there)")
+    p.add_argument("--duplicates", type=Path, help="file of tools/check_duplicates.py; its groups stay together")
+    p.add_argument("--group-by", choices=("patient", "dataset"), default="patient", help="what never straddles")
+    p.add_argument("--seed", type=int, default=0, help="another seed, another division")
+    p.add_argument("--stable", action="store_true", help="by hash: new patients move nobody; not stratified")
+    p.add_argument("--force", action="store_true", help="replace a splits.json that differs")
+    return p
+
+
+def main(argv=None):
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    ratios = parse_ratios(FOUR_WAY if args.four_way else args.ratios)
+    source = open_data(args.data)
+    photos = source.encoding == "photo"
+    if photos and args.group_by == "dataset":
+        parser.error("--group-by dataset: photographs have no dataset; give groups in labels.csv")
+
+    column = source.rows.column("group").tolist()
+    group_of = dict(zip((path.decode() for path in source.rows.column("path").tolist()), column))
+    slices = Counter(column)
+    table = args.labels or (args.data / "labels.csv" if photos and (args.data / "labels.csv").exists() else None)
+    labels = read_table(table, group_of) if table else []
+    together = defaultdict(set)  # groups that share a dataset (if asked), or a value in the table's group column
+    for name in slices if args.group_by == "dataset" else ():
+        together["dataset", name.split("/")[0]].add(name)
+    for path, _, group in labels:
+        together["label group", group or group_of[path]].add(group_of[path])
+    sets = [sorted(members) for members in together.values()]
+    found = args.data / "_splits" / "duplicates.json"
+    if args.duplicates:
+        sets += read_duplicates(args.duplicates, source.index_sha256, slices)
+    elif found.exists():
+        print(f"note: groups that share pictures may part; --duplicates {found} keeps them together")
+
+    units = join(slices, sets)
+    if len(units) < len(ratios):
+        raise ValueError(f"{len(units)} independent groups cannot fill {len(ratios)} splits; add groups or drop splits")
+    print(f"{len(source)} slices in {len(slices)} groups, {len(units)} of them independent")
+    if args.stable:
+        print("--stable: the shares follow the ratios only approximately")
+        placed = assign_stable(units, ratios, args.seed)
+    else:
+        placed = assign(units, rarest_label(units, labels, group_of), ratios, args.seed)
+    groups = dict(sorted((name, placed[i]) for i, unit in enumerate(units) for name in unit))
+    counts = count(slices, labels, group_of, groups, ratios)
+    verify(groups, counts, slices, sets)
+    payload = {
+        "version": VERSION,
+        "seed": args.seed,
+        "group_by": "group" if photos else args.group_by,
+        "ratios": {split: float(ratio) for split, ratio in ratios.items()},
+        "stratify": {"labels": table.name, "sha256": file_sha256(table)} if table and not args.stable else None,
+        "stable": args.stable,
+        "counts": counts,
+        "index_sha256": source.index_sha256,
+        "groups": groups,
+    }
+    path = args.data / "_splits" / "splits.json"
+    write(path, payload, args.force)
+    show(counts)
+    print("sha256", file_sha256(path))
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)
