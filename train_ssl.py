@@ -534,9 +534,8 @@ def masking(args):
 def make_recipes(args, encoding):
     kind = ("photo" if encoding == "photo" else "ct") if args.aug == "auto" else args.aug
     base = dataclasses.replace(data.RECIPES[kind], local_crops=args.local_crops)
-    for name in ("global_scale", "local_scale"):
-        if getattr(args, name):
-            base = dataclasses.replace(base, **{name: tuple(getattr(args, name))})
+    scales = {"global_scale": args.global_scale, "local_scale": args.local_scale}
+    base = dataclasses.replace(base, **{name: tuple(scale) for name, scale in scales.items() if scale})
     pairs = f"{args.global_size}/{args.local_size}" if args.sizes is None else args.sizes
     recipes = []
     for pair in pairs.split(","):

@@ -1,0 +1,219 @@
+"""Draw the exact crops and masks that one update of a run saw, as one picture: a row per image.
+
+In: a run folder (its config.json) and the data it was trained on. Out: RUN/inspect/step_00001234.png. A row holds the
+slice with the boxes of all its views, the two global crops with their iBOT masks (hatched patches are hidden from the
+student), the local crops, and the crops of the Gram teacher once the run uses one. --step N is the update that made
+step N out of N - 1.
+
+    python tools/inspect_step.py --run runs/lidc --step 1234 --images 8
+"""
+
+import json
+import math
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from data import MEAN, STD, Recipe, eval_view, look_windows, make_loader, open_source, render, select
+from tools import sheet
+from tools.cli import Parser, positive, run
+
+SIDE = 448  # pixels, about, of a slice and of a global crop; crops are enlarged by whole factors only
+NEEDED = "args recipes masking patch_size split index_sha256 split_sha256".split()
+FLAGS = "data seed steps batch_size micro_batch limit z_stride overfit gram_start".split()
+
+
+def read_config(folder):
+    """config.json of a run, checked."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; --run names a folder that train_ssl.py wrote")
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    config = config if isinstance(config, dict) else {}
+    missing = [key for key in NEEDED if key not in config] or [key for key in FLAGS if key not in config["args"]]
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(missing)}: use the code that trained this run")
+    return config
+
+
+def read_recipes(config):
+    """Recipes as stored -> Recipe objects; JSON made lists of their tuples."""
+    names = {f.name for f in fields(Recipe)}
+    if odd := set().union(*(recipe.keys() ^ names for recipe in config["recipes"])):
+        raise ValueError(f"the recipe of this run differs from ours in {sorted(odd)}: use the code that trained it")
+    return [Recipe(**{k: tuple(v) if isinstance(v, list) else v for k, v in r.items()}) for r in config["recipes"]]
+
+
+def open_data(config, data):
+    """The source as the run had it; other data than that is refused."""
+    args = config["args"]
+    source = open_source(data or args["data"], config["split"], args["limit"], args["z_stride"])
+    for key in ("index_sha256", "split_sha256"):
+        if config[key] != getattr(source, key):
+            raise ValueError(
+                f"{source.root}: its {key.partition('_')[0]} is not the one this run was trained with, so the images"
+                " of its updates are unknown; put the old data back, or name it with --data"
+            )
+    return source
+
+
+def read_update(source, config, step, count):
+    """The micro-batches of the update that made `step`, as training read them, until they hold `count` images."""
+    args = config["args"]
+    # the run's own micro-batch: a broken file is replaced from within it, and marked in the picture
+    loader = make_loader(
+        source, read_recipes(config), args["seed"], range(step - 1, step), args["batch_size"], args["micro_batch"],
+        patch_size=config["patch_size"], masking=config["masking"], skip_bad=args["batch_size"], fixed=args["overfit"],
+    )  # fmt: skip
+    batches = []
+    for batch in loader:
+        batches.append(batch)
+        if sum(len(b.ids) for b in batches) >= count:
+            break
+    return batches
+
+
+def shown(crops):
+    """Normalised crops [n, 3, h, w] -> values in 0..1."""
+    mean, std = (torch.tensor(t)[:, None, None] for t in (MEAN, STD))
+    return crops * std + mean
+
+
+def zoom_of(size):
+    return max(1, round(SIDE / size))
+
+
+def slice_tile(source, batch, j):
+    """The image as read, without the padding of its batch, and the boxes of all its views; of CT in grey."""
+    image, boxes = batch.images[j], batch.plan.boxes[:, j]
+    height, width = np.ceil(boxes[:, 2:].max(0)).astype(int)  # photographs are cut to the union of their boxes
+    replaced = str(source.path(batch.ids[j])) in dict(batch.bad)
+    if source.encoding != "photo":
+        height, width = image.shape[1:] if replaced else source.size(batch.ids[j])
+    values = image[:, :height, :width] / 255
+    if image.dtype == torch.int16:
+        level, span = eval_view(source.encoding)["window"]
+        values = (image[1, :height, :width] - level) / span + 0.5
+    elif source.encoding != "photo":
+        values = values.mean(0)
+    factor = SIDE / max(height, width)
+    picture = sheet.fit(sheet.picture(0.8 * values.clamp(0, 1)), SIDE)  # dimmed, for the boxes
+    named = [
+        (box * factor, colour_of(v), f"g{v + 1}" if v < 2 else str(v - 1), 3 - (v > 1)) for v, box in enumerate(boxes)
+    ]
+    titles = ["BROKEN FILE: the stand-in" if replaced else "as read, with the boxes of all views"]
+    if source.encoding != "photo":
+        picture = sheet.scale_bar(picture, source.rows[batch.ids[j]]["spacing_x"] / factor)
+        titles.append("in the views: R, G, B = slices z-1, z, z+1")
+    return sheet.titled(sheet.outline(picture, named), titles)
+
+
+def describe(source, batch, v, j):
+    """What was drawn for view v of image j: extent and flip, then blur and window."""
+    plan = batch.plan
+    height, width = plan.boxes[v, j, 2:] - plan.boxes[v, j, :2]
+    unit = "px"
+    if source.encoding != "photo":
+        row = source.rows[batch.ids[j]]
+        height, width, unit = height * row["spacing_y"], width * row["spacing_x"], "mm"
+    name = f"global {v + 1}" if v < 2 else f"local {v - 1}"
+    first = f"{name}: {height:.0f} x {width:.0f} {unit}{', flip' * bool(plan.flips[v, j])}"
+    second = [f"blur {plan.sigmas[v, j]:.1f}"] * bool(plan.sigmas[v, j])
+    if source.encoding == "hu16-v1":
+        level, width = (x.item() for x in look_windows(plan.looks[v : v + 1, j]))
+        second.append(f"L {level:.0f} W {width:.0f}")
+    if plan.solarized[v, j]:
+        second.append("solarised")
+    return [first, ", ".join(second)]
+
+
+def draw_image(source, batch, j, patch_size, with_gram):
+    """One row: the slice with its boxes, then every view of image j of a micro-batch."""
+    crops = render(batch.images[j : j + 1], select(batch.plan, [j]))
+    masks = batch.masks.unflatten(0, (2, -1))[:, j]  # [2, N]
+    zoom, side = zoom_of(batch.plan.recipe.global_size), math.isqrt(masks.shape[1])
+    tiles = [slice_tile(source, batch, j)]
+    for v, (crop, mask) in enumerate(zip(shown(crops.globals), masks)):
+        tile = sheet.hatch(sheet.picture(crop, zoom), mask.view(side, side), patch_size * zoom)
+        lines = describe(source, batch, v, j)
+        lines[1] += f"{', ' * bool(lines[1])}{int(mask.sum())} of {len(mask)} patches masked"
+        tiles.append(sheet.titled(tile, lines, colour_of(v)))
+    tiles.append(draw_locals(source, batch, j, shown(crops.locals)))
+    for v, crop in enumerate(shown(crops.gram) if with_gram and crops.gram is not None else ()):
+        tile = sheet.picture(crop, zoom_of(crop.shape[1]))
+        tiles.append(sheet.titled(tile, [f"Gram teacher's global {v + 1}", "not blurred"], colour_of(v)))
+    return sheet.row(tiles)
+
+
+def draw_locals(source, batch, j, crops):
+    """The local crops in two rows, enlarged as the global ones are."""
+    zoom = zoom_of(batch.plan.recipe.global_size)
+    tiles = [
+        sheet.titled(sheet.picture(crop, zoom), describe(source, batch, v, j), colour_of(v))
+        for v, crop in enumerate(crops, 2)
+    ]
+    half = -(-len(tiles) // 2)
+    return sheet.stack([sheet.row(part) for part in (tiles[:half], tiles[half:]) if part])
+
+
+def colour_of(view):
+    return sheet.COLOURS[view % len(sheet.COLOURS)]
+
+
+def name_of(source, batch, j):
+    row = source.rows[batch.ids[j]]
+    if source.encoding == "photo":
+        return f"sample {batch.ids[j]}   {row['path']}"
+    return f"sample {batch.ids[j]}   patient {row['dataset']}/{row['patient']}   z {row['z']}   {row['path']}"
+
+
+def build_parser():
+    parser = Parser(description=__doc__)
+    parser.add_argument("--run", required=True, type=Path, help="folder of the run")
+    parser.add_argument("--step", required=True, type=positive, help="the update that made this step, 1 or more")
+    parser.add_argument("--images", type=positive, default=8, help="images to draw, the first of the batch; at most 64")
+    parser.add_argument("--data", type=Path, help="where the run's data lies now; default: where it was")
+    parser.add_argument("--out", type=Path, help="PNG to write; default: RUN/inspect/step_<step>.png")
+    return parser
+
+
+def main(argv=None):
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.images > 64:
+        parser.error(f"--images {args.images}: a picture of more than 64 rows is unreadable")
+    config = read_config(args.run)
+    flags = config["args"]
+    source = open_data(config, args.data)
+    batches = read_update(source, config, args.step, args.images)
+    with_gram = args.step > flags["gram_start"]  # before that, training renders no Gram crops
+    picked = [(batch, j) for batch in batches for j in range(len(batch.ids))][: args.images]
+    rows = [
+        (name_of(source, batch, j), draw_image(source, batch, j, config["patch_size"], with_gram))
+        for batch, j in picked
+    ]
+    recipe, width = batches[0].plan.recipe, max(picture.width for _, picture in rows)
+    title = (
+        f"{args.run}, step {args.step}: {len(rows)} of {flags['batch_size']} images, seed {flags['seed']}, recipe"
+        f" {recipe.kind} {recipe.global_size}/{recipe.local_size}, split {config['split'] or 'none'}"
+    )
+    if args.step > flags["steps"]:  # a run may have been extended later
+        title += f"; NOT among the {flags['steps']} updates that this run was started with"
+    parts = [sheet.heading(title, width, size=20)]
+    for name, picture in rows:
+        parts += [sheet.heading(name, width), picture]
+    out = args.out or args.run / "inspect" / f"step_{args.step:08d}.png"
+    sheet.save(out, sheet.stack(parts))
+    print(f"{title}; wrote {out}")
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)
