@@ -1,0 +1,855 @@
+"""Claims about preprocess_dicom.py, dicom_series.py and write_manifest.py. The truth is a volume in HU that the test
+itself writes as DICOM, in every lawful and unlawful way."""
+
+import copy
+import csv
+import io
+import json
+import os
+import random
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pydicom
+import pytest
+from PIL import Image
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.uid import (
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    JPEGLSLossless,
+    RLELossless,
+)
+
+from data import INDEX_COLUMNS, WINDOWS_HU
+from tools import dicom_series, preprocess_dicom, write_manifest
+
+ROOT = Path(__file__).resolve().parent.parent
+AXIAL = (1, 0, 0, 0, 1, 0)
+DEPTH, HEIGHT, WIDTH = 10, 40, 48
+IDENTIFYING = {
+    "PatientName": "ZZDOE^JOHN",
+    "PatientBirthDate": "19331224",
+    "PatientAddress": "ZZ Elm Street",
+    "InstitutionName": "ZZ General Hospital",
+    "ReferringPhysicianName": "ZZHOUSE^GREG",
+    "StudyDate": "19991231",
+    "StudyDescription": "ZZ CHEST follow-up",
+    "SeriesDescription": "ZZ LUNG 1.0",
+    "AccessionNumber": "ZZ4711",
+    "DeviceSerialNumber": "ZZ0815",
+}
+
+
+def truth(depth=DEPTH, height=HEIGHT, width=WIDTH, seed=0):
+    """int16 [Z, H, W]: smooth in z, no two slices alike, HU from -1000 to 1400."""
+    rng = np.random.default_rng(seed)
+    z, y, x = np.mgrid[:depth, :height, :width]
+    wave = 900 * np.sin(x / 7 + seed) * np.cos(y / 5) + 300 * np.sin(z / 4 + y / 9) + 200
+    return np.clip(wave + rng.normal(0, 20, wave.shape), -1000, 1400).astype(np.int16)
+
+
+def uid(*parts):
+    return "1.2.826.0.1.3680043.8.498." + ".".join(map(str, parts))
+
+
+def ct_slice(hu, z, series=1, patient=1, orientation=AXIAL, spacing_z=2.5, shift=(0, 0, 0), **change):
+    """One slice of a series as a dataset, 12 bits unsigned; `change` sets (or with None removes) header values.
+
+    `slope`, `intercept`, `bits` and `signed` change how hu is stored; z counts slices along the normal.
+    """
+    slope, intercept = change.pop("slope", 1), change.pop("intercept", -1024)
+    bits, signed = change.pop("bits", 12), change.pop("signed", False)
+    normal = np.cross(orientation[:3], orientation[3:])
+    ds = Dataset()
+    ds.SOPClassUID, ds.SOPInstanceUID = "1.2.840.10008.5.1.4.1.1.2", uid(patient, series, z + 100)
+    ds.Modality, ds.ImageType = "CT", ["ORIGINAL", "PRIMARY", "AXIAL"]
+    ds.PatientID, ds.PatientIdentityRemoved = f"P-{patient:03d}", "YES"
+    ds.StudyInstanceUID, ds.SeriesInstanceUID = uid(patient, 0), uid(patient, series)
+    ds.FrameOfReferenceUID = uid(patient, series, 0)
+    ds.InstanceNumber = (z * 7) % 10  # of no help
+    ds.ImagePositionPatient = [round(float(v), 5) for v in -100 + normal * z * spacing_z + np.multiply(shift, z)]
+    ds.ImageOrientationPatient = [round(float(v), 6) for v in orientation]
+    ds.PixelSpacing, ds.SliceThickness = [0.7, 0.8], 5
+    ds.SamplesPerPixel, ds.PhotometricInterpretation = 1, "MONOCHROME2"
+    ds.Rows, ds.Columns = hu.shape
+    ds.BitsAllocated, ds.BitsStored, ds.HighBit, ds.PixelRepresentation = 16, bits, bits - 1, int(signed)
+    ds.RescaleSlope, ds.RescaleIntercept, ds.RescaleType = slope, intercept, "HU"
+    stored = np.round((hu.astype(np.float64) - intercept) / slope).astype(np.int32)
+    ds.PixelData = (stored & ((1 << bits) - 1)).astype("<u2").tobytes()
+    for keyword, value in change.items():
+        if value is None:
+            delattr(ds, keyword)
+        else:
+            setattr(ds, keyword, value)
+    return ds
+
+
+def encode(ds, syntax=ExplicitVRLittleEndian, preamble=True):
+    """Dataset -> bytes of a file; without preamble only the bare elements, as before DICOM part 10."""
+    ds, file = copy.deepcopy(ds), io.BytesIO()
+    if "PixelData" in ds:
+        ds["PixelData"].VR = "OW"
+    if syntax == ExplicitVRBigEndian:
+        ds.PixelData = np.frombuffer(ds.PixelData, "<u2").astype(">u2").tobytes()
+    if preamble:
+        ds.file_meta = FileMetaDataset()
+        ds.file_meta.MediaStorageSOPClassUID = ds.get("SOPClassUID", "1.2.3")
+        ds.file_meta.MediaStorageSOPInstanceUID = ds.get("SOPInstanceUID", "1.2.3")
+        compressed = syntax in (RLELossless, JPEGLSLossless)
+        ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian if compressed else syntax
+        if compressed:
+            ds.compress(RLELossless, generate_instance_uid=False)
+            ds.file_meta.TransferSyntaxUID = syntax  # no encoder of JPEG-LS here: only its name
+        ds.save_as(file, enforce_file_format=True)
+    else:
+        ds.save_as(file, implicit_vr=syntax.is_implicit_VR, little_endian=True)
+    return file.getvalue()
+
+
+def enhanced(hu, order, slope=lambda z: 1, **change):
+    """A multi-frame CT file whose frames lie in `order`; rescale per frame, orientation and spacing shared."""
+    ds = ct_slice(hu[0], 0, **change)
+    ds.SOPClassUID, ds.NumberOfFrames, ds.PixelData = "1.2.840.10008.5.1.4.1.1.2.1", len(order), b""
+    shared, ds.PerFrameFunctionalGroupsSequence = Dataset(), []
+    shared.PlaneOrientationSequence, shared.PixelMeasuresSequence = [Dataset()], [Dataset()]
+    shared.PlaneOrientationSequence[0].ImageOrientationPatient = ds.ImageOrientationPatient
+    shared.PixelMeasuresSequence[0].PixelSpacing = ds.PixelSpacing
+    ds.SharedFunctionalGroupsSequence = [shared]
+    for z in order:
+        frame, one = Dataset(), ct_slice(hu[z], z, slope=slope(z), **change)
+        frame.PlanePositionSequence, frame.PixelValueTransformationSequence = [Dataset()], [Dataset()]
+        frame.PlanePositionSequence[0].ImagePositionPatient = one.ImagePositionPatient
+        for keyword in ("RescaleSlope", "RescaleIntercept", "RescaleType"):
+            frame.PixelValueTransformationSequence[0][keyword] = one[keyword]
+        ds.PerFrameFunctionalGroupsSequence.append(frame)
+        ds.PixelData += one.PixelData
+    for keyword in "ImagePositionPatient ImageOrientationPatient PixelSpacing RescaleSlope RescaleIntercept".split():
+        delattr(ds, keyword)
+    return ds
+
+
+def volume_of(files, **options):
+    """Files of one series -> what dicom_series makes of them."""
+    slices = [s for data in files for s in dicom_series.read_slices(data)]
+    return dicom_series.assemble(slices, options.pop("min_slices", 8), **options)
+
+
+def write_tree(folder, datasets, syntax=ExplicitVRLittleEndian, seed=0):
+    """Files with names and an order that say nothing, some in subfolders."""
+    rng = random.Random(seed)
+    for i, ds in enumerate(rng.sample(datasets, len(datasets))):
+        path = Path(folder) / rng.choice(("", "a", "a/b.dcm")) / f"{rng.randrange(1 << 40):x}-{i}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(ds if isinstance(ds, bytes) else encode(ds, syntax))
+    return Path(folder)
+
+
+def a_series(hu=None, **change):
+    return [ct_slice(plane, z, **change) for z, plane in enumerate(truth() if hu is None else hu)]
+
+
+def preprocess(raw, out, *flags, dataset="d", workers=1):
+    argv = ["--raw", raw, "--out", out, "--dataset", dataset, "--workers", workers, *flags]
+    return preprocess_dicom.main([str(value) for value in argv])
+
+
+def index(out):
+    with open(out / "_index" / "index.csv", newline="") as f:
+        return list(csv.DictReader(f))
+
+
+def manifest(out, dataset="d"):
+    return json.loads((out / "_manifests" / f"{dataset}.json").read_text())
+
+
+def tree(folder):
+    """{path: bytes} of all files."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def reason_of(slices, **options):
+    with pytest.raises(dicom_series.Reject) as caught:
+        volume_of([encode(ds) for ds in slices], **options)
+    return caught.value.reason
+
+
+# pixels
+
+
+def test_hu16_is_exact_and_rgb_follows_the_formula(tmp_path):
+    hu = truth(height=64, width=50)
+    hu[:, 0, :4] = -1350, -1000, 1049, 1050  # ends of windows
+    write_tree(tmp_path / "raw", a_series(hu, bits=16, signed=True, intercept=-37))
+    assert preprocess(tmp_path / "raw", tmp_path / "rgb/p") == 0
+    assert preprocess(tmp_path / "raw", tmp_path / "hu/p", "--format", "hu16") == 0
+    rgb_rows, hu_rows = index(tmp_path / "rgb/p"), index(tmp_path / "hu/p")
+    assert [int(row["z"]) for row in rgb_rows] == [int(row["z"]) for row in hu_rows] == list(range(1, DEPTH - 1))
+    assert list(rgb_rows[0]) == INDEX_COLUMNS and rgb_rows[0]["path"].endswith("/0001.png")
+    assert len({row["path"] for row in hu_rows}) == 1
+    for rgb_row, hu_row in zip(rgb_rows, hu_rows):
+        z = int(hu_row["z"])
+        volume = np.load(tmp_path / "hu/p" / hu_row["path"], mmap_mode="r")
+        assert volume.dtype == np.int16 and np.array_equal(volume, hu)
+        image = np.asarray(Image.open(tmp_path / "rgb/p" / rgb_row["path"]))
+        for channel, (level, width) in enumerate(WINDOWS_HU.values()):
+            share = (hu[z - 1 + channel].astype(float) - (level - width / 2)) / width
+            assert np.array_equal(image[..., channel], np.floor(255 * np.clip(share, 0, 1) + 0.5))
+        assert (rgb_row["spacing_z"], rgb_row["spacing_y"], rgb_row["spacing_x"]) == ("2.5", "0.7", "0.8")
+        assert (rgb_row["rows"], rgb_row["cols"], rgb_row["patient"]) == ("64", "50", "P-001")
+        assert rgb_row["sop"] == uid(1, 1, z + 100) and float(rgb_row["z_mm"]) == -100 + 2.5 * z
+
+
+@pytest.mark.parametrize(
+    "syntax", [ImplicitVRLittleEndian, ExplicitVRBigEndian, DeflatedExplicitVRLittleEndian, RLELossless]
+)
+def test_transfer_syntaxes_change_nothing(syntax):
+    hu = truth()
+    for options in ({}, {"bits": 16, "signed": True, "intercept": 0, "PixelPaddingValue": -2000}):
+        files = [encode(ds, syntax) for ds in a_series(hu, **options)]
+        assert np.array_equal(volume_of(files).hu, hu)
+
+
+def test_stored_values_by_a_slow_loop():
+    for bits, high_bit in ((12, 11), (16, 15), (12, 15), (10, 12), (1, 0)):
+        for signed in (False, True):
+            got = dicom_series.stored_values(bits, high_bit, signed)
+            for word in range(0, 1 << 16, 37):
+                value = (word >> (high_bit + 1 - bits)) % (1 << bits)
+                assert got[word] == value - ((1 << bits) if signed and value >= 1 << (bits - 1) else 0)
+
+
+def test_stray_high_bits_and_padding_are_masked_before_rescale():
+    hu, cases = truth(), ((True, -2000, None), (True, 63536, None), (False, 4095, 4090), (False, 4090, 4095))
+    for signed, padding, limit in cases:
+        slices = a_series(hu, signed=signed, intercept=-100 if signed else -1024)
+        for ds in slices:
+            words = np.frombuffer(ds.PixelData, "<u2").copy().reshape(HEIGHT, WIDTH)
+            words[:3] = padding & 0xFFF
+            words[3, :2] = 4092 if limit else padding & 0xFFF
+            words |= (np.arange(WIDTH) % 16 << 12).astype(np.uint16)  # an old overlay lives up there
+            ds.PixelData = words.tobytes()
+            ds.add_new("PixelPaddingValue", "SS" if padding < 0 else "US", padding)
+            if limit:
+                ds.add_new("PixelPaddingRangeLimit", "US", limit)
+        expected = hu.copy()
+        expected[:, :3], expected[:, 3, :2] = -1024, -1024
+        volume = volume_of([encode(ds) for ds in slices])
+        assert np.array_equal(volume.hu, expected) and volume.handled["padding_slices"] == DEPTH
+        assert signed or volume.handled["stray_bits_slices"] == DEPTH
+
+
+def test_a_padding_value_that_the_stored_bits_cannot_hold_is_a_whole_word():
+    slices = a_series()
+    for ds in slices:  # 63536 is 0xF830, and 0x830 is 1072 HU in 12 bits
+        ds.PixelData = struct.pack("<3H", 63536, 0x830, 0x1830) + ds.PixelData[6:]
+        ds.add_new("PixelPaddingValue", "US", 63536)
+    assert volume_of([encode(ds) for ds in slices]).hu[4, 0, :3].tolist() == [-1024, 1072, 1072]
+
+
+def test_fractional_slopes_round_half_up_and_values_beyond_int16_are_clipped_and_counted():
+    stored = np.arange(HEIGHT * WIDTH).reshape(HEIGHT, WIDTH)
+    slices = [ct_slice(stored, z, slope=1, intercept=0, bits=16) for z in range(DEPTH)]
+    for ds in slices:
+        ds.RescaleSlope, ds.RescaleIntercept = "2.5", "-1000"
+    volume = volume_of([encode(ds) for ds in slices])
+    assert np.array_equal(volume.hu[0], [[(5 * s - 2000 + 1) // 2 for s in row] for row in stored.tolist()])
+    for ds in slices:
+        ds.RescaleSlope = 20
+    volume = volume_of([encode(ds) for ds in slices])
+    assert np.array_equal(volume.hu[0], np.minimum(20 * stored - 1000, 32767))
+    assert volume.handled["clipped_pixels"] == DEPTH * np.count_nonzero(20 * stored - 1000 >= 32767)
+
+
+def test_rescale_may_change_from_slice_to_slice():
+    hu = truth()
+    for slope in (lambda z: 1 + z % 2, lambda z: 1 + z / 64, lambda z: 2 if z == 4 else 1):
+        hu_even = hu // 130 * 130  # stored exactly by every slope
+        files = [encode(ct_slice(hu_even[z], z, slope=slope(z), intercept=-1040, bits=16)) for z in range(DEPTH)]
+        volume = volume_of(files)
+        assert np.abs(volume.hu - hu_even).max() <= 1 and volume.handled["own_rescale_slices"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"RescaleIntercept": 0}, {"RescaleSlope": 2}, {"PixelRepresentation": 1}, {"HighBit": 15}, {"BitsStored": 9}],
+)
+@pytest.mark.parametrize("z", [0, 4])
+def test_one_slice_whose_coding_contradicts_its_neighbours_is_noticed(change, z):
+    slices = a_series(bits=12)
+    for keyword, value in change.items():
+        setattr(slices[z], keyword, value)
+    assert reason_of(slices) == "coding_disagrees"
+
+
+def test_a_lone_padding_value_within_the_tissue_is_noticed():
+    slices = a_series()
+    slices[5].PixelPaddingValue = int(np.median(np.frombuffer(slices[5].PixelData, "<u2")))
+    assert reason_of(slices) == "coding_disagrees"
+
+
+def test_monochrome1_inverts_the_display_not_the_hu():
+    hu = truth()
+    volume = volume_of([encode(ds) for ds in a_series(hu, PhotometricInterpretation="MONOCHROME1")])
+    assert np.array_equal(volume.hu, hu) and volume.handled["monochrome1_slices"] == DEPTH
+
+
+def test_enhanced_ct_uses_the_groups_of_each_frame():
+    hu = truth() // 6 * 6
+    order = list(range(DEPTH))
+    random.Random(3).shuffle(order)
+    volume = volume_of([encode(enhanced(hu, order, slope=lambda z: 1 + z % 3, intercept=-1026, bits=16))])
+    assert np.array_equal(volume.hu, hu) and volume.handled["multiframe_slices"] == DEPTH
+    broken = enhanced(hu, order, intercept=-1026)
+    broken.PerFrameFunctionalGroupsSequence.pop()
+    assert reason_of([broken]) == "header"
+    shared = broken.SharedFunctionalGroupsSequence[0]
+    broken = enhanced(hu, order, intercept=-1026)
+    del broken.PerFrameFunctionalGroupsSequence[4].PixelValueTransformationSequence
+    assert reason_of([broken]) == "rescale_missing"
+    shared.CTImageFrameTypeSequence = [Dataset()]
+    shared.CTImageFrameTypeSequence[0].FrameType = ["ORIGINAL", "PRIMARY", "LOCALIZER", "NONE"]
+    broken.SharedFunctionalGroupsSequence = [shared]
+    assert reason_of([broken]) == "localizer"
+
+
+# geometry
+
+TILT = np.deg2rad(20)
+ORIENTATIONS = {
+    "axial": AXIAL,
+    "feet first": (-1, 0, 0, 0, 1, 0),
+    "coronal": (1, 0, 0, 0, 0, -1),
+    "sagittal": (0, 1, 0, 0, 0, -1),
+    "oblique": (0.6, 0.8, 0, -0.8 * 0.6, 0.6 * 0.6, 0.8),
+    "tilted": (1, 0, 0, 0, np.cos(TILT), -np.sin(TILT)),
+}
+
+
+@pytest.mark.parametrize("name", ORIENTATIONS)
+def test_slices_ascend_along_the_normal_of_their_own_plane(name):
+    """Position, not file name, instance number or the third coordinate, orders them; a flipped normal flips z."""
+    hu = truth()
+    shear = 2.5 * np.tan(TILT) * np.array(ORIENTATIONS["tilted"][3:]) if name == "tilted" else (0, 0, 0)
+    files = [encode(ds) for ds in a_series(hu, orientation=ORIENTATIONS[name], shift=shear)]
+    volume = volume_of(random.Random(1).sample(files, DEPTH))
+    assert np.array_equal(volume.hu, hu)
+    assert volume.spacing == pytest.approx((2.5, 0.7, 0.8), abs=1e-4) and np.all(np.diff(volume.z_mm) > 0)
+    assert volume.handled.get("tilt_deg", 0) == pytest.approx(20 if name == "tilted" else 0, abs=0.1)
+
+
+def test_a_missing_slice_is_rejected_or_ends_the_longest_run():
+    slices = a_series(truth(14))
+    del slices[4]
+    assert reason_of(slices) == "irregular_spacing"
+    volume = volume_of([encode(ds) for ds in slices], allow_gaps=True)
+    assert np.array_equal(volume.hu, truth(14)[5:]) and volume.handled["outside_regular_run"] == 4
+    assert reason_of(slices, allow_gaps=True, min_slices=10) == "irregular_spacing"
+
+
+def test_a_slice_shifted_within_its_plane_is_irregular():
+    slices = a_series()
+    slices[5].ImagePositionPatient[0] += 0.6  # the step grows from 2.5 to 2.57 mm only
+    assert reason_of(slices) == "irregular_spacing"
+
+
+def test_positions_rounded_to_one_decimal_are_regular():
+    slices = a_series(truth(12), spacing_z=0.625)
+    for ds in slices:
+        ds.ImagePositionPatient = [round(float(v), 1) for v in ds.ImagePositionPatient]
+    assert len(volume_of([encode(ds) for ds in slices]).hu) == 12
+
+
+def test_copies_are_dropped_and_other_images_at_one_position_are_not_guessed_at():
+    slices = a_series()
+    copies = copy.deepcopy([slices[3], slices[7], slices[7]])
+    copies[1].SOPInstanceUID = uid(9, 9, 9)  # a copy under a new name
+    volume = volume_of([encode(ds) for ds in slices + copies])
+    assert np.array_equal(volume.hu, truth()) and volume.handled["duplicates_dropped"] == 3
+    changed = copy.deepcopy(slices[3])
+    changed.PixelData = changed.PixelData[:-2] + b"\0\0"
+    assert reason_of([*slices, changed]) == "duplicate_position"
+    renamed = copy.deepcopy(slices)
+    renamed[2].SOPInstanceUID = renamed[3].SOPInstanceUID
+    assert reason_of(renamed) == "duplicate_sop"
+
+
+# every reject has its reason
+
+ONE_SLICE = {  # change of one slice -> reason for which this file is left out
+    "not_ct": [{"Modality": "MR"}, {"SOPClassUID": "1.2.840.10008.5.1.4.1.1.4"}, {"SOPClassUID": None}],
+    "secondary_capture": [{"SOPClassUID": "1.2.840.10008.5.1.4.1.1.7"}, {"SOPClassUID": "1.2.840.10008.5.1.4.1.1.7.2"}],
+    "localizer": [{"ImageType": ["ORIGINAL", "PRIMARY", "LOCALIZER"]}],
+    "derived": [{"ImageType": ["DERIVED", "PRIMARY"]}, {"ImageType": ["ORIGINAL", "SECONDARY", "AXIAL"]}],
+    "not_grayscale": [{"PhotometricInterpretation": "RGB"}, {"SamplesPerPixel": 3}],
+    "pixel_format": [{"BitsAllocated": 8}, {"BitsStored": 13}, {"HighBit": 17}, {"Rows": 50000, "Columns": 50000}],
+    "rescale_missing": [{"RescaleSlope": None}, {"RescaleIntercept": None}, {"RescaleIntercept": ""}],
+    "rescale_not_hu": [{"RescaleType": "US"}, {"RescaleType": "HU_MOD"}],
+    "rescale_implausible": [{"RescaleSlope": 0}, {"RescaleSlope": -1024}, {"RescaleIntercept": "9e9"}],
+    "pixel_size": [{"PixelData": None}, {"PixelData": b"\0" * 100}, {"Rows": HEIGHT - 1}, {"Columns": WIDTH + 1}],
+    "header": [
+        {"ImagePositionPatient": None},
+        {"ImagePositionPatient": [1, 2]},
+        {"ImageOrientationPatient": [1, 0, 0, 1, 0, 0]},
+        {"PixelSpacing": [0, 0.7]},
+        {"SOPInstanceUID": None},
+        {"PixelRepresentation": None},
+        {"NumberOfFrames": 3},
+    ],
+}
+
+
+@pytest.mark.parametrize("reason", ONE_SLICE)
+def test_a_file_that_is_no_measured_slice_is_left_out_with_its_reason(tmp_path, reason):
+    """At an end of the series, so that what remains is regular; in the middle it takes the series with it."""
+    for i, change in enumerate(ONE_SLICE[reason]):
+        for z, kept in ((DEPTH - 1, True), (4, False)):
+            raw, out = tmp_path / f"raw{i}{z}", tmp_path / f"{i}{z}/p"
+            write_tree(raw, [ct_slice(hu, k, **(change if k == z else {})) for k, hu in enumerate(truth())])
+            assert preprocess(raw, out, "--format", "hu16") == (1 if kept else 2), change
+            if kept:
+                assert np.array_equal(np.load(out / index(out)[0]["path"]), truth()[:-1])
+                assert [entry["reason"] for entry in manifest(out)["rejected"]] == [reason], change
+            else:
+                (entry,) = manifest(out)["rejected"]
+                assert entry["reason"] == "irregular_spacing" and entry["file_reasons"] == {reason: 1}, change
+                assert index(out) == [] and entry["files"] == DEPTH
+
+
+WHOLE_SERIES = {  # reason -> change of slice 3 that speaks against the whole series
+    "mixed_patient": {"PatientID": "P-002"},
+    "mixed_frame": {"FrameOfReferenceUID": uid(7)},
+    "mixed_orientation": {"ImageOrientationPatient": [0, 1, 0, 0, 0, -1]},
+    "mixed_spacing": {"PixelSpacing": [0.9, 0.8]},
+    "mixed_matrix": {"Rows": WIDTH, "Columns": HEIGHT},
+    "no_patient_id": {"PatientID": ""},
+}
+
+
+@pytest.mark.parametrize("reason", WHOLE_SERIES)
+def test_a_mixed_series_is_rejected(reason):
+    slices = a_series()
+    for keyword, value in WHOLE_SERIES[reason].items():
+        setattr(slices[3], keyword, value)
+    assert reason_of(slices) == reason
+
+
+def test_what_is_not_dicom_is_listed_and_bare_dicom_is_read(tmp_path, capsys):
+    hu, raw = truth(), tmp_path / "raw"
+    write_tree(raw, [encode(ds, ImplicitVRLittleEndian, preamble=False) for ds in a_series(hu)])
+    write_tree(raw, [encode(ds, ExplicitVRLittleEndian, preamble=False) for ds in a_series(hu, series=2)], seed=1)
+    for name, data in {"x.xml": b"<a/>", "empty": b"", "zeros": bytes(500), "near": b"\x08\0\x05\0junk" * 9}.items():
+        (raw / name).write_bytes(data)
+    assert preprocess(raw, tmp_path / "p", "--format", "hu16", "--list-rejects") == 0
+    assert [e["reason"] for e in manifest(tmp_path / "p")["rejected"]] == ["not_dicom"] * 4
+    assert manifest(tmp_path / "p")["counts"]["series"] == 2
+    assert f"not_dicom            {raw / 'near'}" in capsys.readouterr().out
+
+
+def test_links_are_followed_once_and_unreadable_entries_are_recorded(tmp_path):
+    raw, elsewhere = tmp_path / "raw", tmp_path / "elsewhere"
+    write_tree(elsewhere, a_series())
+    raw.mkdir()
+    (raw / "link").symlink_to(elsewhere)
+    (elsewhere / "loop").symlink_to(raw)
+    (raw / "broken").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(raw / "pipe")
+    assert preprocess(raw, tmp_path / "p") == 1
+    found = manifest(tmp_path / "p")
+    assert found["raw"]["files"] == DEPTH + 2 and found["counts"]["slices"] == DEPTH - 2
+    assert [e["reason"] for e in found["rejected"]] == ["unreadable", "unreadable"]
+
+
+def test_a_missing_decoder_is_named_with_the_package_to_install(tmp_path, capsys):
+    if dicom_series.get_decoder(JPEGLSLossless).is_available:
+        pytest.skip("this machine decodes JPEG-LS")
+    assert preprocess(write_tree(tmp_path / "raw", a_series(), JPEGLSLossless), tmp_path / "p") == 2
+    assert "pip install pylibjpeg pylibjpeg-libjpeg" in capsys.readouterr().out
+    assert manifest(tmp_path / "p")["rejected"][0]["reason"] == "compressed"
+
+
+# ids
+
+
+def test_nothing_that_identifies_leaves_the_raw_folder(tmp_path, capsys):
+    """Names, dates, free text and ids are in every header and in every path; outputs hold none of them."""
+    raw = tmp_path / "raw" / "ZZDOE_JOHN_19331224"
+    changes = {"PatientIdentityRemoved": None, "PatientID": "ZZID-7", "StudyInstanceUID": uid("77777")} | IDENTIFYING
+    write_tree(raw, a_series(**changes))
+    bad = [*a_series(series=2, **changes | {"Modality": "ZZ"}), *a_series(series=3, **changes)[:4]]
+    write_tree(raw, bad + a_series(series=4, **changes | {"RescaleType": "ZZ"}), seed=1)
+    (raw / "ZZDOE.txt").write_text("ZZDOE")
+    for flags in ((), ("--format", "hu16")):
+        out = tmp_path / f"out{len(flags)}"
+        assert preprocess(raw, out, *flags) == 1
+        written = "\n".join(
+            [*tree(out), *map(str, tree(out).values()), *map(str, out.rglob("*")), capsys.readouterr().out]
+        )
+        written = written.replace(str(tmp_path), "")
+        for secret in ("ZZ", "19331224", "19991231", uid(1), "77777"):
+            assert secret not in written
+        (row,) = {(row["patient"], row["study"], row["series"]) for row in index(out)}
+        key = dicom_series.load_key(tmp_path / "dinox_id_key")
+        assert row[0] == dicom_series.public_id("patient", "ZZID-7", key)
+        assert index(out)[0]["sop"] == dicom_series.public_id("sop", uid(1, 1, 101), key)
+
+
+def test_ids_are_kept_only_when_all_files_say_that_identity_is_removed(tmp_path):
+    slices = a_series() + a_series(series=2)
+    write_tree(tmp_path / "raw", slices)
+    preprocess(tmp_path / "raw", tmp_path / "a/p")
+    assert {row["patient"] for row in index(tmp_path / "a/p")} == {"P-001"}
+    slices[3].PatientIdentityRemoved = "NO"
+    write_tree(tmp_path / "raw2", slices)
+    preprocess(tmp_path / "raw2", tmp_path / "b/p")
+    (patient,) = {row["patient"] for row in index(tmp_path / "b/p")}  # one name for both series: no leak over a split
+    assert patient != "P-001" and uid(1, 1) not in str(index(tmp_path / "b/p")[0])
+    odd = ct_slice(truth()[0], DEPTH, Modality="PT", PatientID="P-009", PatientIdentityRemoved=None)
+    write_tree(tmp_path / "raw", [odd], seed=5)  # left out of series 1, so it decides nothing
+    preprocess(tmp_path / "raw", tmp_path / "d/p")
+    assert {row["patient"] for row in index(tmp_path / "d/p")} == {"P-001"}
+    preprocess(tmp_path / "raw2", tmp_path / "c/p", "--keep-ids")
+    assert {row["patient"] for row in index(tmp_path / "c/p")} == {"P-001"}
+
+
+def test_the_key_is_made_once_for_its_owner_and_not_in_the_output(tmp_path, capsys):
+    raw, key = write_tree(tmp_path / "raw", a_series(PatientIdentityRemoved=None)), tmp_path / "keys" / "k"
+    for name in ("a", "b"):
+        preprocess(raw, tmp_path / name, "--key-file", key)
+        assert key.stat().st_mode & 0o777 == 0o600
+    assert tree(tmp_path / "a/_index") == tree(tmp_path / "b/_index")
+    preprocess(raw, tmp_path / "c", "--key-file", tmp_path / "keys" / "other")
+    assert tree(tmp_path / "a/_index") != tree(tmp_path / "c/_index")
+    with pytest.raises(SystemExit):
+        preprocess(raw, tmp_path / "d", "--key-file", tmp_path / "d" / "k")
+    assert "inside --out" in capsys.readouterr().err
+    key.write_text("short")
+    with pytest.raises(ValueError, match="64 hex digits"):
+        preprocess(raw, tmp_path / "a", "--key-file", key)
+
+
+def test_hostile_ids_become_plain_and_stay_distinct(tmp_path):
+    warnings.simplefilter("ignore")  # pydicom's, that such ids are written
+    hostile = ["../../../evil", "/etc/passwd", "a\nb", "..", "x" * 200, "1.2.3/../4", 'con,"quoted"']
+    slices = [
+        ds
+        for i, text in enumerate(hostile)
+        for ds in a_series(series=i, SeriesInstanceUID=text, PatientID=text, StudyInstanceUID=text)
+    ]
+    assert preprocess(write_tree(tmp_path / "raw", slices), tmp_path / "o/p") == 0
+    rows = index(tmp_path / "o/p")
+    assert len({r["series"] for r in rows}) == len({r["patient"] for r in rows}) == len(hostile)
+    for row in rows:
+        assert all(set(row[k]) <= set("0123456789abcdefghijklmnopqrstuvwxyz") for k in ("series", "patient", "study"))
+        assert (tmp_path / "o/p" / row["path"]).is_file()
+    assert sorted(os.listdir(tmp_path)) == ["o", "raw"] and os.listdir(tmp_path / "o") == ["p"]
+
+
+# many series, killed runs, several datasets
+
+
+def mixed_tree(folder, seed=0):
+    """Three patients, four good series, one scout, one gap, one file of another modality, one note."""
+    slices = [
+        ds for p, s in ((1, 1), (1, 2), (2, 1), (3, 1)) for ds in a_series(truth(seed=p + 3 * s), patient=p, series=s)
+    ]
+    slices += a_series(patient=3, series=5, ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])[:1]
+    slices += [ds for ds in a_series(patient=3, series=6) if ds.SOPInstanceUID[-1] != "4"]
+    slices.append(ct_slice(truth()[0], DEPTH, patient=2, Modality="PT"))
+    write_tree(folder, slices, seed=seed)
+    (folder / f"note{seed}.txt").write_text("hello")
+    return folder
+
+
+@pytest.mark.parametrize("encoding", ["rgb", "hu16"])
+def test_output_is_the_same_for_any_worker_count_and_file_order(tmp_path, monkeypatch, encoding):
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
+    trees = []
+    for seed, workers in ((0, 1), (1, 2), (2, 3)):
+        raw, out = mixed_tree(tmp_path / f"raw{seed}", seed), tmp_path / f"out{seed}/p"
+        assert preprocess(raw, out, "--format", encoding, workers=workers) == 1
+        trees.append(tree(out))
+    assert trees[0] == trees[1] == trees[2]
+    found = manifest(tmp_path / "out0/p")
+    assert found["created_utc"] == "2023-11-14T22:13:20Z"
+    assert found["counts"] == {"patient": 3, "study": 3, "series": 4, "slices": 4 * (DEPTH - 2)}
+    assert sorted(e["reason"] for e in found["rejected"]) == ["irregular_spacing", "localizer", "not_ct", "not_dicom"]
+    order = [(row["series"], int(row["z"])) for row in index(tmp_path / "out0/p")]
+    assert order == sorted(order)
+
+
+def test_a_killed_run_continues_and_ends_as_if_never_killed(tmp_path, monkeypatch):
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "0")
+    slices = [ds for p in range(1, 13) for ds in a_series(truth(seed=p, height=256, width=256), patient=p)]
+    raw = write_tree(tmp_path / "raw", slices)
+    preprocess(raw, tmp_path / "whole/p")
+    out = tmp_path / "killed/p"
+    argv = [sys.executable, "tools/preprocess_dicom.py", "--raw", raw, "--out", out, "--dataset", "d", "--workers", "2"]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    run = subprocess.Popen(list(map(str, argv)), cwd=ROOT, start_new_session=True, **quiet)
+    while run.poll() is None and len(list((out / "_manifests" / "d").glob("*.json"))) < 3:
+        time.sleep(0.005)
+    run.send_signal(signal.SIGKILL)
+    assert run.wait() == -signal.SIGKILL
+    with pytest.raises(ProcessLookupError):  # its workers notice and leave
+        for _ in range(100):
+            os.killpg(run.pid, 0)
+            time.sleep(0.1)
+    done = {path: path.stat().st_mtime_ns for path in (out / "_manifests" / "d").glob("*.json")}
+    assert 3 <= len(done) < 12 and not (out / "_index" / "index.csv").exists()
+    (out / "d" / ".1.2.3.99-abc.tmp").mkdir(parents=True)
+    assert preprocess(raw, out) == 0
+    assert all(path.stat().st_mtime_ns == before for path, before in done.items())  # not made again
+    assert tree(out) == tree(tmp_path / "whole/p")
+
+
+def test_changed_lost_or_vanished_series_are_made_again_or_removed(tmp_path, capsys):
+    raw, out = mixed_tree(tmp_path / "raw"), tmp_path / "o/p"
+    preprocess(raw, out)
+    rows, before = index(out), tree(out)
+    shutil.rmtree(out / "d" / rows[0]["series"])
+    preprocess(raw, out)
+    assert tree(out / "d") == {k[2:]: v for k, v in before.items() if k.startswith("d/")}
+    victim = next(p for p in raw.rglob("*") if p.is_file() and dicom_series.scan_file(p).series == rows[0]["series"])
+    ds = pydicom.dcmread(victim)
+    ds.RescaleIntercept = -1000
+    ds.save_as(victim)
+    capsys.readouterr()
+    preprocess(raw, out)
+    assert {row["series"] for row in index(out)} == {row["series"] for row in rows} - {rows[0]["series"]}
+    assert not (out / "d" / rows[0]["series"]).exists()
+    shutil.rmtree(raw)
+    write_tree(raw, a_series(patient=2) + a_series(patient=4))
+    assert preprocess(raw, out) == 0
+    assert "removed 2 series of an earlier run" in capsys.readouterr().out
+    assert {row["patient"] for row in index(out)} == {"P-002", "P-004"} and len(os.listdir(out / "d")) == 2
+
+
+def test_datasets_share_a_root_and_a_dataset_has_one_encoding_and_source(tmp_path):
+    raw, out = mixed_tree(tmp_path / "raw"), tmp_path / "o/p"
+    preprocess(raw, out, dataset="b")
+    one = index(out)
+    preprocess(raw, out, "--format", "hu16", dataset="a")
+    both = index(out)
+    assert [row["dataset"] for row in both] == ["a"] * len(one) + ["b"] * len(one) and both[len(one) :] == one
+    assert manifest(out, "a")["index_sha256"] == manifest(out, "b")["index_sha256"]
+    assert write_manifest.main(["--data", str(out), "--verify"]) == 0
+    with pytest.raises(ValueError, match="is hu16-v1: give another --dataset"):
+        preprocess(raw, out, dataset="a")
+    with pytest.raises(ValueError, match="none of them is in --raw"):
+        preprocess(write_tree(tmp_path / "other", a_series(patient=9)), out, dataset="b")
+    assert index(out) == both
+
+
+def test_verify_names_what_changed_and_writing_accepts_it(tmp_path, capsys):
+    raw, out = mixed_tree(tmp_path / "raw"), tmp_path / "o/p"
+    preprocess(raw, out)
+    verify = ["--data", str(out), "--dataset", "d", "--verify", "--raw", str(raw)]
+    assert write_manifest.main(verify) == 0
+    paths = [out / row["path"] for row in index(out)]
+    paths[0].unlink()
+    data = bytearray(paths[1].read_bytes())
+    data[60] ^= 1
+    paths[1].write_bytes(data)
+    (paths[2].parent / "0099.png").write_bytes(b"x")
+    (out / "d" / "stray").write_bytes(b"x")
+    (raw / "more").write_bytes(b"x")
+    text = (out / "_index/index.csv").read_text().replace(",P-003,", ",P-001,")
+    (out / "_index/index.csv").write_text(text)
+    capsys.readouterr()
+    assert write_manifest.main(verify) == 1
+    said = capsys.readouterr().out
+    for line in (
+        f"missing: {index(out)[0]['path']}",
+        f"changed: {index(out)[1]['path']}",
+        "/0099.png",
+        "extra: d/stray",
+    ):
+        assert line in said
+    for field in ("index_sha256", "rows_sha256", "counts", "raw"):
+        assert f"changed: {field} is" in said
+    (out / "d" / "stray").unlink()
+    assert write_manifest.main(verify[:4]) == 0
+    assert write_manifest.main(verify[:5]) == 0
+    shutil.rmtree(paths[-1].parent)
+    with pytest.raises(ValueError, match="preprocess it again"):
+        write_manifest.main(verify[:4])
+    (out / "_index/index.csv").write_text(text.replace("body_x1", "x"))
+    assert write_manifest.main(verify[:5]) == 1
+    (out / "_index/index.csv").unlink()
+    capsys.readouterr()
+    assert write_manifest.main(verify[:5]) == 1 and "missing: _index/index.csv" in capsys.readouterr().out
+    with pytest.raises(FileNotFoundError, match="no manifest"):
+        write_manifest.main(["--data", str(out), "--dataset", "other"])
+
+
+BAD_FLAGS = [
+    (["--min-slices", "2"], "at least 3"),
+    (["--dataset", "../x"], "no plain name"),
+    (["--dataset", "_index"], "no plain name"),
+    (["--workers", "0"], "at least 1"),
+    (["--raw", "nowhere"], "is not a folder"),
+    (["--raw", "empty"], "holds no file"),
+    (["--out", "raw/out"], "inside each other"),
+]
+
+
+@pytest.mark.parametrize("flags, message", BAD_FLAGS)
+def test_a_bad_flag_is_named(tmp_path, monkeypatch, capsys, flags, message):
+    monkeypatch.chdir(tmp_path)
+    write_tree(tmp_path / "raw", a_series()[:1])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises((SystemExit, ValueError, OSError)) as caught:
+        preprocess("raw", "o", *flags)
+    assert message in f"{caught.value} {capsys.readouterr().err}" and not (tmp_path / "o").exists()
+
+
+def test_a_mistake_is_one_line_and_code_2(tmp_path):
+    argv = [sys.executable, ROOT / "tools/preprocess_dicom.py", "--raw", "nowhere", "--out", "o", "--dataset", "d"]
+    done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+
+
+# the body box
+
+
+def scene(height=512, width=512, table="plates"):
+    """Lungs in a body above a table -> HU and the box of the body."""
+    y, x = np.mgrid[:height, :width] / 512.0 * (512 / np.array([height, width]))[:, None, None]
+    hu = np.full((height, width), -1000.0)
+    hu[((y - 0.45) / 0.25) ** 2 + ((x - 0.5) / 0.36) ** 2 < 1] = 40
+    for side in (0.33, 0.67):
+        hu[((y - 0.44) / 0.16) ** 2 + ((x - side) / 0.12) ** 2 < 1] = -850
+    ys, xs = np.nonzero(hu > -500)
+    box = ys.min(), ys.max() + 1, xs.min(), xs.max() + 1
+    if table == "plates":  # two curved plates, the upper one touching the back
+        sag = 0.702 - 0.25 * (x - 0.5) ** 2
+        hu[(np.abs(y - sag) < 0.004) | (np.abs(y - sag - 0.09) < 0.004)] = 200
+    return hu, box
+
+
+@pytest.mark.parametrize("shape", [(512, 512), (256, 256), (64, 64), (512, 300), (700, 701)])
+def test_the_body_box_is_the_body_without_the_table(shape):
+    for table in ("none", "plates"):
+        hu, box = scene(*shape, table)
+        noisy = (hu + np.random.default_rng(0).normal(0, 30, shape)).astype(np.int16)
+        found = preprocess_dicom.body_box(noisy)
+        assert np.abs(np.subtract(found, box)).max() <= (0 if table == "none" else shape[0] // 64), (found, box)
+
+
+def test_a_slice_without_a_body_keeps_its_whole_box():
+    hu = np.full((50, 60), -1000, np.int16)
+    assert preprocess_dicom.body_box(hu) == (0, 50, 0, 60)
+    hu[20, :] = 100
+    assert preprocess_dicom.body_box(hu) == (0, 50, 0, 60)
+
+
+def test_largest_region_by_flood_fill():
+    rng = np.random.default_rng(1)
+    for density in (0.4, 0.55, 0.65, 0.9):
+        mask = rng.random((23, 31)) < density
+        left, best = set(zip(*np.nonzero(mask))), set()
+        while left:
+            stack, region = [left.pop()], set()
+            while stack:
+                y, x = stack.pop()
+                region.add((y, x))
+                near = {(y + 1, x), (y - 1, x), (y, x + 1), (y, x - 1)} & left
+                left -= near
+                stack += near
+            best = max(best, region, key=len)
+        found = preprocess_dicom.largest_region(mask)
+        assert found.sum() == len(best) and not np.any(found & ~mask)
+
+
+# damaged files
+
+
+def mutant(ds, rng):
+    """One damaged file, and whether its pixels may have been hit: flips, cuts, lost or added bytes, swapped tags."""
+    if rng.random() < 0.25:
+        ds, tags = copy.deepcopy(ds), [e.tag for e in ds if e.VR in ("DS", "US", "UI", "LO")]
+        first = rng.choice(tags)
+        second = rng.choice([tag for tag in tags if ds[tag].VR == ds[first].VR])
+        ds[first]._value, ds[second]._value = ds[second].value, ds[first].value
+        return encode(ds), False
+    data = bytearray(encode(ds))
+    header = len(data) - 2 * HEIGHT * WIDTH
+    at = rng.randrange(header if rng.random() < 0.85 else len(data))
+    kind = rng.choice(("flip", "byte", "digit", "cut", "lose", "add", "swap"))
+    if kind == "flip":
+        data[at] ^= 1 << rng.randrange(8)
+    elif kind == "byte":
+        data[at] = rng.randrange(256)
+    elif kind == "digit":
+        at = rng.choice([i for i in range(header) if 48 <= data[i] < 58])
+        data[at] = rng.choice(b"0123456789")
+    elif kind == "cut":
+        del data[at:]
+    elif kind == "lose":
+        del data[at : at + rng.choice((1, 2, 4, 8))]
+    elif kind == "add":
+        data[at:at] = rng.randbytes(rng.choice((1, 2, 4, 8)))
+    else:
+        to = rng.randrange(at, len(data))
+        data[at : at + 4], data[to : to + 4] = data[to : to + 4], data[at : at + 4]
+        return bytes(data), to + 4 > header
+    return bytes(data), at >= header and kind in ("flip", "byte")
+
+
+def survive_mutants(tmp_path, count, workers):
+    """`count` series, each with one damaged file: every one ends as the truth or as a reject with a reason."""
+    rng, raw, pixels_hit = random.Random(count), tmp_path / "raw", {}
+    for i in range(count):
+        change = ({}, {"bits": 16, "signed": True, "PixelPaddingValue": -2000})[i % 2] | IDENTIFYING
+        slices = a_series(patient=i, **change)
+        z = rng.randrange(DEPTH)
+        files = [encode(ds) for ds in slices]
+        files[z], pixels_hit[uid(i, 1)] = mutant(slices[z], rng)
+        (raw / str(i)).mkdir(parents=True)
+        for k, data in enumerate(files):
+            (raw / str(i) / str(k)).write_bytes(data)
+    assert preprocess(raw, tmp_path / "o/p", "--format", "hu16", workers=workers) == 1
+    found, hu, kept = manifest(tmp_path / "o/p"), truth(), {}
+    for row in index(tmp_path / "o/p"):
+        kept.setdefault(row["series"], []).append(row)
+    for series, rows in kept.items():
+        volume = np.load(tmp_path / "o/p" / rows[0]["path"])
+        first = round((float(rows[0]["z_mm"]) + 100) / 2.5) - 1
+        wrong = np.count_nonzero(volume != hu[first : first + len(volume)])
+        assert wrong <= (8 if pixels_hit[series] else 0), (series, wrong)
+        assert abs(float(rows[0]["spacing_z"]) - 2.5) < 0.3 and float(rows[0]["spacing_x"]) == 0.8
+    explained = kept.keys() | {entry.get("series") for entry in found["rejected"]}
+    assert pixels_hit.keys() <= explained and all(e["reason"] in dicom_series.REASONS for e in found["rejected"])
+    lost = sum(e.get("files", 1) for e in found["rejected"])
+    dropped = sum(h.get("duplicates_dropped", 0) for h in found["handled"].values())
+    assert sum(len(rows) + 2 for rows in kept.values()) + lost + dropped == found["raw"]["files"] == count * DEPTH
+    assert "ZZ" not in str(found) and 0.1 * count < len(kept) < count
+    return found
+
+
+def test_a_file_that_ends_inside_a_sequence():
+    data = encode(ct_slice(truth()[0], 0))[: -2 * HEIGHT * WIDTH - 12]
+    for rest in (b"", b"\xfe\xff", b"\xfe\xff\x00\xe0\xff\xff\xff\xff" * 3000):  # nothing, half an item, an abyss
+        opened = struct.pack("<HH2sHL", 0x5200, 0x9229, b"SQ", 0, 0xFFFFFFFF) + rest
+        with pytest.raises(dicom_series.Reject):
+            dicom_series.read_slices(data + opened)
+
+
+def test_60_damaged_files_are_rejected_or_harmless(tmp_path):
+    survive_mutants(tmp_path, 60, 1)
+
+
+@pytest.mark.slow
+def test_1000_damaged_files_are_rejected_or_harmless(tmp_path):
+    reasons = {entry["reason"] for entry in survive_mutants(tmp_path, 1000, 2)["rejected"]}
+    assert {"irregular_spacing", "too_few_slices", "header", "pixel_size", "mixed_patient", "no_series"} <= reasons
