@@ -407,7 +407,8 @@ def test_the_log_holds_what_it_promises(folder, tmp_path):
 def test_continuing_from_weights(folder, tmp_path, capsys):
     train(folder, tmp_path / "one", "--steps", "2")
     last = str(tmp_path / "one" / "last.pth")
-    train(folder, tmp_path / "two", "--steps", "2", "--init", last, "--lr", "0", "--lr-end", "0", "--gram-teacher", last)
+    flags = ["--init", last, "--lr", "0", "--lr-end", "0", "--gram-teacher", last]
+    train(folder, tmp_path / "two", "--steps", "2", *flags)
     one, two = (checkpoint.load(tmp_path / n / "last.pth") for n in ("one", "two"))
     for key, value in two["student"].items():
         if key.startswith("backbone."):
