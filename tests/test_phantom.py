@@ -244,7 +244,7 @@ def test_readers_mostly_recover_malignancy_and_doubt_what_is_ambiguous(truth):
 
 
 def test_size_says_nothing_about_malignancy_but_form_does():
-    """Volumes and bounding boxes of 1,600 nodules, measured on a grid around each; the AUC's standard error is 0.015."""
+    """Volumes and bounding boxes of 1,600 nodules on a grid around each; the standard error of an AUC is 0.015."""
     rng, none = np.random.default_rng(0), SimpleNamespace(vessels=np.zeros((0, 8), np.float32))
     axis = np.linspace(-1.9, 1.9, 25)
     rows = []
