@@ -10,6 +10,7 @@ micro-batch, K prototypes, M masked patches, N patches, D features.
 import argparse
 import contextlib
 import copy
+import ctypes
 import dataclasses
 import datetime
 import json
@@ -456,10 +457,20 @@ def setup_distributed(name):
     device = torch.device("cuda", local) if name == "cuda" else torch.device(name)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    else:
+        keep_freed_memory()
     if "RANK" not in os.environ:
         return 0, 1, device
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return dist.get_rank(), dist.get_world_size(), device
+
+
+def keep_freed_memory():
+    """Let glibc reuse large blocks instead of giving them back: faults on fresh pages slow a CPU step."""
+    with contextlib.suppress(OSError, AttributeError):  # other C libraries have no mallopt
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: blocks below 1 GiB come from the heap
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: which keeps them
 
 
 def largest_over_ranks(values, device):
@@ -604,9 +615,15 @@ def pack(step, args, source, recipes, student, teacher, gram, optimizer, centers
 
 def find_state(args, out, source, rank, world):
     """(state to go on from or None, its file's name, harmless changes of flags); refuses what would be another run."""
-    found = [checkpoint.latest(out) if rank == 0 else None]
+    found = [None, False]
+    if rank == 0:
+        found = [checkpoint.latest(out), bool(checkpoint.step_files(out)) or (out / "last.pth").exists()]
     if world > 1:
         dist.broadcast_object_list(found)
+    if found[0] is None and found[1]:
+        raise ValueError(
+            f"{out} has checkpoints and none verifies (see above); put a good one there, or use another --out"
+        )
     if found[0] is None:
         return None, None, {}
     if args.resume == "never":
@@ -844,7 +861,7 @@ def train(args, rank, world, device):
             signal.signal(number, handler)
         if rank == 0:
             locked.close()
-    return code
+    return code or int(saver.error is not None)  # a run whose end is not on disk has failed
 
 
 def report_saves(log, saver, done):

@@ -338,7 +338,7 @@ def test_a_full_disk_is_loud_and_does_not_stop_the_run(folder, tmp_path, monkeyp
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "save", full_disk)
-    assert train(folder, tmp_path / "run", "--steps", "5") == 0
+    assert train(folder, tmp_path / "run", "--steps", "5") == 1  # trained to the end, which is not on disk
     failed = [row for row in lines(tmp_path / "run", "event") if "SAVE FAILED" in row["event"]]
     assert [row["step"] for row in failed] == [2, 4, 5] and "No space left" in failed[0]["event"]
 
@@ -356,6 +356,14 @@ def test_a_damaged_newest_checkpoint_falls_back_and_still_ends_the_same(folder, 
     train(folder, tmp_path / "run", "--steps", "6")
     assert "using step_00000002.pth" in capsys.readouterr().err
     same(weights(tmp_path / "whole"), weights(tmp_path / "run"))
+
+
+def test_only_broken_checkpoints_are_not_a_reason_to_start_over(folder, tmp_path):
+    train(folder, tmp_path / "run", "--steps", "2")
+    for path in tmp_path.glob("run/*.pth"):
+        path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="none verifies"):
+        train(folder, tmp_path / "run", "--steps", "2")
 
 
 def test_one_run_per_folder(folder, tmp_path, monkeypatch):
