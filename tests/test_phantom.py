@@ -29,7 +29,7 @@ def make(out, *flags, patients=PATIENTS, slices=SLICES, size=SIZE):
 
 @pytest.fixture(scope="module")
 def phantom(tmp_path_factory):
-    return make(tmp_path_factory.mktemp("phantom"), "--workers", 2, "--preview", tmp_path_factory.mktemp("p") / "p.png")
+    return make(tmp_path_factory.mktemp("phantom"), "--workers", 2)
 
 
 @pytest.fixture(scope="module")
@@ -323,6 +323,16 @@ def test_a_traced_contour_encloses_exactly_its_region(seed):
         )
         found |= enclosed(ring)
     assert found == set(map(tuple, np.argwhere(mask).tolist()))
+
+
+def test_the_preview_marks_malignant_and_benign_nodules(phantom, truth):
+    found = {(row["patient"], row["malignant"]) for row in truth if row["kind"] == "nodule"}
+    patient = min(name for name, malignant in found if malignant == "1" and (name, "0") in found)
+    rows = [row | dict(malignant=int(row["malignant"])) for row in truth if row["patient"] == patient]
+    picture = np.asarray(make_phantom.preview_patient(phantom, rows)).reshape(-1, 3)
+    for colour in ((64, 192, 255), (255, 96, 64)):
+        assert (picture == colour).all(1).sum() > 50
+    assert ((picture > 75) & (picture < 95)).all(1).mean() > 0.1  # lung in the lung window; 0.08 without the large view
 
 
 def refusal(argv, capsys):

