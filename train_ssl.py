@@ -562,7 +562,11 @@ def make_recipes(args, encoding):
 # ------------------------------------------------------------------ main
 
 
-def shard(model):
+def shard(model, device):
+    if device.type == "cpu" and torch.__version__.startswith("2.8"):
+        raise ValueError(
+            "--fsdp on CPU: torch 2.8 sums gradients over gloo ranks where it should average; use DDP or 2.13"
+        )
     from torch.distributed.fsdp import fully_shard
 
     for module in (*model.backbone.blocks, model.dino_head, model.ibot_head):
@@ -747,8 +751,8 @@ def train(args, rank, world, device):
             block.compile()
     net = student  # what is called; `student` stays the plain module: that is what is saved
     if args.fsdp and world > 1:
-        shard(student)
-        shard(teacher)
+        shard(student, device)
+        shard(teacher, device)
     elif world > 1:
         ids = [device.index] if device.type == "cuda" else None
         net = torch.nn.parallel.DistributedDataParallel(student, device_ids=ids, gradient_as_bucket_view=True)

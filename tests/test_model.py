@@ -299,6 +299,10 @@ def test_a_compiled_block_equals_eager():
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 
+# torch 2.8 sums the gradients of fully_shard over gloo ranks (twice the average, measured); train_ssl.py refuses it there
+KINDS = ("ddp",) if torch.__version__.startswith("2.8") else ("ddp", "fsdp")
+
+
 def distributed_worker(rank, folder):
     from torch.distributed.fsdp import fully_shard
 
@@ -306,7 +310,7 @@ def distributed_worker(rank, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     crops = [c[rank::2] for c in random_crops()]
     mask = (torch.arange(32).reshape(4, 8) % 3 == 0)[rank::2]
-    for kind in ("ddp", "fsdp"):
+    for kind in KINDS:
         vit = small_vit(local_cls_norm=True)
         ssl = m.SSLModel(vit, m.ProjectionHead(64, 32, 16, 24), m.ProjectionHead(64, 32, 16, 40))
         if kind == "ddp":
@@ -337,7 +341,7 @@ def test_two_processes_with_ddp_and_fsdp_give_the_gradients_of_one(tmp_path):
         own = mask[rank::2]
         loss = loss_of(ssl([c[rank::2] for c in random_crops()], own, at=own.flatten().nonzero()[:, 0]))
         (loss / 2).backward()
-    for kind in ("ddp", "fsdp"):
+    for kind in KINDS:
         found = torch.load(tmp_path / f"{kind}.pth", weights_only=True)
         for name, p in ssl.named_parameters():
             torch.testing.assert_close(found[name], p.grad, atol=1e-5, rtol=1e-4, msg=lambda s: f"{kind} {name}: {s}")
