@@ -299,7 +299,7 @@ def test_a_compiled_block_equals_eager():
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 
-# torch 2.8 sums the gradients of fully_shard over gloo ranks (twice the average, measured); train_ssl.py refuses it there
+# torch 2.8 sums gradients of fully_shard over gloo ranks (twice the average, measured); train_ssl.py refuses it there
 KINDS = ("ddp",) if torch.__version__.startswith("2.8") else ("ddp", "fsdp")
 
 

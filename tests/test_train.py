@@ -329,7 +329,7 @@ def test_a_non_finite_update_is_skipped_and_three_stop_the_run(folder, tmp_path,
     count.clear()
     bad = {4, 5, 6}
     assert train(folder, tmp_path / "three", "--steps", "8") == 3
-    assert "three updates in a row" in lines(tmp_path / "three", "event")[-1]["event"]
+    assert any("three updates in a row" in row["event"] for row in lines(tmp_path / "three", "event"))
     assert checkpoint.load(tmp_path / "three" / "last.pth")["step"] == 4
 
 
