@@ -13,6 +13,7 @@ import copy
 import ctypes
 import dataclasses
 import datetime
+import gc
 import json
 import math
 import os
@@ -706,6 +707,7 @@ def main(argv=None):
         return train(resolve(args, world), rank, world, device)
     finally:
         if dist.is_initialized():
+            gc.collect()  # DDP sits in reference cycles; alive at exit, its threads abort the process
             dist.destroy_process_group()
 
 

@@ -1,4 +1,5 @@
 import copy
+import gc
 import json
 import math
 import os
@@ -325,6 +326,9 @@ def distributed_worker(rank, folder):
             gradients = {k: g.full_tensor() for k, g in gradients.items()}
         if rank == 0:
             torch.save(gradients, f"{folder}/{kind}.pth")
+        del net
+    dist.barrier()
+    gc.collect()  # DDP sits in reference cycles; alive at exit, its threads abort the process
     dist.destroy_process_group()
 
 

@@ -1,4 +1,5 @@
 import copy
+import gc
 import json
 import math
 import os
@@ -220,6 +221,8 @@ def two_ranks(rank, folder):
             dist.all_reduce(value)
         if rank == 0:
             torch.save([{k: v / 2 for k, v in sums.items()}, grads], f"{folder}/{micros}.pth")
+    dist.barrier()
+    gc.collect()  # DDP sits in reference cycles; alive at exit, its threads abort the process
     dist.destroy_process_group()
 
 
