@@ -36,6 +36,7 @@ REPEATED = ("encoding", "dataset", "patient", "study", "series")  # few values, 
 
 WINDOWS_HU = {"lung": (-600, 1500), "soft": (40, 400), "bone": (300, 1500)}  # level, width
 RGB_WINDOWS = ("lung", "soft", "bone")  # channel order of rgb-v1: slices z-1, z, z+1
+WIDE_HU = (-150, 1500)  # halfway between lung and bone: air, tissue and calcium are all inside (-900 .. 600 HU)
 AIR_HU = -1024
 PHOTO_ENDINGS = (".png", ".jpg", ".jpeg")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as released DINOv3 weights expect
@@ -332,16 +333,18 @@ def take_split(source, split):
 
 @dataclass(frozen=True)
 class Recipe:
-    """How views are cut and how they look. Areas are shares of the body box (CT) or of the image (photographs)."""
+    """How views are cut and how they look. All views of an image lie in one field: a square of the body box, or all
+    of a photograph. Views that need not overlap would have to be matched by what every chest shares."""
 
     kind: str  # ct or photo
     global_size: int = 224
     local_size: int = 96
     local_crops: int = 8
-    global_scale: tuple = (0.2, 1.0)
-    local_scale: tuple = (0.01, 0.2)  # down to a nodule: 10% of a 350 mm body is 35 mm
+    field: tuple = (1.0, 1.0)  # share of the body box, log-uniform
+    global_scale: tuple = (0.32, 1.0)  # shares of the field
+    local_scale: tuple = (0.05, 0.32)
     ratio: tuple = (3 / 4, 4 / 3)
-    inside: bool = False  # whole box inside the region, or only its centre
+    windows: str = "wide"  # HU only; wide: around that of eval_view; any: between two of the named ones
     flip: float = 0.5
     blur: tuple = (0.1, 0.1, 0.1)  # probability for global 1, global 2, local
     sigma: tuple = (0.1, 2.0)  # of the blur, in pixels of the view
@@ -350,10 +353,10 @@ class Recipe:
 
 
 RECIPES = {  # <- change the views here
-    "ct": Recipe("ct"),
-    "photo": Recipe("photo", global_scale=(0.32, 1.0), local_scale=(0.05, 0.32), inside=True,
-                    blur=(1.0, 0.1, 0.5), solarize=(0.0, 0.2, 0.0)),
-}  # fmt: skip
+    "ct": Recipe("ct", field=(0.04, 1.0)),  # from a 60 mm square, where a nodule is large, to the whole body
+    "ct_any_window": Recipe("ct", field=(0.04, 1.0), windows="any"),  # from scratch it did not learn: recipes/LOG.md
+    "photo": Recipe("photo", blur=(1.0, 0.1, 0.5), solarize=(0.0, 0.2, 0.0)),
+}
 
 TRIES = 10  # boxes that do not fit are drawn again, as in RandomResizedCrop
 LOOK = 12  # uniform numbers per view that decide its intensities
@@ -363,8 +366,9 @@ class Plan(NamedTuple):
     """Choices for V views (two global, then local) of B images, as small arrays."""
 
     recipe: Recipe
+    fields: np.ndarray  # [1, B, 3] share of the body box, and where in it (y, x in 0..1)
     shapes: np.ndarray  # [V, B, TRIES, 2] area share and log aspect ratio
-    centres: np.ndarray  # [V, B, 2] in 0..1
+    centres: np.ndarray  # [V, B, 2] in 0..1, where in the field
     flips: np.ndarray  # [V, B] bool
     sigmas: np.ndarray  # [V, B] of the blur; 0: none
     solarized: np.ndarray  # [V, B] bool
@@ -377,7 +381,9 @@ def plan(seed, step, sample_ids, recipe):
     """All choices for these samples in this update -> Plan without boxes (see place)."""
     views = 2 + recipe.local_crops
     width = 2 * TRIES + 7 + LOOK
-    u = np.stack([rng(seed, "crops", step, int(i)).random((views, width)) for i in sample_ids], 1)  # [V, B, width]
+    u = np.stack([rng(seed, "crops", step, int(i)).random((views + 1, width)) for i in sample_ids], 1)
+    u, field = u[:views], u[views:, :, :3]  # [V, B, width], [1, B, 3]
+    share = np.exp(np.log(recipe.field[0]) + field[..., :1] * np.log(recipe.field[1] / recipe.field[0]))
     kind = np.minimum(np.arange(views), 2)  # 0 global 1, 1 global 2, 2 local
 
     shapes = u[..., : 2 * TRIES].reshape(*u.shape[:2], TRIES, 2)
@@ -388,6 +394,7 @@ def plan(seed, step, sample_ids, recipe):
     sigma = recipe.sigma[0] + rest[..., 4] * (recipe.sigma[1] - recipe.sigma[0])
     return Plan(
         recipe=recipe,
+        fields=np.concatenate([share, field[..., 1:]], -1),
         shapes=np.stack([area, aspect], -1),
         centres=rest[..., :2],
         flips=rest[..., 2] < recipe.flip,
@@ -402,19 +409,18 @@ def place(plan, sizes, regions=None):
     """Resolve the boxes for images of these sizes [B, 2] and regions [B, 4] (None: the whole image) -> Plan."""
     sizes = np.asarray(sizes, np.float64)
     regions = np.concatenate([np.zeros_like(sizes), sizes], 1) if regions is None else np.asarray(regions, np.float64)
-    low, extent = regions[:, :2], regions[:, 2:] - regions[:, :2]
-    limit = extent if plan.recipe.inside else sizes  # [B, 2]
-    area, aspect = plan.shapes[..., 0] * extent.prod(1)[:, None], plan.shapes[..., 1]  # [V, B, TRIES]
+    share, corner = plan.fields[0, :, :1], plan.fields[0, :, 1:]
+    whole = regions[:, 2:] - regions[:, :2]
+    field = np.floor(np.sqrt(share * whole.prod(1, keepdims=True)))
+    limit = np.where(share < 1, np.clip(field, 1, whole), whole)  # [B, 2]
+    low = np.floor(regions[:, :2] + corner * (whole - limit + 1))
+    area, aspect = plan.shapes[..., 0] * limit.prod(1)[:, None], plan.shapes[..., 1]  # [V, B, TRIES]
     sides = np.stack([np.sqrt(area * np.exp(-aspect)), np.sqrt(area * np.exp(aspect))], -1)
     sides = np.maximum(np.floor(sides + 0.5), 1)
     fits = (sides <= limit[:, None]).all(-1)
     first = fits.argmax(-1)[..., None, None]  # 0 when none fits: then what fits of it
     sides = np.minimum(np.take_along_axis(sides, first, 2)[:, :, 0], limit)  # [V, B, 2]
-    if plan.recipe.inside:
-        first, room = low, extent - sides
-    else:
-        first, room = low - sides / 2, extent
-    start = np.clip(np.floor(first + plan.centres * (room + 1)), 0, sizes - sides)
+    start = np.clip(np.floor(low + plan.centres * (limit - sides + 1)), 0, sizes - sides)
     return plan._replace(boxes=np.concatenate([start, start + sides], -1))
 
 
@@ -567,7 +573,7 @@ def render(images, plan):
         gram = None
         if recipe.gram_size:
             x = cut(images, plan.boxes[:2], plan.flips[:2], np.zeros_like(plan.sigmas[:2]), recipe.gram_size)
-            shown = window(x, *look_windows(plan.looks[:2])) if images.dtype == torch.int16 else x / 255
+            shown = window(x, *look_windows(plan.looks[:2], recipe.windows)) if images.dtype == torch.int16 else x / 255
             gram = normalise(shown.clamp(0, 1).flatten(0, 1))
         return Crops(*groups, gram)
 
@@ -583,7 +589,7 @@ def intensities(x, dtype, plan, views):
     looks = plan.looks[views]
     if dtype == torch.int16:
         noisy = np.where(looks[..., 0] < 0.3, 30 * looks[..., 1], 0.0)  # HU, as between a soft and a sharp kernel
-        x = window(add_noise(x, noisy, plan.noise_seeds[views]), *look_windows(looks))
+        x = window(add_noise(x, noisy, plan.noise_seeds[views]), *look_windows(looks, plan.recipe.windows))
         return contrast(x.clamp(0, 1), 0.8 + 0.4 * looks[..., 5:6], 0).clamp(0, 1)
     x = (x / 255).clamp(0, 1)  # bicubic overshoots
     if plan.recipe.kind == "ct":
@@ -608,11 +614,14 @@ def window(hu, levels, widths):
     return (hu - levels) / widths + 0.5
 
 
-def look_windows(looks):
-    """A window per view between two of the named ones, then moved by up to 10% of its width and scaled by e^+-0.2."""
-    level, width = np.array(list(WINDOWS_HU.values()), np.float64).T
-    one = (looks[..., 2] * 3).astype(int)
-    other = (one + 1 + (looks[..., 3] * 2).astype(int)) % 3
+def look_windows(looks, kind):
+    """A window per view, moved by up to 10% of its width and scaled by e^+-0.2: looks [..., LOOK] -> levels, widths.
+
+    wide: around that of eval_view. any: between two of the named ones, so that two views hardly agree on a grey value.
+    """
+    level, width = np.array([WIDE_HU] if kind == "wide" else list(WINDOWS_HU.values()), np.float64).T
+    one = (looks[..., 2] * len(level)).astype(int)
+    other = (one + 1 + (looks[..., 3] * 2).astype(int)) % len(level)
     mix = looks[..., 4]
     widths = width[one] ** (1 - mix) * width[other] ** mix * np.exp(0.4 * looks[..., 6] - 0.2)
     levels = level[one] * (1 - mix) + level[other] * mix + widths * (0.2 * looks[..., 7] - 0.1)
@@ -679,8 +688,7 @@ def colour(x, looks, solarized):
 
 def eval_view(encoding, size=224):
     """The one deterministic look at an image, as plain values that a checkpoint stores."""
-    # halfway between the lung and the bone window: air, tissue and calcium are all inside (-900 .. 600 HU)
-    return {"size": size, "window": [-150, 1500] if encoding == "hu16-v1" else None}
+    return {"size": size, "window": list(WIDE_HU) if encoding == "hu16-v1" else None}
 
 
 def eval_boxes(sizes, regions=None):

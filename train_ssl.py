@@ -82,8 +82,10 @@ def build_parser():
     g.add_argument("--local-size", type=positive, default=96, help="pixels")
     g.add_argument("--local-crops", type=positive, default=8, help="per image")
     g.add_argument("--sizes", default=None, help="mixed sizes instead, one pair per update: 448/112,512/112")
-    g.add_argument("--global-scale", type=float, nargs=2, default=None, help="share of the area; default: by --aug")
-    g.add_argument("--local-scale", type=float, nargs=2, default=None, help="share of the area; default: by --aug")
+    g.add_argument("--field", type=float, nargs=2, default=None, help="share of the body that all views of an image "
+                   "are cut from; default: by --aug")
+    g.add_argument("--global-scale", type=float, nargs=2, default=None, help="share of the field; default: by --aug")
+    g.add_argument("--local-scale", type=float, nargs=2, default=None, help="share of the field; default: by --aug")
     g.add_argument("--mask-probability", type=float, default=0.5, help="share of global crops with iBOT masks")
     g.add_argument("--mask-ratio", type=float, nargs=2, default=(0.1, 0.5), help="share of patches hidden in those")
 
@@ -546,7 +548,7 @@ def masking(args):
 def make_recipes(args, encoding):
     kind = ("photo" if encoding == "photo" else "ct") if args.aug == "auto" else args.aug
     base = dataclasses.replace(data.RECIPES[kind], local_crops=args.local_crops)
-    scales = {"global_scale": args.global_scale, "local_scale": args.local_scale}
+    scales = {"field": args.field, "global_scale": args.global_scale, "local_scale": args.local_scale}
     base = dataclasses.replace(base, **{name: tuple(scale) for name, scale in scales.items() if scale})
     pairs = f"{args.global_size}/{args.local_size}" if args.sizes is None else args.sizes
     recipes = []

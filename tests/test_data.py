@@ -259,27 +259,33 @@ def test_a_plan_depends_on_seed_step_and_id_alone():
         assert not np.array_equal(alone.centres, other.centres)
 
 
-@pytest.mark.parametrize("kind", ["ct", "photo"])
-def test_boxes_have_the_stated_areas_and_places(kind):
-    recipe = d.RECIPES[kind]
+@pytest.mark.parametrize("field", [None, (1.0, 1.0), (0.3, 0.3), (0.04, 1.0)])
+def test_boxes_have_the_stated_areas_and_places(field):
+    """field None: photographs."""
+    recipe = d.RECIPES["photo"] if field is None else replace(d.RECIPES["ct"], field=field)
     sizes, regions = [(512, 400)] * 300, [(100, 50, 450, 390)] * 300
-    if kind == "photo":
+    if field is None:
         regions = [(0, 0, 512, 400)] * 300
-    boxes = d.place(d.plan(0, 0, range(300), recipe), sizes, regions).boxes
-    assert (boxes[..., :2] >= 0).all() and (boxes[..., 2] <= 512).all() and (boxes[..., 3] <= 400).all()
-    assert np.array_equal(boxes, np.floor(boxes))
-    sides = boxes[..., 2:] - boxes[..., :2]
+    p = d.plan(0, 0, range(300), recipe)
+    boxes = d.place(p, sizes, regions).boxes
     y0, x0, y1, x1 = regions[0]
-    share = sides.prod(-1) / ((y1 - y0) * (x1 - x0))
+    assert (boxes[..., :2] >= (y0, x0)).all() and (boxes[..., 2:] <= (y1, x1)).all()
+    assert np.array_equal(boxes, np.floor(boxes))
+    sides, shares = boxes[..., 2:] - boxes[..., :2], p.fields[0, :, 0]
+    low, high = recipe.field
+    assert low <= shares.min() and shares.max() <= high
+    assert abs(np.log(shares).mean() - (np.log(low) + np.log(high)) / 2) < 0.1 + 0.01 * (low == high)
+    spread = boxes[..., 2:].max(0) - boxes[..., :2].min(0)  # of all views of an image, which lie in its field
+    limit = np.sqrt(shares * (y1 - y0) * (x1 - x0))[:, None]
+    assert (spread <= np.where(shares[:, None] < 1, limit, 512)).all()
+    share = sides.prod(-1) / (shares * (y1 - y0) * (x1 - x0))
     for views, (low, high) in ((slice(0, 2), recipe.global_scale), (slice(2, None), recipe.local_scale)):
-        assert low * 0.9 < share[views].min() and share[views].max() < high * 1.05
+        assert low * 0.85 < share[views].min() and share[views].max() < high * 1.1  # whole pixels of small fields
         assert abs(share[views].mean() - (low + high) / 2) < 0.1 * high
     aspect = sides[2:, :, 1] / sides[2:, :, 0]
-    assert aspect.min() > 0.7 and aspect.max() < 1.43 and abs(np.log(aspect).mean()) < 0.02
-    centres = (boxes[2:, :, :2] + boxes[2:, :, 2:]) / 2
-    inside = (centres >= (y0 - 1, x0 - 1)) & (centres <= (y1 + 1, x1 + 1))
-    assert inside.all()
-    assert centres[..., 0].min() < y0 + 60 and centres[..., 0].max() > y1 - 60  # the whole region is used
+    assert aspect.min() > 0.65 and aspect.max() < 1.5 and abs(np.log(aspect).mean()) < 0.02
+    assert boxes[..., 0].min() < y0 + 20 and boxes[..., 2].max() > y1 - 20  # the whole region is used
+    assert boxes[..., 1].min() < x0 + 20 and boxes[..., 3].max() > x1 - 20
 
 
 def test_block_masks_match_the_reference_statistics():
@@ -366,9 +372,13 @@ def test_a_view_does_not_depend_on_its_batch(kind):
 
 def test_ct_windows_are_shared_by_the_three_slices_and_stay_near_the_named_ones():
     looks = np.random.default_rng(0).random((1, 4000, d.LOOK))
-    levels, widths = d.look_windows(looks)
+    levels, widths = d.look_windows(looks, "any")
     assert widths.min() > 400 * 0.8 and widths.max() < 1500 * 1.25
     assert -600 - 190 < levels.min() < -500 and 300 < levels.max() < 300 + 190
+    levels, widths = d.look_windows(looks, "wide")
+    assert 1500 * 0.81 < widths.min() < 1250 and 1800 < widths.max() < 1500 * 1.23
+    assert -150 - 190 < levels.min() < -300 and 0 < levels.max() < -150 + 190
+    assert d.eval_view("hu16-v1")["window"] == [-150, 1500]  # what views vary around
     images = torch.full((1, 3, 40, 40), -300, dtype=torch.int16)
     crops = d.render(images, d.plan(0, 1, [4], replace(SMALL, blur=(0, 0, 0))))
     values = crops.locals * torch.tensor(d.STD)[:, None, None] + torch.tensor(d.MEAN)[:, None, None]

@@ -127,7 +127,7 @@ def describe(source, batch, v, j):
     first = f"{name}: {height:.0f} x {width:.0f} {unit}{', flip' * bool(plan.flips[v, j])}"
     second = [f"blur {plan.sigmas[v, j]:.1f}"] * bool(plan.sigmas[v, j])
     if source.encoding == "hu16-v1":
-        level, width = (x.item() for x in look_windows(plan.looks[v : v + 1, j]))
+        level, width = (x.item() for x in look_windows(plan.looks[v : v + 1, j], plan.recipe.windows))
         second.append(f"L {level:.0f} W {width:.0f}")
     if plan.solarized[v, j]:
         second.append("solarised")
