@@ -1,0 +1,357 @@
+"""What leaves the house: the right weights in the right layout, numbers with their baselines, and nobody's name."""
+
+import hashlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from test_data import make_ct, make_photos, make_split
+
+import checkpoint
+import data as d
+from model import build_vit, load_backbone, state_to_hf
+from tools import release
+
+torch.set_num_threads(1)
+FILES = ["LICENSE", "README.md", "SHA256SUMS", "config.json", "model.safetensors", "preprocessor_config.json"]
+PATHS = dict(data="/home/anna/ct/processed", out="/mnt/disk7/runs/secret-run", comment="C:\\Users\\anna", host="box/7")
+PATIENTS = [f"lidc/LIDC-IDRI-{k:04d}" for k in (78, 79, 80)] + ["nlst/100012"]
+FLAGS = dict(arch="vit_test", lr=3e-4, batch_size=8, steps=3, schedule="cosine", sizes=None, teacher_temp=(0.04, 0.07))
+FLAGS |= dict(no_split=False, limit=None, z_stride=1, init=None, gram_teacher=None, workers=13, device="cuda")
+
+
+def make_vit(seed=0, **overrides):
+    torch.manual_seed(seed)
+    return build_vit("vit_test", layerscale=0.3, **overrides).eval()
+
+
+def save(path, encoding="hu16-v1", flags=(), vit=None, **more):
+    """A checkpoint whose student is another net than its teacher."""
+    vit = vit or make_vit()
+    parts = {k: {f"backbone.{n}": v for n, v in net.state_dict().items()}
+             for k, net in (("teacher", vit), ("student", make_vit(1)))}  # fmt: skip
+    state = dict(step=3, images=24, args=FLAGS | PATHS | dict(flags), arch=vit.arch, encoding=encoding)
+    state |= dict(eval_view=d.eval_view(encoding, 32), trained_groups=PATIENTS)
+    return checkpoint.save(path, state | parts | dict(index_sha256="1" * 64, split_sha256="5" * 64) | more)
+
+
+def number(value):
+    return {"value": value, "low": value - 0.1, "high": value + 0.1, "spread": 0.01}
+
+
+def save_results(path, ckpt, seen=(), **more):
+    """A results.json as train_probe.py writes it, with all that must not leave."""
+    predictors = {name: {"auc": number(auc), "brier": number(0.2)} for name, auc in
+                  (("probe", 0.9), ("size", 0.845), ("raw pixels", 0.7), ("random weights", 0.75))}  # fmt: skip
+    gain = {"value": 0.055, "low": -0.02, "high": 0.13, "p": 0.21}
+    judged = dict(title="Fit on train, scored once on val_test", samples=40, patients=22, predictors=predictors)
+    judged |= dict(differences={"probe - size": gain}, seen_in_pretraining=list(seen), verdict="Not above a ruler.")
+    sha = d.file_sha256(ckpt)
+    results = dict(
+        version=1, verdict="all", test=judged, notes=[PATHS["data"]], weights=dict(file=str(ckpt), sha256=sha)
+    )
+    path.write_text(json.dumps(results | dict(labels=dict(file="/home/anna/m.csv", sha256="a" * 64)) | more))
+    return path
+
+
+@pytest.fixture
+def ckpt(tmp_path):
+    return save(tmp_path / "run" / "last.pth") if (tmp_path / "run").mkdir() is None else None
+
+
+def export(ckpt, *flags, name="dinox-ct"):
+    out = ckpt.parent.parent / "out" / name
+    assert release.main(["--ckpt", str(ckpt), "--out", str(out), *map(str, flags)]) == 0
+    return out
+
+
+def refused(match, ckpt, *flags, error=ValueError, name="dinox-ct"):
+    """The release ends with this message and leaves nothing behind."""
+    with pytest.raises(error, match=match):
+        export(ckpt, *flags, name=name)
+    out = ckpt.parent.parent / "out"
+    assert not out.exists() or not list(out.iterdir())
+
+
+# what is in the folder
+
+
+def test_the_folder_holds_the_teacher_and_its_sums_are_right(ckpt, capsys):
+    out = export(ckpt)
+    assert sorted(path.name for path in out.iterdir()) == FILES
+    assert [path.name for path in out.parent.iterdir()] == ["dinox-ct"]  # nothing half done beside it
+    loaded, teacher, images = load_backbone(out), make_vit(), torch.randn(2, 3, 48, 64)
+    for a, b in zip(loaded(images), teacher(images)):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+    assert (make_vit(1)(images).cls - loaded(images).cls).abs().max() > 0.1  # the student is not what left
+    sums = dict(reversed(line.split("  ")) for line in (out / "SHA256SUMS").read_text().splitlines())
+    assert sums == {n: hashlib.sha256((out / n).read_bytes()).hexdigest() for n in FILES if n != "SHA256SUMS"}
+    if shutil.which("sha256sum"):
+        subprocess.run(["sha256sum", "--check", "--quiet", "--strict", "SHA256SUMS"], cwd=out, check=True)
+    assert "largest difference of any output 0.0e+00" in capsys.readouterr().out
+
+
+def test_the_configs_say_what_transformers_needs(ckpt):
+    out = export(ckpt)
+    config, processor = (json.loads((out / name).read_text()) for name in ("config.json", "preprocessor_config.json"))
+    assert config["model_type"] == "dinov3_vit" and config["image_size"] == 32 and config["num_register_tokens"] == 4
+    assert config["pos_embed_rescale"] is None and config["key_bias"] is False
+    assert processor["size"] == {"height": 32, "width": 32} and processor["resample"] == 3
+    assert processor["image_mean"] == list(d.MEAN) and processor["image_std"] == list(d.STD)
+
+
+def test_equal_input_gives_equal_bytes(ckpt, monkeypatch):
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
+    first = export(ckpt)
+    kept = {path.name: path.read_bytes() for path in first.iterdir()}
+    shutil.rmtree(first)
+    assert {path.name: path.read_bytes() for path in export(ckpt).iterdir()} == kept
+    assert b"Made 2023-11-14T22:13:20Z." in kept["README.md"]
+
+
+# nothing of this machine, nobody's id
+
+
+def test_no_path_and_no_patient_gets_in(ckpt, tmp_path):
+    out = export(ckpt, "--probe", save_results(tmp_path / "results.json", ckpt, seen=PATIENTS[:2]))
+    planted = [*PATHS.values(), "anna", "disk7", str(tmp_path), tmp_path.name, "last.pth", "IDRI", "100012", "workers"]
+    for path in out.iterdir():
+        content = path.read_bytes()
+        assert not [text for text in planted if text.encode() in content], path.name
+    card = (out / "README.md").read_text()
+    assert "| lidc | 3 |" in card and "| nlst | 1 |" in card  # counted, not named
+    assert "has seen 2 of these patients" in card
+
+
+def test_an_id_or_a_path_that_would_get_in_all_the_same_is_refused(ckpt, tmp_path):
+    text = tmp_path / "licence.txt"
+    for secret in ("LIDC-IDRI-0079", "lidc/LIDC-IDRI-0079", PATHS["data"], str(ckpt.parent), PATHS["comment"]):
+        text.write_text(f"Copyright by the friends of {secret}, all rights reserved")
+        refused(f"LICENSE would say '{re.escape(repr(secret)[1:-1])}', a patient id or a path", ckpt, "--license", text)
+    refused("README.md would say 'LIDC-IDRI-0080'", ckpt, name="LIDC-IDRI-0080")
+    text.write_text("Copyright by LIDC-IDRI-00791 and xLIDC-IDRI-0079")  # other words than the id
+    export(ckpt, "--license", text)
+
+
+def test_names_inside_the_weights_are_looked_at_too(tmp_path):
+    vit = build_vit("vit_test")
+    state, _ = state_to_hf(vit)
+    release.write_weights(vit, {"eval_view": {"size": 32}}, tmp_path)
+    release.refuse_secrets(tmp_path, {"LIDC-IDRI-0079"})
+    packed = release.safetensors.torch.save(state, {"from": "LIDC-IDRI-0079"})
+    (tmp_path / "model.safetensors").write_bytes(packed)
+    with pytest.raises(ValueError, match="model.safetensors would say 'LIDC-IDRI-0079'"):
+        release.refuse_secrets(tmp_path, {"LIDC-IDRI-0079"})
+
+
+def test_groups_of_photographs_are_names_of_files_and_stay_behind(tmp_path):
+    (tmp_path / "run").mkdir()
+    ckpt = save(tmp_path / "run" / "last.pth", "photo", trained_groups=["holiday/anna.jpg", "holiday/ben.jpg"])
+    card = (export(ckpt) / "README.md").read_text()
+    assert "| all | 2 |" in card and "holiday" not in card and "photographs" in card and "def to_image" not in card
+
+
+# a wrong export never leaves
+
+
+@pytest.mark.parametrize("fault", ["swapped", "halved"])
+def test_an_export_that_is_not_the_teacher_is_refused(ckpt, monkeypatch, fault):
+    def faulty(vit):
+        state, config = state_to_hf(vit)
+        if fault == "swapped":
+            q, k = (f"layer.0.attention.{name}_proj.weight" for name in "qk")
+            state[q], state[k] = state[k], state[q]
+        else:
+            state = {key: value.half() for key, value in state.items()}  # 4e-4 off: no error, only other numbers
+        return state, config
+
+    monkeypatch.setattr(release, "state_to_hf", faulty)
+    refused("reloaded, the export differs by .*: nothing released", ckpt)
+
+
+def test_what_a_kill_left_behind_is_swept_and_what_is_there_is_kept(ckpt):
+    stale = ckpt.parent.parent / "out" / ".dinox-ct.tmp"
+    stale.mkdir(parents=True)
+    (stale / "half.safetensors").write_text("x")
+    out = export(ckpt)
+    assert sorted(path.name for path in out.iterdir()) == FILES and not stale.exists()
+    before = (out / "README.md").read_bytes()
+    with pytest.raises(FileExistsError, match="exists and is not empty"):
+        export(ckpt)
+    assert (out / "README.md").read_bytes() == before
+
+
+def test_wrong_input_is_named(ckpt, tmp_path):
+    refused("is no file", tmp_path / "run" / "none.pth", error=FileNotFoundError)
+    refused("is no file", tmp_path / "run", error=FileNotFoundError)
+    (tmp_path / "run" / "cut.pth").write_bytes(ckpt.read_bytes()[:-1000])
+    refused("not a whole and safe checkpoint", tmp_path / "run" / "cut.pth")
+    torch.save(make_vit().state_dict(), tmp_path / "run" / "bare.pth")
+    refused("expected 'dinox'; only a checkpoint", tmp_path / "run" / "bare.pth")
+    checkpoint.save(tmp_path / "run" / "old.pth", {"step": 1, "args": {}, "arch": {}, "teacher": {}})
+    refused("lacks images, encoding", tmp_path / "run" / "old.pth")
+    refused("does not exist", ckpt, "--probe", tmp_path / "none.json", error=FileNotFoundError)
+    refused("does not exist", ckpt, "--license", tmp_path / "none.txt", error=FileNotFoundError)
+
+
+# the card
+
+
+def test_the_card_says_data_recipe_hashes_and_limits(ckpt):
+    out = export(ckpt)
+    card = (out / "README.md").read_text()
+    front = card.split("---")[1]
+    assert "license: mit" in front and "library_name: transformers" in front and "computed-tomography" in front
+    assert "24 images in 3 updates" in card and "| lr | 0.0003 |" in card and "| teacher_temp | 0.04 0.07 |" in card
+    assert "1" * 64 in card and "5" * 64 in card and d.file_sha256(out / "model.safetensors") in card
+    assert d.file_sha256(ckpt) in card and "# dinox-ct\n" in card and "Not a medical device" in card
+    assert "No probe was run" in card and (out / "LICENSE").read_text().strip() in card
+    left = re.findall(r"(?<!\{)\{[a-z_]+\}(?!\})", card)
+    assert not left  # every field of the template is filled
+
+
+def test_the_card_of_a_run_without_a_split_says_so(tmp_path):
+    (tmp_path / "run").mkdir()
+    ckpt = save(tmp_path / "run" / "last.pth", flags=dict(no_split=True), split_sha256=None)
+    card = (export(ckpt) / "README.md").read_text()
+    assert "made without a split" in card and "never seen" not in card and "`no split`" in card
+
+
+@pytest.mark.parametrize("encoding", ["hu16-v1", "rgb-v1"])
+def test_the_code_on_the_card_makes_what_the_backbone_saw(tmp_path, encoding):
+    (tmp_path / "run").mkdir()
+    card = (export(save(tmp_path / "run" / "last.pth", encoding)) / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(def to_image.*?)```", card, re.DOTALL)
+    scope = {"np": np}
+    exec(code, scope)
+    hu = np.random.default_rng(0).integers(-1200, 1500, (3, 32, 32)).astype(np.int16)
+    found = scope["to_image"](hu)
+    windows = [(-150, 1500)] * 3 if encoding == "hu16-v1" else [d.WINDOWS_HU[name] for name in d.RGB_WINDOWS]
+    np.testing.assert_array_equal(found, np.stack([d.window_codes(x, *w) for x, w in zip(hu, windows)], -1))
+    assert found.dtype == np.uint8
+    stored = torch.from_numpy(hu if encoding == "hu16-v1" else found.transpose(2, 0, 1))[None]
+    seen = d.render_eval(stored, d.eval_view(encoding, 32))[0]  # at its own size: no resampling
+    ours = d.normalise(torch.from_numpy(found.transpose(2, 0, 1))[None] / 255)[0]
+    torch.testing.assert_close(seen, ours, rtol=0, atol=0.5 / 255 / min(d.STD) + 1e-5)  # the rounding to codes
+
+
+def test_probe_numbers_come_with_intervals_baselines_and_their_own_weights(ckpt, tmp_path):
+    results = save_results(tmp_path / "results.json", ckpt)
+    card = (export(ckpt, "--probe", results) / "README.md").read_text()
+    assert "| probe | 0.900 (0.800 to 1.000) | 0.200 (0.100 to 0.300) |" in card
+    assert "| size | 0.845 (0.745 to 0.945) |" in card and "| random weights | 0.750" in card
+    assert "| probe - size | 0.055 (-0.020 to 0.130) | 0.21 |" in card and "Not above a ruler." in card
+    assert "40 samples of 22 patients" in card and "a" * 64 in card and "has seen" not in card
+    other = save_results(tmp_path / "other.json", ckpt, weights=dict(sha256="0" * 64))
+    shutil.rmtree(ckpt.parent.parent / "out")
+    refused("is about other weights", ckpt, "--probe", other)
+    for content in ("{", "[]", "{}", json.dumps({"weights": {"sha256": ""}, "labels": {"sha256": ""}, "test": {}})):
+        other.write_text(content)
+        refused("is no results.json of this train_probe.py", ckpt, "--probe", other)
+
+
+def test_weights_that_began_as_others_need_a_licence(tmp_path):
+    (tmp_path / "run").mkdir()
+    ckpt = save(tmp_path / "run" / "last.pth", flags=dict(init="/home/anna/dinov3.pth"))
+    refused("was given other weights .--init.: name their licence with --license", ckpt)
+    text = tmp_path / "theirs.txt"
+    text.write_text("Their licence\nNo warranty.\n")
+    out = export(ckpt, "--license", text)
+    card = (out / "README.md").read_text()
+    assert (out / "LICENSE").read_text() == text.read_text() and "license: other" in card
+    assert "Started from other weights, given with `--init`" in card and "dinov3.pth" not in card
+
+
+def test_data_adds_counts_of_what_was_trained_on(tmp_path):
+    root = make_ct(tmp_path / "ct", series=8)
+    make_split(root, {f"toy/P{k}": "train" if k < 5 else "val_test" for k in range(7)})
+    source = d.open_source(root, "train")
+    (tmp_path / "run").mkdir()
+    facts = dict(index_sha256=source.index_sha256, split_sha256=source.split_sha256, trained_groups=source.groups)
+    ckpt = save(tmp_path / "run" / "last.pth", **facts)
+    card = (export(ckpt, "--data", root) / "README.md").read_text()
+    assert "| toy | 5 | 6 | 24 |" in card  # patient 0 has two of the series, each with 4 inner slices
+    shutil.rmtree(tmp_path / "out")
+    make_split(root, {f"toy/P{k}": "train" if k < 4 else "val_test" for k in range(7)})
+    refused("split_sha256 is not that of the checkpoint", ckpt, "--data", root)
+    make_photos(tmp_path / "photos")
+    photos = d.open_source(tmp_path / "photos")
+    facts = dict(index_sha256=photos.index_sha256, split_sha256=None, trained_groups=photos.groups)
+    ckpt = save(tmp_path / "run" / "photos.pth", "photo", flags=dict(no_split=True), **facts)
+    assert "| all | 6 | 6 |" in (export(ckpt, "--data", tmp_path / "photos") / "README.md").read_text()
+
+
+# upload
+
+
+def test_push_needs_the_hub_before_anything_is_done(ckpt, monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    refused("--push needs huggingface_hub: pip install huggingface_hub", ckpt, "--push", "me/model")
+
+
+def test_push_uploads_the_finished_folder_to_a_private_repository(ckpt, monkeypatch):
+    calls = []
+
+    class HfApi:
+        def create_repo(self, repo, **kwargs):
+            calls.append((repo, kwargs))
+
+        def upload_folder(self, folder_path, **kwargs):
+            calls.append((sorted(path.name for path in release.Path(folder_path).iterdir()), kwargs))
+
+    hub = ModuleType("huggingface_hub")
+    hub.HfApi, hub.__spec__ = HfApi, release.find_spec("json")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    export(ckpt, "--push", "me/model")
+    assert calls[0] == ("me/model", {"private": True, "exist_ok": True})
+    assert calls[1][0] == FILES and calls[1][1]["repo_id"] == "me/model"
+
+
+# other people's code
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("overrides", [{}, {"gated": True, "qkv_bias": False}])
+def test_the_folder_opens_in_transformers_with_the_same_outputs(tmp_path, overrides):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed (it is never required)")
+    (tmp_path / "run").mkdir()
+    vit = make_vit(**overrides)
+    out = export(save(tmp_path / "run" / "last.pth", vit=vit))
+    theirs, info = transformers.AutoModel.from_pretrained(out, output_loading_info=True)
+    assert type(theirs).__name__ == "DINOv3ViTModel" and not any(info.values()), info
+    images = torch.randn(2, 3, 64, 96)
+    with torch.no_grad():
+        expected, found = theirs.eval()(images), vit(images)
+    tokens = torch.cat([found.cls[:, None], found.registers, found.patches], 1)
+    torch.testing.assert_close(tokens, expected.last_hidden_state, rtol=0, atol=1e-5)
+    torch.testing.assert_close(found.cls, expected.pooler_output, rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_numbers_of_a_real_probe_reach_the_card(tmp_path):
+    from test_heatmaps import bright_vit, make_nodules
+
+    import train_probe
+
+    root = make_nodules(tmp_path / "data", count=40)
+    table = root / "_labels" / "nodules.csv"
+    header, *rows = table.read_text().splitlines()
+    rows = [row.split(",") for row in rows]
+    for k, row in enumerate(rows):
+        row[5], row[7] = str(k % 2), str(8 + k % 7)
+    table.write_text("\n".join([header, *map(",".join, rows), ""]))
+    (tmp_path / "run").mkdir()
+    ckpt = save(tmp_path / "run" / "last.pth", vit=bright_vit(), trained_groups=["toy/P0"])
+    flags = f"--ckpt {ckpt} --data {root} --labels {table} --out {tmp_path / 'probe'} --bootstrap 50 --crop-mm 48"
+    train_probe.main(flags.split())
+    results = json.loads((tmp_path / "probe" / "results.json").read_text())
+    card = (export(ckpt, "--probe", tmp_path / "probe" / "results.json") / "README.md").read_text()
+    for name in ("probe", "size", "random weights", "raw pixels"):
+        assert f"| {name} | {results['test']['predictors'][name]['auc']['value']:.3f} (" in card
+    assert results["test"]["verdict"] in card and results["cv"]["title"] in card
