@@ -1,0 +1,515 @@
+"""What LIDC's readers said, as tables and masks: _labels/nodules.csv, malignancy.csv, nodules.json, masks/<id>.npz.
+
+    python tools/lidc_nodules.py --raw data/raw --data data/processed --readers 3 --rule median --indeterminate drop
+
+Reads the XML files below --raw itself; a region belongs to the slice of its SOPInstanceUID, whose position must agree.
+Marks of different reading sessions that overlap are one nodule, with at most one mark per session. A nodule's centre,
+box and size are those of its majority mask (at least half of its readers). Marks without an outline (nodules below
+3 mm, non-nodules) are counted and left out, as is every file and mark that does not fit, with its reason.
+"""
+
+import hashlib
+import io
+import json
+import sys
+import xml.etree.ElementTree as ET
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from pydicom import dcmread
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from checkpoint import atomic_write
+from data import file_sha256, read_index
+from tools.cli import Parser, positive, run
+from tools.dicom_series import default_key_file, load_key, parsing, public_id, scan_file, value_of
+from tools.write_manifest import csv_text, index_path, walk_files, write_json
+
+VERSION = 1
+RATINGS = (
+    "subtlety internalStructure calcification sphericity margin lobulation spiculation texture malignancy"
+).split()
+COLUMNS = (
+    "id path z y x label group diameter_mm box_mm patient series z_mm y_mm x_mm z0 z1 y0 y1 x0 x1 volume_mm3 readers "
+    "sessions"
+).split() + [*RATINGS, "mean_malignancy", "median_malignancy"]
+BINARY_COLUMNS = [*COLUMNS[:9], "readers", "mean_malignancy", "median_malignancy"]
+RULES = {"median": np.median, "mean": np.mean, "rint-mean": lambda values: np.rint(np.mean(values))}  # 3: undecided
+MIN_OVERLAP = 0.1  # of the smaller mark: outlines of neighbours that touch are two nodules
+
+
+class Roi(NamedTuple):
+    """One closed contour on one slice."""
+
+    sop: str
+    z_mm: float
+    inclusion: bool
+    path: np.ndarray  # [points, 2] row, column
+
+
+class Mark(NamedTuple):
+    """One reader's outline of one nodule."""
+
+    session: int  # 1, 2, ... in the order of the file
+    ratings: dict  # of RATINGS, None where missing
+    mask: np.ndarray  # bool [dz, dy, dx], tight
+    origin: np.ndarray  # z, y, x of its first voxel
+
+
+class Series(NamedTuple):
+    """What the index knows of a series; of its inner slices only."""
+
+    row: dict  # its first slice
+    z_mm: dict  # z -> position along the normal
+    paths: dict  # z -> path
+
+
+# The XML.
+
+
+def name_of(element):
+    return element.tag.rsplit("}", 1)[-1]  # without the namespace
+
+
+def children(element, name):
+    return [child for child in element if name_of(child) == name]
+
+
+def text_at(element, name):
+    found = children(element, name)
+    return (found[0].text or "").strip() if found else ""
+
+
+def read_xml(path):
+    """-> (series uid, [session elements]), or (None, reason) for a file of another kind."""
+    try:
+        root = ET.parse(path).getroot()
+    except ET.ParseError as error:
+        raise ValueError(f"{path} is not whole XML ({error}); download it again") from None
+    if name_of(root) == "IdriReadMessage":
+        return None, "XML of a chest radiograph"
+    if name_of(root) != "LidcReadMessage":
+        return None, "XML that is no LIDC reading"
+    (header, *_) = children(root, "ResponseHeader") or [root]
+    return text_at(header, "SeriesInstanceUid"), children(root, "readingSession")
+
+
+def read_roi(path, element):
+    points = [[int(text_at(e, "yCoord")), int(text_at(e, "xCoord"))] for e in children(element, "edgeMap")]
+    inclusion = text_at(element, "inclusion").upper()
+    if not points or inclusion not in ("TRUE", "FALSE"):
+        raise ValueError(f"{path}: a roi without edgeMap, or inclusion {inclusion!r}; download the file again")
+    z_mm = float(text_at(element, "imageZposition"))
+    return Roi(text_at(element, "imageSOP_UID"), z_mm, inclusion == "TRUE", np.array(points))
+
+
+def read_ratings(nodule):
+    """{name: 1..6 or None}; a nodule below 3 mm has none, a few others lack some."""
+    (element, *_) = children(nodule, "characteristics") or [None]
+    ratings = {}
+    for name in RATINGS:
+        text = "" if element is None else text_at(element, name)
+        most = 6 if name == "calcification" else 5
+        ratings[name] = int(text) if text.isdecimal() and 1 <= int(text) <= most else None
+    return ratings
+
+
+def connect(path):
+    """The pixels of a closed path whose steps may be longer than one pixel, [n, 2]."""
+    pieces = [path[:1]]
+    for a, b in zip(path, np.roll(path, -1, 0)):
+        steps = np.abs(b - a).max()
+        pieces.append(np.rint(a + (b - a) * np.arange(1, steps + 1)[:, None] / max(steps, 1)).astype(int))
+    return np.concatenate(pieces)
+
+
+def spread(water, wall):
+    """Four-connected water flows until it stands."""
+    while True:
+        wet = water.copy()
+        wet[1:] |= water[:-1]
+        wet[:-1] |= water[1:]
+        wet[:, 1:] |= water[:, :-1]
+        wet[:, :-1] |= water[:, 1:]
+        wet &= ~wall
+        if wet.sum() == water.sum():
+            return wet
+        water = wet
+
+
+def enclosed(path):
+    """-> first pixel (row, column), bool [h, w] of the contour, bool [h, w] of what it encloses."""
+    path = connect(path)
+    low = path.min(0) - 1
+    wall = np.zeros(path.max(0) - low + 2, bool)
+    wall[tuple((path - low).T)] = True
+    rim = np.ones_like(wall)
+    rim[1:-1, 1:-1] = False
+    return low, wall, ~spread(rim, wall) & ~wall
+
+
+def tight(mask, origin):
+    """Without empty borders; None if all is empty."""
+    at = np.argwhere(mask)
+    if not len(at):
+        return None
+    low, high = at.min(0), at.max(0) + 1
+    return mask[tuple(map(slice, low, high))], np.asarray(origin) + low
+
+
+def make_mask(rois, slices):
+    """Contours on slices z -> tight (mask, origin), or None if they enclose nothing.
+
+    A contour runs through the first pixels outside the nodule, so it is never part of it: not of the nodule where it
+    includes, and part of the hole where it excludes.
+    """
+    pieces = [(z, roi.inclusion, *enclosed(roi.path)) for roi, z in zip(rois, slices)]
+    low = np.array([[z, *corner] for z, _, corner, _, _ in pieces])
+    high = low + [[1, *wall.shape] for _, _, _, wall, _ in pieces]
+    origin = low.min(0)
+    mask = np.zeros(high.max(0) - origin, bool)
+    for z, inclusion, corner, wall, inside in sorted(pieces, key=lambda piece: not piece[1]):  # holes come last
+        row, col = corner - origin[1:]
+        window = mask[z - origin[0], row : row + wall.shape[0], col : col + wall.shape[1]]
+        window[inside if inclusion else inside | wall] = inclusion
+    return tight(mask, origin)
+
+
+# Where a contour lies in our volumes.
+
+
+class Places:
+    """SOPInstanceUIDs of the index, as they are or as preprocess_dicom.py hashed them."""
+
+    def __init__(self, data, key):
+        self.rows, self.key = read_index(index_path(data)), key
+        self.row_of = {sop.decode(): i for i, sop in enumerate(self.rows.column("sop").tolist())}
+        if len(self.row_of) < len(self.rows):
+            raise ValueError(f"{index_path(data)} has slices twice, in two datasets; keep one of them")
+        self.z, self.z_mm = self.rows.column("z"), self.rows.column("z_mm")
+        self.code, self.members = self.rows.columns["series"].tolist(), defaultdict(list)
+        for i, code in enumerate(self.code):
+            self.members[code].append(i)
+
+    def find(self, sop):
+        """Row of the index, or None."""
+        return self.row_of.get(sop, self.row_of.get(public_id("sop", sop, self.key)))
+
+    def series(self, i):
+        """The series of a row."""
+        members = self.members[self.code[i]]
+        z, paths = self.z[members].tolist(), [path.decode() for path in self.rows.column("path")[members]]
+        return Series(self.rows[members[0]], dict(zip(z, self.z_mm[members].tolist())), dict(zip(z, paths)))
+
+
+def direction(rois, rows, places):
+    """+1, or -1 where the slice normal points to the feet: z of the XML is ImagePositionPatient's."""
+    pairs = [(roi.z_mm, places.z_mm[i]) for roi, i in zip(rois, rows) if i is not None]
+    return min((1, -1), key=lambda sign: np.median([abs(sign * z - at) for z, at in pairs]))
+
+
+def locate(roi, row, series, sign, places):
+    """z of a contour's slice, or a reason. The first and the last slice are not in the index: found by position."""
+    spacing = series.row["spacing_z"]
+    first = min(series.z_mm)
+    exact = first + (sign * roi.z_mm - series.z_mm[first]) / spacing
+    z = round(exact) if row is None else int(places.z[row])
+    if row is None and z not in (min(series.z_mm) - 1, max(series.z_mm) + 1):
+        return "contour on a slice that its series does not have"
+    expected = series.z_mm.get(z, series.z_mm[first] + (z - first) * spacing)
+    if abs(sign * roi.z_mm - expected) > max(spacing / 2, 0.1):
+        return "imageZposition contradicts the slice of its SOPInstanceUID"
+    if (roi.path < 0).any() or (roi.path >= (series.row["rows"], series.row["cols"])).any():
+        return "contour outside the image"
+    return z
+
+
+def read_marks(path, sessions, places, counts):
+    """Marks of one file with an outline -> (its Series or None, [Mark]); everything else is counted."""
+    found = []
+    for number, session in enumerate(sessions, 1):
+        counts["non-nodules"] += len(children(session, "nonNodule"))
+        for nodule in children(session, "unblindedReadNodule"):
+            found.append((number, nodule, [read_roi(path, e) for e in children(nodule, "roi")]))
+    rois = [roi for *_, mine in found for roi in mine]
+    rows = {roi.sop: places.find(roi.sop) for roi in rois}
+    known = sorted({row for row in rows.values() if row is not None})
+    if not known:
+        counts["files whose slices are not in the index" if rois else "files without a nodule"] += 1
+        return None, []
+    if len({places.code[i] for i in known}) > 1:
+        raise ValueError(f"{path}: its slices belong to several series of the index; preprocess anew without copies")
+    series = places.series(known[0])
+    sign = direction(rois, [rows[roi.sop] for roi in rois], places)
+    marks = []
+    for number, nodule, mine in found:
+        slices = [locate(roi, rows[roi.sop], series, sign, places) for roi in mine]
+        reasons = [z for z in slices if isinstance(z, str)]
+        outline = make_mask(mine, slices) if mine and not reasons else None
+        if outline is None:
+            counts[reasons[0] if reasons else "marks without outline (below 3 mm)"] += 1
+            continue
+        marks.append(Mark(number, read_ratings(nodule), *outline))
+        counts["marks with outline"] += 1
+        counts["marks without malignancy"] += marks[-1].ratings["malignancy"] is None
+    return series, marks
+
+
+# Readers' marks -> nodules.
+
+
+def overlap(a, b):
+    """Shared voxels as a share of the smaller mark."""
+    low = np.maximum(a.origin, b.origin)
+    high = np.minimum(a.origin + a.mask.shape, b.origin + b.mask.shape)
+    if (high <= low).any():
+        return 0.0
+    parts = [m.mask[tuple(map(slice, low - m.origin, high - m.origin))] for m in (a, b)]
+    return (parts[0] & parts[1]).sum() / min(a.mask.sum(), b.mask.sum())
+
+
+def cluster(marks):
+    """Lists of marks of one nodule: best overlap first, never two of one session."""
+    pairs = [(overlap(a, b), i, j) for i, a in enumerate(marks) for j, b in enumerate(marks[:i])]
+    groups = {i: [i] for i in range(len(marks))}
+    for share, i, j in sorted(pairs, key=lambda pair: (-pair[0], pair[1:])):
+        sessions = [marks[k].session for k in groups[i] + groups[j]]
+        if share < MIN_OVERLAP or groups[i] is groups[j] or len(set(sessions)) < len(sessions):
+            continue
+        groups[i] += groups[j]
+        for k in groups[j]:
+            groups[k] = groups[i]
+    unique = {id(group): group for group in groups.values()}.values()
+    return [sorted((marks[k] for k in group), key=lambda mark: mark.session) for group in unique]
+
+
+def combine(marks):
+    """-> bool masks union and majority [dz, dy, dx] and their origin."""
+    origin = np.min([m.origin for m in marks], 0)
+    votes = np.zeros(np.max([m.origin + m.mask.shape for m in marks], 0) - origin, int)
+    for m in marks:
+        votes[tuple(map(slice, m.origin - origin, m.origin - origin + m.mask.shape))] += m.mask
+    return votes > 0, 2 * votes >= len(marks), origin
+
+
+def describe(marks, series, affine):
+    """-> (row of nodules.csv without id, masks). affine(voxel) -> mm of the patient, or None."""
+    union, majority, origin = combine(marks)
+    at = np.argwhere(majority)
+    centre = at.mean(0) + origin
+    low, high = at.min(0) + origin, at.max(0) + 1 + origin
+    voxel = np.array([series.row[f"spacing_{axis}"] for axis in "zyx"])
+    volume = len(at) * voxel.prod()
+    rated = [m.ratings["malignancy"] for m in marks if m.ratings["malignancy"] is not None]
+    z = int(np.clip(round(centre[0]), min(series.z_mm), max(series.z_mm)))  # outermost slices have no neighbours
+    mm = [f"{value:.3f}" for value in affine(centre)] if affine else [""] * 3
+    row = {"path": series.paths[z], "z": z, "y": f"{centre[1]:.3f}", "x": f"{centre[2]:.3f}"}
+    row |= {"label": f"{np.median(rated):g}" if rated else "unrated"}
+    row |= {"group": f"{series.row['dataset']}/{series.row['patient']}"}
+    row |= {"diameter_mm": f"{(6 * volume / np.pi) ** (1 / 3):.3f}", "volume_mm3": f"{volume:.2f}"}  # of a sphere
+    row |= {"box_mm": f"{((high - low) * voxel)[1:].max():.3f}"}
+    row |= {key: series.row[key] for key in ("patient", "series")}
+    row |= dict(zip(("z_mm", "y_mm", "x_mm"), mm))
+    row |= {f"{axis}{end}": int(side[k]) for k, axis in enumerate("zyx") for end, side in enumerate((low, high))}
+    row |= {"readers": len(marks), "sessions": " ".join(str(m.session) for m in marks)}
+    row |= {name: " ".join(str(m.ratings[name] or "-") for m in marks) for name in RATINGS}
+    row |= {"mean_malignancy": f"{np.mean(rated):.4g}", "median_malignancy": f"{np.median(rated):g}"} if rated else {}
+    return row, {"union": union, "majority": majority, "origin": origin}
+
+
+# Patient coordinates: the index keeps only the position along the normal; the rest is read from one slice per series.
+
+
+def read_affine(path, row):
+    """-> function voxel (z, y, x) -> mm (z, y, x) of the patient, from the file that a row of the index names."""
+    with parsing("header"):
+        ds = dcmread(path, stop_before_pixels=True)
+        position = np.array(value_of(ds, "ImagePositionPatient", 3))
+        cosines = np.array(value_of(ds, "ImageOrientationPatient", 6))
+    axes = np.stack([np.cross(cosines[:3], cosines[3:]), cosines[3:], cosines[:3]])  # of z, y, x
+    steps = axes * [[row[f"spacing_{axis}"]] for axis in "zyx"]
+    return lambda voxel: (position + (voxel - [row["z"], 0, 0]) @ steps)[::-1]
+
+
+def find_affines(paths, places, wanted):
+    """{series: function voxel -> mm} for the series in `wanted`; first by one file per folder, as LIDC is laid out."""
+    folders, found = defaultdict(list), {}
+    for path in paths:
+        folders[str(Path(path).parent)].append(path)
+    for thorough in (False, True):
+        for files in tqdm(folders.values(), "positions", unit="folder", disable=None):
+            for path in files if len(found) < len(wanted) else ():
+                scan = scan_file(path)
+                row = None if scan.reason else places.find(scan.sop)
+                if row is None or (name := places.rows[row]["series"]) not in wanted or name in found:
+                    continue
+                found[name] = read_affine(path, places.rows[row])
+                if not thorough:
+                    break
+    return found
+
+
+# Binary labels.
+
+
+def verdict(row, readers, rule):
+    """1 malignant, 0 benign, None indeterminate, or "few" with too few ratings."""
+    rated = [int(text) for text in row["malignancy"].split() if text != "-"]
+    if len(rated) < readers:
+        return "few"
+    value = RULES[rule](rated)
+    return None if value == 3 else int(value > 3)
+
+
+def count_rules(rows):
+    """{rule: {"readers >= n": {benign, indeterminate, malignant}}} for every choice one could have made."""
+    table = {}
+    for rule in RULES:
+        table[rule] = {}
+        for readers in (1, 2, 3, 4):
+            said = Counter(verdict(row, readers, rule) for row in rows)
+            table[rule][f"readers >= {readers}"] = dict(benign=said[0], indeterminate=said[None], malignant=said[1])
+    return table
+
+
+def binary(rows, readers, rule, indeterminate):
+    """Rows of malignancy.csv."""
+    out = []
+    for row in rows:
+        label = verdict(row, readers, rule)
+        label = 0 if label is None and indeterminate == "benign" else label
+        out += [row | {"label": label}] if label in (0, 1) and label is not None else []
+    return out
+
+
+# The program.
+
+
+def write_table(path, columns, rows):
+    text = csv_text([columns, *([row.get(name, "") for name in columns] for row in rows)])
+    return atomic_write(path, lambda f: f.write(text.encode()))
+
+
+def write_masks(folder, masks):
+    """One npz per nodule; those of an earlier run that are not among them go."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("*.npz"):
+        if old.stem not in masks:
+            old.unlink()
+    for name, arrays in tqdm(masks.items(), "masks", unit="nodule", disable=None):
+        content = io.BytesIO()
+        np.savez_compressed(content, **arrays)
+        atomic_write(folder / f"{name}.npz", lambda f, content=content: f.write(content.getvalue()))
+
+
+def read_all(paths, places, counts):
+    """XML files -> [(Series, marks of one nodule)]."""
+    nodules, readings = [], {}
+    for path in tqdm(paths, "readings", unit="file", disable=None):
+        uid, sessions = read_xml(path)
+        if uid is None:
+            counts[sessions] += 1
+            continue
+        digest = hashlib.sha256(Path(path).read_bytes()).digest()
+        if uid in readings:
+            if readings[uid][1] != digest:
+                raise ValueError(f"{path} and {readings[uid][0]} are readings of one series; remove one of them")
+            counts["copies of a reading"] += 1
+            continue
+        readings[uid] = path, digest
+        counts["readings"] += 1
+        series, marks = read_marks(path, sessions, places, counts)
+        nodules += [(series, group) for group in cluster(marks)]
+    return nodules
+
+
+def number_nodules(described):
+    """[(row, masks)] -> rows with ids, by patient, series and place, and {id: masks}."""
+    described = sorted(described, key=lambda item: (item[0]["group"], item[0]["series"], item[0]["z"], item[0]["y0"]))
+    number, rows, masks = Counter(), [], {}
+    for row, arrays in described:
+        number[row["series"]] += 1
+        row["id"] = f"{row['patient']}_{row['series'][-8:]}_{number[row['series']]:02d}"
+        rows.append(row)
+        masks[row["id"]] = arrays
+    assert len(masks) == len(rows), "two nodules of one id"
+    return rows, masks
+
+
+def build_parser():
+    parser = Parser(description=__doc__.split("\n")[0])
+    parser.add_argument("--raw", required=True, type=Path, help="folder with LIDC's XML and DICOM files, any nesting")
+    parser.add_argument("--data", required=True, type=Path, help="processed root, for the same files")
+    parser.add_argument("--readers", type=positive, default=3, help="fewest malignancy ratings for a binary label")
+    parser.add_argument("--rule", choices=RULES, default="median", help="of the ratings; above 3 is malignant")
+    parser.add_argument("--indeterminate", choices=("drop", "benign"), default="drop", help="what the rule puts at 3")
+    parser.add_argument("--key-file", type=Path, help="of hashed ids; default: dinox_id_key beside --data, if there")
+    return parser
+
+
+def main(argv=None):
+    args = build_parser().parse_args(argv)
+    if not args.raw.is_dir():
+        raise FileNotFoundError(f"--raw {args.raw} is not a folder")
+    if not index_path(args.data).exists():
+        raise FileNotFoundError(f"{index_path(args.data)} does not exist; run tools/preprocess_dicom.py")
+    key_file = args.key_file or default_key_file(args.data)
+    if args.key_file and not key_file.exists():
+        raise FileNotFoundError(f"--key-file {key_file} does not exist; it is made by tools/preprocess_dicom.py")
+    places = Places(args.data, load_key(key_file) if key_file.exists() else None)
+    files = [path for path, _ in walk_files(args.raw)]
+    xmls = [path for path in files if path.lower().endswith(".xml")]
+    if not xmls:
+        raise FileNotFoundError(f"--raw {args.raw} holds no .xml file; LIDC-IDRI has them as a download of their own")
+
+    counts = Counter()
+    found = read_all(xmls, places, counts)
+    if not found:
+        raise ValueError(f"no nodule of {len(xmls)} XML files lies in {args.data} ({dict(counts)}); is it another set?")
+    others = [path for path in files if not path.lower().endswith(".xml")]
+    affines = find_affines(others, places, {series.row["series"] for series, _ in found})
+    described = [describe(marks, series, affines.get(series.row["series"])) for series, marks in found]
+    counts["nodules without position in mm (no DICOM file below --raw)"] = sum(not row["z_mm"] for row, _ in described)
+    rows, masks = number_nodules(described)
+
+    labels = args.data / "_labels"
+    write_masks(labels / "masks", masks)
+    write_table(labels / "nodules.csv", COLUMNS, rows)
+    chosen = binary(rows, args.readers, args.rule, args.indeterminate)
+    write_table(labels / "malignancy.csv", BINARY_COLUMNS, chosen)
+    report = {
+        "version": VERSION,
+        "counts": {name: n for name, n in sorted(counts.items()) if n},
+        "nodules": len(rows),
+        "nodules_by_readers": {str(n): c for n, c in sorted(Counter(row["readers"] for row in rows).items())},
+        "rules": count_rules(rows),
+        "chosen": {"readers": args.readers, "rule": args.rule, "indeterminate": args.indeterminate}
+        | {"malignant": sum(row["label"] for row in chosen), "benign": sum(not row["label"] for row in chosen)},
+        "index_sha256": file_sha256(index_path(args.data)),
+        "nodules_sha256": file_sha256(labels / "nodules.csv"),
+        "malignancy_sha256": file_sha256(labels / "malignancy.csv"),
+    }
+    write_json(labels / "nodules.json", report, indent=1)
+    show(report)
+    print("\n".join(str(labels / name) for name in ("nodules.csv", "malignancy.csv", "nodules.json", "masks")))
+    return 0
+
+
+def show(report):
+    """Counts in words, then every rule beside the others."""
+    for name, n in report["counts"].items():
+        print(f"{n:7} {name}")
+    print(f"{report['nodules']:7} nodules, by readers {json.dumps(report['nodules_by_readers'])}")
+    for rule, by_readers in report["rules"].items():
+        for readers, n in by_readers.items():
+            print(f"  {rule:9} {readers}:", ", ".join(f"{count} {name}" for name, count in n.items()))
+    chosen = report["chosen"]
+    print("malignancy.csv: {rule} of at least {readers}, indeterminate {indeterminate}: ".format(**chosen), end="")
+    print("{benign} benign, {malignant} malignant".format(**chosen))
+
+
+if __name__ == "__main__":
+    run(main)
