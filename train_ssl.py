@@ -95,6 +95,8 @@ def build_parser():
     g.add_argument("--prototypes", type=positive, default=8192, help="per head; at most 32 for each crop of a batch")
     g.add_argument("--head-hidden", type=positive, default=2048, help="width of the heads")
     g.add_argument("--head-bottleneck", type=positive, default=256, help="dimension of the sphere before prototypes")
+    g.add_argument("--prototype-norm", type=float, default=1.0, help="length of prototypes at the start: 1 in DINOv2, "
+                   "0.02 * sqrt(bottleneck) in DINOv3")
     g.add_argument("--drop-path", type=float, default=0.0, help="share of images that skip a residual branch")
     g.add_argument("--layerscale", type=float, default=1e-5, help="initial LayerScale")
     g.add_argument("--rope-rescale", type=float, default=2.0, help="largest zoom of positions in training; 1: none")
@@ -588,6 +590,8 @@ def build(args):
         backbone = build_vit(args.arch, layerscale=args.layerscale)
     backbone.checkpointing = args.checkpointing
     heads = [ProjectionHead(backbone.dim, args.head_hidden, args.head_bottleneck, args.prototypes) for _ in range(2)]
+    for head in heads:  # short ones leave targets near uniform, and small runs then stay at ln K: tools/recipes/LOG.md
+        head.last_layer.weight.data = args.prototype_norm * F.normalize(head.last_layer.weight.data, dim=1)
     student = SSLModel(backbone, *heads).train()
     teacher = copy.deepcopy(student).requires_grad_(False).eval()
     return student, teacher

@@ -14,6 +14,7 @@ import safetensors.torch
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from conftest import HEALTHY
 from safetensors import safe_open
 from test_data import make_ct, make_split
 
@@ -470,27 +471,59 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(tmp_path):
     assert len(done.stderr.strip().splitlines()) == 1
 
 
+KILLS = ("--steps", "60", "--save-every", "1", "--drop-path", "0.2", "--workers", "1")
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1")
+
+
+def kill_once(run, launch, how, target):
+    """Start the command, wait for the target step, kill -> what happened, or None when the run ended before that.
+
+    at random: the moment the step is there; in a save: a temporary file is there, and stays; agent: torchrun alone.
+    """
+    process = subprocess.Popen(launch, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not (
+        latest_step(run) >= target and (how != "in a save" or list(run.glob(".step_*.tmp")))
+    ):
+        pass
+    if process.poll() is not None:
+        return None
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    if how == "in a save":
+        return how if list(run.glob(".step_*.tmp")) else "at random"  # the save had ended meanwhile
+    return how
+
+
+def survive(folder, tmp_path, plan, seed):
+    """Kill a run as planned, again and again, then let it end: the counts of kills, after comparing every bit."""
+    subprocess.run(command(folder, tmp_path / "whole", *KILLS), check=True, capture_output=True)
+    random, run, happened = np.random.default_rng(seed), tmp_path / "run", []
+    steps = int(KILLS[1]) // (len(plan) + 1)
+    assert steps >= 1, "more kills than updates"
+    for how in plan:
+        launcher = TORCHRUN if how == "agent" else (sys.executable,)
+        target = latest_step(run) + random.integers(1, steps + 1)
+        happened.append(kill_once(run, command(folder, run, *KILLS, launcher=launcher), how, target))
+    subprocess.run(command(folder, run, *KILLS), check=True, capture_output=True)
+    same(weights(tmp_path / "whole"), weights(run))
+    assert not list(run.glob(".*.tmp"))
+    return {how: happened.count(how) for how in set(happened)}, lines(run, "event")
+
+
 @pytest.mark.slow
-def test_sigkills_at_random_moments_change_no_bit(folder, tmp_path):
-    flags = ("--steps", "40", "--save-every", "1", "--drop-path", "0.2", "--workers", "1")
-    subprocess.run(command(folder, tmp_path / "whole", *flags), check=True, capture_output=True)
-    random, kills = np.random.default_rng(0), 0
-    while kills < 5:
-        process = subprocess.Popen(
-            command(folder, tmp_path / "run", *flags), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        target = random.integers(3, 9) + (latest_step(tmp_path / "run"))
-        while process.poll() is None and latest_step(tmp_path / "run") < target:
-            pass
-        if process.poll() is not None:
-            break
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        kills += 1
-    assert kills >= 4
-    subprocess.run(command(folder, tmp_path / "run", *flags), check=True, capture_output=True)
-    same(weights(tmp_path / "whole"), weights(tmp_path / "run"))
-    assert not list((tmp_path / "run").glob(".*.tmp"))
+def test_kills_at_random_moments_in_saves_and_of_torchrun_change_no_bit(folder, tmp_path):
+    plan = ["at random", "in a save", "agent", "in a save", "in a save", "at random"]
+    counts, events = survive(folder, tmp_path, plan, seed=0)
+    assert counts.get("in a save", 0) >= 1 and counts["agent"] == 1 and sum(counts.values()) >= 5, counts
+    assert any(e["event"].startswith("interrupted") and e["why"] == "torchrun died" for e in events), events
+
+
+@pytest.mark.proof
+def test_fifty_kills_change_no_bit(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "KILLS", ("--steps", "160", *KILLS[2:]))
+    counts, _ = survive(folder, tmp_path, ["at random", "in a save"] * 24 + ["agent"] * 2, seed=1)
+    print(counts)
+    assert counts.get("in a save", 0) >= 10 and sum(v for k, v in counts.items() if k) >= 48, counts
 
 
 def latest_step(run):
@@ -522,11 +555,21 @@ def test_two_processes_and_another_world_size_continue_the_same_samples(folder, 
 
 
 @pytest.mark.slow
-def test_a_planted_collapse_is_named(folder, tmp_path):
-    out = tmp_path / "run"
-    flags = "--steps 200 --centering none --teacher-temp 1 1 --lr 0.1 --log-every 10 --save-every 200 --warmup 10"
-    code = train(folder, out, *flags.split(), "--gram-weight", "0")
-    events = [row["event"] for row in lines(out, "event")]
+def test_a_healthy_run_learns_and_raises_no_warning(healthy_lines):
+    events = [row["event"] for row in healthy_lines if "event" in row]
+    assert not [e for e in events if "warning" in e or "collapse" in e], events
+    excess = np.array([row["excess"] for row in healthy_lines if "excess" in row])  # one per 10 updates
+    smooth = excess.reshape(-1, 5).mean(1)  # per 50 updates
+    assert (np.diff(smooth[1:]) < 0.05 * smooth[1]).all() and smooth[-1] < 0.9 * smooth[1], smooth
+    last = [row for row in healthy_lines if "dino" in row][-1]
+    assert last["dino"] < math.log(256) - 0.15 and last["teacher_entropy"] < 0.97 < last["marginal_entropy"], last
+
+
+@pytest.mark.slow
+def test_a_planted_collapse_is_named(collection, tmp_path):
+    flags = "--steps 200 --warmup 50 --eval-every 0 --centering none --teacher-temp 1 1 --lr 0.1".split()
+    code = t.main(["--data", str(collection), "--out", str(tmp_path), *HEALTHY, *flags])
+    events = [row["event"] for row in lines(tmp_path, "event")]
     assert any("collapse" in e or "diverged" in e for e in events) or code == 3, events
 
 

@@ -1,0 +1,41 @@
+"""What several slow tests share: one phantom collection, and one short healthy run on it."""
+
+import json
+
+import pytest
+
+import train_ssl
+from tools import make_phantom, make_splits, preprocess_dicom
+
+# A small run that learns: what the 2-core checks, the monitor's and the probe's slow tests start from.
+HEALTHY = (
+    "--arch vit_test --global-size 64 --local-size 32 --local-crops 4 --prototypes 256 --head-hidden 256 "
+    "--head-bottleneck 64 --layerscale 1 --batch-size 64 --lr 1e-3 --layer-decay 1 --patch-lr 1 --freeze-last 0 "
+    "--ema 0.99 1 --teacher-temp 0.04 0.04 --rope-rescale 1 --gram-weight 0 --device cpu --workers 1 --log-every 10"
+).split()
+
+
+@pytest.fixture(scope="session")
+def collection(tmp_path_factory):
+    """Processed phantom patients (hu16-v1), split half for training; the raw folder lies beside."""
+    root = tmp_path_factory.mktemp("collection")
+    raw, processed = str(root / "raw"), str(root / "processed")
+    assert make_phantom.main(["--out", raw, "--patients", "24", "--size", "128", "--slices", "24"]) == 0
+    flags = ["--raw", raw, "--out", processed, "--dataset", "phantom", "--format", "hu16", "--workers", "2"]
+    assert preprocess_dicom.main(flags) == 1  # scout views are rejected, the rest is usable
+    assert make_splits.main(["--data", processed, "--ratios", "train=0.5,val_select=0.1,val_test=0.4"]) == 0
+    return root / "processed"
+
+
+@pytest.fixture(scope="session")
+def healthy_run(collection, tmp_path_factory):
+    """Run folder of 300 healthy updates: about 75 s on 2 quiet cores."""
+    out = tmp_path_factory.mktemp("runs") / "healthy"
+    flags = ["--steps", "300", "--warmup", "50", "--eval-every", "100", "--save-every", "60", "--keep-last", "5"]
+    assert train_ssl.main(["--data", str(collection), "--out", str(out), *HEALTHY, *flags]) == 0
+    return out
+
+
+@pytest.fixture(scope="session")
+def healthy_lines(healthy_run):
+    return [json.loads(line) for line in (healthy_run / "metrics.jsonl").read_text().splitlines()]
