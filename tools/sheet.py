@@ -8,15 +8,18 @@ Every function takes and gives RGB images of Pillow, so that sheets are put toge
 
 import functools
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from checkpoint import atomic_write
+from data import RGB_WINDOWS, WINDOWS_HU, window_codes
 
 BACK, INK, DIM, GOOD, BAD = "#14171a", "#f0f0f0", "#a0a8b0", "#58d080", "#ff6a5a"
 COLOURS = "#ffa030 #40c8ff #f4e04d #ff70b0 #70e070 #b090ff #ff7050 #50e0c8 #c8a070 #9ab0ff #d0d0d0 #c0e040".split()
 GAP = 8  # pixels between tiles
+HEAT = ((0, 0, 0), (70, 10, 100), (170, 40, 90), (240, 110, 30), (250, 210, 60), (255, 255, 220))  # dark to bright
 
 
 @functools.lru_cache
@@ -159,6 +162,31 @@ def curves(lines, low, high, ticks, size, marks=()):
     return image
 
 
+def heat(values, low=None, high=None):
+    """[h, w] -> uint8 [h, w, 3], dark to bright between low and high (default: those of the values)."""
+    values = np.asarray(values, np.float64)
+    low, high = (values.min() if low is None else low), (values.max() if high is None else high)
+    shares = np.clip((values - low) / max(high - low, 1e-12), 0, 1)
+    ends = np.linspace(0, 1, len(HEAT))
+    return np.stack([np.interp(shares, ends, channel) for channel in zip(*HEAT)], -1).round().astype(np.uint8)
+
+
+def over(image, colours, strength=0.6):
+    """A coarse map (uint8 [h, w, 3]) laid over the grey image, its cells as they are: no smoothing invents detail."""
+    cells = Image.fromarray(np.ascontiguousarray(colours)).resize(image.size, Image.Resampling.NEAREST)
+    return Image.blend(image.convert("L").convert("RGB"), cells, strength)
+
+
+def cross(image, y, x, colour="#40ff70", arm=7):
+    """A marked point, dark-rimmed, open in the middle."""
+    image = image.copy()
+    draw = ImageDraw.Draw(image)
+    for width, ink in ((5, "black"), (2, colour)):
+        for dy, dx in ((0, 1), (0, -1), (1, 0), (-1, 0)):
+            draw.line([x + 2 * dx, y + 2 * dy, x + arm * dx, y + arm * dy], fill=ink, width=width)
+    return image
+
+
 def row(images, gap=GAP):
     """Side by side, aligned at the top."""
     sheet = Image.new("RGB", (sum(i.width + gap for i in images) - gap, max(i.height for i in images)), BACK)
@@ -179,6 +207,112 @@ def stack(images, gap=GAP):
     return sheet
 
 
+# What a backbone sees in one image. Attention and similarity are floats [h, w], colours uint8 [h, w, 3].
+
+TILE, SMALL = 224, 108  # pixels; two small tiles and a gap are as wide as one
+
+
+class Basis(NamedTuple):
+    """Three directions of patch features and the ends of the colours along them."""
+
+    mean: np.ndarray  # [D]
+    axes: np.ndarray  # [3, D]
+    low: np.ndarray  # [3]
+    high: np.ndarray  # [3]
+
+    def colours(self, patches):
+        """[..., D] -> uint8 [..., 3]."""
+        along = (patches - self.mean) @ self.axes.T
+        return (255 * np.clip((along - self.low) / np.maximum(self.high - self.low, 1e-9), 0, 1)).astype(np.uint8)
+
+    def share(self, patches):
+        """Share of the variance of [M, D] that the three directions show."""
+        centred = patches - patches.mean(0)
+        return float(np.square(centred @ self.axes.T).sum() / max(np.square(centred).sum(), 1e-12))
+
+
+def principal(patches):
+    """The three main directions of [M, D]; the largest entry of each is positive."""
+    mean = patches.mean(0)
+    axes = np.linalg.eigh((patches - mean).T @ (patches - mean))[1][:, :-4:-1].T
+    axes = axes * np.sign(np.take_along_axis(axes, np.abs(axes).argmax(1, keepdims=True), 1))
+    return Basis(mean, axes, *np.quantile((patches - mean) @ axes.T, (0.02, 0.98), axis=0))
+
+
+def inputs(image, encoding):
+    """What a person sees of an image as read [3, H, W]: {name: codes [H, W] or [3, H, W]}."""
+    if encoding == "photo":
+        return {"photograph": image}
+    if encoding == "rgb-v1":
+        return {f"{name} window, slice {z}": i for name, z, i in zip(RGB_WINDOWS, ("z-1", "z", "z+1"), image)}
+    return {f"{name} window": window_codes(image[1], *WINDOWS_HU[name]) for name in RGB_WINDOWS}
+
+
+def attention_over(base, attention, side):
+    """A map over the image: black is none, bright 3 times an even share or, where more is seen, the top 1%."""
+    high = max(np.quantile(attention, 0.99), 3 * attention.mean(), 1e-12)
+    return over(fit(base, side), heat(attention, 0, high))
+
+
+def similarity_over(base, similarity, point, side):
+    """Cosine to one patch, black 0 to bright 1, with that patch (row, column) marked."""
+    y, x = ((k + 0.5) * side / n for k, n in zip(point, similarity.shape))
+    return cross(over(fit(base, side), heat(similarity, 0, 1)), y, x)
+
+
+def coloured(colours, side):
+    return Image.fromarray(np.ascontiguousarray(colours)).resize((side, side), Image.Resampling.NEAREST)
+
+
+def marked_patch(grey, inside, grid):
+    """The most structured patch (row, column) of the lung, else of the body, else of the view [S, S].
+
+    inside: shares of body and of lung in each patch [2, grid, grid], or None.
+    """
+    spread = grey.reshape(grid, len(grey) // grid, grid, -1).std((1, 3))
+    for share in () if inside is None else inside[::-1]:
+        if (share > 0.5).any():
+            spread = np.where(share > 0.5, spread, -1)
+            break
+    return tuple(int(k) for k in np.unravel_index(spread.argmax(), spread.shape))
+
+
+def maps(title, windows, base, attention, colours, similarity, point, mm):
+    """All maps of one image -> (a block of tiles, a column of three small ones).
+
+    windows: what inputs() gives; base: codes under overlays; attention: {"1x": [H, h, w], ...}; colours: {lines: map},
+    the lasting ones first; point: the patch that similarity is to; mm: width of the view, None where unknown.
+    """
+    base = picture(base)
+    tiles = [fit(picture(codes), TILE) for codes in windows.values()]
+    tiles = [titled(t if mm is None else scale_bar(t, mm / TILE), [name, "input"]) for name, t in zip(windows, tiles)]
+    for name, heads in attention.items():
+        mean = heads.mean(0)
+        peak = f"{mean.shape[0]} x {mean.shape[1]}, peak {mean.max() / max(mean.mean(), 1e-12):.1f} x even"
+        tiles.append(
+            titled(attention_over(base, mean, TILE), [f"attention at {name}, mean of {len(heads)} heads", peak])
+        )
+    tiles += [titled(coloured(c, TILE), lines) for lines, c in colours.items()]
+    lines = "similarity to the marked patch", f"mean cosine {similarity.mean():.2f}"
+    tiles.append(titled(similarity_over(base, similarity, point, TILE), lines))
+    heads = [(f"head {k}, {name}", m) for name, own in attention.items() for k, m in enumerate(own, 1)]
+    small = [titled(attention_over(base, m, SMALL), [name], size=12) for name, m in heads]
+    per_row = (len(tiles) * (TILE + GAP)) // (SMALL + GAP)
+    block = stack([row(tiles), *(row(small[k : k + per_row]) for k in range(0, len(small), per_row))])
+    lasting = {"attention": attention_over(base, next(iter(attention.values())).mean(0), SMALL)}
+    lasting |= {"3 directions": coloured(next(iter(colours.values())), SMALL)}
+    lasting |= {"similarity": similarity_over(base, similarity, point, SMALL)}
+    column = stack([titled(image, [name], DIM, size=11) for name, image in lasting.items()], gap=2)
+    return stack([heading(title, block.width, size=15), block]), column
+
+
+def time_strip(title, base, columns):
+    """One image over time: itself, then {text: column of maps} from the first look to now."""
+    first = titled(titled(fit(picture(base), SMALL), ["image"], DIM, size=11), ["input"], size=12)
+    strip = row([first, *(titled(column, [text], size=12) for text, column in columns.items())])
+    return stack([heading(title, max(strip.width, 480), size=13), strip])
+
+
 def save(path, image):
     """Write a PNG with a margin, atomically; the folder is made when it is missing."""
     path = Path(path)
@@ -186,3 +320,17 @@ def save(path, image):
     framed = Image.new("RGB", (image.width + 2 * GAP, image.height + 2 * GAP), BACK)
     framed.paste(image, (GAP, GAP))
     return atomic_write(path, lambda f: framed.save(f, format="PNG"))
+
+
+def save_look(folder, drawn):
+    """{image: (block, column, codes)} -> sheet.png, image_1.png ..., strip_1.png ... in a folder step_XXXXXXXX.
+
+    Strips show the first and the last of the folders beside it and eight between them.
+    """
+    save(folder / "sheet.png", stack([block for block, _, _ in drawn.values()], gap=18))
+    for k, (title, (_, column, base)) in enumerate(drawn.items(), 1):
+        atomic_write(folder / f"image_{k}.png", lambda f, column=column: column.save(f, format="PNG"))
+        files = sorted(folder.parent.glob(f"step_*/image_{k}.png"))
+        files = [files[j] for j in np.unique(np.linspace(0, len(files) - 1, 10).round().astype(int))]
+        columns = {f"step {int(f.parent.name[5:])}": Image.open(f) for f in files}
+        save(folder / f"strip_{k}.png", time_strip(f"first look to now: {title}", base, columns))
