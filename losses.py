@@ -187,6 +187,21 @@ def gram_loss(student, teacher, per_image=True, negatives="keep", grids=None):
         return gram_distance(F.normalize(student, dim=-1), F.normalize(teacher, dim=-1), per_image, negatives)
 
 
+def retrieval(a, b, series):
+    """Does one view of a slice find the other? Unit features [N, D] of both views, series [N] -> shares of slices.
+
+    Without the other slices of its series, which are near copies, and with them; chance is k / N.
+    """
+    similarity = a @ b.T  # [N, N]
+    own = similarity.diagonal()[:, None]
+    same = (series[:, None] == series) & ~torch.eye(len(a), dtype=torch.bool, device=a.device)
+    found = {}
+    for name, values in (("", similarity.masked_fill(same, -2)), ("_with_series", similarity)):
+        better = (values > own).sum(1)
+        found |= {f"top{k}{name}": (better < k).float().mean() for k in (1, 5)}
+    return found
+
+
 def effective_rank(x, floor):
     """exp of the entropy of the singular values of [N, D]: 1 (a line or a point) to min(N, D). NaN for non-finite x."""
     values = torch.linalg.svdvals(x.nan_to_num(0, 0, 0))  # LAPACK raises on NaN; a log line should say NaN

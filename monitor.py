@@ -227,14 +227,6 @@ def training_views(source, recipe, patch_size):
         yield data.render(batch.images, batch.plan).globals, torch.from_numpy(source.series[batch.ids])
 
 
-def retrieval(pairs, series):
-    """Does one view of a slice find the other, slices of its series left out? Chance: 1 or 5 of n; pairs [n, 2, D]."""
-    similarity = pairs[:, 0] @ pairs[:, 1].T  # [n, n]
-    others = (series[:, None] == series) & ~torch.eye(len(pairs), dtype=torch.bool)
-    better = (similarity.masked_fill(others, -2) > similarity.diagonal()[:, None]).sum(1)
-    return {f"retrieval_top{k}": (better < k).float().mean() for k in (1, 5)}
-
-
 def entropy(probs):
     return torch.special.entr(probs).sum(1).mean() / math.log(max(2, probs.shape[1]))  # in ln K
 
@@ -257,7 +249,8 @@ def snapshot(student, teacher, chunks, crops, centering="sinkhorn", temperature=
         targets = F.softmax((logits - center) / temperature, -1)
     found = losses.health(targets[views_["index"]], views_["student"], x, student_temp)
     found |= {"teacher_entropy": entropy(targets), "sharp_entropy": entropy(sharp)}
-    found |= retrieval(views_["pairs"].float(), views_["series"])
+    pairs = losses.retrieval(*views_["pairs"].float().unbind(1), views_["series"])
+    found |= {f"retrieval_top{k}": pairs[f"top{k}"] for k in (1, 5)}
     apart = torch.pdist(F.normalize(x, dim=-1)).square()
     found["uniformity"] = apart.mul(-2).exp().mean().log()  # arXiv:2005.10242; 0 when all points are one
     floor = 100 * torch.finfo(x.dtype).eps * patches.norm()  # below is rounding, as in losses.health

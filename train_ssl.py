@@ -410,17 +410,8 @@ def retrieval(teacher, batches, device):
         globals_ = data.render(images.to(device), plan).globals
         pairs.append(F.normalize(teacher.backbone(globals_).cls.float(), dim=-1).unflatten(0, (2, -1)))
         series.append(ids)
-    a, b = torch.cat(pairs, 1)
     series = torch.from_numpy(np.concatenate(series)).to(device)
-    similarity = a @ b.T  # [N, N]
-    own = similarity.diagonal()[:, None]
-    same = (series[:, None] == series) & ~torch.eye(len(a), dtype=torch.bool, device=device)
-    numbers = {}
-    for name, values in (("", similarity.masked_fill(same, -2)), ("_with_series", similarity)):
-        better = (values > own).sum(1)
-        numbers[f"top1{name}"] = (better < 1).float().mean().item()
-        numbers[f"top5{name}"] = (better < 5).float().mean().item()
-    return numbers
+    return {name: share.item() for name, share in losses.retrieval(*torch.cat(pairs, 1), series).items()}
 
 
 def evaluate(student, teacher, gram, source, recipe, args, w, device, slices=256):
