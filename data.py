@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 import os
+import signal
 import struct
 import tokenize
 from dataclasses import dataclass
@@ -827,6 +828,12 @@ def as_read(batch):
     return batch  # torch would turn the arrays of the plan into tensors
 
 
+def deaf(_):
+    """In a reading process: signals are for the run, which still needs its batches. torchrun sends them to all."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def make_loader(source, recipes, seed, steps, batch, micro_batch=None, rank=0, world=1, workers=0, patch_size=16,
                 masking=(0.5, (0.1, 0.5)), skip_bad=0, pin_memory=False, fixed=False):  # fmt: skip
     """Yield the micro-batches of `steps` (a range) in order; starts at any step at once.
@@ -838,7 +845,13 @@ def make_loader(source, recipes, seed, steps, batch, micro_batch=None, rank=0, w
     micro_batch = micro_batch or batch // world
     updates = Updates(source, recipes, seed, steps, batch, micro_batch, rank, world, patch_size, masking, fixed)
     loader = torch.utils.data.DataLoader(
-        updates, batch_size=None, shuffle=False, num_workers=workers, pin_memory=pin_memory, collate_fn=as_read
+        updates,
+        batch_size=None,
+        shuffle=False,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        collate_fn=as_read,
+        worker_init_fn=deaf,
     )
     skipped = 0
     for item in loader:

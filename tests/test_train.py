@@ -518,6 +518,25 @@ def test_kills_at_random_moments_in_saves_and_of_torchrun_change_no_bit(folder, 
     assert any(e["event"].startswith("interrupted") and e["why"] == "torchrun died" for e in events), events
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_torchrun_saves_although_its_readers_get_it_too(folder, tmp_path, number):
+    run = tmp_path / "run"
+    flags = ("--steps", "5000", "--save-every", "5", "--workers", "2")
+    process = subprocess.Popen(
+        command(folder, run, *flags, launcher=TORCHRUN), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )  # fmt: skip
+    while process.poll() is None and latest_step(run) < 10:
+        pass
+    os.killpg(process.pid, number)  # as a terminal's Ctrl+C and a batch system do
+    process.wait(60)
+    last = lines(run, "event")[-1]
+    assert any(e["event"].startswith("interrupted, saved at step") for e in lines(run, "event")), last
+    saved = [e["step"] for e in lines(run, "event") if e["event"].startswith("interrupted")]
+    assert checkpoint.load(run / "last.pth")["step"] == saved[-1]
+
+
 @pytest.mark.proof
 def test_fifty_kills_change_no_bit(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(sys.modules[__name__], "KILLS", ("--steps", "160", *KILLS[2:]))

@@ -1,0 +1,371 @@
+"""The bench measures what train_ssl.py does, in fair turns, and says so when a point dies."""
+
+import functools
+import json
+import time
+
+import numpy as np
+import pytest
+import torch
+from test_data import make_ct
+from test_train import golden_step, same, weights
+
+import data
+import losses
+import train_ssl as t
+from tools import bench
+
+CPU = torch.device("cpu")
+TOY = {
+    "arch": "vit_test", "batch-size": 4, "global-size": 32, "local-size": 16, "local-crops": 2, "prototypes": 32,
+    "head-hidden": 32, "head-bottleneck": 16, "precision": "fp32", "layerscale": 0.1, "lr": 1e-2, "warmup": 0,
+    "freeze-last": 0,
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return make_ct(tmp_path / "data")
+
+
+def toy_point(folder, *ways, **more):
+    return dict(what="step", setting="toy", data=str(folder), flags=TOY, ways=ways or [""], repeats=2, **more)
+
+
+class Clock:
+    """Time that only passes when somebody works."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(bench.time, "perf_counter", clock)
+    return clock
+
+
+# turns
+
+
+def test_ways_take_turns_and_a_machine_that_slows_down_changes_no_ratio(clock):
+    order, load = [], [1.0]
+
+    def work(name, seconds):
+        order.append(name)
+        clock.now += seconds * load[0]
+
+    def limit():
+        load[0] *= 3  # a neighbour moves in, once per turn
+        return 100 / load[0]
+
+    ways = {"fast": lambda: work("f", 1), "slow": lambda: work("s", 2)}
+    times, limits = bench.alternate(ways, CPU, 4, limit)
+    assert "".join(order) == "fs" * 6  # warm, count, four turns
+    assert bench.ratio(times["slow"], times["fast"]) == pytest.approx(2)
+    assert bench.ratio([10 / s for s in times["fast"]], limits) == pytest.approx(0.1)
+    assert times["fast"][-1] / times["fast"][0] == pytest.approx(27)  # which times alone would have reported
+
+
+def test_quick_calls_are_repeated_until_a_sample_is_long_enough(clock):
+    def work():
+        clock.now += 0.01
+
+    times, _ = bench.alternate({"": work}, CPU, 3, bool, least=0.5)
+    assert times[""] == pytest.approx([0.01] * 3) and clock.now == pytest.approx(0.01 * (2 + 3 * 50))
+
+
+def test_on_cuda_events_are_used_and_a_sample_waits_for_the_device(clock, monkeypatch):
+    waits = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = clock.now
+
+        def elapsed_time(self, other):
+            assert waits, "read before a synchronize"
+            return 1e3 * (other.at - self.at)  # ms
+
+    def work():
+        clock.now += 2
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", waits.append)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3e9)
+    cuda = torch.device("cuda")
+    phases = bench.Phases(cuda)
+    assert bench.took(lambda: phases.call("one", work), cuda, 3) == 2 and len(waits) == 2
+    phases.call("two", work)
+    assert phases.seconds() == {"one": 6, "two": 2} and bench.peak_gb(cuda) == 3
+    assert 0.05 < bench.peak_gb(CPU) < 100
+
+
+# updates
+
+
+@pytest.mark.parametrize("gram", [False, True])
+def test_the_update_is_that_of_train_ssl_to_the_bit(folder, tmp_path, gram):
+    flags = TOY | {"steps": 1, "micro-batch": 2, "koleo-group": 2, "gram-start": 0}
+    words = [f"--{k}={v}" for k, v in flags.items()] + ["--gram-weight=0"] * (not gram)
+    words += f"--data {folder} --out {tmp_path / 'run'} --no-split --workers 0 --eval-every 0 --device cpu".split()
+    assert t.main(words) == 0
+    trained = {k: v for k, v in weights(tmp_path / "run").items() if k.startswith(("student", "teacher"))}
+    point = toy_point(folder, "accumulate 2", gram=gram, more="--steps 1 --gram-start 0")
+    (way,) = bench.make_ways(point, CPU, bench.Phases(CPU)).values()
+    before = {k: v.clone() for k, v in t.pack_weights(way.student).items()}
+    bench.update(way)
+    ours = {f"student.{k}": v for k, v in t.pack_weights(way.student).items()}
+    same(ours | {f"teacher.{k}": v for k, v in t.pack_weights(way.teacher).items()}, trained)
+    assert any(not torch.equal(v, ours[f"student.{k}"]) for k, v in before.items())
+
+
+def test_ways_share_weights_and_agree_on_the_loss(folder):
+    names = ["", "per crop", "accumulate 2", "checkpointing"]
+    ways = bench.make_ways(toy_point(folder, *names), CPU, bench.Phases(CPU))
+    pointers = {name: [p.data_ptr() for p in way.student.parameters()] for name, way in ways.items()}
+    assert all(p == pointers[""] for p in pointers.values())
+    assert ways["checkpointing"].student.backbone.checkpointing and not ways[""].student.backbone.checkpointing
+    gradients = {}
+    for name, way in ways.items():
+        way.args.lr = way.args.lr_end = 0.0  # all start from the same weights
+        way.args.weight_decay = way.args.ema = (0.0, 0.0)
+        way.args.koleo_group, way.args.w_koleo = 2, 0.0
+        way.teacher.load_state_dict(ways[""].teacher.state_dict())
+        bench.update(way)
+        gradients[name] = {k: p.grad.clone() for k, p in way.student.named_parameters()}
+    for name in names[1:]:
+        for k, g in gradients[name].items():
+            torch.testing.assert_close(g, gradients[""][k], rtol=1e-4, atol=1e-6, msg=lambda s: f"{name} {k}: {s}")
+
+
+def test_rows_of_a_step_hold_rate_limit_and_phases(folder, monkeypatch):
+    slow = t.update_teacher
+
+    def ema(*args):
+        time.sleep(0.3)
+        slow(*args)
+
+    monkeypatch.setattr(t, "update_teacher", ema)
+    monkeypatch.setattr(bench, "gemm", lambda device, precision: 0.5)
+    monkeypatch.setattr(bench.math, "ceil", lambda x: 1)  # one call per sample
+    plain, split = bench.measure_step(toy_point(folder, "", "accumulate 4", gram=True), CPU)
+    assert max(plain["phases"], key=plain["phases"].get) == "EMA" and sum(plain["phases"].values()) == pytest.approx(1)
+    assert {"read", "render", "teacher", "centering", "student", "Gram teacher", "losses", "backward", "clip", "AdamW",
+            "EMA", "other"} == set(plain["phases"])  # fmt: skip
+    seconds = sorted(plain["seconds"])
+    assert plain["value"] == pytest.approx(4 / np.mean(seconds)) and min(seconds) > 0.3
+    assert plain["of"] == pytest.approx(np.mean([plain["tflop"] / s / 0.5 for s in seconds]))
+    assert 0 < plain["gram_flops"] < 1 and split["gain"] == pytest.approx(
+        bench.ratio(plain["seconds"], split["seconds"])
+    )
+    assert t.update_teacher is ema, "the watch was left behind"
+    json.dumps([plain, split])
+
+
+def test_a_child_prints_rows_and_one_that_dies_is_a_row_that_says_why(folder, monkeypatch):
+    point = dict(what="scale", kind="index", setting="toy", device="cpu", data=str(folder), x=32)
+    (row,) = bench.run_point(point)
+    assert row["what"] == "scale" and 0 < row["value"] < 60 and row["x"] == 32
+    (row,) = bench.run_point(point | {"data": str(folder / "nowhere")})
+    assert "exit code 2" in row["error"] and "nowhere is not a folder" in row["error"] and row["setting"] == "toy"
+    monkeypatch.setattr(bench, "PATIENCE_S", 0.01)
+    assert bench.run_point(point)[0]["error"] == "no answer in 0.01 s"
+
+
+def test_out_of_memory_is_an_answer_and_other_errors_are_not(monkeypatch):
+    def fail(error):
+        def measure(point, device):
+            raise error
+
+        monkeypatch.setattr(bench, "measure_step", measure)
+        return bench.measure(dict(what="step", device="cpu"))
+
+    refused = "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried 1 bytes"
+    for error in (torch.OutOfMemoryError("CUDA out of memory"), RuntimeError(refused), MemoryError()):
+        assert fail(error) == [{"error": "does not fit in memory"}]
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        fail(RuntimeError("mat1 and mat2 shapes"))
+
+
+def test_a_sweep_doubles_until_it_does_not_fit_and_names_the_best_flags(monkeypatch):
+    seen = []
+
+    def run_point(point):
+        size, way = point["flags"]["batch-size"], point["ways"][0]
+        seen.append((way, size))
+        facts = dict(what="sweep", setting=point["setting"], device="cpu")
+        if size > (16 if way else 4):
+            return [facts | {"error": "does not fit in memory"}]
+        value = size - (size == 16) * 10.0
+        return [facts | bench.row("x", value, "images/s", value / 100, way=way, flags=point["flags"])]
+
+    monkeypatch.setattr(bench, "run_point", run_point)
+    args = bench.build_parser().parse_args(["sweep", "--arch", "vit_test", "--precision", "fp32"])
+    points = [p for p in bench.points_of("sweep", args, False, "") if p["ways"][0] in ("", "checkpointing")]
+    rows = bench.measure_all(points, 16)
+    assert seen == [("", 1), ("", 2), ("", 4), ("", 8)] + [("checkpointing", s) for s in (1, 2, 4, 8, 16)]
+    assert "batch 8 fp32" in rows[3]["setting"]
+    (said,) = bench.advice(rows, 8 * 86400 * 5)
+    assert said.startswith("--arch vit_test --micro-batch 8 --checkpointing: 8 images/s") and said.endswith("in 5 days")
+
+
+# golden numbers with every speed flag on
+
+
+@pytest.mark.parametrize("flag", ["checkpointing", "chunked", "per crop", "bf16",
+                                  pytest.param("compile", marks=pytest.mark.slow)])  # fmt: skip
+def test_the_golden_step_holds_with_every_speed_flag(flag, monkeypatch):
+    student, teacher, gram, micro, g, meta = golden_step()
+    w = t.Weights(teacher_temp=meta["teacher_temp"], gram=2.0, koleo_group=4)
+    loss, gradient = 1e-4, dict(rtol=1e-3, atol=1e-5)
+    if flag == "compile":
+        for block in (*student.backbone.blocks, *teacher.backbone.blocks, *gram.blocks):
+            block.compile()
+    student.backbone.checkpointing = flag == "checkpointing"
+    if flag == "chunked":
+        monkeypatch.setattr(losses, "CHUNK", 100)  # one or two rows at a time
+    if flag == "per crop":
+        whole = student.backbone.forward_crops
+        student.backbone.forward_crops = lambda *a: bench.per_crop(whole, *a)
+    if flag == "bf16":  # 8 bits of mantissa: 2**-9 for each rounding, and a few in a row
+        w, loss, gradient = w._replace(precision="bf16"), 2e-2, None
+    sums, _ = t.ssl_update(student, teacher, gram, [micro], w)
+    assert sums["loss"].item() == pytest.approx(meta["total_loss"], rel=loss)
+    expected = {k[5:]: v for k, v in g.items() if k.startswith("grad.backbone.blocks.") and "bias_mask" not in k}
+    assert expected
+    own = dict(student.named_parameters())
+    for name, value in expected.items():
+        if gradient:
+            torch.testing.assert_close(own[name].grad, value, **gradient, msg=lambda s: f"{name}: {s}")
+        elif value.norm() > 1e-4:
+            assert torch.cosine_similarity(own[name].grad.flatten(), value.flatten(), 0) > 0.98, name
+
+
+# the other parts
+
+
+@pytest.mark.parametrize("encoding", ["rgb-v1", "hu16-v1"])
+def test_pillow_does_the_same_job(tmp_path, encoding):
+    source = data.open_source(make_ct(tmp_path, encoding, series=2, size=64))
+    smooth = torch.linspace(0, 250, 64)[None, None, :, None] + torch.linspace(0, 5, 64)
+    images = smooth.expand(2, 3, 64, 64).to(source.read(0).dtype)
+    recipe = data.Recipe("ct", global_size=32, local_size=16, local_crops=2, blur=(0, 0, 0))
+    plan = data.place(data.plan(0, 0, range(2), recipe), [(64, 64)] * 2)
+    if encoding == "rgb-v1":
+        pictures = [[bench.Image.fromarray(x.permute(1, 2, 0).contiguous().numpy())] for x in images]
+    else:
+        pictures = [[bench.Image.fromarray(c) for c in x.float().numpy()] for x in images]
+    ours, theirs = data.render(images, plan), bench.pillow_render(pictures, images.dtype, plan)
+    for a, b in zip(ours[:2], theirs[:2]):  # 8 bits: Pillow rounds each of two passes to a code; contrast up to 1.2
+        limit = 1.3 / 255 / min(data.STD) if encoding == "rgb-v1" else 1e-4
+        assert (a - b).abs().max() < limit and a.std() > 0.1
+
+
+def test_every_other_part_runs_on_a_toy_and_gives_numbers(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "gemm", lambda device: 0.05)
+    monkeypatch.setattr(bench, "copy_rate", lambda: 10.0)
+    quick = functools.partial(bench.alternate, least=0)
+    monkeypatch.setattr(bench, "alternate", lambda ways, device, repeats, limit, least=0: quick(ways, device, 1, limit))
+    point = dict(setting="toy", data=str(folder), repeats=1)
+    ours, pillow = bench.measure_render(point, CPU)
+    assert ours["value"] > 0 and 0 < ours["of"] < 5 and pillow["of"] is None
+    (read,) = bench.measure_read(point | {"workers": 1, "batches": 1}, CPU)
+    assert read["unit"] == "slices/s" and set(read["first_s"]) == {0, 10**6}
+    assert read["of"] == pytest.approx(read["value"] * 2 * 3 * 48 * 48 * 2 / 1e9 / 10)
+    (probe,) = bench.measure_probe(point | {"arch": "vit_test", "size": 32, "samples": 8}, CPU)
+    assert probe["value"] == pytest.approx(8 / np.median(probe["seconds"]["extract"]))
+    (save,) = bench.measure_save(toy_point(folder), CPU)
+    assert 0 < save["value"] < 1e4 and len(save["seconds"]) == len(save["writes"]) == 3
+    json.dumps([ours, pillow, read, probe, save])
+
+
+def test_an_index_of_any_length_can_be_trained_on(tmp_path):
+    bench.write_index(tmp_path / "index", 1300)
+    source = data.open_source(tmp_path / "index")
+    assert len(source) == 1300 and len(source.groups) == 3 and len(set(source.rows.column("sop").tolist())) == 1300
+    assert len({tuple(source.read(i).flatten().tolist()) for i in range(249, 252)}) == 3
+
+
+def test_growth_is_fitted():
+    rows = [dict(what="scale", device="cpu", **bench.row("", 1, "images/s", x=x, y=3 * x**1.5)) for x in (1, 4, 9)]
+    rows += [dict(what="scale", device="cpu", setting="dead", error="exit code 1")]
+    (found,) = bench.exponents(rows)
+    assert found["value"] == pytest.approx(1.5) and "pixels" in found["setting"]
+
+
+# points and tables
+
+
+@pytest.mark.parametrize("cuda", [False, True])
+@pytest.mark.parametrize("quick", [False, True])
+def test_every_point_can_be_measured(folder, cuda, quick):
+    args = bench.build_parser().parse_args(["all"] + ["--quick"] * quick)
+    assert set(bench.WHATS) | {"all", "show"} == set(bench.build_parser()._actions[1].choices)
+    for what in bench.WHATS:
+        points = list(bench.points_of(what, args, cuda, str(folder)))
+        assert points
+        for point in points:
+            point = json.loads(json.dumps(dict(what=what) | point))
+            assert callable(getattr(bench, f"measure_{point.get('kind', what)}")) and point["setting"]
+            for way in point.get("ways", ()):
+                a = bench.train_args(point, way)
+                assert a.prototypes == (4096 if quick else 65536) and a.drop_path == 0 and a.local_crops == 8
+                assert a.global_size % 16 == a.local_size % 16 == 0
+                assert bool(a.gram_weight) == point.get("gram", False)
+    steps = [(p["flags"]["arch"], p["flags"]["precision"]) for p in bench.points_of("step", args, cuda, "")]
+    assert ("vit_large", "bf16") in steps if cuda and not quick else ("vit_tiny" if quick else "vit_small") in steps[0]
+
+
+def test_the_table_says_what_was_not_measured(monkeypatch, tmp_path, capsys):
+    rows = [dict(what="step", device="cpu", **bench.row("vit | test", 1.234, "images/s", 0.756, "GEMM", "fast"))]
+    rows += [dict(what="step", device="cpu", setting="vit_giant", error="does not fit in memory")]
+    machine = dict(device="cpu", cpu="Toy 3000", name="toy", torch="2.13", threads=2)
+    report = dict(version=1, date="2026-11-21", commit="abc", quick=True, machine=machine, rows=rows)
+    (tmp_path / "cpu.json").write_text(json.dumps(report))
+    (tmp_path / "gpu.json").write_text(json.dumps(report | {"machine": machine | {"device": "cuda", "name": "H200"}}))
+    monkeypatch.setattr(bench, "RESULTS", tmp_path)
+    assert bench.main(["show", "--markdown"]) == 0
+    cpu, gpu = capsys.readouterr().out.split("H200")
+    assert "Toy 3000, 2 threads, torch 2.13, commit abc, 2026-11-21 (--quick: toy sizes)" in cpu
+    assert "1.23 images/s | 76% of GEMM | fast |" in cpu and "vit_giant | does not fit in memory" in cpu
+    assert "GPU | not measured" in cpu and "not measured" not in gpu
+    widths = {line.replace(r"\|", "").count("|") for line in cpu.splitlines() if line.startswith("|")}
+    assert widths == {6}
+    assert bench.main(["show"]) == 0 and "|" not in capsys.readouterr().out.replace("vit | test", "")
+
+
+def test_all_of_a_what_from_the_command_to_the_file(tmp_path, monkeypatch, capsys):
+    def make_data(work, points, quick):
+        assert quick and points
+
+    monkeypatch.setattr(bench, "make_data", make_data)
+    monkeypatch.setattr(bench, "run_point", lambda p: [
+        {k: p[k] for k in ("what", "setting", "device")} | bench.row(p["setting"], 2, "slices/s")])  # fmt: skip
+    assert bench.main(["read", "--quick", "--device", "cpu", "--json", str(tmp_path / "r.json")]) == 0
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report["machine"]["threads"] and report["version"] == 1 and len(report["rows"]) == 6
+    assert capsys.readouterr().out.count("2 slices/s") == 6
+    monkeypatch.setattr(bench, "run_point", lambda p: [dict(what="read", setting="x", device="cpu", error="killed")])
+    assert bench.main(["read", "--quick", "--device", "cpu"]) == 1
+    with pytest.raises(ValueError, match="--device cuda"):
+        bench.main(["read", "--device", "cuda"])
+
+
+@pytest.mark.slow
+def test_the_real_thing_end_to_end(tmp_path, capsys):
+    for what in ("dicom", "render"):
+        assert bench.main([what, "--quick", "--repeats", "1", "--json", str(tmp_path / f"{what}.json")]) == 0
+    said = capsys.readouterr().out
+    assert "to hu16" in said and "x Pillow" in said
