@@ -486,7 +486,9 @@ def axis_matrices(start, end, flip, sigma, window, out, length, device="cpu"):
     start, end, window, flip = table[:, :, None, None]  # [n, 1, 1]; float32 would move a tap by 1e-5 of the image
     scale = (end - start) / out
     stretch = scale.clamp(min=1)
-    centre = start + (torch.arange(out, device=device)[:, None] + 0.5) * scale  # [n, out, 1]
+    row = torch.arange(out, device=device)[:, None]
+    row = torch.where(flip > 0, out - 1 - row, row)  # [n, out, 1]; the blur is the same from both ends
+    centre = start + (row + 0.5) * scale
     pixel = (centre - 2 * stretch).floor() + torch.arange(taps, device=device)  # [n, out, taps]
     weight = bicubic((pixel + 0.5 - centre) / stretch)
     weight = weight * ((pixel + 1 > start) & (pixel < end))
@@ -498,7 +500,7 @@ def axis_matrices(start, end, flip, sigma, window, out, length, device="cpu"):
     if len(blurred):
         blurred = blurred.to(device, non_blocking=True)
         matrices = matrices.index_copy(0, blurred, blurs @ matrices.index_select(0, blurred))
-    return torch.where(flip > 0, matrices.flip(1), matrices)
+    return matrices
 
 
 def blur_matrices(sigma, size, taps=9):
@@ -526,16 +528,40 @@ def cut(images, boxes, flips, sigmas, out):
     return product(images.float(), boxes, flips, sigmas, out).unflatten(0, (V, B))
 
 
+BLOCK = 32  # rows of an axis matrix per product
+
+
+def reach(start, end, flip, sigma, low, out):
+    """Columns [n, blocks][2] of an axis matrix outside which BLOCK of its rows are 0, counted from `low`."""
+    first = torch.arange(0, out, BLOCK)
+    last = (first + BLOCK).clamp(max=out)
+    start, end, flip, sigma, low = (t[:, None].double() for t in (start, end, flip, sigma, low))
+    first, last = torch.where(flip > 0, out - last, first), torch.where(flip > 0, out - first, last)
+    scale, blur = (end - start) / out, 4 * (sigma > 0)  # samples that blur_matrices takes on each side
+    margin = 2 * scale.clamp(min=1) + 2
+    ends = torch.stack([(first - blur) * scale - margin, (last + blur) * scale + margin], -1)
+    columns = (ends + (start - low)[..., None]).clamp(min=0)
+    return torch.minimum(columns, (end.ceil() - low)[..., None]).int().tolist()
+
+
 def cut_each(images, boxes, flips, sigmas, out):
-    """For CPUs: view by view, only the pixels of its box; there are no launches to save."""
+    """For CPUs: view by view, and of its matrices only the band that is not 0; there are no launches to save.
+
+    1.9 x the whole product for views of 512 x 512 slices, 1.1 x for the CT recipe's smaller ones (one thread, 2026-11).
+    """
     low, high = boxes[:, :2].floor(), boxes[:, 2:].ceil()
     height, width = (high - low).amax(0).int().tolist()
-    Wy = axis_matrices(boxes[:, 0], boxes[:, 2], torch.zeros_like(flips), sigmas, low[:, 0], out, height)
-    Wx = axis_matrices(boxes[:, 1], boxes[:, 3], flips, sigmas, low[:, 1], out, width)
+    y = (boxes[:, 0], boxes[:, 2], torch.zeros_like(flips), sigmas, low[:, 0], out)
+    x = (boxes[:, 1], boxes[:, 3], flips, sigmas, low[:, 1], out)
+    Wy, Wx, bands_y, bands_x = axis_matrices(*y, height), axis_matrices(*x, width), reach(*y), reach(*x)
     views = torch.empty(len(boxes), images.shape[1], out, out)
+    rows = torch.empty(images.shape[1], out, width)
     for i, (y0, x0, y1, x1) in enumerate(torch.cat([low, high], 1).int().tolist()):
-        rows = Wy[i, :, : y1 - y0] @ images[i % len(images), :, y0:y1, x0:x1]  # [C, out, w]
-        torch.matmul(rows, Wx[i, :, : x1 - x0].T, out=views[i])
+        part = images[i % len(images), :, y0:y1, x0:x1]
+        for k, (a, b) in zip(range(0, out, BLOCK), bands_y[i]):
+            rows[:, k : k + BLOCK, : x1 - x0] = Wy[i, k : k + BLOCK, a:b] @ part[:, a:b]
+        for k, (a, b) in zip(range(0, out, BLOCK), bands_x[i]):
+            views[i, :, :, k : k + BLOCK] = rows[:, :, a:b] @ Wx[i, k : k + BLOCK, a:b].T
     return views
 
 

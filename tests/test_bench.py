@@ -73,6 +73,7 @@ def test_ways_take_turns_and_a_machine_that_slows_down_changes_no_ratio(clock):
     assert "".join(order) == "fs" * 6  # warm, count, four turns
     assert bench.ratio(times["slow"], times["fast"]) == pytest.approx(2)
     assert bench.ratio([10 / s for s in times["fast"]], limits) == pytest.approx(0.1)
+    assert bench.ratio([2, 20, 2], [1, 10, 4]) == 2  # of each turn, not of the medians
     assert times["fast"][-1] / times["fast"][0] == pytest.approx(27)  # which times alone would have reported
 
 
@@ -162,6 +163,7 @@ def test_rows_of_a_step_hold_rate_limit_and_phases(folder, monkeypatch):
     monkeypatch.setattr(bench.math, "ceil", lambda x: 1)  # one call per sample
     plain, split = bench.measure_step(toy_point(folder, "", "accumulate 4", gram=True), CPU)
     assert max(plain["phases"], key=plain["phases"].get) == "EMA" and sum(plain["phases"].values()) == pytest.approx(1)
+    assert 0 < plain["phases"]["other"] < 0.3 < plain["phases"]["EMA"]
     assert {"read", "render", "teacher", "centering", "student", "Gram teacher", "losses", "backward", "clip", "AdamW",
             "EMA", "other"} == set(plain["phases"])  # fmt: skip
     seconds = sorted(plain["seconds"])

@@ -323,6 +323,26 @@ def pillow_crop(image, box, out, flip):
     return torch.from_numpy(resized[..., ::-1].copy() if flip else resized)
 
 
+def test_outside_its_bands_an_axis_matrix_is_zero():
+    random, wasted = np.random.default_rng(0), []
+    for out in (16, 96, 224):
+        start = np.floor(random.uniform(0, 300, 200))
+        end, low = start + np.floor(random.uniform(1, 600, 200)) + random.choice([0, 0.37], 200), np.floor(start)
+        start, end, low = (torch.as_tensor(a, dtype=torch.float32) for a in (start, end, low))
+        sigma = torch.as_tensor(random.choice([0, 0.3, 2.0], 200), dtype=torch.float32)
+        flip = torch.from_numpy(random.random(200) < 0.5)
+        length = int((end.ceil() - low).max())
+        matrices = d.axis_matrices(start, end, flip, sigma, low, out, length)
+        for matrix, bands in zip(matrices, d.reach(start, end, flip, sigma, low, out)):
+            for k, (a, b) in zip(range(0, out, d.BLOCK), bands):
+                rows = matrix[k : k + d.BLOCK].clone()
+                assert rows.sum() > 0.99 * len(rows) and 0 <= a < b
+                rows[:, a:b] = 0
+                assert not rows.any()
+                wasted.append((b - a) / length)
+    assert np.mean(wasted) < 0.5  # else nothing is gained
+
+
 @pytest.mark.parametrize("product", [d.cut_each, d.cut_batched])
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16])
 def test_a_cut_equals_pillows_bicubic_to_a_hundredth_of_a_code(product, dtype):
