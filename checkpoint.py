@@ -61,6 +61,11 @@ def atomic_write(path, writer):
     return path
 
 
+def write_text(path, text):
+    """atomic_write of a whole text in UTF-8."""
+    return atomic_write(path, lambda f: f.write(text.encode()))
+
+
 def check(f, path):
     """Raise ValueError with the reason unless the open file, whose name is `path`, is a whole checkpoint of ours."""
     try:

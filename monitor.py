@@ -32,7 +32,7 @@ import data
 import losses
 from model import ProjectionHead, SSLModel, Tokens, build_vit
 from tools import report, sheet
-from tools.cli import ROOT, Parser, positive, run
+from tools.cli import ROOT, Parser, pick_device, positive, run
 from tools.inspect_step import read_recipes
 from tools.runlog import lock
 
@@ -531,18 +531,14 @@ def judge(n, beat, heat, history, warming, args):
 # ------------------------------------------------------------------ outputs
 
 
-def write_text(path, text):
-    return checkpoint.atomic_write(path, lambda f: f.write(text.encode()))
-
-
 def plain(values):
     """JSON has no NaN."""
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
 def write_status(status, out, prom):
-    write_text(out / "status.json", json.dumps(status, indent=1, allow_nan=False))
-    write_text(prom or out / "metrics.prom", report.prometheus(status, WORDS))
+    checkpoint.write_text(out / "status.json", json.dumps(status, indent=1, allow_nan=False))
+    checkpoint.write_text(prom or out / "metrics.prom", report.prometheus(status, WORDS))
 
 
 # ------------------------------------------------------------------ main
@@ -550,7 +546,7 @@ def write_status(status, out, prom):
 
 def measure(state, source, images, out, args):
     """All that takes time -> (numbers, contents of first.npz, drawn pictures)."""
-    run_args, view, device = state["args"], state["eval_view"], torch.device(args.device)
+    run_args, view, device = state["args"], state["eval_view"], args.device
     teacher, student = (build(state, who, device) for who in ("teacher", "student"))
     finite = [bool(p.isfinite().all()) for p in teacher.parameters()]
     if not all(finite):
@@ -601,10 +597,12 @@ def look(args, out):
     print(f"{status['run']} step {state['step']}: {verdict}", *(f"  {f.word}: {f.text}" for f in findings), sep="\n")
     write_status(status, out, args.prom)
     history.append({k: v for k, v in status.items() if k != "findings"})
-    write_text(out / "history.jsonl", "".join(json.dumps(h) + "\n" for h in history))
+    checkpoint.write_text(out / "history.jsonl", "".join(json.dumps(h) + "\n" for h in history))
     shown = {}
     if drawn:
-        write_text(out / "images.json", json.dumps({"version": 1, "seed": args.seed, "images": list(images)}, indent=1))
+        checkpoint.write_text(
+            out / "images.json", json.dumps({"version": 1, "seed": args.seed, "images": list(images)}, indent=1)
+        )
         checkpoint.atomic_write(out / "first.npz", lambda f: np.savez(f, **first))
         now, then = (out / f"step_{n:08d}" for n in (state["step"], int(first["step"])))
         sheet.save_look(now, drawn)
@@ -612,7 +610,7 @@ def look(args, out):
         shown |= {"First look": [then / "sheet.png"]} if then != now and (then / "sheet.png").exists() else {}
     looks = [{"step": h["step"], **h["numbers"], "temperature": hottest(h["sensors"])} for h in history]
     limits = {key: value for key, value in vars(args).items() if key.startswith(("min_", "max_"))}
-    print(write_text(out / "report.html", report.run_page(status, looks, lines, limits, shown)))
+    print(checkpoint.write_text(out / "report.html", report.run_page(status, looks, lines, limits, shown)))
     return status["code"]
 
 
@@ -641,8 +639,7 @@ def main(argv=None):
     out, held = args.out or args.ckpt.parent / "monitor", None
     torch.set_num_threads(args.threads)
     try:
-        if args.device != "cpu" and not torch.cuda.is_available():
-            raise ValueError(f"--device {args.device}: this torch ({torch.__version__}) sees no such card; use cpu")
+        args.device = pick_device(args.device)
         if not args.ckpt.parent.is_dir():
             raise FileNotFoundError(f"--ckpt {args.ckpt}: {args.ckpt.parent} is not a folder")
         out.mkdir(parents=True, exist_ok=True)

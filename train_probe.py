@@ -28,10 +28,10 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import data
-from checkpoint import atomic_write
+from checkpoint import atomic_write, write_text
 from model import build_vit, load_backbone, read_weights
 from tools import metrics, report
-from tools.cli import Parser, positive, run
+from tools.cli import Parser, pick_device, positive, run
 from tools.make_splits import NODULE_HEADER
 from tools.runlog import git_commit
 from tools.write_manifest import csv_text
@@ -623,10 +623,6 @@ def prediction_rows(table, splits, outcomes):
 # ----- the program
 
 
-def write(path, text):
-    atomic_write(path, lambda f: f.write(text.encode()))
-
-
 def weights_sha256(path):
     """Of a file, or of all safetensors files of a folder."""
     if path.is_file():
@@ -674,7 +670,7 @@ def build_parser():
     parser.add_argument("--batch-size", type=positive, default=96, help="views per forward")
     parser.add_argument("--workers", type=positive, default=2, help="threads that read and cut ahead")
     parser.add_argument("--cache", type=Path, help="folder of extracted features; default: features beside --out")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of the backbone")
+    parser.add_argument("--device", default="auto", help="auto (CUDA/ROCm if there, else CPU), cpu, cuda")
     return parser
 
 
@@ -688,9 +684,10 @@ def read_facts(path):
 def gather(args, vit, source, table, recipe):
     """{predictor: (classifier, [X per repeat])}; extracts what the cache lacks."""
     cache, images = args.cache or args.out.parent / "features", images_sha256(source, table, recipe)
+    device = pick_device(args.device)
 
     def features_of(net, name, weights):
-        todo = functools.partial(extract, net, source, table, recipe, args.device, name)
+        todo = functools.partial(extract, net, source, table, recipe, device, name)
         found = cached(cache, weights, images, todo)
         if bad := np.flatnonzero(~np.isfinite(found[0]).all((1, 2, 3))).tolist():
             raise ValueError(
@@ -801,12 +798,12 @@ def main(argv=None):
         "seconds": round(time.perf_counter() - start, 1),
     }
     args.out.mkdir(parents=True, exist_ok=True)
-    write(args.out / "results.json", to_json(summary) + "\n")
+    write_text(args.out / "results.json", to_json(summary) + "\n")
     outcomes = {name: (plans[name][0], probe, plans[name][1]) for name, (_, _, probe) in found.items()}
-    write(args.out / "predictions.csv", csv_text(prediction_rows(table, splits, outcomes)))
+    write_text(args.out / "predictions.csv", csv_text(prediction_rows(table, splits, outcomes)))
     said = [[key, to_json(summary[key])] for key in ("weights", "labels", "split_sha256", "recipe", "notes")]
     parts = [*(part for _, part, _ in found.values()), report.section("Facts", report.table(["what", "value"], said))]
-    write(args.out / "report.html", report.page(f"Probe of {args.ckpt.name} on {path.name}", *parts))
+    write_text(args.out / "report.html", report.page(f"Probe of {args.ckpt.name} on {path.name}", *parts))
     print("\n".join([*notes, *(str(args.out / n) for n in ("results.json", "predictions.csv", "report.html"))]))
     return 0
 

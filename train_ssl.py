@@ -33,7 +33,7 @@ import checkpoint
 import data
 import losses
 from model import ARCHS, ProjectionHead, SSLModel, build_vit, draw_keep, draw_rope, load_backbone
-from tools.cli import Parser, positive, run
+from tools.cli import Parser, pick_device, positive, run
 from tools.runlog import Log, device_peak, flops_per_image, git_commit, lock, memory_gb, warnings_in_words
 
 # ------------------------------------------------------------------ flags
@@ -445,12 +445,9 @@ def evaluate(student, teacher, gram, source, recipe, args, w, device, slices=256
 
 def setup_distributed(name):
     """(rank, world, device); without torchrun: one rank and no process group."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {name}: this torch ({torch.__version__}) sees no such card; use --device cpu")
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    device = torch.device("cuda", local) if name == "cuda" else torch.device(name)
+    device = pick_device(name)
+    if device == torch.device("cuda"):  # without a number: one card per rank of this machine
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
@@ -661,7 +658,7 @@ def write_config(args, out, source, recipes, student, world, device):
         "world": world,
         "started_utc": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
-    checkpoint.atomic_write(out / "config.json", lambda f: f.write(json.dumps(config, indent=1).encode()))
+    checkpoint.write_text(out / "config.json", json.dumps(config, indent=1))
 
 
 def log_line(args, log, done, total, terms, seen, norms, now, clock, student, recipe, with_gram, device):

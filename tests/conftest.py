@@ -29,7 +29,7 @@ def collection(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def healthy_run(collection, tmp_path_factory):
-    """Run folder of 300 healthy updates: about 75 s on 2 quiet cores."""
+    """Run folder of 300 healthy updates: 51 s on 2 cores."""
     out = tmp_path_factory.mktemp("runs") / "healthy"
     flags = ["--steps", "300", "--warmup", "50", "--eval-every", "100", "--save-every", "60", "--keep-last", "5"]
     assert train_ssl.main(["--data", str(collection), "--out", str(out), *HEALTHY, *flags]) == 0

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tools import cli
+
 ROOT = Path(__file__).resolve().parent.parent
 LEAVES = {  # what each may import beside the standard library; never a file of ours
     "model.py": {"torch", "safetensors"},
@@ -124,3 +126,17 @@ def test_gitignore_entries_are_anchored():
 
 def test_readme_states_the_test_command_that_ci_runs():
     assert "\n    pip install -r requirements.txt && pytest\n" in (ROOT / "README.md").read_text()
+
+
+def test_a_device_that_is_not_there_is_a_sentence(monkeypatch):
+    """And every program with --device asks the one helper that says it."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert cli.pick_device("auto").type == cli.pick_device("cpu").type == "cpu"
+    with pytest.raises(ValueError, match="--device cuda:1: this torch .* sees no such card; use --device cpu"):
+        cli.pick_device("cuda:1")
+    with pytest.raises(ValueError, match="--device gpu: not a device; use auto, cpu, cuda"):
+        cli.pick_device("gpu")
+    for path in [*ROOT.glob("*.py"), *(ROOT / "tools").glob("*.py")]:
+        text = path.read_text()
+        if '"--device"' in text and path.name not in ("demo.py", "bench.py"):  # these pass it on, or ask train_ssl.py
+            assert "pick_device(" in text and "cuda.is_available" not in text, path.name

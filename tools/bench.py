@@ -433,7 +433,7 @@ def write_index(folder, count):
     rest = 2.5, 0.7, 0.7, 2.5, 128, 128, 0, 128, 0, 128
     rows = ([*ids_of, f"{ids_of[-1]}.{i % 250 + 1}", i % 250 + 1, *rest] for i, ids_of in enumerate(ids))
     text = csv_text(itertools.chain([data.INDEX_COLUMNS], rows))
-    checkpoint.atomic_write(folder / "_index" / "index.csv", lambda f: f.write(text.encode()))
+    checkpoint.write_text(folder / "_index" / "index.csv", text)
 
 
 def measure_index(point, device):
@@ -663,7 +663,7 @@ def main(argv=None):
     report = dict(version=1, date=f"{now:%Y-%m-%d}", commit=git_commit(), command=sys.argv[1:], quick=args.quick)
     report |= dict(machine=machine, rows=rows)
     if args.json:
-        checkpoint.atomic_write(args.json, lambda f: f.write(json.dumps(report, indent=1).encode()))
+        checkpoint.write_text(args.json, json.dumps(report, indent=1))
     print("\n".join([*table(report, args.markdown), "", *advice(rows, args.images)]))
     return int(any("error" in row for row in rows if row["what"] != "sweep"))
 

@@ -25,8 +25,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from checkpoint import atomic_write
-from tools.cli import Parser, run
+from checkpoint import write_text
+from tools.cli import Parser, pick_device, run
 
 BACKENDS = {
     "math": SDPBackend.MATH,
@@ -272,17 +272,7 @@ def print_report(facts, results):
 
 def main(argv=None):
     args = build_parser().parse_args(argv)
-    device = args.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(device)
-    except RuntimeError:
-        raise ValueError(f"--device {args.device}: not a device; use auto, cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
-            f"--device {args.device}: this torch ({torch.__version__}) sees no such card; use --device cpu"
-        )
+    device = pick_device(args.device)
     if args.child is not None:
         return child(device, args.child)
 
@@ -301,7 +291,7 @@ def main(argv=None):
             "checks": results,
             "advice": lines,
         }
-        atomic_write(args.json, lambda f: f.write(json.dumps(report, indent=1).encode()))
+        write_text(args.json, json.dumps(report, indent=1))
     print("ok=true" if reason is None else f"ok=false reason={reason}")
     return 0 if reason is None else 1
 

@@ -4,7 +4,7 @@
     if __name__ == "__main__":
         run(main)
 
-Imports the standard library only, so `--help` stays fast.
+Imports the standard library only (torch where a device is picked), so `--help` stays fast.
 """
 
 import argparse
@@ -31,6 +31,21 @@ def positive(text):
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
     return value
+
+
+def pick_device(name):
+    """torch.device of a --device flag: auto is CUDA/ROCm if there, else CPU; what this machine lacks is an error."""
+    import torch  # slow to import
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device {name}: not a device; use auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {name}: this torch ({torch.__version__}) sees no such card; use --device cpu")
+    return device
 
 
 def run(main):

@@ -24,7 +24,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from checkpoint import atomic_write
+from checkpoint import atomic_write, write_text
 from tools.cli import ROOT, Parser, run
 
 PHANTOM = "--patients 60 --slices 32 --size 256"  # 2,112 slices, 0.3 GB as DICOM and as much again in HU
@@ -293,7 +293,7 @@ def write_page(found, out, notes, commands):
         report.section("Every command", report.table(["stage", "seconds", "command"], [
             (name, notes["seconds"].get(name), command) for name, command in commands])),
     )  # fmt: skip
-    atomic_write(out / "report.html", lambda f: f.write(page.encode()))
+    write_text(out / "report.html", page)
 
 
 def took(notes):
@@ -469,7 +469,7 @@ def main(argv=None):
         if name == "report":
             report_all(out, stages, notes)
         notes["seconds"][name] = round(time.perf_counter() - began, 1)
-        atomic_write(out / "demo.json", lambda f: f.write(json.dumps(notes, indent=1).encode()))
+        write_text(out / "demo.json", json.dumps(notes, indent=1))
         progress(stages[: k + 1], stages, sum(notes["seconds"].values()))
     return 0
 

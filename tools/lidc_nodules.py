@@ -22,7 +22,7 @@ from pydicom import dcmread
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from checkpoint import atomic_write
+from checkpoint import atomic_write, write_text
 from data import file_sha256, read_index
 from tools.cli import Parser, positive, run
 from tools.dicom_series import default_key_file, load_key, parsing, public_id, scan_file, value_of
@@ -390,7 +390,7 @@ def binary(rows, readers, rule, indeterminate):
 
 def write_table(path, columns, rows):
     text = csv_text([columns, *([row.get(name, "") for name in columns] for row in rows)])
-    return atomic_write(path, lambda f: f.write(text.encode()))
+    return write_text(path, text)
 
 
 def write_masks(folder, masks):

@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import WINDOWS_HU, cut, eval_view, file_sha256, open_source, read_csv, render_eval
 from model import build_vit, load_backbone, read_weights
 from tools import sheet
-from tools.cli import Parser, positive, run
+from tools.cli import Parser, pick_device, positive, run
 from tools.metrics import auc, interval, ratio, resample
 from tools.write_manifest import write_json
 
@@ -497,7 +497,7 @@ def main(argv=None):
     if len(targets) < 2:
         raise ValueError(f"{labels}: {len(targets)} usable nodules in split {args.split}, at least 2 are needed")
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+    device = pick_device(args.device)
     nets = [net.to(device) for net in (vit, *random_nets(vit, args.seed))]
     maps = look_at_all(nets, source, targets, {**view, "size": args.size}, args.layer, device)
     numbers, own = measure(maps, targets, args.seed)

@@ -24,7 +24,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import checkpoint
-from checkpoint import atomic_write
+from checkpoint import atomic_write, write_text
 from data import MEAN, STD, file_sha256, open_source
 from model import load_backbone, read_weights, state_to_hf
 from tools.cli import ROOT, Parser, run
@@ -284,10 +284,6 @@ def write_weights(vit, facts, folder):
     processor = processor_config(facts["eval_view"]["size"])
     write_text(folder / "preprocessor_config.json", json.dumps(processor, indent=2) + "\n")
     return config
-
-
-def write_text(path, text):
-    atomic_write(path, lambda f: f.write(text.encode()))
 
 
 def write_sums(folder):

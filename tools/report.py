@@ -185,11 +185,11 @@ def draw_runs(runs, colour, across, up, points):
 
 
 def legend(names):
-    """Coloured names in one line below the title; 6.4 units is a wide guess for a letter of size 11."""
+    """Coloured names in one line below the title; 7 units is a wide guess for a bold letter of size 11."""
     x = LEFT
     for k, name in enumerate(names):
         yield svg_text(x, TOP - 8, name, "start", f'fill="{COLOURS[k % len(COLOURS)]}" font-weight="600"')
-        x += 6.4 * len(name) + 10
+        x += 7 * len(name) + 12
 
 
 def line_plot(title, curves, x_label="", y_label="", marks=(), log_y=False, points=False):
