@@ -86,6 +86,11 @@ def cross_entropy(logits, probs, temperature):
     return -(wide(probs) * F.log_softmax(wide(logits) / temperature, dim=-1)).sum(-1)
 
 
+def entropy(probs):
+    """Of each row, in nats: [M, K] -> [M]; chunked, so that nothing as large as `probs` is made."""
+    return torch.cat([torch.special.entr(wide(p)).sum(1) for p in probs.split(rows_per_chunk(probs))])
+
+
 def dino_loss(student, teacher_probs, temperature=0.1, ignore_diagonal=False):
     """Cross entropy of cls logits [S, B, K] against targets [T, B, K], mean over (student crop, teacher crop, image).
 
@@ -223,18 +228,18 @@ def health(teacher_probs, student_logits, features, temperature=0.1):
         p, x = wide(teacher_probs), wide(features)
         N, K, ln_K = len(x), p.shape[1], p.new_tensor(max(2, p.shape[1])).log()  # entropy of one prototype: 0
         marginal = p.mean(0)
-        entropy = torch.special.entr(p).sum(1).mean()
-        marginal_entropy = torch.special.entr(marginal).sum()
+        of_rows = entropy(p).mean()
+        marginal_entropy = entropy(marginal[None])[0]
         unit = F.normalize(x, dim=-1)
         pair_sum = unit.sum(0).square().sum() - unit.square().sum()  # all cosines but the diagonal, in O(N D)
         # Below the floor is rounding, which would give the features of a collapsed model full rank.
         floor = 100 * torch.finfo(x.dtype).eps * x.norm()
         return {
-            "teacher_entropy": entropy / ln_K,  # mean over samples, 0 .. 1
+            "teacher_entropy": of_rows / ln_K,  # mean over samples, 0 .. 1
             "marginal_entropy": marginal_entropy / ln_K,  # of the mean sample, 0 .. 1
             "perplexity": marginal_entropy.exp(),  # prototypes in use, 1 .. K
             "dead_prototypes": (marginal < 0.01 / K).to(p.dtype).mean(),  # fraction below 1% of an equal share
-            "kl": cross_entropy(student_logits, p, temperature).mean() - entropy,  # student from teacher, nats
+            "kl": cross_entropy(student_logits, p, temperature).mean() - of_rows,  # student from teacher, nats
             "cosine": pair_sum / max(N * (N - 1), 1),  # mean over pairs
             "feature_std": unit.std(0, correction=0).mean() * x.shape[1] ** 0.5,  # 1 when spread evenly
             "rankme": effective_rank(x, floor),  # arXiv:2210.02885

@@ -228,7 +228,7 @@ def training_views(source, recipe, patch_size):
 
 
 def entropy(probs):
-    return torch.special.entr(probs).sum(1).mean() / math.log(max(2, probs.shape[1]))  # in ln K
+    return losses.entropy(probs).mean() / math.log(max(2, probs.shape[1]))  # in ln K
 
 
 def snapshot(student, teacher, chunks, crops, centering="sinkhorn", temperature=0.07, student_temp=0.1, center=0.0):

@@ -10,7 +10,6 @@ micro-batch, K prototypes, M masked patches, N patches, D features.
 import argparse
 import contextlib
 import copy
-import ctypes
 import dataclasses
 import datetime
 import gc
@@ -32,7 +31,7 @@ from tqdm import tqdm
 import checkpoint
 import data
 import losses
-from model import ARCHS, ProjectionHead, SSLModel, build_vit, draw_keep, draw_rope, load_backbone
+from model import ARCHS, ProjectionHead, SSLModel, build_vit, draw_keep, draw_rope, load_backbone, pack
 from tools.cli import Parser, pick_device, positive, run
 from tools.runlog import Log, device_peak, flops_per_image, git_commit, lock, memory_gb, warnings_in_words
 
@@ -280,9 +279,7 @@ class Seen(NamedTuple):
     cls_targets: torch.Tensor  # [2B, K]
     cls_logits: torch.Tensor  # [2b, K] the student's, of the last micro-batch
     features: torch.Tensor  # [B, D] the teacher's cls of the first crops
-    target_entropy: (
-        torch.Tensor
-    )  # what DINO + iBOT would be if the student matched: their cross entropy minus this is the excess
+    target_entropy: torch.Tensor  # where DINO + iBOT end when the student agrees; what is above it is the excess
 
 
 def center(logits, centers, key, w):
@@ -308,17 +305,14 @@ def ssl_update(student, teacher, gram, micro_batches, w, centers=None):
     # teacher first, for all micro-batches: targets are balanced over the whole batch
     with torch.no_grad(), autocast:
         seen = [teacher([m.crops.globals], at=at) for m, at in zip(micro_batches, masked)]
-        cls_targets = center(torch.cat([s.cls_logits for s in seen]), centers, "cls", w)  # [2B, K]
-        patch_targets = center(torch.cat([s.patch_logits for s in seen]), centers, "patch", w)  # [M, K]
+        cls_targets = center(pack([s.cls_logits for s in seen]), centers, "cls", w)  # [2B, K]
+        patch_targets = center(pack([s.patch_logits for s in seen]), centers, "patch", w)  # [M, K]
         features = torch.cat([s.tokens[0].cls.chunk(2)[0] for s in seen]).float()  # [B, D]
         del seen
 
-    sums, entropy = {}, 0.0
-    n, parts = (
-        len(micro_batches),
-        zip(cls_targets.chunk(len(micro_batches)), patch_targets.split([len(at) for at in masked])),
-    )
-    for i, (m, at, (cls_target, patch_target)) in enumerate(zip(micro_batches, masked, parts)):
+    n, sums, entropy = len(micro_batches), {}, 0.0
+    targets = zip(cls_targets.chunk(n), patch_targets.split([len(at) for at in masked]))
+    for i, (m, at, (cls_target, patch_target)) in enumerate(zip(micro_batches, masked, targets)):
         b, views = len(m.masks) // 2, len(m.crops.locals)
         per_crop = m.masks.sum(1)  # [2b]
         mask_weights = (1 / per_crop.clamp(min=1))[:, None].expand_as(m.masks)[m.masks]  # [M]
@@ -345,9 +339,8 @@ def ssl_update(student, teacher, gram, micro_batches, w, centers=None):
                 terms["gram"] = losses.gram_loss(tokens, gram_tokens, grids=grids)
             # the sum: local and global DINO terms count by their pairs, KoLeo twice  <- change the objective here
             pairs_local, pairs_global = 2 * views // b, 2
-            terms["dino"] = (pairs_local * terms["dino_local"] + pairs_global * terms["dino_global"]) / (
-                pairs_local + pairs_global
-            )
+            dino = pairs_local * terms["dino_local"] + pairs_global * terms["dino_global"]
+            terms["dino"] = dino / (pairs_local + pairs_global)
             terms["loss"] = w.dino * terms["dino"] + w.ibot * terms["ibot"] + 2 * w.koleo * terms["koleo"]
             if gram is not None:
                 terms["loss"] = terms["loss"] + w.gram * terms["gram"]
@@ -356,15 +349,8 @@ def ssl_update(student, teacher, gram, micro_batches, w, centers=None):
         with torch.no_grad():
             for key, value in terms.items():
                 sums[key] = sums.get(key, 0) + value.detach() / n
-            rows = torch.special.entr(patch_target.float()).sum(1)
-            entropy = (
-                entropy
-                + (
-                    w.dino * torch.special.entr(cls_target.float()).sum(1).mean()
-                    + w.ibot * (rows * mask_weights).sum() / (2 * b)
-                )
-                / n
-            )
+            of_patches = (losses.entropy(patch_target) * mask_weights).sum() / (2 * b)
+            entropy += (w.dino * losses.entropy(cls_target).mean() + w.ibot * of_patches) / n
     return sums, Seen(cls_targets, big.detach(), features, entropy)
 
 
@@ -450,20 +436,10 @@ def setup_distributed(name):
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    else:
-        keep_freed_memory()
     if "RANK" not in os.environ:
         return 0, 1, device
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return dist.get_rank(), dist.get_world_size(), device
-
-
-def keep_freed_memory():
-    """Let glibc reuse large blocks instead of giving them back: faults on fresh pages slow a CPU step."""
-    with contextlib.suppress(OSError, AttributeError):  # other C libraries have no mallopt
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: blocks below 1 GiB come from the heap
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: which keeps them
 
 
 def largest_over_ranks(values, device):
@@ -592,7 +568,7 @@ def gram_snapshots(step, args):
     return 1 + min((step - args.gram_start) // max(args.gram_refresh, 1), args.gram_max_refreshes)
 
 
-def pack(step, args, source, recipes, student, teacher, gram, optimizer, centers):
+def pack_state(step, args, source, recipes, student, teacher, gram, optimizer, centers):
     """Everything a continuation needs; collective under --fsdp."""
     return {
         "images": step * args.batch_size,
@@ -706,7 +682,8 @@ def main(argv=None):
 
 
 def train(args, rank, world, device):
-    out, total, parent, begun = Path(args.out), args.steps + args.extend, os.getppid(), time.monotonic()
+    out, total, begun = Path(args.out), args.steps + args.extend, time.monotonic()
+    torchrun = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None  # any other parent may go, as under nohup
     if args.precision == "auto":
         args.precision = "bf16" if device.type == "cuda" else "fp32"
     if args.deterministic:
@@ -807,7 +784,8 @@ def train(args, rank, world, device):
                 optimizer.zero_grad(set_to_none=True)
                 torch.cuda.empty_cache()
                 if rank == 0 and not args.fsdp:
-                    saver.save(step, pack(step, args, source, recipes, student, teacher, gram, optimizer, centers))
+                    parts = pack_state(step, args, source, recipes, student, teacher, gram, optimizer, centers)
+                    saver.save(step, parts)
                 raise ValueError(
                     f"out of memory at step {done}; nothing is lost: run the same command with "
                     f"--micro-batch {max(args.micro_batch // 2, 1)}, or --checkpointing"
@@ -815,7 +793,7 @@ def train(args, rank, world, device):
             norms = clip_gradients(student, args.clip)
             finite = torch.stack([terms["loss"], *norms.values()]).isfinite().all()
             over_time = args.time_limit and time.monotonic() - begun > 60 * args.time_limit
-            orphaned = os.getppid() != parent  # torchrun died
+            orphaned = torchrun and os.getppid() != torchrun  # torchrun died
             bad, halt = largest_over_ranks([~finite, bool(stop or over_time or orphaned)], device)
             if bad:  # weights, teacher, optimizer and its step counter stay as they were
                 bad_in_a_row += 1
@@ -843,7 +821,7 @@ def train(args, rank, world, device):
                 code = 3
                 break
             if done % args.save_every == 0 or done == total or halt:
-                parts = pack(done, args, source, recipes, student, teacher, gram, optimizer, centers)
+                parts = pack_state(done, args, source, recipes, student, teacher, gram, optimizer, centers)
                 if rank == 0:
                     saver.save(done, parts)
             if halt:

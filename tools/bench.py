@@ -388,7 +388,7 @@ def measure_save(point, device):
     for p in way.student.parameters():
         p.grad = torch.zeros_like(p)
     way.optimizer.step()
-    state = t.pack(1, way.args, way.source, way.recipes, way.student, way.teacher, None, way.optimizer, {})
+    state = t.pack_state(1, way.args, way.source, way.recipes, way.student, way.teacher, None, way.optimizer, {})
     with tempfile.TemporaryDirectory() as folder:
         saver = checkpoint.Saver(folder, 1, 0)
         for step in range(1, point["repeats"] + 2):
