@@ -388,16 +388,9 @@ def to_micro(batch, device, args, depth, number, with_gram):
 # ------------------------------------------------------------------ held-out numbers
 
 
-@torch.no_grad()
-def retrieval(teacher, batches, device):
-    """Does one view of a slice find the other among N? Without and with the other slices of its series."""
-    pairs, series = [], []
-    for images, plan, ids in batches:
-        globals_ = data.render(images.to(device), plan).globals
-        pairs.append(F.normalize(teacher.backbone(globals_).cls.float(), dim=-1).unflatten(0, (2, -1)))
-        series.append(ids)
-    series = torch.from_numpy(np.concatenate(series)).to(device)
-    return {name: share.item() for name, share in losses.retrieval(*torch.cat(pairs, 1), series).items()}
+def view_pairs(teacher, globals_):
+    """The teacher's unit cls features of both global crops of each image: [2b, 3, G, G] -> [2, b, D]."""
+    return F.normalize(teacher.backbone(globals_).cls.float(), dim=-1).unflatten(0, (2, -1))
 
 
 def evaluate(student, teacher, gram, source, recipe, args, w, device, slices=256):
@@ -408,22 +401,18 @@ def evaluate(student, teacher, gram, source, recipe, args, w, device, slices=256
     loader = data.make_loader(
         held, recipe, 0, range(len(held) // size), size, masking=masking(args), patch_size=student.backbone.patch_size
     )
-    found, looks = [], []
+    found, pairs, series = [], [], []
     student.eval()
     with torch.no_grad():
         for batch in loader:
             micro = to_micro(batch, device, args, 0, 0, gram is not None)._replace(keep=None, rope=None)
             found.append(ssl_update(student, teacher, gram, [micro], w._replace(koleo_group=group), {})[0])
-            looks.append(
-                (
-                    batch.images,
-                    batch.plan._replace(recipe=dataclasses.replace(recipe, gram_size=0)),
-                    held.series[batch.ids],
-                )
-            )
+            pairs.append(view_pairs(teacher, micro.crops.globals))
+            series.append(torch.from_numpy(held.series[batch.ids]).to(device))
     student.train()
     numbers = {key: torch.stack([f[key] for f in found]).mean().item() for key in found[0]}
-    return numbers | retrieval(teacher, looks, device) | {"slices": len(held)}
+    matched = losses.retrieval(*torch.cat(pairs, 1), torch.cat(series))  # does one view of a slice find the other?
+    return numbers | {key: share.item() for key, share in matched.items()} | {"slices": len(held)}
 
 
 # ------------------------------------------------------------------ ranks, folder, state

@@ -283,7 +283,7 @@ def test_every_other_part_runs_on_a_toy_and_gives_numbers(folder, tmp_path, monk
     point = dict(setting="toy", data=str(folder), repeats=1)
     ours, pillow = bench.measure_render(point, CPU)
     assert ours["value"] > 0 and 0 < ours["of"] < 5 and pillow["of"] is None
-    (read,) = bench.measure_read(point | {"workers": 1, "batches": 1}, CPU)
+    (read,) = bench.measure_read(point | {"workers": 1}, CPU)
     assert read["unit"] == "slices/s" and set(read["first_s"]) == {0, 10**6}
     assert read["of"] == pytest.approx(read["value"] * 2 * 3 * 48 * 48 * 2 / 1e9 / 10)
     (probe,) = bench.measure_probe(point | {"arch": "vit_test", "size": 32, "samples": 8}, CPU)

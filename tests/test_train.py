@@ -452,7 +452,8 @@ def test_retrieval_against_a_loop():
     recipe = t.dataclasses.replace(data.RECIPES["ct"], global_size=16, local_size=16, local_crops=1)
     plan = data.plan(0, 0, range(12), recipe)
     series = np.arange(12) // 3
-    found = t.retrieval(Fake(), [(images, plan, series)], torch.device("cpu"))
+    pairs = t.view_pairs(Fake(), data.render(images, plan).globals)
+    found = t.losses.retrieval(*pairs, torch.from_numpy(series))
     a, b = torch.nn.functional.normalize(data.render(images, plan).globals.flatten(1)[:, :7], dim=-1).chunk(2)
     for suffix, excluded in (("", True), ("_with_series", False)):
         ranks = []

@@ -334,20 +334,22 @@ def first_batch(source, start, workers):
 def measure_read(point, device):
     torch.set_num_threads(1)
     source, workers = data.open_source(point["data"]), point["workers"]
-    firsts, rates = {0: [], 10**6: []}, []
+    firsts = {0: [], 10**6: []}
+    for _, (step, times) in itertools.product(range(point["repeats"]), firsts.items()):
+        start = time.perf_counter()
+        batches = first_batch(source, step, workers)
+        times.append(time.perf_counter() - start)
+        del batches  # its workers end here, outside the clock
+    batches, seconds, rates = first_batch(source, 0, workers), [], []
+    once = functools.partial(next, batches)
+    once_s = took(once, device, 8 + 2 * workers)  # uses up what was read ahead
     for _ in range(point["repeats"]):
         rates.append(copy_rate())
-        for step, seconds in firsts.items():
-            start = time.perf_counter()
-            batches = first_batch(source, step, workers)
-            seconds.append(time.perf_counter() - start)
-            del batches  # its workers end here, outside the clock
-    batches = first_batch(source, 0, workers)
-    took(functools.partial(next, batches), device, 1 + 2 * workers)  # what was read ahead
-    seconds = [took(functools.partial(next, batches), device, point["batches"]) for _ in range(point["repeats"])]
+        seconds.append(took(once, device, max(2, math.ceil(0.5 / once_s))))
     rate, of = 16 / median(seconds), None
     if source.encoding == "hu16-v1":  # every byte is read once and written once
-        of = rate * 2 * source.read(0).nbytes / 1e9 / median(rates)
+        gb = 16 * 2 * source.read(0).nbytes / 1e9
+        of = ratio([gb / s for s in seconds], rates)
     note = f"first batch of 16 after {median(firsts[0]):.2f} s, from step 1,000,000 {median(firsts[10**6]):.2f} s"
     return [row(point["setting"], rate, "slices/s", of, "copy", note, seconds=seconds, first_s=firsts, limits=rates)]
 
@@ -492,7 +494,7 @@ def points_of(what, args, cuda, work):
         counts = [0, 1] if args.quick else sorted({0, 1, 2, os.cpu_count()})
         for folder, workers in itertools.product((rgb, hu16, photo), counts):
             setting = f"{Path(folder).name}, {workers} workers"
-            yield dict(data=folder, workers=workers, setting=setting, batches=2 if args.quick else 8)
+            yield dict(data=folder, workers=workers, setting=setting)
     elif what == "dicom":
         yield dict(raw=f"{work}/raw", setting="uncompressed 512x512")
     elif what == "save":
