@@ -220,7 +220,7 @@ def sweep(run_dir):
 
     The lock, not the process id in the name, tells that the writer is dead: containers reuse small ids.
     """
-    stale = [p for name in ("step_*.pth", "last.pth") for p in Path(run_dir).glob(f".{name}.*.tmp")]
+    stale = [p for name in ("step_*.pth", "last.pth", "config.json") for p in Path(run_dir).glob(f".{name}.*.tmp")]
     for path in stale:
         path.unlink(missing_ok=True)
     return stale
@@ -245,7 +245,8 @@ def to_host(value, buffers, key=()):
 
 
 class Saver:
-    """save -> point_last -> rotate in one background thread: a slow, full or read-only disk never stops the loop.
+    """save -> point_last -> rotate in one background thread: a full or read-only disk never stops the loop, a slow
+    one only where the next save comes too soon.
 
     error: why the last save failed, None after a good one. stall_s: seconds the last save() call held its caller.
     events: a deque with one dict per ended save, for the loop to popleft() and log.

@@ -41,13 +41,7 @@ WIDE_HU = (-150, 1500)  # halfway between lung and bone: air, tissue and calcium
 AIR_HU = -1024
 PHOTO_ENDINGS = (".png", ".jpg", ".jpeg")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as released DINOv3 weights expect
-STREAMS = {
-    "order": 1,
-    "crops": 2,
-    "masks": 3,
-    "limit": 4,
-    "sizes": 5,
-}  # random numbers of one purpose never meet another's
+STREAMS = {"order": 1, "crops": 2, "masks": 3, "limit": 4, "sizes": 5}  # one purpose's numbers never meet another's
 
 
 # what numpy and pillow say of broken files; tokenize: the header of a .npy is a Python literal
@@ -107,7 +101,7 @@ class Rows:
 def read_csv(path):
     """Header, then the rows in pieces (larger ones are 3x slower: garbage collection)."""
     try:
-        with open(path, newline="", encoding="utf-8") as f:
+        with open(path, newline="", encoding="utf-8-sig") as f:  # spreadsheets begin with a byte order mark
             reader = csv.reader(f)
             yield next(reader, [])
             while rows := [row for _, row in zip(range(1024), reader)]:
@@ -165,9 +159,15 @@ def photo_paths(root):
 def read_labels(path):
     """labels.csv with path,label[,group] -> {path: row}; an unknown header is an error."""
     header, *pieces = read_csv(path)
-    if header[:2] != ["path", "label"]:
+    if header not in (["path", "label"], ["path", "label", "group"]):
         raise ValueError(f"{path}: header {','.join(header)}; expected path,label[,group]")
-    return {row[0]: dict(zip(header, row)) for rows in pieces for row in rows if row}
+    lines = [row for rows in pieces for row in rows if row]
+    found = {row[0]: dict(zip(header, row)) for row in lines}
+    if short := [row for row in lines if len(row) != len(header)]:
+        raise ValueError(f"{path}: {','.join(short[0])!r} has {len(short[0])} cells of {len(header)}; write it anew")
+    if len(found) < len(lines):
+        raise ValueError(f"{path}: {len(lines) - len(found)} paths stand there twice; keep one row for each")
+    return found
 
 
 def index_photos(root):
@@ -182,7 +182,8 @@ def index_photos(root):
     codes = np.array([groups.setdefault(r.get("group") or p, len(groups)) for p, r in zip(paths, rows)], np.int32)
     columns = {"path": np.array([p.encode() for p in paths]), "group": codes, "series": codes}
     columns["label"] = np.array([r.get("label", "").encode() for r in rows])
-    sha = hashlib.sha256("\n".join(paths).encode()).hexdigest()
+    named = (f"{p},{r.get('group') or p}" for p, r in zip(paths, rows))  # groups too: they decide who is trained on
+    sha = hashlib.sha256("\n".join(named).encode()).hexdigest()
     return Rows(columns, {"group": list(groups), "series": list(groups)}), sha
 
 
@@ -309,17 +310,18 @@ def open_source(root, split=None, limit=None, z_stride=1):
 
 def take_split(source, split):
     path = source.root / "_splits" / "splits.json"
-    remedy = f"python tools/make_splits.py --data {source.root}"
+    remedy = f"python tools/make_splits.py --data {source.root} (with the --ratios and --labels you want)"
+    again = f"make it again, with --force: {remedy}"
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; make it with: {remedy}")
     contract = json.loads(path.read_text())
     if contract.get("version") != 1:
-        raise ValueError(f"{path}: version {contract.get('version')}, expected 1; make it again with: {remedy} --force")
+        raise ValueError(f"{path}: version {contract.get('version')}, expected 1; {again}")
     if contract["index_sha256"] != source.index_sha256:
-        raise ValueError(f"{path} was made for another index; make it again with: {remedy} --force")
+        raise ValueError(f"{path} was made for another index; {again}")
     of_group = contract["groups"]
     if strangers := [g for g in source.groups if g not in of_group]:
-        raise ValueError(f"{path} does not name group {strangers[0]} ({len(strangers)} in all); run {remedy} --force")
+        raise ValueError(f"{path} does not name group {strangers[0]} ({len(strangers)} in all); {again}")
     inside = np.array([of_group.get(name) == split for name in source.rows.names["group"]])
     index = np.flatnonzero(inside[source.rows.columns["group"]])
     if not len(index):
@@ -355,7 +357,7 @@ class Recipe:
 
 RECIPES = {  # <- change the views here
     "ct": Recipe("ct", field=(0.04, 1.0)),  # from a 60 mm square, where a nodule is large, to the whole body
-    "ct_any_window": Recipe("ct", field=(0.04, 1.0), windows="any"),  # from scratch it did not learn: recipes/LOG.md
+    "ct_any_window": Recipe("ct", field=(0.04, 1.0), windows="any"),  # did not learn: tools/recipes/LOG.md
     "photo": Recipe("photo", blur=(1.0, 0.1, 0.5), solarize=(0.0, 0.2, 0.0)),
 }
 
@@ -426,7 +428,7 @@ def place(plan, sizes, regions=None):
 
 
 def block_masks(seed, step, crops, grid, probability=0.5, ratio=(0.1, 0.5)):
-    """iBOT masks of one update, bool [crops, N]: DINOv3's counts and rectangles (sections 4 of its recipe).
+    """iBOT masks of one update, bool [crops, N]: DINOv3's counts and rectangles (section 4 of its recipe).
 
     int(crops * probability) crops are masked; their shares are evenly spaced over `ratio` and exact.
     """
@@ -612,6 +614,12 @@ def normalise(x):
     return (x - mean) / std
 
 
+def denormalise(x):
+    """And back."""
+    mean, std = (x.new_tensor(t)[:, None, None] for t in (MEAN, STD))
+    return x * std + mean
+
+
 def intensities(x, dtype, plan, views):
     """How the views [V, B, 3, h, w] look, by what their images hold: HU, rgb-v1 codes or photographs -> 0..1."""
     looks = plan.looks[views]
@@ -783,9 +791,8 @@ def pad_to_one_size(images):
     """[3, H, W] of different sizes -> [B, 3, H, W], filled with air (HU) or black; boxes never reach the filling."""
     H, W = (max(image.shape[axis] for image in images) for axis in (1, 2))
     filling = AIR_HU if images[0].dtype == torch.int16 else 0
-    return torch.stack(
-        [F.pad(image, (0, W - image.shape[2], 0, H - image.shape[1]), value=filling) for image in images]
-    )
+    room = [(0, W - image.shape[2], 0, H - image.shape[1]) for image in images]
+    return torch.stack([F.pad(image, margin, value=filling) for image, margin in zip(images, room)])
 
 
 def pick_recipe(recipes, seed, step):
@@ -839,7 +846,7 @@ class Updates(torch.utils.data.Dataset):
                 boxes.append(None)
         good = [j for j, image in enumerate(images) if image is not None]
         if not good:
-            raise OSError(f"no file of a whole micro-batch can be read; first: {bad[0][1]}")
+            return None, choices, bad
         stand_in = [min(good, key=lambda g: (g - j) % len(ids)) for j in range(len(ids))]
         choices = select(choices, stand_in) if bad else choices
         images = pad_to_one_size([images[j] for j in stand_in])
@@ -865,7 +872,7 @@ def make_loader(source, recipes, seed, steps, batch, micro_batch=None, rank=0, w
                 masking=(0.5, (0.1, 0.5)), skip_bad=0, pin_memory=False, fixed=False):  # fmt: skip
     """Yield the micro-batches of `steps` (a range) in order; starts at any step at once.
 
-    A file that cannot be read is an error, or, up to `skip_bad` times, a printed and counted replacement.
+    A file that cannot be read is an error; up to `skip_bad` of them are printed and replaced wherever they come up.
     fixed: an image always gets the same crops, and each update the same masks (to overfit on purpose).
     """
     recipes = [recipes] if isinstance(recipes, Recipe) else recipes
@@ -880,11 +887,15 @@ def make_loader(source, recipes, seed, steps, batch, micro_batch=None, rank=0, w
         collate_fn=as_read,
         worker_init_fn=deaf,
     )
-    skipped = 0
-    for item in loader:
+    skipped = set()
+    for item in loader:  # raised here, not in a reading process, whose errors arrive as a page of traceback
         for path, reason in item.bad:
-            skipped += 1
-            if skipped > skip_bad:
+            if path in skipped:
+                continue
+            skipped.add(path)
+            if len(skipped) > skip_bad:
                 raise OSError(f"{reason} (--skip-bad {skip_bad} allows no more)")
-            print(f"skipped {skipped} of at most {skip_bad} broken files: {path}")
+            print(f"skipped {len(skipped)} of at most {skip_bad} broken files: {path}")
+        if item.images is None:
+            raise OSError(f"no file of a whole micro-batch can be read; first: {item.bad[0][1]}")
         yield item

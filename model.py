@@ -229,7 +229,7 @@ class VisionTransformer(nn.Module):
         super().__init__()
         if dim % (4 * heads):
             raise ValueError(f"dim {dim} must be a multiple of 4 * heads ({4 * heads}): RoPE turns pairs on two axes")
-        self.dim, self.depth, self.heads, self.registers, self.patch_size = (dim, depth, heads, registers, patch_size)
+        self.dim, self.depth, self.heads, self.registers, self.patch_size = dim, depth, heads, registers, patch_size
         self.rope_base, self.checkpointing = rope_base, checkpointing
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
         self.register_tokens = nn.Parameter(torch.empty(1, registers, dim)) if registers else None
@@ -570,9 +570,16 @@ def read_tensors(path):
         if start[8:] == b"{":
             return safetensors.torch.load_file(path)
         zipped = zipfile.is_zipfile(path)
-        if zipped and (bad := zipfile.ZipFile(path).testzip()):  # torch.load does not notice a flipped bit
-            raise ValueError(f"wrong checksum of {bad}")
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        if zipped:  # torch.load does not notice a flipped bit
+            with zipfile.ZipFile(path) as archive:
+                if bad := archive.testzip():
+                    raise ValueError(f"wrong checksum of {bad}")
+                if any(item.external_attr & 0x10 for item in archive.infolist()):  # of a folder torch reads nothing
+                    raise ValueError("a member is marked as a folder")
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        if not isinstance(content, dict):
+            raise ValueError(f"holds a {type(content).__name__}, not a dict of tensors")
+        return content
     except Exception as error:  # noqa: BLE001 - each reader has its own many ways to say that bytes are wrong
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{path} is damaged, or not safetensors or a weights-only torch file: {reason}") from None
@@ -587,7 +594,7 @@ def read_weights(path):
     config = json.loads((folder / "config.json").read_text()) if (folder / "config.json").exists() else {}
     kind = config.get("model_type")
     if kind != "dinov3_vit" and path.is_dir():
-        raise ValueError(f"{folder / 'config.json'}: model_type {kind!r}, expected 'dinov3_vit'")
+        raise ValueError(f"{folder} holds no config.json of a DINOv3 ViT (model_type {kind!r}, not 'dinov3_vit')")
     config = config if kind == "dinov3_vit" else {}  # a run's config.json describes flags, not an architecture
     if not path.is_dir():
         return read_tensors(path), config
@@ -601,11 +608,19 @@ def read_weights(path):
     return {k: v for name in names for k, v in read_tensors(path / name).items()}, config
 
 
+def read_facts(path):
+    """What a DINO-X checkpoint says beside its tensors: trained_groups, encoding, ...; {} of other weights."""
+    content, _ = read_weights(path)
+    heavy = ("student", "teacher", "gram", "optimizer")
+    return {k: v for k, v in content.items() if k not in heavy} if "format" in content else {}
+
+
 def recognise(path, content, config):
     """Any known content -> (state dict of VisionTransformer, {name, overrides})."""
     if "format" in content:
-        if content["format"] != "dinox":
-            raise ValueError(f"{path}: format {content['format']!r}, expected 'dinox'")
+        if (content["format"], content.get("version")) != ("dinox", 1):
+            found = f"{content['format']!r} version {content.get('version')}"
+            raise ValueError(f"{path}: format {found}, expected 'dinox' version 1")
         content, arch = content["teacher"], content["arch"]  # the EMA teacher is the product
         return {k[9:]: v for k, v in content.items() if k.startswith("backbone.")}, arch
     if isinstance(content.get("teacher"), dict):  # the original code's evaluation export

@@ -32,7 +32,7 @@ import data
 import losses
 from model import ProjectionHead, SSLModel, Tokens, build_vit
 from tools import report, sheet
-from tools.cli import ROOT, Parser, pick_device, positive, run
+from tools.cli import Parser, is_ours, pick_device, positive, run
 from tools.inspect_step import read_recipes
 from tools.runlog import lock
 
@@ -46,7 +46,7 @@ AGREES = 0.05  # nats of student from teacher, as in tools/runlog.py: below, bot
 
 # fmt: off
 def build_parser():
-    p = Parser(description=__doc__.splitlines()[0])
+    p = Parser(__doc__)
     g = p.add_argument_group("look")
     g.add_argument("--ckpt", required=True, type=Path, help="runs/NAME/last.pth, or any checkpoint of a run")
     g.add_argument("--data", help="processed folder; default: the one that the run was given")
@@ -284,10 +284,10 @@ def label_numbers(vit, source, path, view, most):
     if header[:2] != ["path", "label"] and header[:7] != "id path z y x label group".split():
         raise ValueError(f"{path}: header {','.join(header)}; expected path,label or id,path,z,y,x,label,group")
     known = {slice_name(source, i): i for i in range(len(source))}
-    rows = [dict(zip(header, row)) for rows in pieces for row in rows]
+    rows = [dict(zip(header, row)) for rows in pieces for row in rows if row]
     rows = [row | {"slice": known.get(f"{row['path']}:{row.get('z')}", known.get(row["path"]))} for row in rows]
     rows = [row for row in rows if row["slice"] is not None]
-    rows = [rows[k] for k in data.rng(0, "limit").permutation(len(rows))[:most]]
+    rows = [rows[k] for k in data.rng(0, "limit").permutation(len(rows))[:most]]  # of tables for other splits: none
     ids, labels = [row["slice"] for row in rows], [row["label"] for row in rows]
     groups, regions = source.rows.columns["group"][ids], None
     if len(set(labels)) < 2 or len(set(groups)) < 3:
@@ -349,7 +349,7 @@ def pictures(vit, source, images, view, step, old):
     drawn = {}
     for (name, (image, inside, maps, own)), gram in zip(seen.items(), grams):
         i, photo, grid = images[name], source.encoding == "photo", maps["1x"].shape[1:]
-        image = (image * image.new_tensor(data.STD)[:, None, None] + image.new_tensor(data.MEAN)[:, None, None]).numpy()
+        image = data.denormalise(image).numpy()
         raw = source.read(i).numpy()
         y0, x0, y1, x1 = data.eval_boxes([raw.shape[1:]])[0].astype(int)
         windows = {k: codes[..., y0:y1, x0:x1] for k, codes in sheet.inputs(raw, source.encoding).items()}
@@ -600,9 +600,8 @@ def look(args, out):
     checkpoint.write_text(out / "history.jsonl", "".join(json.dumps(h) + "\n" for h in history))
     shown = {}
     if drawn:
-        checkpoint.write_text(
-            out / "images.json", json.dumps({"version": 1, "seed": args.seed, "images": list(images)}, indent=1)
-        )
+        chosen = {"version": 1, "seed": args.seed, "images": list(images)}
+        checkpoint.write_text(out / "images.json", json.dumps(chosen, indent=1))
         checkpoint.atomic_write(out / "first.npz", lambda f: np.savez(f, **first))
         now, then = (out / f"step_{n:08d}" for n in (state["step"], int(first["step"])))
         sheet.save_look(now, drawn)
@@ -616,8 +615,7 @@ def look(args, out):
 
 def blind(error, out, args):
     """Say why there is no verdict -> 3; a disk that cannot take this look cannot take a checkpoint either -> 2."""
-    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-    if isinstance(error, ValueError) and not raised_in.is_relative_to(ROOT):
+    if isinstance(error, ValueError) and not is_ours(error):
         traceback.print_exception(error)  # not a sentence of ours: where it came from helps
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     verdict, reason = "could not look", " ".join(str(error).split())

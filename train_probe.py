@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 import data
 from checkpoint import atomic_write, write_text
-from model import build_vit, load_backbone, read_weights
+from model import build_vit, load_backbone, read_facts
 from tools import metrics, report
 from tools.cli import Parser, pick_device, positive, run
 from tools.make_splits import NODULE_HEADER
@@ -115,9 +115,8 @@ def read_places(path, rows, source, index):
     except ValueError as error:
         raise ValueError(f"{path}: y, x, diameter_mm and box_mm must be numbers ({error}); write it anew") from None
     shape = np.stack([source.rows.columns[k][index] for k in ("rows", "cols")], 1)
-    bad = ~(
-        np.isfinite(found).all(1) & (found[:, 2:] > 0).all(1) & ((found[:, :2] >= 0) & (found[:, :2] < shape)).all(1)
-    )
+    inside = ((found[:, :2] >= 0) & (found[:, :2] < shape)).all(1)
+    bad = ~(np.isfinite(found).all(1) & (found[:, 2:] > 0).all(1) & inside)
     if bad.any():
         raise ValueError(f"{path}: {rows[bad.argmax()]['id']} lies outside its image or has no size above 0 mm")
     return found[:, :2], found[:, 2:]
@@ -363,9 +362,9 @@ def logistic(Z, s2, masks, labels, classes, iterations=300):
 def nearest(Z, s2, masks, labels, classes):
     """Log-probabilities [k, B, n, K] per k: cosine neighbours among the mask's rows vote, and so does their prior."""
     unit = F.normalize(Z, dim=2)
-    similarity = (unit @ unit.mT).masked_fill(~masks[:, None], -2)
     most, truth = int(min(KS[-1], masks.sum(1).min())), F.one_hot(labels, classes).to(Z)
-    votes = truth[similarity.topk(most, 2).indices].cumsum(2)  # [B, n, most, K]
+    near = [(u @ u[mask].T).topk(most, 1).indices for u, mask in zip(unit, masks)]  # among the mask's rows
+    votes = torch.stack([truth[mask][index].cumsum(1) for index, mask in zip(near, masks)])  # [B, n, most, K]
     prior = (masks.to(Z) @ truth / masks.sum(1, keepdim=True))[:, None]
     return torch.stack([((votes[:, :, min(k, most) - 1] + prior) / (min(k, most) + 1)).log() for k in KS.tolist()])
 
@@ -387,7 +386,8 @@ def choose(classifier, X, labels, groups, masks, seed):
         fit[out] = False
     X = torch.as_tensor(X).expand(len(masks), -1, -1) if np.ndim(X) == 2 else torch.as_tensor(X)
     fits, order = torch.as_tensor(fits), [*range(len(masks)), *owner]
-    log_p = classifier(*decompose(X[order], fits), fits, torch.as_tensor(labels), int(labels.max()) + 1).numpy()
+    rotated = decompose([X[b] for b in order], fits)
+    log_p = classifier(*rotated, fits, torch.as_tensor(labels), int(labels.max()) + 1).numpy()
     loss = np.zeros((len(log_p), len(masks)))
     for j, (b, out) in enumerate(zip(owner, held), len(masks)):
         loss[:, b] -= log_p[:, j, out, labels[out]].sum(1)
@@ -652,7 +652,7 @@ def choose_view(facts, encoding, size, patch):
 
 
 def build_parser():
-    parser = Parser(description=__doc__.split("\n\n")[0])
+    parser = Parser(__doc__)
     parser.add_argument("--ckpt", required=True, type=Path, help="weights that model.load_backbone reads")
     parser.add_argument("--data", required=True, type=Path, help="processed CT folder, or folder of photographs")
     parser.add_argument("--labels", required=True, type=Path, help="label table; also looked for inside --data")
@@ -674,13 +674,6 @@ def build_parser():
     return parser
 
 
-def read_facts(path):
-    """What a DINO-X checkpoint says beside its weights; {} for other weights."""
-    content, _ = read_weights(path)
-    heavy = ("student", "teacher", "gram", "optimizer")
-    return {k: v for k, v in content.items() if k not in heavy} if "format" in content else {}
-
-
 def gather(args, vit, source, table, recipe):
     """{predictor: (classifier, [X per repeat])}; extracts what the cache lacks."""
     cache, images = args.cache or args.out.parent / "features", images_sha256(source, table, recipe)
@@ -695,10 +688,10 @@ def gather(args, vit, source, table, recipe):
             )
         return found
 
+    if args.features == "box" and table.centres is None:
+        raise ValueError("--features box needs a nodule table, which names boxes")
     features, pixels = features_of(vit, "probe", weights_sha256(args.ckpt))
     parts = {"cls": [0], "mean": [1], "box": [2], "all": list(range(features.shape[2]))}[args.features]
-    if parts[-1] >= features.shape[2]:
-        raise ValueError("--features box needs a nodule table, which names boxes")
     X = flatten(features, args.scales, parts)
     untrained = [
         features_of(random_backbone(vit.arch, seed), f"random {seed}", f"random {json.dumps(vit.arch)} {seed}")[0]

@@ -31,8 +31,8 @@ from tqdm import tqdm
 import checkpoint
 import data
 import losses
-from model import ARCHS, ProjectionHead, SSLModel, build_vit, draw_keep, draw_rope, load_backbone, pack
-from tools.cli import Parser, pick_device, positive, run
+from model import ARCHS, ProjectionHead, SSLModel, build_vit, draw_keep, draw_rope, load_backbone, pack, read_facts
+from tools.cli import Parser, natural, pick_device, positive, run
 from tools.runlog import Log, device_peak, flops_per_image, git_commit, lock, memory_gb, warnings_in_words
 
 # ------------------------------------------------------------------ flags
@@ -46,32 +46,32 @@ HARMLESS = (
 
 # fmt: off
 def build_parser():
-    p = Parser(description=__doc__.splitlines()[0])
+    p = Parser(__doc__)
     switch = argparse.BooleanOptionalAction
     g = p.add_argument_group("run")
     g.add_argument("--data", required=True, help="processed CT folder, or any folder of PNG/JPEG")
     g.add_argument("--out", default="runs/ssl", help="the run's folder; the same command resumes what is there")
-    g.add_argument("--resume", choices=["auto", "never"], default="auto", help="never: refuse a used folder")
+    g.add_argument("--resume", choices=["auto", "never"], default="auto", help="never: refuse one with checkpoints")
     g.add_argument("--steps", type=positive, default=100_000, help="updates; all schedules end there")
-    g.add_argument("--extend", type=int, default=0, help="further updates at the final values of all schedules")
-    g.add_argument("--seed", type=int, default=0, help="of weights, order, crops, masks and stochastic depth")
+    g.add_argument("--extend", type=natural, default=0, help="further updates at the final values of all schedules")
+    g.add_argument("--seed", type=natural, default=0, help="of weights, order, crops, masks and stochastic depth")
     g.add_argument("--device", default="auto", help="auto (CUDA/ROCm if there, else CPU), cpu, cuda")
     g.add_argument("--precision", choices=["auto", "bf16", "fp32", "fp16"], default="auto", help="auto: bf16 on a GPU")
     g.add_argument("--workers", type=int, default=min(8, max(1, (os.cpu_count() or 2) - 1)), help="readers; 0: none")
     g.add_argument("--log-every", type=positive, default=50, help="updates")
     g.add_argument("--save-every", type=positive, default=500, help="updates")
     g.add_argument("--keep-last", type=positive, default=3, help="checkpoints, besides those of --keep-every")
-    g.add_argument("--keep-every", type=int, default=0, help="updates; checkpoints at multiples stay; 0: none")
-    g.add_argument("--eval-every", type=int, default=1000, help="updates between looks at val_select; 0: never")
+    g.add_argument("--keep-every", type=natural, default=0, help="updates; checkpoints at multiples stay; 0: none")
+    g.add_argument("--eval-every", type=natural, default=1000, help="updates between looks at val_select; 0: never")
     g.add_argument("--time-limit", type=float, default=0, help="minutes until the run saves and exits; 0: none")
     g.add_argument("--grace", type=float, default=None, help="updates or share without warnings; default: warm-up")
-    g.add_argument("--skip-bad", type=int, default=0, help="broken files replaced before one stops the run")
+    g.add_argument("--skip-bad", type=natural, default=0, help="broken files replaced before one stops the run")
     g.add_argument("--deterministic", default=False, action=switch, help="bit-identical on a GPU too; slower")
     g.add_argument("--compile", default=False, action=switch, help="torch.compile the blocks; a slow first update")
     g.add_argument("--fsdp", default=False, action=switch, help="shard weights over ranks, for what does not fit one")
     g.add_argument("--checkpointing", default=False, action=switch, help="recompute activations to save memory")
 
-    g = p.add_argument_group("data (shares are of all --steps, from 0 to 1; above 1 they are updates)")
+    g = p.add_argument_group("data")
     g.add_argument("--no-split", action="store_true", help="train on everything, without a contract; recorded")
     g.add_argument("--limit", type=positive, default=None, help="images to train on, a fixed random subset")
     g.add_argument("--overfit", action="store_true", help="an image always gets the same crops: a test of the method")
@@ -100,7 +100,7 @@ def build_parser():
     g.add_argument("--layerscale", type=float, default=1e-5, help="initial LayerScale")
     g.add_argument("--rope-rescale", type=float, default=2.0, help="largest zoom of positions in training; 1: none")
 
-    g = p.add_argument_group("loss")
+    g = p.add_argument_group("loss (updates or share: from 0 to 1 a share of --steps, above 1 updates)")
     g.add_argument("--w-dino", type=float, default=1.0, help="weight of the cls cross entropy")
     g.add_argument("--w-ibot", type=float, default=1.0, help="weight of the masked patch cross entropy")
     g.add_argument("--w-koleo", type=float, default=0.1, help="weight of the spreading term, times 2 as in DINOv3")
@@ -117,7 +117,7 @@ def build_parser():
     g.add_argument("--gram-ramp", type=float, default=0.01, help="updates or share until that weight")
     g.add_argument("--gram-teacher", default=None, help="weights of a fixed Gram teacher, used from --gram-start on")
 
-    g = p.add_argument_group("optimizer")
+    g = p.add_argument_group("optimizer (updates or share: as above)")
     g.add_argument("--batch-size", type=positive, default=128, help="images per update, over all ranks")
     g.add_argument("--micro-batch", type=positive, default=None, help="images that fit a device; default: up to 64")
     g.add_argument("--lr", type=float, default=None, help="peak, as used; default: 5e-4 * sqrt(batch / 256)")
@@ -147,22 +147,47 @@ def divisor(flag, value, whole, of):
     return value
 
 
+def check_ranges(args):
+    """Refuse shares that would surface later as NaN, a traceback or, silently, another method."""
+    for name in "mask_probability mask_ratio drop_path beta2 ema field global_scale local_scale".split():
+        value, flag = getattr(args, name), f"--{name.replace('_', '-')}"
+        low, high = (value, value) if isinstance(value, float) else value or (1, 1)
+        if not 0 <= low <= high <= 1:
+            raise ValueError(f"{flag} {low:g} {high:g}: must lie within 0 and 1, the smaller first")
+        if low == 0 and name in ("field", "global_scale", "local_scale"):
+            raise ValueError(f"{flag} {low:g} {high:g}: a view of no size; must be above 0")
+
+
 def resolve(args, world):
     """Turn shares into updates and fill in what depends on the batch, once and for the whole run."""
     if args.precision == "fp16":
         raise ValueError("--precision fp16: attention and prototype logits overflow in it; use bf16 or fp32")
     divisor("the number of ranks", world, args.batch_size, "--batch-size")
     images = args.batch_size // world
-    fits = max(m for m in range(1, min(images, 64) + 1) if images % m == 0)
-    args.micro_batch = divisor("--micro-batch", args.micro_batch or fits, images, "the images of a rank")
     group = args.koleo_group or min(16, args.batch_size)
+    sizes = [m for m in range(1, min(images, 64) + 1) if images % m == 0]
+    fits = max([m for m in sizes if m % group == 0] or sizes)
+    args.micro_batch = divisor("--micro-batch", args.micro_batch or fits, images, "the images of a rank")
     args.koleo_group = divisor("--koleo-group", group, args.micro_batch, "--micro-batch")
+    check_ranges(args)
     args.grace = args.warmup if args.grace is None else args.grace
     for name in SHARES:
         value = getattr(args, name)
+        if value < 0:
+            raise ValueError(f"--{name.replace('_', '-')} {value} is below 0; give updates, or a share up to 1")
         setattr(args, name, int(value) if value > 1 else round(value * args.steps))
+    if args.warmup > args.steps:
+        raise ValueError(f"--warmup {args.warmup} is more than --steps {args.steps}: --lr would never be reached")
+    args.gram_weight = 0.0 if args.gram_start >= args.steps else args.gram_weight  # never, --extend included
     args.lr = 5e-4 * math.sqrt(args.batch_size / 256) if args.lr is None else args.lr
     return args
+
+
+def smaller_micro_batch(args, world):
+    """The largest micro-batch of at most half of this one that the same run may use, or None."""
+    images = args.batch_size // world
+    sizes = [m for m in range(args.koleo_group, args.micro_batch // 2 + 1, args.koleo_group) if images % m == 0]
+    return sizes[-1] if sizes else None
 
 
 def choices_in_words(args):
@@ -214,9 +239,7 @@ def values_at(step, args):
         weight_decay=schedule(step, 0, *args.weight_decay, cosine=steps),
         ema=schedule(step, 0, *args.ema, cosine=steps),
         teacher_temp=schedule(step, args.teacher_temp[0], *[args.teacher_temp[1]] * 2, warmup=args.teacher_temp_warmup),
-        gram=schedule(step - args.gram_start, 0, 0, args.gram_weight, cosine=args.gram_ramp)
-        if step >= args.gram_start
-        else 0.0,
+        gram=schedule(step, 0.0, 0.0, args.gram_weight, hold=args.gram_start, cosine=args.gram_ramp),
     )
 
 
@@ -255,6 +278,7 @@ class Micro(NamedTuple):
 
     crops: data.Crops
     masks: torch.Tensor  # [2b, N] bool
+    at: torch.Tensor  # [M] positions of masked patches in [2b * N]; from the host, so that no device is waited for
     keep: list | None = None  # rows that pass each residual branch
     rope: list | None = None  # one RopeDraw per view group
 
@@ -283,7 +307,7 @@ class Seen(NamedTuple):
 
 
 def center(logits, centers, key, w):
-    """Teacher logits of the whole batch -> targets; the softmax centre moves as a side effect of the next update."""
+    """Teacher logits of the whole batch -> targets; leaves in `centers` the softmax centre of the next update."""
     if w.centering == "sinkhorn":
         return losses.sinkhorn(logits, w.teacher_temp)
     if w.centering == "none":
@@ -300,28 +324,27 @@ def ssl_update(student, teacher, gram, micro_batches, w, centers=None):
     """
     device = micro_batches[0].masks.device
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=w.precision == "bf16")
-    masked = [m.masks.flatten().nonzero()[:, 0] for m in micro_batches]  # [M] positions in [2b * N]
 
     # teacher first, for all micro-batches: targets are balanced over the whole batch
     with torch.no_grad(), autocast:
-        seen = [teacher([m.crops.globals], at=at) for m, at in zip(micro_batches, masked)]
+        seen = [teacher([m.crops.globals], at=m.at) for m in micro_batches]
         cls_targets = center(pack([s.cls_logits for s in seen]), centers, "cls", w)  # [2B, K]
         patch_targets = center(pack([s.patch_logits for s in seen]), centers, "patch", w)  # [M, K]
         features = torch.cat([s.tokens[0].cls.chunk(2)[0] for s in seen]).float()  # [B, D]
         del seen
 
     n, sums, entropy = len(micro_batches), {}, 0.0
-    targets = zip(cls_targets.chunk(n), patch_targets.split([len(at) for at in masked]))
-    for i, (m, at, (cls_target, patch_target)) in enumerate(zip(micro_batches, masked, targets)):
+    targets = zip(cls_targets.chunk(n), patch_targets.split([len(m.at) for m in micro_batches]))
+    for i, (m, (cls_target, patch_target)) in enumerate(zip(micro_batches, targets)):
         b, views = len(m.masks) // 2, len(m.crops.locals)
-        per_crop = m.masks.sum(1)  # [2b]
-        mask_weights = (1 / per_crop.clamp(min=1))[:, None].expand_as(m.masks)[m.masks]  # [M]
+        of_crop = 1 / m.masks.sum(1).clamp(min=1)  # [2b]
+        mask_weights = of_crop.index_select(0, m.at // m.masks.shape[1])  # [M]
         with contextlib.ExitStack() as stack:
             if i < n - 1 and hasattr(student, "no_sync"):
                 stack.enter_context(student.no_sync())  # ranks average once, with the last micro-batch
             # student: masked globals and locals in one packed pass
             with autocast:
-                out = student([m.crops.globals, m.crops.locals], [m.masks, None], at, m.keep, m.rope)
+                out = student([m.crops.globals, m.crops.locals], [m.masks, None], m.at, m.keep, m.rope)
                 if gram is not None:
                     with torch.no_grad():
                         gram_tokens = gram(m.crops.globals if m.crops.gram is None else m.crops.gram).patches
@@ -382,7 +405,8 @@ def to_micro(batch, device, args, depth, number, with_gram):
     rope = [draw_rope(draw, args.rope_rescale, device=device) for _ in range(2)] if args.rope_rescale > 1 else None
     rows = [len(crops.globals), len(crops.locals)]
     keep = draw_keep(generator(args.seed, 7, batch.step, number), depth, rows, args.drop_path, device)
-    return Micro(crops, batch.masks.to(device, non_blocking=True), keep, rope)
+    at = batch.masks.flatten().nonzero()[:, 0]
+    return Micro(crops, *(t.to(device, non_blocking=True) for t in (batch.masks, at)), keep, rope)
 
 
 # ------------------------------------------------------------------ held-out numbers
@@ -390,29 +414,34 @@ def to_micro(batch, device, args, depth, number, with_gram):
 
 def view_pairs(teacher, globals_):
     """The teacher's unit cls features of both global crops of each image: [2b, 3, G, G] -> [2, b, D]."""
-    return F.normalize(teacher.backbone(globals_).cls.float(), dim=-1).unflatten(0, (2, -1))
+    cls = teacher([globals_]).tokens[0].cls  # by its own forward: under --fsdp the backbone alone has no whole weights
+    return F.normalize(cls.float(), dim=-1).unflatten(0, (2, -1))
 
 
-def evaluate(student, teacher, gram, source, recipe, args, w, device, slices=256):
-    """The training losses and view retrieval on held-out slices, always the same ones and the same views."""
-    size = min(args.micro_batch, len(source))
-    group = max(g for g in range(1, min(args.koleo_group, size) + 1) if size % g == 0)
-    held = source.take(np.sort(data.rng(0, "limit").permutation(len(source))[: max(slices // size, 1) * size]))
-    loader = data.make_loader(
-        held, recipe, 0, range(len(held) // size), size, masking=masking(args), patch_size=student.backbone.patch_size
-    )
+@torch.no_grad()
+def evaluate(student, teacher, gram, source, recipe, args, w, centers, device, slices=256):
+    """The training losses and view retrieval on held-out slices: the same slices, views and batches on any machine."""
+    group = min(args.koleo_group, len(source))
+    batch = min(max(64, group), len(source)) // group * group
+    updates = max(min(slices, len(source)) // batch, 1)
+    size = max(m for m in range(group, max(args.micro_batch, group) + 1, group) if batch % m == 0)
+    held = source.take(np.sort(data.rng(0, "limit").permutation(len(source))[: updates * batch]))
+    micros = iter(data.make_loader(
+        held, recipe, 0, range(updates), batch, size, masking=masking(args), skip_bad=args.skip_bad,
+        patch_size=student.backbone.patch_size,
+    ))  # fmt: skip
     found, pairs, series = [], [], []
     student.eval()
-    with torch.no_grad():
-        for batch in loader:
-            micro = to_micro(batch, device, args, 0, 0, gram is not None)._replace(keep=None, rope=None)
-            found.append(ssl_update(student, teacher, gram, [micro], w._replace(koleo_group=group), {})[0])
-            pairs.append(view_pairs(teacher, micro.crops.globals))
-            series.append(torch.from_numpy(held.series[batch.ids]).to(device))
+    for _ in range(updates):
+        read = [next(micros) for _ in range(batch // size)]
+        rendered = [to_micro(b, device, args, 0, 0, gram is not None)._replace(keep=None, rope=None) for b in read]
+        found.append(ssl_update(student, teacher, gram, rendered, w._replace(koleo_group=group), dict(centers))[0])
+        pairs += [view_pairs(teacher, micro.crops.globals) for micro in rendered]
+        series += [torch.from_numpy(held.series[b.ids]).to(device) for b in read]
     student.train()
-    numbers = {key: torch.stack([f[key] for f in found]).mean().item() for key in found[0]}
-    matched = losses.retrieval(*torch.cat(pairs, 1), torch.cat(series))  # does one view of a slice find the other?
-    return numbers | {key: share.item() for key, share in matched.items()} | {"slices": len(held)}
+    numbers = {key: torch.stack([f[key] for f in found]).mean() for key in found[0]}
+    numbers |= losses.retrieval(*torch.cat(pairs, 1), torch.cat(series))  # does one view of a slice find the other?
+    return {key: value.item() for key, value in numbers.items()} | {"slices": len(held)}
 
 
 # ------------------------------------------------------------------ ranks, folder, state
@@ -452,8 +481,16 @@ def like(p, t):
     return distribute_tensor(t.to(p.device), p.device_mesh, p.placements)
 
 
-def pack_weights(module):
-    return {name: full(p.detach()) for name, p in module.named_parameters()}
+def for_file(t):
+    """A whole tensor; of shards on rank 0 alone and on the host, since a card may not hold it. Collective."""
+    if not hasattr(t, "full_tensor"):
+        return t
+    whole = t.full_tensor()
+    return whole.cpu() if dist.get_rank() == 0 else None
+
+
+def pack_weights(module, whole=for_file):
+    return {name: whole(p.detach()) for name, p in module.named_parameters()}
 
 
 @torch.no_grad()
@@ -468,7 +505,7 @@ def unpack_weights(module, state):
 def pack_optimizer(optimizer, model):
     """AdamW state by parameter name, so that neither grouping nor sharding matters to the file."""
     return {
-        name: {k: full(v) for k, v in optimizer.state[p].items()}
+        name: {k: for_file(v) for k, v in optimizer.state[p].items()}
         for name, p in model.named_parameters()
         if p in optimizer.state
     }
@@ -527,15 +564,18 @@ def shard(model, device):
         )
     from torch.distributed.fsdp import fully_shard
 
-    for module in (*model.backbone.blocks, model.dino_head, model.ibot_head):
+    heads = [getattr(model, name) for name in ("dino_head", "ibot_head") if hasattr(model, name)]
+    for module in (*getattr(model, "backbone", model).blocks, *heads):
         fully_shard(module)
     return fully_shard(model, reshard_after_forward=True)  # the teacher has no backward that would do it
 
 
-def build(args):
-    """(student, teacher) on the CPU, equal; weights depend on the seed alone."""
+def build(args, arch=None):
+    """(student, teacher) on the CPU, equal; weights depend on the seed and --init alone. arch: of a checkpoint."""
     torch.manual_seed(args.seed)
-    if args.init:
+    if arch:  # weights follow from the file; that of --init may be gone by now
+        backbone = build_vit(arch["name"], **arch["overrides"])
+    elif args.init:
         backbone = load_backbone(args.init)
         if backbone.arch["name"] != args.arch:
             raise ValueError(f"--init {args.init} is a {backbone.arch['name']}; say --arch {backbone.arch['name']}")
@@ -557,7 +597,17 @@ def gram_snapshots(step, args):
     return 1 + min((step - args.gram_start) // max(args.gram_refresh, 1), args.gram_max_refreshes)
 
 
-def pack_state(step, args, source, recipes, student, teacher, gram, optimizer, centers):
+def trained_before(args, held):
+    """Groups behind the weights that this run is given: they count as seen, and none of them may be held out."""
+    facts = [read_facts(path) for path in (args.init, args.gram_teacher) if path]
+    groups = {group for found in facts for group in found.get("trained_groups") or ()}
+    if held and (leak := sorted(groups & set(held.groups))):
+        raise ValueError(f"the weights of --init or --gram-teacher were trained on {leak[0]} ({len(leak)} in all) of "
+                         "val_select; pretrain them under this split, or use --no-split")  # fmt: skip
+    return groups
+
+
+def pack_state(step, args, source, trained, recipes, student, teacher, gram, optimizer, centers):
     """Everything a continuation needs; collective under --fsdp."""
     return {
         "images": step * args.batch_size,
@@ -571,7 +621,7 @@ def pack_state(step, args, source, recipes, student, teacher, gram, optimizer, c
         "gram_refreshes": max(gram_snapshots(step - 1, args) - 1, 0),
         "optimizer": pack_optimizer(optimizer, student),
         "centers": centers,
-        "trained_groups": source.groups,
+        "trained_groups": trained,
         "index_sha256": source.index_sha256,
         "split_sha256": source.split_sha256,
     }
@@ -704,18 +754,25 @@ def train(args, rank, world, device):
             print(f"{out} is finished: {start} updates done; --extend N goes on")
         return 0
 
+    trained = state["trained_groups"] if state else sorted({*source.groups, *trained_before(args, held)})
+
     # ------------------------------------------------------------------ model  <- change the backbone in build()
-    student, teacher = (m.to(device) for m in build(args))
-    gram_net = load_backbone(args.gram_teacher) if args.gram_teacher else copy.deepcopy(teacher.backbone)
-    gram_net = gram_net.to(device).requires_grad_(False).eval()
+    student, teacher = build(args, state and state["arch"])
+    gram_net = None
+    if args.gram_weight:
+        gram_net = load_backbone(args.gram_teacher) if args.gram_teacher else copy.deepcopy(teacher.backbone)
+        gram_net.requires_grad_(False).eval()
+    nets = [m for m in (student, teacher, gram_net) if m is not None]
     if args.compile:
-        for block in (*student.backbone.blocks, *teacher.backbone.blocks, *gram_net.blocks):
+        for block in (block for m in nets for block in getattr(m, "backbone", m).blocks):
             block.compile()
+    for m in nets:
+        if args.fsdp and world > 1:
+            shard(m, device)  # from the CPU, part by part: no card ever holds a whole network
+        else:
+            m.to(device)
     net = student  # what is called; `student` stays the plain module: that is what is saved
-    if args.fsdp and world > 1:
-        shard(student, device)
-        shard(teacher, device)
-    elif world > 1:
+    if world > 1 and not args.fsdp:
         ids = [device.index] if device.type == "cuda" else None
         net = torch.nn.parallel.DistributedDataParallel(student, device_ids=ids, gradient_as_bucket_view=True)
     groups = param_groups(student, args.layer_decay, args.patch_lr)
@@ -745,7 +802,7 @@ def train(args, rank, world, device):
     ))  # fmt: skip
     handlers = {s: signal.signal(s, on_signal) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     clock = {"since": time.perf_counter(), "done": start, "wait": 0.0, "images": len(source)}
-    bad_in_a_row, code = 0, 0
+    bad_in_a_row, code, done = 0, 0, start
 
     # ------------------------------------------------------------------ training loop: one step = one update
     try:
@@ -753,12 +810,14 @@ def train(args, rank, world, device):
             done, now = step + 1, values_at(step, args)
             if gram_snapshots(step, args) > gram_snapshots(step - 1, args):  # anchor: the EMA teacher of this moment
                 if not args.gram_teacher:
-                    unpack_weights(gram_net, pack_weights(teacher.backbone))
+                    unpack_weights(gram_net, pack_weights(teacher.backbone, full))
                 gram = gram_net
 
             waiting = time.perf_counter()
             read = [next(batches) for _ in range(micros)]
             clock["wait"] += time.perf_counter() - waiting
+            for path, why in (broken for batch in read for broken in batch.bad):
+                log.event(done, f"replaced broken file {path}", why=why)
             w = Weights(now.teacher_temp, args.student_temp, args.w_dino, args.w_ibot, args.w_koleo, now.gram,
                         args.koleo_group, args.centering, args.precision)  # fmt: skip
             try:
@@ -772,12 +831,14 @@ def train(args, rank, world, device):
             except torch.OutOfMemoryError:
                 optimizer.zero_grad(set_to_none=True)
                 torch.cuda.empty_cache()
-                if rank == 0 and not args.fsdp:
-                    parts = pack_state(step, args, source, recipes, student, teacher, gram, optimizer, centers)
+                if rank == 0 and step > start and not args.fsdp:
+                    parts = pack_state(step, args, source, trained, recipes, student, teacher, gram, optimizer, centers)
                     saver.save(step, parts)
+                fits = smaller_micro_batch(args, world)
+                less = f"--micro-batch {fits}, or " if fits else ""
                 raise ValueError(
-                    f"out of memory at step {done}; nothing is lost: run the same command with "
-                    f"--micro-batch {max(args.micro_batch // 2, 1)}, or --checkpointing"
+                    f"out of memory at step {done}; the same command goes on from the newest checkpoint, "
+                    f"with {less}--checkpointing"
                 ) from None
             norms = clip_gradients(student, args.clip)
             finite = torch.stack([terms["loss"], *norms.values()]).isfinite().all()
@@ -802,17 +863,18 @@ def train(args, rank, world, device):
                 log_line(
                     args, log, done, total, terms, seen, norms, now, clock, student, recipe, gram is not None, device
                 )
-            if held and (done % args.eval_every == 0 or done == total):
-                numbers = evaluate(student, teacher, gram, held, recipes[0], args, w, device)
-                log.numbers(done, {f"val_{k}": v for k, v in numbers.items()})
             if bad_in_a_row == 3:
-                log.event(done, "stopped: three updates in a row were not finite; lower --lr or --clip and resume")
+                log.event(done, "stopped: three updates in a row were not finite; start another --out with a lower "
+                          "--lr or --clip (--init keeps this backbone)")  # fmt: skip
                 code = 3
                 break
             if done % args.save_every == 0 or done == total or halt:
-                parts = pack_state(done, args, source, recipes, student, teacher, gram, optimizer, centers)
+                parts = pack_state(done, args, source, trained, recipes, student, teacher, gram, optimizer, centers)
                 if rank == 0:
                     saver.save(done, parts)
+            if held and not halt and (done % args.eval_every == 0 or done == total):
+                numbers = evaluate(student, teacher, gram, held, recipes[0], args, w, centers, device)
+                log.numbers(done, {f"val_{k}": v for k, v in numbers.items()})
             if halt:
                 saver.wait()
                 why = (stop or ["torchrun died" if orphaned else "time limit" if over_time else "another rank"])[0]
@@ -822,7 +884,7 @@ def train(args, rank, world, device):
             report_saves(log, saver, done)
     finally:
         saver.wait()
-        report_saves(log, saver, start)
+        report_saves(log, saver, done)
         log.close()
         for number, handler in handlers.items():
             signal.signal(number, handler)

@@ -435,8 +435,8 @@ def test_rotation_refuses_to_keep_nothing(tmp_path):
 
 
 def test_sweep_takes_only_leftovers_of_saves(tmp_path):
-    keep = ["step_00000001.pth", "last.pth", "notes.tmp", ".config.json.1-ab.tmp", "metrics.jsonl"]
-    stale = [f".step_00000002.pth.{os.getpid()}-0a.tmp", ".last.pth.1-0b.tmp"]
+    keep = ["step_00000001.pth", "last.pth", "notes.tmp", ".other.json.1-ab.tmp", "metrics.jsonl"]
+    stale = [f".step_00000002.pth.{os.getpid()}-0a.tmp", ".last.pth.1-0b.tmp", ".config.json.1-ab.tmp"]
     for name in keep + stale:
         (tmp_path / name).write_bytes(b"")
     assert sorted(p.name for p in sweep(tmp_path)) == sorted(stale)

@@ -63,7 +63,7 @@ def healthy(tmp_path_factory):
     source = data.open_source(root, "train")
     optimizer = torch.optim.AdamW(t.param_groups(student, 0.9, 0.2), lr=0.0)
     recipes = t.make_recipes(args, source.encoding)
-    parts = t.pack_state(500, args, source, recipes, student, teacher, None, optimizer, {})
+    parts = t.pack_state(500, args, source, source.groups, recipes, student, teacher, None, optimizer, {})
     t.write_config(args, root, source, recipes, student, 1, torch.device("cpu"))
     return parts | {"step": 500}
 

@@ -24,6 +24,7 @@ PATHS = dict(data="/home/anna/ct/processed", out="/mnt/disk7/runs/secret-run", c
 PATIENTS = [f"lidc/LIDC-IDRI-{k:04d}" for k in (78, 79, 80)] + ["nlst/100012"]
 FLAGS = dict(arch="vit_test", lr=3e-4, batch_size=8, steps=3, schedule="cosine", sizes=None, teacher_temp=(0.04, 0.07))
 FLAGS |= dict(no_split=False, limit=None, z_stride=1, init=None, gram_teacher=None, workers=13, device="cuda")
+FLAGS |= dict(aug="auto")
 
 
 def make_vit(seed=0, **overrides):

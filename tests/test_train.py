@@ -23,7 +23,8 @@ from test_data import make_ct, make_split
 import checkpoint
 import data
 import train_ssl as t
-from model import ProjectionHead, SSLModel, build_vit, draw_rope, state_from_original
+from model import ProjectionHead, SSLModel, SSLOutput, Tokens, build_vit, draw_rope, state_from_original
+from tools import runlog
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).parent / "golden"
@@ -131,7 +132,7 @@ def golden_step():
     )
     gram = load(vit(), prefix).eval()
     crops = data.Crops(*((g[f"batch.{k}_crops_u8"].float() - 128) / 32 for k in ("global", "local", "gram")))
-    return student, teacher, gram, t.Micro(crops, g["batch.masks"]), g, meta
+    return student, teacher, gram, t.Micro(crops, g["batch.masks"], g["batch.masks"].flatten().nonzero()[:, 0]), g, meta
 
 
 def ours(state):
@@ -195,7 +196,7 @@ def toy_batch(images=32):
 
     def piece(start, stop):
         cut = [x[:, start:stop].flatten(0, 1) for x in (globals_, locals_, masks)]
-        return t.Micro(data.Crops(cut[0], cut[1], None), cut[2], rope=rope)
+        return t.Micro(data.Crops(cut[0], cut[1], None), cut[2], cut[2].flatten().nonzero()[:, 0], rope=rope)
 
     return piece
 
@@ -392,6 +393,10 @@ def test_one_run_per_folder(folder, tmp_path, monkeypatch):
         (["--sizes", "448x112"], "'448x112' is not GLOBAL/LOCAL"),
         (["--global-size", "40"], "height 40 is not a multiple of the patch size 16"),
         (["--init", "/nowhere"], "no weights at /nowhere"),
+        (["--mask-ratio", "0.5", "1.5"], "--mask-ratio 0.5 1.5: must lie within 0 and 1"),
+        (["--field", "0", "1"], "--field 0 1: a view of no size"),
+        (["--warmup", "9"], "--warmup 9 is more than --steps 2"),
+        (["--gram-start", "-1"], "--gram-start -1.0 is below 0"),
     ],
 )
 def test_bad_flags_say_what_to_do(folder, tmp_path, flags, message):
@@ -418,6 +423,85 @@ def test_the_log_holds_what_it_promises(folder, tmp_path):
     assert list((tmp_path / "run" / "tb").iterdir())
 
 
+def test_held_out_numbers_are_those_of_any_micro_batch(folder, tmp_path):
+    """Also of any number of held-out slices, and with the softmax centre that training has reached."""
+    make_split(folder, {f"toy/P{i}": "train" if i < 6 else "val_select" for i in range(9)})
+    for centering in ("sinkhorn", "softmax"):
+        found = []
+        for micro in ("8", "4"):
+            out = tmp_path / f"{centering}{micro}"
+            train(folder, out, "--steps", "4", "--eval-every", "4", "--micro-batch", micro, "--centering", centering)
+            found.append(lines(out, "val_loss")[-1])
+        assert found[0].keys() == found[1].keys() and found[0]["val_slices"] == 12
+        for key, value in found[0].items():
+            assert found[1][key] == pytest.approx(value, rel=1e-3, abs=1e-4), (centering, key)
+    assert found[0]["val_dino"] != pytest.approx(math.log(32), abs=1e-4)
+
+
+def test_out_of_memory_names_a_command_that_goes_on(folder, tmp_path, monkeypatch):
+    real, count = t.ssl_update, []
+
+    def too_large(*args):
+        count.append(1)
+        if len(count) == 4:
+            raise torch.OutOfMemoryError
+        return real(*args)
+
+    train(folder, tmp_path / "whole", "--steps", "6")
+    monkeypatch.setattr(t, "ssl_update", too_large)
+    with pytest.raises(ValueError, match="out of memory at step 4; .* with --micro-batch 4, or --checkpointing"):
+        train(folder, tmp_path / "run", "--steps", "6")
+    assert checkpoint.load(tmp_path / "run" / "last.pth")["step"] == 3
+    assert train(folder, tmp_path / "run", "--steps", "6", "--micro-batch", "4") == 0
+    a, b = (weights(tmp_path / name) for name in ("whole", "run"))
+    assert max((a[k] - b[k]).abs().max().item() for k in a if k.startswith("teacher")) < 1e-5
+    args = t.build_parser().parse_args(["--data", "x", "--batch-size", "48", "--micro-batch", "16"])
+    assert t.smaller_micro_batch(t.resolve(args, 1), 1) is None  # 8 would not divide into KoLeo's groups of 16
+
+
+def test_the_default_micro_batch_holds_whole_koleo_groups():
+    args = t.resolve(t.build_parser().parse_args(["--data", "x", "--batch-size", "80"]), 1)
+    assert (args.micro_batch, args.koleo_group) == (16, 16)
+
+
+def test_a_log_that_cannot_be_written_stops_nothing(folder, tmp_path, monkeypatch, capsys):
+    def full_disk(path, line):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tools.runlog.append_line", full_disk)
+    assert train(folder, tmp_path / "run", "--steps", "2") == 0
+    assert "the log cannot be written, training goes on" in capsys.readouterr().err
+    assert checkpoint.load(tmp_path / "run" / "last.pth")["step"] == 2
+
+
+def test_a_line_that_was_cut_spoils_no_other(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    runlog.append_line(path, {"step": 1})
+    with open(path, "a") as f:
+        f.write('{"step": 2, "lo')
+    for step in (3, 4):
+        runlog.append_line(path, {"step": step})
+    assert path.read_text().splitlines() == ['{"step": 1}', '{"step": 2, "lo', '{"step": 3}', '{"step": 4}']
+
+
+def test_without_git_there_is_no_commit(monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert runlog.git_commit() is None
+
+
+def test_patients_behind_given_weights_count_as_seen(folder, tmp_path):
+    train(folder, tmp_path / "one", "--steps", "2")
+    given = ["--init", str(tmp_path / "one" / "last.pth")]
+    make_split(folder, {f"toy/P{i}": "val_select" if i == 0 else "train" if i < 4 else "val_test" for i in range(9)})
+    with pytest.raises(ValueError, match=r"were trained on toy/P0 \(1 in all\) of val_select"):
+        train(folder, tmp_path / "two", "--steps", "2", "--eval-every", "2", *given)
+    train(folder, tmp_path / "two", "--steps", "2", *given)
+    assert checkpoint.load(tmp_path / "two" / "last.pth")["trained_groups"] == [f"toy/P{i}" for i in range(8)]
+    (tmp_path / "one" / "last.pth").unlink()  # the run has all it needs
+    assert train(folder, tmp_path / "two", "--steps", "2", "--extend", "1", *given) == 0
+    assert checkpoint.load(tmp_path / "two" / "last.pth")["trained_groups"] == [f"toy/P{i}" for i in range(8)]
+
+
 def test_continuing_from_weights(folder, tmp_path, capsys):
     train(folder, tmp_path / "one", "--steps", "2")
     last = str(tmp_path / "one" / "last.pth")
@@ -440,19 +524,20 @@ def test_gram_snapshots_are_a_function_of_the_step():
     assert t.values_at(49, args).gram == 0 and t.values_at(60, args).gram == 2.0
     args.gram_weight = 0
     assert t.gram_snapshots(80, args) == 0
+    never = t.build_parser().parse_args(["--data", "x", "--steps", "100", "--gram-start", "1", "--extend", "50"])
+    assert t.gram_snapshots(149, t.resolve(never, 1)) == 0 and t.values_at(149, never).gram == 0
 
 
 def test_retrieval_against_a_loop():
-    class Fake:
-        def backbone(self, globals_):
-            return type("Tokens", (), {"cls": globals_.flatten(1)[:, :7]})
+    def fake(crops):  # the first pixels are the features
+        return SSLOutput([Tokens(crops[0].flatten(1)[:, :7], None, None)], None, None)
 
     random = np.random.default_rng(0)
     images = torch.from_numpy(random.integers(0, 255, (12, 3, 32, 32))).byte()
     recipe = t.dataclasses.replace(data.RECIPES["ct"], global_size=16, local_size=16, local_crops=1)
     plan = data.plan(0, 0, range(12), recipe)
     series = np.arange(12) // 3
-    pairs = t.view_pairs(Fake(), data.render(images, plan).globals)
+    pairs = t.view_pairs(fake, data.render(images, plan).globals)
     found = t.losses.retrieval(*pairs, torch.from_numpy(series))
     a, b = torch.nn.functional.normalize(data.render(images, plan).globals.flatten(1)[:, :7], dim=-1).chunk(2)
     for suffix, excluded in (("", True), ("_with_series", False)):
@@ -578,7 +663,7 @@ def test_two_processes_and_another_world_size_continue_the_same_samples(folder, 
     subprocess.run(limited, check=True, env=env, capture_output=True)
     assert checkpoint.load(tmp_path / "mixed" / "last.pth")["step"] == 1
     subprocess.run(mixed[1], check=True, env=env, capture_output=True)
-    fsdp = command(folder, tmp_path / "fsdp", "--steps", "4", "--fsdp", launcher=torchrun)
+    fsdp = command(folder, tmp_path / "fsdp", "--steps", "4", "--fsdp", "--eval-every", "2", launcher=torchrun)
     subprocess.run(fsdp, check=True, env=env, capture_output=True)
     reference = weights(tmp_path / "one")
     for name in ("two", "mixed", "fsdp"):

@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 import checkpoint
 import data
-from model import build_vit
+from model import ARCHS, build_vit
 from tools.check_platform import check_copy, check_gemm, describe, synchronize
 from tools.cli import ROOT, Parser, positive, run
 from tools.runlog import flops_per_image, git_commit, memory_gb
@@ -296,6 +296,18 @@ def pillow_render(pictures, dtype, plan):
     return data.Crops(*groups, None)
 
 
+def product_flops(plan, views, out, device):
+    """Of the two products that cut these views: on a CPU the bands of data.cut_each, else whole boxes."""
+    boxes, flips, sigmas = (torch.as_tensor(a[views]).flatten(0, 1) for a in (plan.boxes, plan.flips, plan.sigmas))
+    h, w = (boxes[:, 2:] - boxes[:, :2]).T
+    y, x, rows = h, w, out  # columns of each axis matrix that `rows` of it are multiplied with
+    if device.type == "cpu":
+        axes = [(boxes[:, k], boxes[:, 2 + k], flips * k, sigmas, boxes[:, k].floor(), out) for k in (0, 1)]
+        y, x = (torch.tensor([sum(b - a for a, b in bands) for bands in data.reach(*axis)]) for axis in axes)
+        rows = data.BLOCK
+    return 2 * 3 * rows * (y * w + x * out).sum().item()
+
+
 def measure_render(point, device):
     torch.set_num_threads(1)
     source, B = data.open_source(point["data"]), 8 if device.type == "cpu" else 64
@@ -310,9 +322,8 @@ def measure_render(point, device):
     ways = {"ours": functools.partial(data.render, images.to(device), plan)}
     ways["Pillow"] = functools.partial(pillow_render, pictures, images.dtype, plan)
     times, rates = alternate(ways, device, point["repeats"], lambda: gemm(device))
-    out = np.array([recipe.global_size] * 2 + [recipe.local_size] * recipe.local_crops)[:, None]
-    h, w = np.moveaxis(plan.boxes[..., 2:] - plan.boxes[..., :2], -1, 0)
-    tflop = (2 * 3 * (out * h * w + out * out * w)).sum() / 1e12  # of the bare products
+    tflop = sum(product_flops(plan, views, size, device) for views, size in (
+        (slice(0, 2), recipe.global_size), (slice(2, None), recipe.local_size))) / 1e12  # fmt: skip
     gain = ratio(times["Pillow"], times["ours"])
     of = {"ours": ratio([tflop / s for s in times["ours"]], rates), "Pillow": None}
     note = {"ours": f"{gain:.2f} x Pillow on one thread", "Pillow": "crop by crop, the same intensities"}
@@ -390,7 +401,8 @@ def measure_save(point, device):
     for p in way.student.parameters():
         p.grad = torch.zeros_like(p)
     way.optimizer.step()
-    state = t.pack_state(1, way.args, way.source, way.recipes, way.student, way.teacher, None, way.optimizer, {})
+    nets = way.student, way.teacher, None
+    state = t.pack_state(1, way.args, way.source, way.source.groups, way.recipes, *nets, way.optimizer, {})
     with tempfile.TemporaryDirectory() as folder:
         saver = checkpoint.Saver(folder, 1, 0)
         for step in range(1, point["repeats"] + 2):
@@ -470,7 +482,7 @@ def step_point(args, data_folder, flags, precision, ways, **more):
     small = {"global-size": 96, "local-size": 48, "prototypes": 4096} if args.quick else {"prototypes": 65536}
     f = {"global-size": 224, "local-size": 96} | small | flags | {"precision": precision}
     setting = f"{f['arch']} batch {f['batch-size']} {precision}, 2x{f['global-size']} + 8x{f['local-size']}"
-    setting += f", {f['prototypes']} prototypes" + ", Gram" * more.get("gram", False)
+    setting += f", {f['prototypes']} prototypes" + ", Gram" * more.get("gram", False) + f" {args.flags}".rstrip()
     return dict(what="step", flags=f, ways=ways, data=data_folder, more=args.flags, setting=setting) | more
 
 
@@ -505,6 +517,7 @@ def points_of(what, args, cuda, work):
     elif what == "sweep":
         for arch, way in itertools.product(archs, SETTINGS[: 1 if args.quick else 4]):
             flags = {"arch": arch, "batch-size": 8 if cuda else 1}
+            flags |= {} if args.quick else {"prototypes": 8192}  # what train_ssl.py takes by default
             yield step_point(args, hu16, flags, precisions[-1], [way], what="sweep", repeats=3)
     elif what == "scale":
         for count in (10**3, 10**4, 10**5) if args.quick else (10**3, 10**4, 10**5, 10**6):
@@ -592,8 +605,10 @@ def advice(rows, images):
     fits = [r for r in rows if r["what"] == "sweep" and "error" not in r]
     for arch in dict.fromkeys(r["flags"]["arch"] for r in fits):
         best = max((r for r in fits if r["flags"]["arch"] == arch), key=lambda r: r["of"])
-        words = [f"--{word}" for word in best["way"].split()]
-        flags = " ".join(["--arch", arch, "--micro-batch", str(best["flags"]["batch-size"]), *words])
+        micro = int(best["flags"]["batch-size"])
+        words = [f"--koleo-group {math.gcd(16, micro)}"] * (micro % 16 > 0)  # as it was measured
+        words += [f"--{word}" for word in best["way"].split()]
+        flags = " ".join([f"--arch {arch} --micro-batch {micro}", *words])
         yield f"{flags}: {best['value']:.3g} images/s, {images:.3g} images in {images / best['value'] / 86400:.3g} days"
 
 
@@ -621,15 +636,19 @@ def table(report, markdown):
 
 
 def build_parser():
-    p = Parser(description=__doc__.splitlines()[0])
+    p = Parser(__doc__)
     p.add_argument("what", choices=[*WHATS, "all", "show"], help="show: print tools/bench_results/*.json")
     p.add_argument("--quick", action="store_true", help="toy sizes; under 10 minutes for all of it on 2 CPU cores")
     p.add_argument("--json", type=Path, help="also write every number here")
     p.add_argument("--markdown", action="store_true", help="print the table as the README wants it")
     p.add_argument("--device", default="auto", help="auto (CUDA/ROCm if there, else CPU), cpu, cuda")
-    p.add_argument("--arch", nargs="+", help="of step and sweep; default: ViT-S, on a GPU also B and L")
+    p.add_argument(
+        "--arch", nargs="+", choices=list(ARCHS), help="of step and sweep; default: ViT-S, on a GPU also B and L"
+    )
     p.add_argument("--batch-size", type=positive, nargs="+", help="of step, and the most of sweep; default: 4, GPU 64")
-    p.add_argument("--precision", nargs="+", help="of step; default: fp32 and bf16, on a GPU bf16")
+    p.add_argument(
+        "--precision", nargs="+", choices=["fp32", "bf16"], help="of step; default: fp32 and bf16, on a GPU bf16"
+    )
     p.add_argument("--flags", default="", help="further flags of train_ssl.py, in one string")
     p.add_argument("--repeats", type=positive, help="turns; default: 5, with --quick 3")
     p.add_argument("--images", type=float, default=1e8, help="sweep prints the days that so many images take")
@@ -639,6 +658,8 @@ def build_parser():
 
 def main(argv=None):
     args = build_parser().parse_args(argv)
+    if args.json and not args.json.parent.is_dir():  # now, not after an hour
+        raise FileNotFoundError(f"--json {args.json}: {args.json.parent} is not a folder")
     if args.point:
         print(json.dumps(measure(json.loads(args.point))))
         return 0

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from checkpoint import atomic_write
+from checkpoint import write_text
 from tools.cli import Parser, positive, run
 from tools.make_splits import join, open_data
 
@@ -156,7 +156,7 @@ def read_splits(path):
 
 
 def build_parser():
-    p = Parser(description=__doc__.split("\n\n")[0])
+    p = Parser(__doc__)
     p.add_argument("--data", type=Path, required=True, help="processed CT folder, or folder tree of photographs")
     p.add_argument("--distance", type=int, default=3, help="largest number of differing hash bits, 0 to 8")
     p.add_argument("--workers", type=positive, default=os.cpu_count(), help="reading processes")
@@ -210,7 +210,7 @@ def main(argv=None):
     }
     path = args.data / "_splits" / "duplicates.json"
     path.parent.mkdir(exist_ok=True)
-    atomic_write(path, lambda f: f.write(json.dumps(payload, indent=1).encode() + b"\n"))
+    write_text(path, json.dumps(payload, indent=1) + "\n")
     print("wrote", path, *(f"{key}={n}" for key, n in counts.items()))
     for members in sets[:10]:
         print("same pictures in", *members[:6], *["..."][: len(members) > 6])
@@ -219,7 +219,8 @@ def main(argv=None):
     if split_of and (unknown := set(names.tolist()) - set(split_of)):
         print(f"note: {splits} does not know {len(unknown)} groups, e.g. {min(unknown)}; make it anew")
     if crossing:
-        print(f"make the split anew: tools/make_splits.py --duplicates {path} --force")
+        again = f"python tools/make_splits.py --data {args.data} --duplicates {path} --force"
+        print(f"make the split anew, with the --ratios and --labels of before: {again}")
     return 1 if crossing else 0
 
 

@@ -36,17 +36,13 @@ BACKENDS = {
 }
 # largest error relative to the largest value: a few units of the type's own rounding, summed over 512 keys
 DTYPES = {"fp32": (torch.float32, 1e-3), "bf16": (torch.bfloat16, 4e-2), "fp16": (torch.float16, 5e-3)}
-CHECKS = [f"sdpa {backend} {dtype}" for backend in BACKENDS for dtype in DTYPES] + [
-    "gemm fp32",
-    "gemm bf16",
-    "copy",
-    "compile",
-]
+CHECKS = [f"sdpa {backend} {dtype}" for backend in BACKENDS for dtype in DTYPES]
+CHECKS += ["gemm fp32", "gemm bf16", "copy", "compile"]
 PATIENCE_S = 120  # a kernel that has not answered by then hangs
 
 
 def build_parser():
-    parser = Parser(description=__doc__.splitlines()[0])
+    parser = Parser(__doc__)
     parser.add_argument("--device", default="auto", help="auto (CUDA/ROCm if there, else CPU), cpu, cuda, cuda:1")
     parser.add_argument("--json", metavar="PATH", help="also write everything here")
     parser.add_argument(
@@ -86,12 +82,9 @@ def check_sdpa(device, backend, dtype):
     if device.type == "cpu" and backend in ("mem-efficient", "cudnn"):
         return {"works": False, "reason": "this torch has no such kernel for CPUs"}
     generator = torch.Generator().manual_seed(0)
-    inputs = [
-        torch.randn(2, 6, 512, 64, generator=generator).to(kind) for _ in range(4)
-    ]  # batch, heads, tokens, head dim
-    exact = attend(
-        SDPBackend.MATH, [x.double() for x in inputs]
-    )  # on the CPU: the device's own float64 is not the judge
+    shape = 2, 6, 512, 64  # batch, heads, tokens, head dim
+    inputs = [torch.randn(shape, generator=generator).to(kind) for _ in range(4)]
+    exact = attend(SDPBackend.MATH, [x.double() for x in inputs])  # on the CPU: the device is no judge of itself
     inputs = [x.to(device) for x in inputs]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -233,7 +226,7 @@ def advice(facts, results):
     fast = [r for n, r in results.items() if n in ("sdpa mem-efficient bf16", "sdpa flash bf16") and r["works"]]
     if rocm and not fast and os.environ.get("TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL") != "1":
         lines.append("only math attention works: export TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL=1 and run this again")
-    if bf16 < fp32:
+    if 0 < bf16 < fp32:
         lines.append(
             f"bf16 is slower than fp32 here ({bf16:.2f} against {fp32:.2f} TFLOP/s): train with --precision fp32"
         )
@@ -248,6 +241,9 @@ def verdict(results):
         attention = [b for b in BACKENDS if results[f"sdpa {b} {dtype}"]["works"]]
         if attention and results[f"gemm {dtype}"]["works"]:
             return None
+    broken = [name for name in ("gemm bf16", "gemm fp32") if not results[name]["works"]]
+    if broken:
+        return f"{' and '.join(broken)} failed: {results[broken[-1]].get('reason', 'see the table')}"
     return f"no attention kernel works: {results['sdpa math fp32'].get('reason', 'see the table')}"
 
 
@@ -283,14 +279,7 @@ def main(argv=None):
         print(f"advice: {line}")
     reason = verdict(results)
     if args.json:
-        report = {
-            "version": 1,
-            "ok": reason is None,
-            "reason": reason,
-            "facts": facts,
-            "checks": results,
-            "advice": lines,
-        }
+        report = dict(version=1, ok=reason is None, reason=reason, facts=facts, checks=results, advice=lines)
         write_text(args.json, json.dumps(report, indent=1))
     print("ok=true" if reason is None else f"ok=false reason={reason}")
     return 0 if reason is None else 1

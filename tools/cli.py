@@ -1,6 +1,6 @@
 """What every program shares at its border: a parser and an exit that speak in one line.
 
-    parser = Parser(description=__doc__)
+    parser = Parser(__doc__)
     if __name__ == "__main__":
         run(main)
 
@@ -17,11 +17,22 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse with defaults in --help, no abbreviated flags, and errors of one line (exit code 2)."""
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows a default where there is one to show."""
 
-    def __init__(self, **kwargs):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+    def _get_help_string(self, action):
+        silent = action.required or action.default is None or action.default is False
+        return action.help if silent else super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with defaults in --help, no abbreviated flags, and errors of one line (exit code 2).
+
+    description: the module's docstring, of which --help shows the first paragraph.
+    """
+
+    def __init__(self, description):
+        super().__init__(description=description.split("\n\n")[0], allow_abbrev=False, formatter_class=Help)
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message}\n")
@@ -32,6 +43,14 @@ def positive(text):
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def natural(text):
+    """argparse type: an integer of at least 0."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must be at least 0, got {value}")
     return value
 
 
@@ -48,8 +67,12 @@ def pick_device(name):
         device = torch.device(name)
     except RuntimeError:
         raise ValueError(f"--device {name}: not a device; use auto, cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device {name}: not supported; use auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {name}: this torch ({torch.__version__}) sees no such card; use --device cpu")
+    if device.type == "cuda" and (device.index or 0) >= (cards := torch.cuda.device_count()):
+        raise ValueError(f"--device {name}: there are {cards} cards, counted from 0")
     if device.type == "cpu":
         keep_freed_memory()
     return device
@@ -61,6 +84,12 @@ def keep_freed_memory():
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: blocks below 1 GiB come from the heap
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: which keeps them
+
+
+def is_ours(error):
+    """Whether a line of ours raised it: then it carries a remedy."""
+    path = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    return path.is_relative_to(ROOT) and "site-packages" not in path.parts  # a .venv may lie inside the repository
 
 
 def run(main):
@@ -75,8 +104,7 @@ def run(main):
         print("interrupted", file=sys.stderr)
         code = 130
     except (ValueError, OSError) as error:
-        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-        if isinstance(error, ValueError) and not raised_in.is_relative_to(ROOT):
+        if isinstance(error, ValueError) and not is_ours(error):
             raise
         print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
         code = 2

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from checkpoint import atomic_write, write_text
-from tools.cli import ROOT, Parser, run
+from tools.cli import ROOT, Parser, pick_device, run
 
 PHANTOM = "--patients 60 --slices 32 --size 256"  # 2,112 slices, 0.3 GB as DICOM and as much again in HU
 # Phantom patients cost nothing and the test needs many: 27 of them leave 47 rated by 3 readers or more.
@@ -151,7 +151,7 @@ def call_and_kill(command, run_dir, at_step):
     if not (run_dir / "last.pth").exists():
         sys.stderr.write(b"".join(kept).decode(errors="replace"))
         raise ValueError(f"the killed run left no checkpoint in {run_dir} (exit code {code}); see above")
-    print(f"it ended with exit code {code} and left {(run_dir / 'last.pth')}; the same command goes on:", flush=True)
+    print(f"it ended with exit code {code} and left {run_dir / 'last.pth'}; the same command goes on:", flush=True)
 
 
 def perform(stage, out, steps):
@@ -221,12 +221,6 @@ def aucs(judged):
     return [(name, judged["predictors"][name]["auc"]) for name in ROWS if name in judged["predictors"]]
 
 
-def interval(item):
-    if item["low"] is None:
-        return f"{item['value']:.3f} (too few patients for an interval)"
-    return f"{item['value']:.3f} ({item['low']:.3f} to {item['high']:.3f})"
-
-
 def compared(judged, name):
     """How the probe stands to a baseline, in words; to beat one that fails is no merit."""
     d = judged["differences"].get(f"probe - {name}")
@@ -241,19 +235,19 @@ def compared(judged, name):
 
 def summary(found):
     """The honest end as (what, text)."""
+    from tools.metrics import in_words  # slow to import
+
     first, last = found.losses[0], found.losses[-1]
     said = "; ".join(f["text"] for f in found.status["findings"])
     yield "data", HONEST
-    yield (
-        "pretraining",
-        f"{last['step']} updates; killed, and resumed at {' and '.join(map(str, found.resumed_at)) or 'no step'}",
-    )
+    resumed = " and ".join(map(str, found.resumed_at)) or "no step"
+    yield "pretraining", f"{last['step']} updates; killed, and resumed at {resumed}"
     yield "cls loss", f"{first['dino']:.2f} -> {last['dino']:.2f}; a net that knows nothing has {found.chance:.2f}"
     yield "patch loss", f"{first['ibot']:.2f} -> {last['ibot']:.2f}"
     yield "collapse", f"monitor says {found.status['verdict']}" + (f": {said}" if said else "")
     yield "AUC", f"{found.judged['samples']} nodules of {found.judged['patients']} patients never seen, 95% intervals"
     for name, item in aucs(found.judged):
-        yield ROWS[name], interval(item) + compared(found.judged, name)
+        yield ROWS[name], in_words(item) + compared(found.judged, name)
     for sentence in found.heat[:2]:
         yield "heatmaps", re.split(r": (?=share|auroc)", sentence)[0]
 
@@ -411,7 +405,7 @@ def report_all(out, stages, notes):
 
 
 def build_parser():
-    parser = Parser(description=__doc__.split("\n\n")[0])
+    parser = Parser(__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for everything")
     parser.add_argument("--device", default="auto", help="auto (CUDA/ROCm if there, else CPU), cpu, cuda")
     parser.add_argument("--minutes", type=float, help=f"of pretraining; default: {MINUTES['cpu']:g}, on a GPU "
@@ -419,17 +413,6 @@ def build_parser():
     parser.add_argument("--keep", action="store_true", help="go on where an earlier demo stopped; default: start anew")
     parser.add_argument("--stage", nargs="+", choices=NAMES, help="only these, on what is there", metavar="NAME")
     return parser
-
-
-def choose_device(name):
-    """-> (cpu or cuda, the machine in words)."""
-    import torch  # slow to import
-
-    there = torch.cuda.is_available()
-    device = ("cuda" if there else "cpu") if name == "auto" else name
-    if device not in MINUTES or device == "cuda" and not there:
-        raise ValueError(f"--device {name}: this torch ({torch.__version__}) has cpu{' and cuda' * there}")
-    return device, torch.cuda.get_device_name() if device == "cuda" else f"{os.cpu_count()} CPU cores"
 
 
 def prepare(out, fresh):
@@ -449,7 +432,12 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.minutes is not None and not args.minutes > 0:
         parser.error(f"--minutes {args.minutes:g} must be positive")
-    out, (device, machine) = args.out.resolve(), choose_device(args.device)
+    out, card = args.out.resolve(), pick_device(args.device)
+    device, machine = card.type, f"{os.cpu_count()} CPU cores"
+    if device == "cuda":
+        import torch  # slow to import
+
+        machine = torch.cuda.get_device_name(card)
     notes = prepare(out, fresh=not (args.keep or args.stage))
     notes |= {"machine": machine, "minutes": args.minutes or notes.get("minutes", MINUTES[device])}
     shown = os.path.relpath(out, ROOT) if out.is_relative_to(ROOT) else shlex.quote(str(out))

@@ -287,7 +287,7 @@ def check_space(todo, folder, free_gb):
 
 
 def build_parser():
-    p = Parser(description=__doc__.split("\n\n")[0])
+    p = Parser(__doc__)
     p.add_argument("--collection", required=True, help="name as TCIA writes it, such as LIDC-IDRI")
     p.add_argument("--out", type=Path, required=True, help="folder for collections, such as data/raw")
     p.add_argument("--base-url", default=BASE_URL, help="NBIA REST service")

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import MEAN, STD, Recipe, eval_view, look_windows, make_loader, open_source, render, select
+from data import Recipe, denormalise, eval_view, look_windows, make_loader, open_source, render, select
 from tools import sheet
 from tools.cli import Parser, positive, run
 
@@ -80,12 +80,6 @@ def read_update(source, config, step, count):
     return batches
 
 
-def shown(crops):
-    """Normalised crops [n, 3, h, w] -> values in 0..1."""
-    mean, std = (torch.tensor(t)[:, None, None] for t in (MEAN, STD))
-    return crops * std + mean
-
-
 def zoom_of(size):
     return max(1, round(SIDE / size))
 
@@ -140,13 +134,13 @@ def draw_image(source, batch, j, patch_size, with_gram):
     masks = batch.masks.unflatten(0, (2, -1))[:, j]  # [2, N]
     zoom, side = zoom_of(batch.plan.recipe.global_size), math.isqrt(masks.shape[1])
     tiles = [slice_tile(source, batch, j)]
-    for v, (crop, mask) in enumerate(zip(shown(crops.globals), masks)):
+    for v, (crop, mask) in enumerate(zip(denormalise(crops.globals), masks)):
         tile = sheet.hatch(sheet.picture(crop, zoom), mask.view(side, side), patch_size * zoom)
         lines = describe(source, batch, v, j)
         lines[1] += f"{', ' * bool(lines[1])}{int(mask.sum())} of {len(mask)} patches masked"
         tiles.append(sheet.titled(tile, lines, colour_of(v)))
-    tiles.append(draw_locals(source, batch, j, shown(crops.locals)))
-    for v, crop in enumerate(shown(crops.gram) if with_gram and crops.gram is not None else ()):
+    tiles.append(draw_locals(source, batch, j, denormalise(crops.locals)))
+    for v, crop in enumerate(denormalise(crops.gram) if with_gram and crops.gram is not None else ()):
         tile = sheet.picture(crop, zoom_of(crop.shape[1]))
         tiles.append(sheet.titled(tile, [f"Gram teacher's global {v + 1}", "not blurred"], colour_of(v)))
     return sheet.row(tiles)
@@ -175,7 +169,7 @@ def name_of(source, batch, j):
 
 
 def build_parser():
-    parser = Parser(description=__doc__)
+    parser = Parser(__doc__)
     parser.add_argument("--run", required=True, type=Path, help="folder of the run")
     parser.add_argument("--step", required=True, type=positive, help="the update that made this step, 1 or more")
     parser.add_argument("--images", type=positive, default=8, help="images to draw, the first of the batch; at most 64")

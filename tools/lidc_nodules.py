@@ -381,7 +381,7 @@ def binary(rows, readers, rule, indeterminate):
     for row in rows:
         label = verdict(row, readers, rule)
         label = 0 if label is None and indeterminate == "benign" else label
-        out += [row | {"label": label}] if label in (0, 1) and label is not None else []
+        out += [row | {"label": label}] if label in (0, 1) else []
     return out
 
 
@@ -440,7 +440,7 @@ def number_nodules(described):
 
 
 def build_parser():
-    parser = Parser(description=__doc__.split("\n")[0])
+    parser = Parser(__doc__)
     parser.add_argument("--raw", required=True, type=Path, help="folder with LIDC's XML and DICOM files, any nesting")
     parser.add_argument("--data", required=True, type=Path, help="processed root, for the same files")
     parser.add_argument("--readers", type=positive, default=3, help="fewest malignancy ratings for a binary label")

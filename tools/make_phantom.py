@@ -895,7 +895,7 @@ def prepare(out, force):
 
 
 def build_parser():
-    parser = Parser(description=__doc__.split("\n")[0])
+    parser = Parser(__doc__)
     parser.add_argument("--out", type=Path, default=Path("data/raw"), help="folder to write to; must be new or empty")
     parser.add_argument("--patients", type=positive, default=40, help="number of patients")
     parser.add_argument("--slices", type=positive, default=32, help="slices per series, at least 8")

@@ -6,7 +6,6 @@ photographs (group = the group column of DATA/labels.csv, else the file itself).
     python tools/make_splits.py --data data/processed --duplicates data/processed/_splits/duplicates.json
 """
 
-import csv
 import hashlib
 import json
 import sys
@@ -18,8 +17,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from checkpoint import atomic_write
-from data import file_sha256, open_source
+from checkpoint import write_text
+from data import file_sha256, open_source, read_csv
 from tools.cli import Parser, run
 
 VERSION = 1
@@ -39,11 +38,8 @@ def open_data(root):
 
 def read_table(table, known):
     """[(path, label, group or "")] of a table that begins `path,label[,group]` or as a nodule table."""
-    try:
-        with open(table, newline="", encoding="utf-8-sig") as f:
-            header, *lines = [line for line in csv.reader(f) if line] or [[]]
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(f"{table}: not a UTF-8 CSV file ({error}); write it anew") from None
+    header, *pieces = read_csv(table)
+    lines = [line for piece in pieces for line in piece if line]
     if header[:2] != ["path", "label"] and header[:7] != NODULE_HEADER:
         raise ValueError(f"{table}: begins {header}, not path,label[,group] nor {','.join(NODULE_HEADER)}")
     rows = [dict(zip(header, line)) for line in lines]
@@ -194,14 +190,14 @@ def show(counts):
 
 def write(path, payload, force):
     """Write once: the same content again is fine, another content needs --force."""
-    content = json.dumps(payload, indent=1).encode() + b"\n"
-    if path.exists() and path.read_bytes() == content:
+    content = json.dumps(payload, indent=1) + "\n"
+    if path.exists() and path.read_bytes() == content.encode():
         print("unchanged", path)
         return
     if path.exists() and not force:
         raise ValueError(f"{path} exists and differs; checkpoints may depend on it, --force replaces it")
     path.parent.mkdir(exist_ok=True)
-    atomic_write(path, lambda f: f.write(content))
+    write_text(path, content)
     print("wrote", path)
 
 
@@ -218,7 +214,7 @@ def read_duplicates(path, digest, names):
 
 
 def build_parser():
-    p = Parser(description=__doc__.split("\n\n")[0])
+    p = Parser(__doc__)
     p.add_argument("--data", type=Path, required=True, help="processed CT folder, or folder tree of photographs")
     shares = p.add_mutually_exclusive_group()
     shares.add_argument("--ratios", default=THREE_WAY, help="shares of the groups, together 1")

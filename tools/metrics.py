@@ -205,7 +205,7 @@ def interval(values, level=0.95):
 
 
 def p_value(differences):
-    """Two-sided: twice the smaller share of resampled differences on either side of 0, at least 1 / repeats."""
+    """Two-sided: twice the smaller share of resampled differences on either side of 0, at least 2 / (repeats + 1)."""
     differences = np.asarray(differences)[np.isfinite(differences)]
     if not len(differences):
         return float("nan")
@@ -279,9 +279,7 @@ CLAIMS = {  # pair whose AUCs are compared: what a proven gain means, a proven l
         "the backbone tells more than a ruler", "the ruler is better", "not shown to tell more than a ruler"
     ),
     ("size + features", "size"): ("features add to size", "features harm", "features are not shown to add to size"),
-    ("probe", "random weights"): (
-        "pretraining helps", "pretraining harms", "pretraining is not shown to help"
-    ),
+    ("probe", "random weights"): ("pretraining helps", "pretraining harms", "pretraining is not shown to help"),
     ("probe", "raw pixels"): ("more than pixels", "less than pixels", "not shown to tell more than pixels"),
 }  # fmt: skip
 
@@ -332,7 +330,7 @@ def judge_by_size(labels, groups, predictions, folds, sizes, repeats):
 
 def in_words(item):
     """0.870 (0.801 to 0.925)"""
-    if not np.isfinite(item["low"]):
+    if item["low"] is None or not np.isfinite(item["low"]):  # None: NaN that went through JSON
         return f"{item['value']:.3f} (too few patients for an interval)"
     return f"{item['value']:.3f} ({item['low']:.3f} to {item['high']:.3f})"
 

@@ -41,7 +41,6 @@ SAMPLES = 8  # per patch and axis: masks are measured on this grid, 0.4 mm at 96
 DEALS = 10  # other nodules that each map is dealt to, for chance
 RANDOM_DRAWS = 3  # nets with random weights; their numbers are averaged nodule by nodule
 TILE = 200  # pixels of a picture on the sheet
-HOT = np.array([[0, 0, 0], [60, 15, 110], [190, 40, 90], [250, 140, 30], [255, 250, 170]], float)  # dark to bright
 NODULE, RING = "#50f0ff", "#6a8a9a"
 
 
@@ -68,7 +67,7 @@ def read_nodules(path, groups):
     header, *pieces = read_csv(path)
     if missing := [key for key in NEEDED if key not in header]:
         raise ValueError(f"{path} has no column {', '.join(missing)}; make it with tools/lidc_nodules.py")
-    rows = [dict(zip(header, row)) for rows in pieces for row in rows]
+    rows = [dict(zip(header, row)) for rows in pieces for row in rows if row]
     kept = [row for row in rows if row["group"] in groups]
     if not kept:
         raise ValueError(f"{path}: none of its {len(rows)} nodules is in the chosen split; see --split")
@@ -334,20 +333,12 @@ def paint(image, samples, colour):
     return Image.fromarray(pixels)
 
 
-def heated(grey, heat, top):
-    """The crop in dim grey under the map [P, P] in colours, `top` the brightest, patches as they are."""
-    level = np.clip(heat / top, 0, 1) * (len(HOT) - 1)
-    colours = np.stack([np.interp(level, range(len(HOT)), channel) for channel in HOT.T])  # [3, P, P]
-    layer = np.array(sheet.picture(colours / 255).resize(grey.size, resample=0), float)
-    return Image.fromarray(np.clip(0.45 * np.array(grey, float) + 0.75 * layer, 0, 255).astype(np.uint8))
-
-
 def heat_tile(grey, heat, target, title, mm):
     """One map over the crop with the nodule's outline and a box around the strongest patch."""
     side, at = grey.width / len(heat), np.array(np.unravel_index(heat.argmax(), heat.shape))
     right = target.inside[tuple(at)]
     top = max(heat.max(), 4 * heat.mean())  # even attention stays dark
-    picture = paint(heated(grey, heat, top), target.mask, NODULE)
+    picture = paint(sheet.over(grey, sheet.heat(heat, 0, top)), target.mask, NODULE)
     corners = [*(at * side), *((at + 1) * side)]
     picture = sheet.outline(picture, [(corners, sheet.GOOD if right else sheet.BAD, "", 1)])
     return sheet.titled(sheet.scale_bar(picture, mm), title)
@@ -452,7 +443,7 @@ def random_nets(vit, seed):
 
 
 def build_parser():
-    parser = Parser(description=__doc__.split("\n")[0])
+    parser = Parser(__doc__)
     parser.add_argument("--ckpt", required=True, type=Path, help="weights: a checkpoint, a release, any DINOv3 ViT")
     parser.add_argument("--data", type=Path, default=Path("data/processed"), help="processed CT folder")
     parser.add_argument("--labels", type=Path, help="table of nodules; default: DATA/_labels/nodules.csv")

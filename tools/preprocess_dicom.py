@@ -430,7 +430,7 @@ def dataset_name(text):
 
 
 def build_parser():
-    parser = Parser(description=__doc__)
+    parser = Parser(__doc__)
     parser.add_argument("--raw", required=True, type=Path, help="folder of DICOM files, any nesting")
     parser.add_argument("--out", required=True, type=Path, help="processed root; may hold other datasets")
     parser.add_argument("--dataset", required=True, type=dataset_name, help="its name; groups are dataset/patient")
@@ -462,23 +462,16 @@ def main(argv=None):
         raise FileNotFoundError(f"--raw {args.raw} holds no file")
 
     scans = scan_tree([path for path, _ in files], args.workers)
-    members, jobs = plan_jobs(
-        scans,
-        key_file,
-        args.keep_ids,
-        root=str(root),
-        dataset=args.dataset,
-        encoding=encoding,
-        min_slices=args.min_slices,
-        allow_gaps=args.allow_gaps,
-    )
+    options = dict(min_slices=args.min_slices, allow_gaps=args.allow_gaps)
+    common = dict(root=str(root), dataset=args.dataset, encoding=encoding, **options)
+    members, jobs = plan_jobs(scans, key_file, args.keep_ids, **common)
     check_target(root, args.dataset, encoding, jobs)
     outcome = process_all(jobs, args.workers)
     rejects = list_rejects(scans, members, outcome)
     kept = sorted(series for series, (reason, *_) in outcome.items() if not reason)
     origin = {
         "encoding": encoding,
-        "options": {"min_slices": args.min_slices, "allow_gaps": args.allow_gaps, "keep_ids": args.keep_ids},
+        "options": options | {"keep_ids": args.keep_ids},
         "tool": {"preprocess_dicom": VERSION}
         | {module.__name__.lower(): module.__version__ for module in (np, PIL, pydicom)},
         "raw": {"files": len(files), "bytes": sum(size for _, size in files)},

@@ -28,6 +28,7 @@ from checkpoint import atomic_write, write_text
 from data import MEAN, STD, file_sha256, open_source
 from model import load_backbone, read_weights, state_to_hf
 from tools.cli import ROOT, Parser, run
+from tools.metrics import in_words
 from tools.write_manifest import created_utc
 
 TOLERANCE = 1e-5  # of reloaded outputs, absolute; they are layer-normalised, so of order 1
@@ -56,7 +57,7 @@ def to_image(hu):  # int16 HU [3, H, W] -> uint8 [H, W, 3]
     return (255 * np.clip((hu - ({low:g})) / {width}, 0, 1) + 0.5).astype(np.uint8).transpose(1, 2, 0)
 ```
 
-In training the windows varied between lung (-600/1500), soft tissue (40/400) and bone (300/1500; level/width).""",
+{training}""",
     "rgb-v1": """The three channels are neighbouring slices of one volume, each through its own window (level/width in
 HU): red = slice z-1, lung, -600/1500; green = slice z, soft tissue, 40/400; blue = slice z+1, bone, 300/1500. A code
 is `floor(255 * clip((HU - (L - W/2)) / W, 0, 1) + 0.5)`:
@@ -67,6 +68,12 @@ def to_image(hu):  # HU [3, H, W] -> uint8 [H, W, 3]
     return (255 * np.clip((hu - (level - width / 2)) / width, 0, 1) + 0.5).astype(np.uint8).transpose(1, 2, 0)
 ```""",
     "photo": "Images are ordinary RGB pictures; the processor does the rest.",
+}
+WINDOWS = {  # of the views, by recipe
+    "ct": "In training the window of each view varied around this one: its level by 10% of the width, its width by a "
+    "factor of e^-0.2 to e^0.2.",
+    "ct_any_window": "In training the windows varied between lung (-600/1500), soft tissue (40/400) and bone "
+    "(300/1500; level/width).",
 }
 CARD = """---
 license: {license}
@@ -132,9 +139,8 @@ Research: frozen features, or a start for fine-tuning, on images like those abov
 
 Not a medical device: not for diagnosis, triage or any decision about a patient. The features carry whatever
 told the training images apart, scanner, dose and reconstruction included; nothing here shows that they hold on other
-scanners, regions, ages or diseases. Numbers above come from the data named above and no other. A score on
-nodules means little unless it beats the nodule's size, so that baseline stands beside it. The ids of the
-training patients are not in this folder: to keep a test honest, use the split whose sha256 is given above.
+scanners, regions, ages or diseases. Numbers above come from the data named above and no other. {ruler}The ids of
+the training groups are not in this folder: to keep a test honest, use the split whose sha256 is given above.
 
 ## Licence
 
@@ -235,6 +241,7 @@ def licence_of(facts, path):
 def write_card(facts, config, name, texts):
     """The model card out of facts, architecture and the texts that main() put together."""
     photos, size = facts["encoding"] == "photo", facts["eval_view"]["size"]
+    aug = "ct" if facts["args"]["aug"] == "auto" else facts["args"]["aug"]
     level, width = facts["eval_view"]["window"] or (0, 1)
     unsplit = "The run was made without a split: it saw all of the data, so no number on it is a held-out one."
     split = "Trained on the split `train` alone; the other splits hold patients it has never seen."
@@ -247,9 +254,11 @@ def write_card(facts, config, name, texts):
         prefix=1 + config["num_register_tokens"], patches=(size // config["patch_size"]) ** 2, size=size,
         what="photographs" if photos else "CT slices with their two neighbours",
         images=facts["images"], step=facts["step"],
-        inputs=INPUTS[facts["encoding"]].format(low=level - width / 2, width=width),
+        inputs=INPUTS[facts["encoding"]].format(low=level - width / 2, width=width, training=WINDOWS.get(aug, "")),
         index_sha256=facts["index_sha256"], split_sha256=facts["split_sha256"] or "no split",
         split=unsplit if facts["split_sha256"] is None else split,
+        ruler="" if photos else "A score on nodules means little unless it beats the nodule's size, so that baseline "
+        "stands beside it. ",
         start=start, recipe=table(["flag", "value"], public_flags(facts["args"]).items()),
         **texts,
     )  # fmt: skip
@@ -307,13 +316,6 @@ def fill(folder, ckpt, facts, name, texts):
     write_sums(folder)
 
 
-def in_words(item):
-    """{value, low, high} -> 0.870 (0.801 to 0.925)"""
-    if item["low"] is None:
-        return f"{item['value']:.3f} (no interval)"
-    return f"{item['value']:.3f} ({item['low']:.3f} to {item['high']:.3f})"
-
-
 def protocol_numbers(judged):
     """One protocol of results.json as Markdown: numbers, names of predictors, sentences; no list of patients."""
     found = [name for name in METRICS if name in judged["predictors"]["probe"]]
@@ -341,10 +343,10 @@ def probe_numbers(path, ckpt):
     if digest != file_sha256(ckpt):
         raise ValueError(f"--probe {path} is about other weights than --ckpt {ckpt}: run train_probe.py on these")
     head = (
-        "A frozen probe on labels (sha256 `{}`), each number with its 95% interval from resampling patients, beside "
-        "what needs no pretraining: nodule size, raw pixels, random weights."
+        f"A frozen probe on labels (sha256 `{labels}`), each number with its 95% interval from resampling groups "
+        "(patients), beside what needs no pretraining: random weights, raw pixels, and of nodules their size."
     )
-    return "\n\n".join([head.format(labels), *parts])
+    return "\n\n".join([head, *parts])
 
 
 def push(folder, repo):
@@ -352,18 +354,22 @@ def push(folder, repo):
     from huggingface_hub import HfApi
 
     HfApi().create_repo(repo, private=True, exist_ok=True)
+    if not HfApi().repo_info(repo).private:
+        raise ValueError(f"--push {repo} is public already: name a new repository, or upload {folder} by hand")
     HfApi().upload_folder(folder_path=str(folder), repo_id=repo, commit_message=f"Release of {folder.name}")
-    print(f"uploaded to {repo} (a new repository is private until you open it)")
+    print(f"uploaded to {repo}, which is private until you open it")
 
 
 def build_parser():
-    parser = Parser(description=__doc__.split("\n")[0])
+    parser = Parser(__doc__)
     parser.add_argument("--ckpt", required=True, type=Path, help="of train_ssl.py; its EMA teacher goes out")
     parser.add_argument("--out", required=True, type=Path, help="folder to make; its name titles the card")
     parser.add_argument("--probe", type=Path, help="results.json of train_probe.py about this checkpoint")
     parser.add_argument("--data", type=Path, help="what it was trained on: adds counts of series and slices")
     parser.add_argument("--license", type=Path, help="text for the weights; default: LICENSE of this repository")
-    parser.add_argument("--push", metavar="REPO", help="also upload as OWNER/NAME, private; needs huggingface_hub")
+    parser.add_argument(
+        "--push", metavar="REPO", help="also upload to OWNER/NAME, new or private; needs huggingface_hub"
+    )
     return parser
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import MEAN, STD
+from data import denormalise
 
 
 def lock(out, patience_s=60):
@@ -35,17 +35,24 @@ def lock(out, patience_s=60):
 
 
 def git_commit():
-    here = Path(__file__).parent
-    ask = [
-        subprocess.run(["git", *q], cwd=here, capture_output=True, text=True)
-        for q in (["rev-parse", "HEAD"], ["status", "--porcelain"])
-    ]
-    return ask[0].stdout.strip() + ("+dirty" if ask[1].stdout.strip() else "") if ask[0].returncode == 0 else None
+    """HEAD, with +dirty where files differ from it; None without git, or outside a repository."""
+
+    def ask(*words):
+        return subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True)
+
+    with contextlib.suppress(FileNotFoundError):
+        head = ask("rev-parse", "HEAD")
+        if head.returncode == 0:
+            return head.stdout.strip() + "+dirty" * bool(ask("status", "--porcelain").stdout.strip())
+    return None
 
 
 def append_line(path, line):
-    with open(path, "a") as f:  # one write of one line: readers never see half of it
-        f.write(json.dumps(line) + "\n")
+    """One write of one line, so that readers never see half of it; a line that a full disk cut is ended first."""
+    with open(path, "ab+") as f:
+        f.seek(max(f.seek(0, os.SEEK_END) - 1, 0))
+        cut = f.read(1) not in (b"", b"\n")
+        f.write(b"\n" * cut + json.dumps(line).encode() + b"\n")
 
 
 PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312, "L40S": 362, "RTX 4090": 165}  # dense bf16, from the data sheets
@@ -60,9 +67,8 @@ def device_peak(device):
 def forward_flops(vit, size):
     patches = (size // vit.patch_size) ** 2
     tokens, weights = patches + 1 + vit.registers, sum(p.numel() for p in vit.blocks.parameters() if p.ndim == 2)
-    return (
-        2 * tokens * weights + 4 * vit.depth * tokens**2 * vit.dim + 2 * patches * vit.patch_embed.proj.weight.numel()
-    )
+    attention, embedding = 2 * vit.depth * tokens**2 * vit.dim, patches * vit.patch_embed.proj.weight.numel()
+    return 2 * (tokens * weights + attention + embedding)
 
 
 def flops_per_image(student, recipe, args, with_gram):
@@ -71,12 +77,9 @@ def flops_per_image(student, recipe, args, with_gram):
     patches = (recipe.global_size // student.backbone.patch_size) ** 2
     masked = 2 * patches * args.mask_probability * sum(args.mask_ratio) / 2
     head = 2 * sum(p.numel() for p in student.dino_head.parameters())
-    total = (
-        3 * (2 * big + recipe.local_crops * small + head * (2 + recipe.local_crops + masked))
-        + 2 * big
-        + head * (2 + masked)
-    )
-    return total + (2 * forward_flops(student.backbone, recipe.gram_size) if with_gram else 0)
+    learned = 3 * (2 * big + recipe.local_crops * small + head * (2 + recipe.local_crops + masked))
+    targets = 2 * big + head * (2 + masked)
+    return learned + targets + (2 * forward_flops(student.backbone, recipe.gram_size) if with_gram else 0)
 
 
 def warnings_in_words(numbers, loss_before, rows, dim):
@@ -108,7 +111,7 @@ SHOWN = "loss excess dino ibot koleo gram teacher_entropy rankme lr images_s val
 
 
 class Log:
-    """metrics.jsonl, TensorBoard and one readable line; on rank 0 only."""
+    """metrics.jsonl, TensorBoard and one readable line; on rank 0 only. A full disk is said aloud and stops nothing."""
 
     def __init__(self, out, start, total, quiet):
         self.quiet, self.path = quiet, out / "metrics.jsonl"
@@ -119,29 +122,39 @@ class Log:
         self.tb = SummaryWriter(out / "tb", purge_step=start + 1)
         self.bar = tqdm(total=total, initial=start, unit="update", dynamic_ncols=True, smoothing=0.05)
 
+    @contextlib.contextmanager
+    def writing(self):
+        try:
+            yield
+        except OSError as error:
+            tqdm.write(f"{self.path.parent}: the log cannot be written, training goes on: {error}", file=sys.stderr)
+
     def event(self, step, text, **more):
         if not self.quiet:
-            append_line(self.path, {"step": step, "event": text, **more})
             tqdm.write(f"step {step}: {text}")
+            with self.writing():
+                append_line(self.path, {"step": step, "event": text, **more})
 
     def numbers(self, step, line):
         if self.quiet:
             return
         line = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in line.items()}
-        append_line(self.path, {"step": step, **line})
-        for key, value in line.items():
-            if isinstance(value, (int, float)):
-                self.tb.add_scalar(key, value, step)
+        with self.writing():
+            append_line(self.path, {"step": step, **line})
+            for key, value in line.items():
+                if isinstance(value, (int, float)):
+                    self.tb.add_scalar(key, value, step)
         shown = [f"{key} {line[key]:.4g}" for key in SHOWN if key in line]
         tqdm.write(f"step {step}: " + ", ".join(shown))
 
     def crops(self, step, crops):
         if not self.quiet:
             for name, views in (("globals", crops.globals[:8]), ("locals", crops.locals[:16])):
-                mean, std = (views.new_tensor(t)[:, None, None] for t in (MEAN, STD))
-                self.tb.add_images(f"crops/{name}", (views * std + mean).clamp(0, 1).float().cpu(), step)
+                with self.writing():
+                    self.tb.add_images(f"crops/{name}", denormalise(views).clamp(0, 1).float().cpu(), step)
 
     def close(self):
         if not self.quiet:
             self.bar.close()
-            self.tb.close()
+            with self.writing():
+                self.tb.close()

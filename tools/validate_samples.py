@@ -124,7 +124,7 @@ def histogram(codes, ct):
     return sheet.curves(lines, 0, 255, (0, 128, 255), (SIDE, SIDE))
 
 
-def in_words(name):
+def window_in_words(name):
     level, width = WINDOWS_HU[name]
     return f"{name} window L {level} W {width}"
 
@@ -133,10 +133,10 @@ def windows(image, rgb, source):
     """(title, picture) of the lung, soft and bone windows: of slice z where HU are known, else the three channels."""
     if source.encoding == "hu16-v1":
         shown = [window_codes(image[1], *WINDOWS_HU[name]) for name in RGB_WINDOWS]
-        titles = [f"{in_words(name)}, slice z" for name in RGB_WINDOWS]
+        titles = [f"{window_in_words(name)}, slice z" for name in RGB_WINDOWS]
     else:
         shown = rgb
-        titles = [f"{c}: {in_words(name)}, slice {z}" for c, name, z in zip("RGB", RGB_WINDOWS, SLICES)]
+        titles = [f"{c}: {window_in_words(name)}, slice {z}" for c, name, z in zip("RGB", RGB_WINDOWS, SLICES)]
     return [(title, sheet.picture(codes)) for title, codes in zip(titles, shown)]
 
 
@@ -205,7 +205,7 @@ def inspect_sample(source, i):
 
 
 def build_parser():
-    parser = Parser(description=__doc__)
+    parser = Parser(__doc__)
     parser.add_argument("--data", required=True, type=Path, help="processed CT folder, or folder tree of photographs")
     parser.add_argument("--n", type=positive, default=10, help="slices to look at, at most 100")
     parser.add_argument("--seed", type=int, default=0, help="another seed, other slices")
@@ -232,12 +232,8 @@ def main(argv=None):
     summary = f"{len(chosen) - failed} of {len(chosen)} pass"
     title = f"{args.data}: {summary} ({source.encoding}, split {args.split or 'all'}, seed {args.seed})"
     out = args.out or args.data / "_validation" / f"samples_{args.split or 'all'}_{args.seed}.png"
-    sheet.save(
-        out,
-        sheet.stack(
-            [sheet.heading(title, max(p.width for p in pictures), sheet.BAD if failed else sheet.GOOD, 20), *pictures]
-        ),
-    )
+    width, colour = max(p.width for p in pictures), sheet.BAD if failed else sheet.GOOD
+    sheet.save(out, sheet.stack([sheet.heading(title, width, colour, 20), *pictures]))
     print(f"{summary}; wrote {out}")
     return 1 if failed else 0
 

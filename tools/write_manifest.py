@@ -261,7 +261,7 @@ def recompute(root, dataset, workers, raw=None):
 
 
 def build_parser():
-    parser = Parser(description=__doc__)
+    parser = Parser(__doc__)
     parser.add_argument("--data", required=True, type=Path, help="processed root")
     parser.add_argument("--dataset", help="one dataset; without it all that have a manifest")
     parser.add_argument("--raw", type=Path, help="count its files and bytes again too")
