@@ -59,6 +59,11 @@ def window_codes(hu, level, width):
     return np.floor(255 * np.clip(x, 0, 1) + 0.5).astype(np.uint8)
 
 
+def find_table(root, path):
+    """A table that was named: as it stands, else inside the data folder."""
+    return path if path.exists() else Path(root) / path
+
+
 def file_sha256(path):
     """Hex digest of a file's bytes, read in 1 MiB pieces."""
     digest = hashlib.sha256()
@@ -162,12 +167,9 @@ def read_labels(path):
     if header not in (["path", "label"], ["path", "label", "group"]):
         raise ValueError(f"{path}: header {','.join(header)}; expected path,label[,group]")
     lines = [row for rows in pieces for row in rows if row]
-    found = {row[0]: dict(zip(header, row)) for row in lines}
     if short := [row for row in lines if len(row) != len(header)]:
         raise ValueError(f"{path}: {','.join(short[0])!r} has {len(short[0])} cells of {len(header)}; write it anew")
-    if len(found) < len(lines):
-        raise ValueError(f"{path}: {len(lines) - len(found)} paths stand there twice; keep one row for each")
-    return found
+    return {row[0]: dict(zip(header, row)) for row in lines}  # of a path that stands in two groups the last
 
 
 def index_photos(root):

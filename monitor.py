@@ -565,7 +565,7 @@ def measure(state, source, images, out, args):
     if len(numbers) == 1:
         return numbers, None, []
     usual = [path for name in ("labels.csv", "_labels/malignancy.csv") if (path := source.root / name).exists()]
-    for path in [args.labels] if args.labels else usual[:1]:
+    for path in [data.find_table(source.root, args.labels)] if args.labels else usual[:1]:
         numbers |= label_numbers(vit, source, path, view, len(fewer))
     path, old = out / "first.npz", {}
     if path.exists():

@@ -756,7 +756,7 @@ def main(argv=None):
 
     # ----------------------------------------------------------------- labels, splits, leaks
     source, facts = data.open_source(args.data), read_facts(args.ckpt)
-    path = args.labels if args.labels.exists() else args.data / args.labels
+    path = data.find_table(args.data, args.labels)
     table = read_table(path, source)
     print(f"{path}: {len(table.ids)} samples of {len(set(table.groups))} patients, by class {balance(table)}")
     splits = split_of(source, table, args.protocol)

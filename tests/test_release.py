@@ -6,7 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -303,6 +303,9 @@ def test_push_uploads_the_finished_folder_to_a_private_repository(ckpt, monkeypa
         def create_repo(self, repo, **kwargs):
             calls.append((repo, kwargs))
 
+        def repo_info(self, repo):
+            return SimpleNamespace(private=repo != "me/public")
+
         def upload_folder(self, folder_path, **kwargs):
             calls.append((sorted(path.name for path in release.Path(folder_path).iterdir()), kwargs))
 
@@ -312,6 +315,9 @@ def test_push_uploads_the_finished_folder_to_a_private_repository(ckpt, monkeypa
     export(ckpt, "--push", "me/model")
     assert calls[0] == ("me/model", {"private": True, "exist_ok": True})
     assert calls[1][0] == FILES and calls[1][1]["repo_id"] == "me/model"
+    with pytest.raises(ValueError, match="--push me/public is public already"):
+        export(ckpt, "--push", "me/public", name="another")
+    assert len(calls) == 3  # nothing uploaded
 
 
 # other people's code

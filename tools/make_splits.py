@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from checkpoint import write_text
-from data import file_sha256, open_source, read_csv
+from data import file_sha256, find_table, open_source, read_csv
 from tools.cli import Parser, run
 
 VERSION = 1
@@ -219,7 +219,9 @@ def build_parser():
     shares = p.add_mutually_exclusive_group()
     shares.add_argument("--ratios", default=THREE_WAY, help="shares of the groups, together 1")
     shares.add_argument("--four-way", action="store_true", help=f"the same as --ratios {FOUR_WAY}")
-    p.add_argument("--labels", type=Path, help="label table to stratify by (of photographs: DATA/labels.csv if there)")
+    p.add_argument(
+        "--labels", type=Path, help="label table to stratify by, also sought in --data; photographs: labels.csv there"
+    )
     p.add_argument("--duplicates", type=Path, help="file of tools/check_duplicates.py; its groups stay together")
     p.add_argument("--group-by", choices=("patient", "dataset"), default="patient", help="what never straddles")
     p.add_argument("--seed", type=int, default=0, help="another seed, another division")
@@ -240,7 +242,8 @@ def main(argv=None):
     column = source.rows.column("group").tolist()
     group_of = dict(zip((path.decode() for path in source.rows.column("path").tolist()), column))
     slices = Counter(column)
-    table = args.labels or (args.data / "labels.csv" if photos and (args.data / "labels.csv").exists() else None)
+    usual = args.data / "labels.csv"
+    table = find_table(args.data, args.labels) if args.labels else usual if photos and usual.exists() else None
     labels = read_table(table, group_of) if table else []
     together = defaultdict(set)  # groups that share a dataset (if asked), or a value in the table's group column
     for name in slices if args.group_by == "dataset" else ():

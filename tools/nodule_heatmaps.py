@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import WINDOWS_HU, cut, eval_view, file_sha256, open_source, read_csv, render_eval
+from data import WINDOWS_HU, cut, eval_view, file_sha256, find_table, open_source, read_csv, render_eval
 from model import build_vit, load_backbone, read_weights
 from tools import sheet
 from tools.cli import Parser, pick_device, positive, run
@@ -475,7 +475,7 @@ def main(argv=None):
     source = open_source(args.data, None if args.split == "all" else args.split)
     if source.encoding == "photo":
         raise ValueError(f"--data {args.data} holds photographs; nodules need a processed CT folder")
-    labels = args.labels or args.data / "_labels" / "nodules.csv"
+    labels = find_table(args.data, args.labels) if args.labels else args.data / "_labels" / "nodules.csv"
     rows = read_nodules(labels, set(source.groups))
     vit, view, trained = read_backbone(args.ckpt, source.encoding, {row["group"] for row in rows}, args.allow_seen)
     if args.size % vit.patch_size:

@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# Purpose: the long run on one AMD Strix Halo (gfx1151, unified memory): 15 days unattended. Usage: big_run.sh DATA [OUT]
+# Purpose: the long run on one AMD Strix Halo (gfx1151, unified memory): 15 days unattended. Usage: see below
 # Hardware: Strix Halo under ROCm; at the rates seen on such machines ViT-B or ViT-L fit 15 days, ViT-giant does not.
-# Before: python tools/check_platform.py, then a --time-limit 10 run to read images_s from the log and set --steps so
-# that steps * 128 / images_s stays below 15 days. Not measured yet.
+# Before: python tools/check_platform.py, python tools/bench.py sweep --arch vit_base vit_large --batch-size 128 (flags and
+# days), and big_run.sh DATA runs/trial --time-limit 10: with its images_s, STEPS * 128 / images_s must stay below 15 days.
+# Then ARCH=... STEPS=... big_run.sh DATA [OUT] [flags of train_ssl.py]. Not measured yet.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 export TORCH_BLAS_PREFER_HIPBLASLT=1                    # bf16 products several times faster than rocBLAS there
 export TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL=1        # memory-efficient attention; flash is unstable on gfx1151
-export PYTORCH_ALLOC_CONF=expandable_segments:True
 for attempt in $(seq 20); do  # a driver fault kills the process; the same command resumes
   code=0
   python train_ssl.py --data "${1:?processed folder}" --out "${2:-runs/big}" --arch "${ARCH:-vit_base}" \
     --steps "${STEPS:-200000}" --batch-size 128 --micro-batch 32 --drop-path 0.1 --save-every 200 --keep-every 10000 \
-    --eval-every 2000 || code=$?
+    --eval-every 2000 "${@:3}" || code=$?
   case $code in 0 | 2 | 3 | 130) exit $code ;; esac  # done, a user's mistake, diverged, Ctrl+C: again would not help
   echo "attempt $attempt stopped with code $code; resuming in 60 s" >&2
   sleep 60

@@ -4,11 +4,11 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 work=${1:-runs/smoke}
-[ -d "$work/raw" ] || python tools/make_phantom.py --out "$work/raw" --patients 24 --size 256 --workers 2
+[ -f "$work/raw/truth.csv" ] || python tools/make_phantom.py --out "$work/raw" --patients 24 --size 256 --workers 2 --force
 python tools/preprocess_dicom.py --raw "$work/raw" --out "$work/processed" --dataset phantom --format hu16 --workers 2 ||
   [ $? -eq 1 ]  # 1: some series rejected (here scout views), the others are usable
 python tools/make_splits.py --data "$work/processed"
 torchrun --nproc-per-node=1 train_ssl.py --data "$work/processed" --out "$work/run" --arch vit_test \
   --steps 300 --batch-size 64 --global-size 64 --local-size 32 --local-crops 4 --prototypes 256 --head-hidden 256 \
-  --head-bottleneck 64 --layerscale 1 --lr 1e-3 --layer-decay 1 --patch-lr 1 --ema 0.99 1 --teacher-temp 0.04 0.04 \
-  --rope-rescale 1 --log-every 20 --save-every 100 --eval-every 100
+  --head-bottleneck 64 --layerscale 1 --lr 1e-3 --layer-decay 1 --patch-lr 1 --ema 0.99 1 --teacher-temp 0.02 0.02 \
+  --field 0.02 0.1 --freeze-last 0 --rope-rescale 1 --gram-weight 0 --log-every 20 --save-every 100 --eval-every 100
