@@ -303,7 +303,9 @@ def open_source(root, split=None, limit=None, z_stride=1):
     source = Source(root, encoding, rows, sha)
     if split is not None:
         source = take_split(source, split)
-    if z_stride > 1 and encoding != "photo":
+    if z_stride > 1 and encoding == "photo":
+        raise ValueError(f"--z-stride {z_stride}: photographs have no slices; leave it away")
+    if z_stride > 1:
         source = source.take(np.flatnonzero((source.rows.columns["z"] - 1) % z_stride == 0))
     if limit is not None and limit < len(source):  # the same images for any seed
         source = source.take(np.sort(rng(0, "limit").permutation(len(source))[:limit]))

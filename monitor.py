@@ -1,6 +1,6 @@
 """One look at a run: is it alive, is it learning, has it collapsed, what does it look at? Made for cron.
 
-    0 7 * * * cd /path && python monitor.py --ckpt runs/lidc/last.pth || mail -s lidc me < runs/lidc/monitor/status.json
+    0 7 * * * cd /path && python monitor.py --ckpt runs/lidc/last.pth > look.log 2>&1 || mail -s lidc me < look.log
 
 Exit code 0 healthy or warming up, 1 warning, 2 failing, 3 could not look. Reads the checkpoint, metrics.jsonl and
 val_select slices; writes to runs/lidc/monitor/ alone. Letters: B images, N patches, D features, H heads, K prototypes.
@@ -645,6 +645,9 @@ def main(argv=None):
         return look(args, out)
     except (ValueError, OSError) as error:
         return blind(error, out if held else None, args)
+    except Exception as error:  # a bug of ours: yesterday's status.json must not go on saying healthy
+        blind(error, out if held else None, args)
+        raise
     finally:
         if held:
             held.close()

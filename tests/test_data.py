@@ -209,6 +209,8 @@ def test_photographs_are_found_labelled_and_grouped(tmp_path):
     (tmp_path / "labels.csv").write_bytes(b"path,label\nc0/0.png,\xff\xfe\n")
     with pytest.raises(ValueError, match="not a UTF-8 CSV file"):
         d.open_source(tmp_path)
+    with pytest.raises(ValueError, match="photographs have no slices"):
+        d.open_source(tmp_path / "c0", z_stride=2)
     (tmp_path / "labels.csv").write_text("file,class\n")
     with pytest.raises(ValueError, match="expected path,label"):
         d.open_source(tmp_path)

@@ -862,6 +862,14 @@ def test_a_bug_is_code_3_not_a_warning():
     assert done.returncode == 3 and "ZeroDivisionError" in done.stderr
 
 
+def test_a_bug_does_not_leave_an_older_verdict_standing(toy, monkeypatch):
+    assert toy.write().look() == 0
+    monkeypatch.setattr(m, "judge", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        toy.look()
+    assert toy.status()["verdict"] == "could not look"
+
+
 @pytest.mark.slow
 def test_two_monitors_at_once(toy):
     toy.write()
