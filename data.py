@@ -822,9 +822,9 @@ class Updates(torch.utils.data.Dataset):
         step, micro = self.steps[k // self.micros], k % self.micros
         start = (self.rank * self.micros + micro) * self.micro_batch
         here = slice(start, start + self.micro_batch)
-        ids = self.source.order(self.seed, step, self.batch)[here]
         recipe = pick_recipe(self.recipes, self.seed, step)
-        look = 0 if self.fixed else step
+        turn, look = (step % max(len(self.source) // self.batch, 1), 0) if self.fixed else (step, step)
+        ids = self.source.order(self.seed, turn, self.batch)[here]
         images, choices, bad = self.read(ids, plan(self.seed, look, ids, recipe))
         grid = [recipe.global_size // self.patch_size] * 2
         masks = block_masks(self.seed, look, 2 * self.batch, grid, *self.masking)
@@ -877,7 +877,8 @@ def make_loader(source, recipes, seed, steps, batch, micro_batch=None, rank=0, w
     """Yield the micro-batches of `steps` (a range) in order; starts at any step at once.
 
     A file that cannot be read is an error; up to `skip_bad` of them are printed and replaced wherever they come up.
-    fixed: an image always gets the same crops, and each update the same masks (to overfit on purpose).
+    fixed: every epoch is the first one again, its batches, crops and masks (to overfit on purpose; other company in a
+    batch would give an image other targets by Sinkhorn: 0.15 nats of 128 images and 1024 prototypes, 2026-11).
     """
     recipes = [recipes] if isinstance(recipes, Recipe) else recipes
     micro_batch = micro_batch or batch // world

@@ -578,3 +578,16 @@ def test_memory_stays_flat_over_updates(ct):
     loader = d.make_loader(ct, SMALL, 0, range(60), 8)
     sizes = [resource.getrusage(resource.RUSAGE_SELF).ru_maxrss for _ in loader]
     assert sizes[-1] - sizes[20] < 20_000  # KiB
+
+
+def test_fixed_epochs_repeat_batches_crops_and_masks(ct):
+    found = batches(ct, steps=range(2 * (len(ct) // 8)), fixed=True)
+    once = len(found) // 2
+    assert once > 1
+    for a, b in zip(found[:once], found[once:]):
+        assert (
+            np.array_equal(a.ids, b.ids)
+            and torch.equal(a.masks, b.masks)
+            and np.array_equal(a.plan.boxes, b.plan.boxes)
+        )
+    assert not np.array_equal(found[0].ids, found[1].ids)
