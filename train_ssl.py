@@ -74,7 +74,7 @@ def build_parser():
     g = p.add_argument_group("data")
     g.add_argument("--no-split", action="store_true", help="train on everything, without a contract; recorded")
     g.add_argument("--limit", type=positive, default=None, help="images to train on, a fixed random subset")
-    g.add_argument("--overfit", action="store_true", help="every epoch is the same, crops and all: a test of the method")
+    g.add_argument("--overfit", action="store_true", help="each epoch is the first again, crops and all: a test")
     g.add_argument("--z-stride", type=positive, default=1, help="every n-th slice; neighbours stay the true ones")
     g.add_argument("--aug", choices=["auto", *data.RECIPES], default="auto", help="views; auto: by encoding")
     g.add_argument("--global-size", type=positive, default=224, help="pixels")
