@@ -1,5 +1,6 @@
 """The bench measures what train_ssl.py does, in fair turns, and says so when a point dies."""
 
+import dataclasses
 import functools
 import json
 import time
@@ -9,6 +10,7 @@ import pytest
 import torch
 from test_data import make_ct
 from test_train import golden_step, same, weights
+from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import losses
@@ -371,3 +373,14 @@ def test_the_real_thing_end_to_end(tmp_path, capsys):
         assert bench.main([what, "--quick", "--repeats", "1", "--json", str(tmp_path / f"{what}.json")]) == 0
     said = capsys.readouterr().out
     assert "to hu16" in said and "x Pillow" in said
+
+
+def test_the_products_of_a_render_are_those_that_run():
+    recipe = dataclasses.replace(data.RECIPES["ct"], field=(1.0, 1.0), blur=(0, 0, 0))
+    plan = data.place(data.plan(0, 0, range(3), recipe), [(200, 160)] * 3)
+    images = torch.zeros(3, 3, 200, 160, dtype=torch.uint8)
+    sizes = ((slice(0, 2), recipe.global_size), (slice(2, None), recipe.local_size))
+    with FlopCounterMode(display=False) as counted:
+        data.render(images, plan)
+    assert sum(bench.product_flops(plan, *size, CPU) for size in sizes) == counted.get_total_flops()
+    assert sum(bench.product_flops(plan, *size, torch.device("cuda")) for size in sizes) > counted.get_total_flops()
