@@ -24,7 +24,8 @@ import checkpoint
 import data
 import train_ssl as t
 from model import ProjectionHead, SSLModel, SSLOutput, Tokens, build_vit, draw_rope, state_from_original
-from tools import runlog
+from tools import make_phantom, make_splits, preprocess_dicom, runlog
+from tools.inspect_step import read_recipes
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).parent / "golden"
@@ -683,6 +684,48 @@ def test_a_healthy_run_learns_and_raises_no_warning(healthy_lines):
     assert (np.diff(smooth[1:]) < 0.05 * smooth[1]).all() and smooth[-1] < 0.9 * smooth[1], smooth
     last = [row for row in healthy_lines if "dino" in row][-1]
     assert last["dino"] < math.log(256) - 0.15 and last["teacher_entropy"] < 0.97 < last["marginal_entropy"], last
+
+
+@pytest.mark.proof
+def test_a_thousand_slices_are_learned_by_heart(tmp_path_factory):
+    """Every epoch the same: the excess falls to a tenth, and not by collapse. 10 minutes on one core.
+
+    How often the other view of an image is found among the thousand is printed; the 90% once hoped for are not
+    reached (tools/recipes/LOG.md), so only a gain over random weights is asked.
+    """
+    root, out = tmp_path_factory.mktemp("collection"), tmp_path_factory.mktemp("run")
+    assert make_phantom.main(["--out", str(root / "raw"), "--patients", "80", "--size", "256", "--slices", "24"]) == 0
+    flags = ["--raw", root / "raw", "--out", root / "processed", "--dataset", "phantom", "--format", "hu16"]
+    assert preprocess_dicom.main([str(f) for f in flags]) == 1  # scout views are rejected, the rest is usable
+    assert make_splits.main(["--data", str(root / "processed")]) == 0
+    flags = (
+        "--arch vit_test --global-size 32 --local-size 16 --local-crops 2 --global-scale 0.8 1 --local-scale 0.4 0.8 "
+        "--prototypes 512 --head-hidden 512 --head-bottleneck 64 --layerscale 1 --rope-rescale 1 --gram-weight 0 "
+        "--overfit --limit 1000 --batch-size 100 --koleo-group 20 --w-koleo 0.3 --steps 1500 --extend 500 "
+        "--schedule decay --lr 2e-3 --lr-end 2e-4 --warmup 60 --weight-decay 0 0 --layer-decay 1 --patch-lr 1 "
+        "--freeze-last 0 --ema 0.98 1 --teacher-temp 0.04 0.04 --eval-every 0 --device cpu --workers 1"
+    )
+    assert t.main(["--data", str(root / "processed"), "--out", str(out), *flags.split()]) == 0
+    excess = {row["step"]: row["excess"] for row in lines(out, "excess")}
+    last = lines(out, "excess")[-1]
+    source = data.open_source(root / "processed", "train", 1000)
+    recipe = read_recipes(json.loads((out / "config.json").read_text()))[0]
+    batches = list(data.make_loader(source, recipe, 0, range(10), 100, fixed=True))
+    series = torch.from_numpy(np.concatenate([source.series[b.ids] for b in batches]))
+
+    def found(teacher):
+        with torch.no_grad():
+            pairs = [t.view_pairs(teacher, data.render(b.images, b.plan).globals) for b in batches]
+        return t.losses.retrieval(*torch.cat(pairs, 1), series)["top1"].item()
+
+    args = t.resolve(t.build_parser().parse_args(["--data", "x", *flags.split()]), 1)
+    random = t.build(args)[1]
+    trained = t.build(args)[1]
+    t.unpack_weights(trained, checkpoint.load(out / "last.pth")["teacher"])
+    print(excess[50], last, found(trained), found(random))
+    assert last["excess"] < 0.1 * excess[50]
+    assert last["marginal_entropy"] > 0.5 and last["rankme"] > 0.25 * 64
+    assert found(trained) > found(random) + 0.05
 
 
 @pytest.mark.slow
