@@ -676,8 +676,9 @@ def write_config(args, out, source, recipes, student, world, device):
     checkpoint.write_text(out / "config.json", json.dumps(config, indent=1))
 
 
-def log_line(args, log, done, total, terms, seen, norms, now, clock, student, recipe, with_gram, device):
+def log_line(args, log, done, total, terms, seen, norms, now, clock, student, recipe):
     """Everything known about the last interval; the only place that reads losses from the device."""
+    device = seen.features.device
     world = dist.get_world_size() if dist.is_initialized() else 1
     means = torch.stack([*terms.values(), seen.target_entropy])
     if world > 1:
@@ -689,7 +690,7 @@ def log_line(args, log, done, total, terms, seen, norms, now, clock, student, re
     values["excess"] = args.w_dino * values["dino"] + args.w_ibot * values["ibot"] - values["target_entropy"]
     seconds, updates = time.perf_counter() - clock["since"], done - clock["done"]
     rate = updates * args.batch_size / seconds
-    tflops = rate * flops_per_image(student, recipe, args, with_gram) / 1e12
+    tflops = rate * flops_per_image(student, recipe, args, "gram" in terms) / 1e12
     peak = device_peak(device)
     line = {
         "images": done * args.batch_size,
@@ -859,10 +860,7 @@ def train(args, rank, world, device):
             if done == start + 1:
                 log.crops(done, micro_batches[0].crops)
             if not bad and (done % args.log_every == 0 or done == total):
-                recipe = read[0].plan.recipe
-                log_line(
-                    args, log, done, total, terms, seen, norms, now, clock, student, recipe, gram is not None, device
-                )
+                log_line(args, log, done, total, terms, seen, norms, now, clock, student, read[0].plan.recipe)
             if bad_in_a_row == 3:
                 log.event(done, "stopped: three updates in a row were not finite; start another --out with a lower "
                           "--lr or --clip (--init keeps this backbone)")  # fmt: skip
