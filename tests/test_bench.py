@@ -222,7 +222,11 @@ def test_a_sweep_doubles_until_it_does_not_fit_and_names_the_best_flags(monkeypa
     assert seen == [("", 1), ("", 2), ("", 4), ("", 8)] + [("checkpointing", s) for s in (1, 2, 4, 8, 16)]
     assert "batch 8 fp32" in rows[3]["setting"]
     (said,) = bench.advice(rows, 8 * 86400 * 5)
-    assert said.startswith("--arch vit_test --micro-batch 8 --checkpointing: 8 images/s") and said.endswith("in 5 days")
+    flags, rest = said.split(": ")
+    assert flags == "--arch vit_test --micro-batch 8 --koleo-group 8 --checkpointing" and rest.startswith("8 images/s")
+    assert said.endswith("in 5 days")
+    words = ["--data", "x", "--batch-size", "128", *flags.split()]
+    assert t.resolve(t.build_parser().parse_args(words), 1).micro_batch == 8  # training takes what is advised
 
 
 # golden numbers with every speed flag on
@@ -325,7 +329,8 @@ def test_every_point_can_be_measured(folder, cuda, quick):
             assert callable(getattr(bench, f"measure_{point.get('kind', what)}")) and point["setting"]
             for way in point.get("ways", ()):
                 a = bench.train_args(point, way)
-                assert a.prototypes == (4096 if quick else 65536) and a.drop_path == 0 and a.local_crops == 8
+                usual = 8192 if point["what"] == "sweep" else 65536  # of training by default; of the published recipe
+                assert a.prototypes == (4096 if quick else usual) and a.drop_path == 0 and a.local_crops == 8
                 assert a.global_size % 16 == a.local_size % 16 == 0
                 assert bool(a.gram_weight) == point.get("gram", False)
     steps = [(p["flags"]["arch"], p["flags"]["precision"]) for p in bench.points_of("step", args, cuda, "")]
