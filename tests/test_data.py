@@ -227,15 +227,17 @@ def test_a_quarter_million_rows_open_quickly_and_small(tmp_path):
     )
     write_index(tmp_path, lines)
     script = (
-        "import data, time\n"
+        "import csv, data, time\n"
         "def mib(): return int(open('/proc/self/statm').read().split()[1]) / 256\n"  # pages of 4 KiB
         "before, t = mib(), time.process_time()\n"
         f"assert len(data.open_source({str(tmp_path)!r})) == 250000\n"
-        "print(time.process_time() - t, mib() - before)"
+        "opened, used, t = time.process_time() - t, mib() - before, time.process_time()\n"
+        f"sum(1 for _ in csv.reader(open({str(tmp_path / '_index' / 'index.csv')!r}, newline='')))\n"
+        "print(opened, used, time.process_time() - t)"
     )
     out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
-    seconds, mib = map(float, out.split())
-    assert seconds < 2 and mib < 200, out
+    seconds, mib, bare = map(float, out.split())
+    assert seconds < max(2, 8 * bare) and mib < 200, out  # bare: only parsing it, a quarter of a second when quiet
 
 
 # order and plan: functions of the step

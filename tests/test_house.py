@@ -99,14 +99,27 @@ def test_every_flag_is_read_and_explained(name):
         assert action.type is not bool, f"{name}: type=bool makes 'False' true"
 
 
-@pytest.mark.parametrize("name", programs())
-def test_help_is_quick_and_touches_nothing(name, tmp_path):
-    process = subprocess.Popen([sys.executable, ROOT / name, "--help"], cwd=tmp_path, stdout=subprocess.PIPE)
+def processor_seconds(words, folder):
+    """(seconds, what it printed): wall time of a shared machine says little."""
+    process = subprocess.Popen([sys.executable, *words], cwd=folder, stdout=subprocess.PIPE)
     out = process.stdout.read().decode()
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
-    assert process.returncode == 0 and out.startswith("usage:")
-    assert usage.ru_utime + usage.ru_stime < 3.0  # processor time: wall time of a shared machine says little
+    assert process.returncode == 0
+    return usage.ru_utime + usage.ru_stime, out
+
+
+@pytest.fixture(scope="module")
+def import_seconds():
+    """Of torch alone: 1.3 s when the machine is quiet."""
+    return processor_seconds(["-c", "import torch"], ROOT)[0]
+
+
+@pytest.mark.parametrize("name", programs())
+def test_help_is_quick_and_touches_nothing(name, tmp_path, import_seconds):
+    seconds, out = processor_seconds([ROOT / name, "--help"], tmp_path)
+    assert out.startswith("usage:")
+    assert seconds < max(3.0, 2 * import_seconds)
     assert not list(tmp_path.iterdir())
 
 
