@@ -19,6 +19,7 @@ import torch.multiprocessing as mp
 from conftest import HEALTHY
 from safetensors import safe_open
 from test_data import make_ct, make_split
+from torch.nn import functional as F
 
 import checkpoint
 import data
@@ -688,10 +689,10 @@ def test_a_healthy_run_learns_and_raises_no_warning(healthy_lines):
 
 @pytest.mark.proof
 def test_a_thousand_slices_are_learned_by_heart(tmp_path_factory):
-    """Every epoch the same: the excess falls to a tenth, and not by collapse. 10 minutes on one core.
+    """Every epoch the same: the excess falls to a tenth, and not by collapse. 15 minutes on two cores.
 
-    How often the other view of an image is found among the thousand is printed; the 90% once hoped for are not
-    reached (tools/recipes/LOG.md), so only a gain over random weights is asked.
+    The other view of each image is sought among the thousand in the head's bottleneck, where the objective compares
+    them, as well as by the backbone's cls, which no term asks to forget how a view was cut.
     """
     root, out = tmp_path_factory.mktemp("collection"), tmp_path_factory.mktemp("run")
     assert make_phantom.main(["--out", str(root / "raw"), "--patients", "80", "--size", "256", "--slices", "24"]) == 0
@@ -699,33 +700,35 @@ def test_a_thousand_slices_are_learned_by_heart(tmp_path_factory):
     assert preprocess_dicom.main([str(f) for f in flags]) == 1  # scout views are rejected, the rest is usable
     assert make_splits.main(["--data", str(root / "processed")]) == 0
     flags = (
-        "--arch vit_test --global-size 32 --local-size 16 --local-crops 2 --global-scale 0.8 1 --local-scale 0.4 0.8 "
-        "--prototypes 512 --head-hidden 512 --head-bottleneck 64 --layerscale 1 --rope-rescale 1 --gram-weight 0 "
-        "--overfit --limit 1000 --batch-size 100 --koleo-group 20 --w-koleo 0.3 --steps 1500 --extend 500 "
-        "--schedule decay --lr 2e-3 --lr-end 2e-4 --warmup 60 --weight-decay 0 0 --layer-decay 1 --patch-lr 1 "
-        "--freeze-last 0 --ema 0.98 1 --teacher-temp 0.04 0.04 --eval-every 0 --device cpu --workers 1"
+        "--arch vit_test --global-size 32 --local-size 32 --local-crops 1 --global-scale 0.95 1 --local-scale 0.95 1 "
+        "--prototypes 4096 --head-hidden 512 --head-bottleneck 128 --layerscale 1 --rope-rescale 1 --gram-weight 0 "
+        "--overfit --limit 1000 --batch-size 500 --micro-batch 125 --koleo-group 125 --w-koleo 0.3 --steps 700 "
+        "--schedule decay --lr 3e-3 --lr-end 2e-4 --warmup 60 --weight-decay 0 0 --layer-decay 1 --patch-lr 1 "
+        "--freeze-last 0 --ema 0.9 0.99 --teacher-temp 0.025 0.025 --eval-every 0 --device cpu --workers 1"
     )
     assert t.main(["--data", str(root / "processed"), "--out", str(out), *flags.split()]) == 0
     excess = {row["step"]: row["excess"] for row in lines(out, "excess")}
     last = lines(out, "excess")[-1]
     source = data.open_source(root / "processed", "train", 1000)
     recipe = read_recipes(json.loads((out / "config.json").read_text()))[0]
-    batches = list(data.make_loader(source, recipe, 0, range(10), 100, fixed=True))
+    batches = list(data.make_loader(source, recipe, 0, range(2), 500, fixed=True))
     series = torch.from_numpy(np.concatenate([source.series[b.ids] for b in batches]))
 
-    def found(teacher):
+    def found(net):
         with torch.no_grad():
-            pairs = [t.view_pairs(teacher, data.render(b.images, b.plan).globals) for b in batches]
-        return t.losses.retrieval(*torch.cat(pairs, 1), series)["top1"].item()
+            cls = torch.cat([net([data.render(b.images, b.plan).globals]).tokens[0].cls for b in batches])
+            spaces = {"cls": F.normalize(cls, dim=-1), "bottleneck": net.dino_head.bottleneck(cls)}
+        pairs = {name: torch.cat([x.unflatten(0, (2, -1)) for x in f.split(1000)], 1) for name, f in spaces.items()}
+        return {name: t.losses.retrieval(*views, series)["top1"].item() for name, views in pairs.items()}
 
     args = t.resolve(t.build_parser().parse_args(["--data", "x", *flags.split()]), 1)
-    random = t.build(args)[1]
-    trained = t.build(args)[1]
+    random, trained = t.build(args)
     t.unpack_weights(trained, checkpoint.load(out / "last.pth")["teacher"])
-    print(excess[50], last, found(trained), found(random))
+    print(excess, last, found(trained), found(random), sep="\n")
     assert last["excess"] < 0.1 * excess[50]
     assert last["marginal_entropy"] > 0.5 and last["rankme"] > 0.25 * 64
-    assert found(trained) > found(random) + 0.05
+    assert found(trained)["bottleneck"] > 0.9
+    assert found(trained)["cls"] > found(random)["cls"] + 0.1
 
 
 @pytest.mark.slow
