@@ -463,7 +463,8 @@ def measure_start(point, device):
     facts = {k: point[k] for k in ("data", "device")}
     with tempfile.TemporaryDirectory() as folder:
         words = [f"--{k}={v}" for k, v in (point["flags"] | facts | {"out": folder}).items()]
-        command = [sys.executable, "-u", ROOT / "train_ssl.py", "--no-split", "--steps=1", "--log-every=1", *words]
+        command = [sys.executable, "-u", ROOT / "train_ssl.py", "--no-split", "--log-every=1", "--steps=1", *words]
+        command += ["--gram-start=1"]  # as the first of many updates: Gram anchoring begins later
         start = time.perf_counter()
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
             line = next((line for line in process.stdout if line.startswith("step 1: loss")), None)
