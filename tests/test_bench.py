@@ -229,6 +229,14 @@ def test_a_sweep_doubles_until_it_does_not_fit_and_names_the_best_flags(monkeypa
     assert t.resolve(t.build_parser().parse_args(words), 1).micro_batch == 8  # training takes what is advised
 
 
+def test_bf16_is_measured_only_where_the_cpu_has_it(tmp_path):
+    info = tmp_path / "cpuinfo"
+    info.write_text("flags : avx2 fma")
+    assert bench.precisions_of(False, info) == ["fp32"] == bench.precisions_of(False, tmp_path / "none")
+    info.write_text("flags : avx512f avx512_bf16")
+    assert bench.precisions_of(False, info) == ["fp32", "bf16"] and bench.precisions_of(True, info) == ["bf16"]
+
+
 # golden numbers with every speed flag on
 
 

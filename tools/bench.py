@@ -487,11 +487,18 @@ def step_point(args, data_folder, flags, precision, ways, **more):
     return dict(what="step", flags=f, ways=ways, data=data_folder, more=args.flags, setting=setting) | more
 
 
+def precisions_of(cuda, cpuinfo="/proc/cpuinfo"):
+    """What is worth measuring: a CPU without bf16 instructions imitates them, 5 times slower than fp32 (2026-11)."""
+    with contextlib.suppress(OSError):  # avx512_bf16, amx_bf16, or ARM's bf16
+        return ["bf16"] if cuda else ["fp32", "bf16"][: 1 + ("bf16" in Path(cpuinfo).read_text())]
+    return ["fp32"]
+
+
 def points_of(what, args, cuda, work):
     """The points of one WHAT, as plain values."""
     hu16, rgb, photo = (f"{work}/{name}" for name in ("hu16", "rgb", "photo"))
     archs = args.arch or (["vit_tiny"] if args.quick else ["vit_small", "vit_base", "vit_large"][: 3 if cuda else 1])
-    batches, precisions = args.batch_size or [64 if cuda else 4], args.precision or ["fp32", "bf16"][cuda:]
+    batches, precisions = args.batch_size or [64 if cuda else 4], args.precision or precisions_of(cuda)
     plain, side = {"arch": archs[0], "batch-size": batches[0]}, 96 if args.quick else 224
     if what == "step":
         for arch, batch, precision in itertools.product(archs, batches, precisions):
@@ -648,7 +655,10 @@ def build_parser():
     )
     p.add_argument("--batch-size", type=positive, nargs="+", help="of step, and the most of sweep; default: 4, GPU 64")
     p.add_argument(
-        "--precision", nargs="+", choices=["fp32", "bf16"], help="of step; default: fp32 and bf16, on a GPU bf16"
+        "--precision",
+        nargs="+",
+        choices=["fp32", "bf16"],
+        help="of step; default: bf16 on a GPU, else fp32, and bf16 if the CPU has it",
     )
     p.add_argument("--flags", default="", help="further flags of train_ssl.py, in one string")
     p.add_argument("--repeats", type=positive, help="turns; default: 5, with --quick 3")
