@@ -874,7 +874,7 @@ def deaf(_):
 
 def make_loader(source, recipes, seed, steps, batch, micro_batch=None, rank=0, world=1, workers=0, patch_size=16,
                 masking=(0.5, (0.1, 0.5)), skip_bad=0, pin_memory=False, fixed=False):  # fmt: skip
-    """An iterator over the micro-batches of `steps` (a range) in order; starts at any step at once.
+    """Yield the micro-batches of `steps` (a range) in order; starts at any step at once.
 
     A file that cannot be read is an error; up to `skip_bad` of them are printed and replaced wherever they come up.
     fixed: every epoch is the first one again, its batches, crops and masks (to overfit on purpose; other company in a
@@ -891,15 +891,9 @@ def make_loader(source, recipes, seed, steps, batch, micro_batch=None, rank=0, w
         pin_memory=pin_memory,
         collate_fn=as_read,
         worker_init_fn=deaf,
-        generator=torch.Generator(),  # the global one belongs to whoever builds a model
     )
-    return checked(iter(loader), skip_bad)  # iter: readers start here
-
-
-def checked(items, skip_bad):
-    """Micro-batches as they come; raises here, not in a reading process, whose errors arrive as a page of traceback."""
     skipped = set()
-    for item in items:
+    for item in loader:  # raised here, not in a reading process, whose errors arrive as a page of traceback
         for path, reason in item.bad:
             if path in skipped:
                 continue

@@ -426,10 +426,10 @@ def evaluate(student, teacher, gram, source, recipe, args, w, centers, device, s
     updates = max(min(slices, len(source)) // batch, 1)
     size = max(m for m in range(group, max(args.micro_batch, group) + 1, group) if batch % m == 0)
     held = source.take(np.sort(data.rng(0, "limit").permutation(len(source))[: updates * batch]))
-    micros = data.make_loader(
+    micros = iter(data.make_loader(
         held, recipe, 0, range(updates), batch, size, masking=masking(args), skip_bad=args.skip_bad,
         patch_size=student.backbone.patch_size,
-    )  # fmt: skip
+    ))  # fmt: skip
     found, pairs, series = [], [], []
     student.eval()
     for _ in range(updates):
@@ -570,8 +570,8 @@ def shard(model, device):
     return fully_shard(model, reshard_after_forward=True)  # the teacher has no backward that would do it
 
 
-def build_backbone(args, arch=None):
-    """On the CPU; weights depend on the seed and --init alone. arch: of a checkpoint."""
+def build(args, arch=None):
+    """(student, teacher) on the CPU, equal; weights depend on the seed and --init alone. arch: of a checkpoint."""
     torch.manual_seed(args.seed)
     if arch:  # weights follow from the file; that of --init may be gone by now
         backbone = build_vit(arch["name"], **arch["overrides"])
@@ -582,12 +582,6 @@ def build_backbone(args, arch=None):
     else:
         backbone = build_vit(args.arch, layerscale=args.layerscale)
     backbone.checkpointing = args.checkpointing
-    return backbone
-
-
-def build(args, backbone=None):
-    """(student, teacher) on the CPU, equal."""
-    backbone = backbone or build_backbone(args)
     heads = [ProjectionHead(backbone.dim, args.head_hidden, args.head_bottleneck, args.prototypes) for _ in range(2)]
     for head in heads:  # short ones leave targets near uniform, and small runs then stay at ln K: tools/recipes/LOG.md
         head.last_layer.weight.data = args.prototype_norm * F.normalize(head.last_layer.weight.data, dim=1)
@@ -763,14 +757,8 @@ def train(args, rank, world, device):
 
     trained = state["trained_groups"] if state else sorted({*source.groups, *trained_before(args, held)})
 
-    # ------------------------------------------------------------------ readers, model
-    backbone = build_backbone(args, state and state["arch"])  # <- change the backbone there
-    micros = args.batch_size // (world * args.micro_batch)
-    batches = data.make_loader(  # forks now: later, readers would keep a copy of all weights (2 s of ViT-S's start)
-        source, recipes, args.seed, range(start, total), args.batch_size, args.micro_batch, rank, world, args.workers,
-        backbone.patch_size, masking(args), args.skip_bad, pin_memory=device.type == "cuda", fixed=args.overfit,
-    )  # fmt: skip
-    student, teacher = build(args, backbone)
+    # ------------------------------------------------------------------ model  <- change the backbone in build()
+    student, teacher = build(args, state and state["arch"])
     gram_net = None
     if args.gram_weight:
         gram_net = load_backbone(args.gram_teacher) if args.gram_teacher else copy.deepcopy(teacher.backbone)
@@ -808,6 +796,11 @@ def train(args, rank, world, device):
     log.event(start, f"resumed from {name}" if name else "started", changed=changed, git=git_commit(), world=world)
     for text in choices_in_words(args) if rank == 0 else ():
         tqdm.write(text)
+    micros = args.batch_size // (world * args.micro_batch)
+    batches = iter(data.make_loader(
+        source, recipes, args.seed, range(start, total), args.batch_size, args.micro_batch, rank, world, args.workers,
+        student.backbone.patch_size, masking(args), args.skip_bad, pin_memory=device.type == "cuda", fixed=args.overfit,
+    ))  # fmt: skip
     handlers = {s: signal.signal(s, on_signal) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     clock = {"since": time.perf_counter(), "done": start, "wait": 0.0, "images": len(source)}
     bad_in_a_row, code, done = 0, 0, start
