@@ -660,7 +660,7 @@ def test_kill_at_any_moment_loses_at_most_the_save_under_way(tmp_path):
     assert steps >= 40
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_kill_a_thousand_times(tmp_path):
     inside, between, _ = kill(tmp_path, kills=1000, seed=1)
     assert inside >= 100 and between >= 1  # also between the step file and last.pth
