@@ -36,7 +36,7 @@ def folder(tmp_path):
 
 
 def toy_point(folder, *ways, **more):
-    return dict(what="step", setting="toy", data=str(folder), flags=TOY, ways=ways or [""], repeats=2, **more)
+    return dict(what="step", setting="toy", data=str(folder), flags=TOY, ways=ways or [""], seconds=0, **more)
 
 
 class Clock:
@@ -67,24 +67,34 @@ def test_ways_take_turns_and_a_machine_that_slows_down_changes_no_ratio(clock):
         clock.now += seconds * load[0]
 
     def limit():
-        load[0] *= 3  # a neighbour moves in, once per turn
+        order.append("l")
+        load[0] *= 3 if order.count("l") == 5 else 1  # a neighbour moves in
         return 100 / load[0]
 
     ways = {"fast": lambda: work("f", 1), "slow": lambda: work("s", 2)}
-    times, limits = bench.alternate(ways, CPU, 4, limit)
-    assert "".join(order) == "fs" * 6  # warm, count, four turns
-    assert bench.ratio(times["slow"], times["fast"]) == pytest.approx(2)
-    assert bench.ratio([10 / s for s in times["fast"]], limits) == pytest.approx(0.1)
-    assert bench.ratio([2, 20, 2], [1, 10, 4]) == 2  # of each turn, not of the medians
-    assert times["fast"][-1] / times["fast"][0] == pytest.approx(27)  # which times alone would have reported
+    times, limits = bench.alternate(ways, CPU, 20, limit)
+    assert "".join(order) == "fs" * 2 + "l" + "flsl" * 4  # warm, count, turns until 20 s are over
+    assert times == {"fast": [1, 1, 3, 3], "slow": [2, 2, 6, 6]}
+    assert limits["slow"][0] == 100 and limits["slow"][1] == pytest.approx((100 + 100 / 3) / 2)  # before, after
+    assert bench.ratio(times["slow"], times["fast"]) == 2
+    assert bench.share(10, times["fast"], [100, 100, 100 / 3, 100 / 3]) == pytest.approx(0.1)
+    assert bench.share(10, [2, 3], [10, 5]) == pytest.approx(3 / 5)  # of sums: one short turn counts for little
 
 
 def test_quick_calls_are_repeated_until_a_sample_is_long_enough(clock):
     def work():
         clock.now += 0.01
 
-    times, _ = bench.alternate({"": work}, CPU, 3, bool, least=0.5)
+    times, _ = bench.alternate({"": work}, CPU, 0, least=0.5)
     assert times[""] == pytest.approx([0.01] * 3) and clock.now == pytest.approx(0.01 * (2 + 3 * 50))
+    rate = bench.sampled(work, 3.0, CPU)
+    start = clock.now
+    assert rate() == pytest.approx(300) and clock.now - start == pytest.approx(0.1)
+
+
+def test_limits_are_rates_of_this_machine():
+    flops, bytes_s = bench.gemm(CPU)(), bench.copying()()
+    assert 1e-3 < flops < 50 and 0.1 < bytes_s < 2000  # TFLOP/s and GB/s of anything with a CPU
 
 
 def test_on_cuda_events_are_used_and_a_sample_waits_for_the_device(clock, monkeypatch):
@@ -161,7 +171,7 @@ def test_rows_of_a_step_hold_rate_limit_and_phases(folder, monkeypatch):
         slow(*args)
 
     monkeypatch.setattr(t, "update_teacher", ema)
-    monkeypatch.setattr(bench, "gemm", lambda device, precision: 0.5)
+    monkeypatch.setattr(bench, "gemm", lambda device, precision: lambda: 0.5)
     monkeypatch.setattr(bench.math, "ceil", lambda x: 1)  # one call per sample
     plain, split = bench.measure_step(toy_point(folder, "", "accumulate 4", gram=True), CPU)
     assert max(plain["phases"], key=plain["phases"].get) == "EMA" and sum(plain["phases"].values()) == pytest.approx(1)
@@ -169,8 +179,8 @@ def test_rows_of_a_step_hold_rate_limit_and_phases(folder, monkeypatch):
     assert {"read", "render", "teacher", "centering", "student", "Gram teacher", "losses", "backward", "clip", "AdamW",
             "EMA", "other"} == set(plain["phases"])  # fmt: skip
     seconds = sorted(plain["seconds"])
-    assert plain["value"] == pytest.approx(4 / np.mean(seconds)) and min(seconds) > 0.3
-    assert plain["of"] == pytest.approx(np.mean([plain["tflop"] / s / 0.5 for s in seconds]))
+    assert plain["value"] == pytest.approx(4 / seconds[1]) and min(seconds) > 0.3 and len(seconds) == 3
+    assert plain["of"] == pytest.approx(plain["tflop"] / np.mean(seconds) / 0.5)
     assert 0 < plain["gram_flops"] < 1 and split["gain"] == pytest.approx(
         bench.ratio(plain["seconds"], split["seconds"])
     )
@@ -290,20 +300,20 @@ def test_pillow_does_the_same_job(tmp_path, encoding):
 
 
 def test_every_other_part_runs_on_a_toy_and_gives_numbers(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(bench, "gemm", lambda device: 0.05)
-    monkeypatch.setattr(bench, "copy_rate", lambda: 10.0)
-    quick = functools.partial(bench.alternate, least=0)
-    monkeypatch.setattr(bench, "alternate", lambda ways, device, repeats, limit, least=0: quick(ways, device, 1, limit))
-    point = dict(setting="toy", data=str(folder), repeats=1)
+    monkeypatch.setattr(bench, "gemm", lambda device: lambda: 0.05)
+    monkeypatch.setattr(bench, "copying", lambda: lambda: 10.0)
+    monkeypatch.setattr(bench, "alternate", functools.partial(bench.alternate, least=0))
+    point = dict(setting="toy", data=str(folder), seconds=0)
     ours, pillow = bench.measure_render(point, CPU)
     assert ours["value"] > 0 and 0 < ours["of"] < 5 and pillow["of"] is None
     (read,) = bench.measure_read(point | {"workers": 1}, CPU)
     assert read["unit"] == "slices/s" and set(read["first_s"]) == {0, 10**6}
-    assert read["of"] == pytest.approx(read["value"] * 2 * 3 * 48 * 48 * 2 / 1e9 / 10)
+    gb_s = 16 * 2 * 3 * 48 * 48 * 2 / 1e9 / np.mean(read["seconds"])
+    assert read["of"] == pytest.approx(gb_s / 10) and read["value"] == pytest.approx(16 / np.median(read["seconds"]))
     (probe,) = bench.measure_probe(point | {"arch": "vit_test", "size": 32, "samples": 8}, CPU)
     assert probe["value"] == pytest.approx(8 / np.median(probe["seconds"]["extract"]))
     (save,) = bench.measure_save(toy_point(folder), CPU)
-    assert 0 < save["value"] < 1e4 and len(save["seconds"]) == len(save["writes"]) == 3
+    assert 0 < save["value"] < 1e4 and len(save["seconds"]) == len(save["writes"]) == 4
     json.dumps([ours, pillow, read, probe, save])
 
 
@@ -383,7 +393,7 @@ def test_all_of_a_what_from_the_command_to_the_file(tmp_path, monkeypatch, capsy
 @pytest.mark.slow
 def test_the_real_thing_end_to_end(tmp_path, capsys):
     for what in ("dicom", "render"):
-        assert bench.main([what, "--quick", "--repeats", "1", "--json", str(tmp_path / f"{what}.json")]) == 0
+        assert bench.main([what, "--quick", "--seconds", "1", "--json", str(tmp_path / f"{what}.json")]) == 0
     said = capsys.readouterr().out
     assert "to hu16" in said and "x Pillow" in said
 

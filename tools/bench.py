@@ -5,8 +5,10 @@
     python tools/bench.py all --json tools/bench_results/NAME.json
     python tools/bench.py show --markdown                        # the README's table, from tools/bench_results/*.json
 
-Every point is a process of its own. What is compared takes turns within one process (a, b, c, a, b, c, ...) with the
-matrix product or the copy that is its limit, so ratios hold on a busy machine where times do not. Medians over turns.
+Every point is a process of its own. What is compared takes turns within one process (a, b, c, a, b, c, ...), with the
+matrix product or the copy that is its limit before and after each, so ratios hold on a busy machine where times do not.
+Rates are medians over turns, ratios are of sums: between runs on a shared machine those moved by 6% where medians of
+quotients moved by 8 (9 turns, nine runs in ten, 2026-11).
 """
 
 import contextlib
@@ -40,7 +42,7 @@ from tqdm import tqdm
 import checkpoint
 import data
 from model import ARCHS, build_vit
-from tools.check_platform import check_copy, check_gemm, describe, synchronize
+from tools.check_platform import DTYPES, check_gemm, describe, synchronize
 from tools.cli import ROOT, Parser, positive, run
 from tools.runlog import flops_per_image, git_commit, memory_gb
 from tools.write_manifest import csv_text
@@ -49,6 +51,7 @@ RESULTS = ROOT / "tools" / "bench_results"
 WHATS = "step render read dicom save probe sweep scale".split()
 WAYS = (["", "per crop", "accumulate 2", "accumulate 4"], ["", "compile"])  # apart: compiling may fail, takes memory
 SETTINGS = ("", "compile", "checkpointing", "compile checkpointing")  # what the sweep tries
+CPU = torch.device("cpu")
 PATIENCE_S = 3600  # a point that takes longer hangs
 
 
@@ -65,25 +68,54 @@ def took(function, device, calls=1):
     return (time.perf_counter() - start) / calls
 
 
-def alternate(ways, device, repeats, limit, least=0.5):
-    """{name: function} -> ({name: [seconds per call]}, [limit()]), one of each per turn.
+def alternate(ways, device, seconds, limit=lambda: 1.0, least=0.3):
+    """{name: function} -> seconds per call and the limit beside it, both as {name: [one value per turn]}.
 
-    `least`: seconds of a sample; quick functions are called several times between two waits for the device.
+    `limit` gives a rate; that of a sample is the mean of those right before and right after. `seconds`: of all turns
+    together, three at least. `least`: of a sample; quick functions are called several times between two waits.
     """
     for function in ways.values():  # compiles, fills caches
         function()
     calls = {name: max(1, math.ceil(least / max(took(f, device), 1e-6))) for name, f in ways.items()}
-    times, limits = {name: [] for name in ways}, []
-    for _ in range(repeats):
-        limits.append(limit())
+    times, limits = {name: [] for name in ways}, {name: [] for name in ways}
+    start, before, turns = time.perf_counter(), limit(), 0
+    while turns < 3 or time.perf_counter() - start < seconds:
         for name, function in ways.items():
             times[name].append(took(function, device, calls[name]))
+            after = limit()
+            limits[name].append((before + after) / 2)
+            before = after
+        turns += 1
     return times, limits
 
 
 def ratio(over, under):
-    """Median of the quotients of each turn."""
-    return median(a / b for a, b in zip(over, under))
+    """Of all turns together: the noise of single ones averages out."""
+    return sum(over) / sum(under)
+
+
+def share(work, seconds, rates):
+    """What `work` would have taken at the rates beside it, over what it took."""
+    return ratio([work / r for r in rates], seconds)
+
+
+def sampled(function, work, device):
+    """A function that measures the rate of another, in samples of a tenth of a second."""
+    calls = max(1, math.ceil(0.1 / took(function, device, 2)))
+    return lambda: work / took(function, device, calls)
+
+
+def gemm(device, precision="fp32"):
+    """A function that measures TFLOP/s of a square product large enough to show the machine at its best."""
+    n = check_gemm(device, precision)["size"]
+    a = torch.randn(n, n, device=device, dtype=DTYPES[precision][0])
+    return sampled(functools.partial(torch.mm, a, a, out=torch.empty_like(a)), 2 * n**3 / 1e12, device)
+
+
+def copying():
+    """A function that measures GB/s of a copy in main memory, read and written."""
+    source = torch.ones(1 << 28, dtype=torch.uint8)  # far beyond any cache
+    return sampled(functools.partial(torch.empty_like(source).copy_, source), 2 * len(source) / 1e9, CPU)
 
 
 class Phases:
@@ -138,14 +170,6 @@ def peak_gb(device):
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9  # kB on Linux
-
-
-def gemm(device, precision="fp32"):
-    return check_gemm(device, precision)["tflops"]
-
-
-def copy_rate():
-    return check_copy(torch.device("cpu"))["gb_s"]
 
 
 # ----- step, sweep and image sizes: updates as train_ssl.py does them
@@ -245,11 +269,12 @@ def measure_step(point, device):
         updates, way = {name: functools.partial(update, way) for name, way in ways.items()}, ways[plain]
         took(updates[plain], device, 2)  # the first one makes the state of AdamW
         peak = peak_gb(device)
-        times, rates = alternate(updates, device, point["repeats"], lambda: gemm(device, way.args.precision))
+        times, limits = alternate(updates, device, point["seconds"], gemm(device, way.args.precision))
         parts = shares(way, median(times[plain]))
     B, flops = way.args.batch_size, functools.partial(flops_per_image, way.student, way.recipes[0], way.args)
     tflop = B * flops(way.gram is not None) / 1e12
     for name, seconds in times.items():
+        rates = limits[name]
         more = dict(way=name, flags=point["flags"], seconds=seconds, limits=rates, tflop=tflop, x=point.get("x"))
         note = f"{tflop / median(seconds):.3g} of {median(rates):.3g} TFLOP/s"
         if name == plain:
@@ -260,7 +285,7 @@ def measure_step(point, device):
         else:
             more["gain"] = ratio(times[plain], seconds)
             note += f", {more['gain']:.2f} x the plain way"
-        of, setting = ratio([tflop / s for s in seconds], rates), f"{point['setting']} {name}".strip()
+        of, setting = share(tflop, seconds, rates), f"{point['setting']} {name}".strip()
         rows.append(row(setting, B / median(seconds), "images/s", of, "GEMM", note, y=median(seconds) / B, **more))
     return rows
 
@@ -321,14 +346,14 @@ def measure_render(point, device):
         pictures = [[Image.fromarray(plane) for plane in x.numpy().astype(np.float32)] for x in images]
     ways = {"ours": functools.partial(data.render, images.to(device), plan)}
     ways["Pillow"] = functools.partial(pillow_render, pictures, images.dtype, plan)
-    times, rates = alternate(ways, device, point["repeats"], lambda: gemm(device))
+    times, limits = alternate(ways, device, point["seconds"], gemm(device))
     tflop = sum(product_flops(plan, views, size, device) for views, size in (
         (slice(0, 2), recipe.global_size), (slice(2, None), recipe.local_size))) / 1e12  # fmt: skip
     gain = ratio(times["Pillow"], times["ours"])
-    of = {"ours": ratio([tflop / s for s in times["ours"]], rates), "Pillow": None}
+    of = {"ours": share(tflop, times["ours"], limits["ours"]), "Pillow": None}
     note = {"ours": f"{gain:.2f} x Pillow on one thread", "Pillow": "crop by crop, the same intensities"}
     return [
-        row(f"{point['setting']}, {k}", B / median(s), "images/s", of[k], "GEMM", note[k], seconds=s, limits=rates)
+        row(f"{point['setting']}, {k}", B / median(s), "images/s", of[k], "GEMM", note[k], seconds=s, limits=limits[k])
         for k, s in times.items()
     ]
 
@@ -346,23 +371,25 @@ def measure_read(point, device):
     torch.set_num_threads(1)
     source, workers = data.open_source(point["data"]), point["workers"]
     firsts = {0: [], 10**6: []}
-    for _, (step, times) in itertools.product(range(point["repeats"]), firsts.items()):
+    for _, (step, times) in itertools.product(range(3), firsts.items()):
         start = time.perf_counter()
         batches = first_batch(source, step, workers)
         times.append(time.perf_counter() - start)
         del batches  # its workers end here, outside the clock
-    batches, seconds, rates = first_batch(source, 0, workers), [], []
+    batches, rate = first_batch(source, 0, workers), copying()
     once = functools.partial(next, batches)
-    once_s = took(once, device, 8 + 2 * workers)  # uses up what was read ahead
-    for _ in range(point["repeats"]):
-        rates.append(copy_rate())
-        seconds.append(took(once, device, max(2, math.ceil(0.5 / once_s))))
-    rate, of = 16 / median(seconds), None
+
+    def limit():
+        found = rate()
+        took(once, CPU, 1 + 2 * workers)  # what was read ahead during the copy
+        return found
+
+    (seconds,), (rates,) = (d.values() for d in alternate({"": once}, CPU, point["seconds"], limit))
+    speed, of = 16 / median(seconds), None
     if source.encoding == "hu16-v1":  # every byte is read once and written once
-        gb = 16 * 2 * source.read(0).nbytes / 1e9
-        of = ratio([gb / s for s in seconds], rates)
+        of = share(16 * 2 * source.read(0).nbytes / 1e9, seconds, rates)
     note = f"first batch of 16 after {median(firsts[0]):.2f} s, from step 1,000,000 {median(firsts[10**6]):.2f} s"
-    return [row(point["setting"], rate, "slices/s", of, "copy", note, seconds=seconds, first_s=firsts, limits=rates)]
+    return [row(point["setting"], speed, "slices/s", of, "copy", note, seconds=seconds, first_s=firsts, limits=rates)]
 
 
 def preprocess(raw, folder, encoding, number):
@@ -385,7 +412,7 @@ def measure_dicom(point, device):
         todo, number = functools.partial(preprocess, point["raw"], folder), itertools.count()
         ways = {name: functools.partial(todo, name, number) for name in ("rgb", "hu16")}
         ways["pydicom"] = functools.partial(plain_read, point["raw"])
-        times, _ = alternate(ways, device, point["repeats"], bool, 0)
+        times, _ = alternate(ways, device, point["seconds"])
     count, rows = plain_read(point["raw"]), []
     for name in ("rgb", "hu16"):
         of, rate = ratio(times["pydicom"], times[name]), count / median(times[name])
@@ -397,26 +424,26 @@ def measure_dicom(point, device):
 def measure_save(point, device):
     import train_ssl as t
 
-    (way,), stalls, rates = make_ways(point, device, Phases(device)).values(), [], []
+    (way,), limit, stalls = make_ways(point, device, Phases(device)).values(), copying(), []
     for p in way.student.parameters():
         p.grad = torch.zeros_like(p)
     way.optimizer.step()
     nets = way.student, way.teacher, None
     state = t.pack_state(1, way.args, way.source, way.source.groups, way.recipes, *nets, way.optimizer, {})
     with tempfile.TemporaryDirectory() as folder:
-        saver = checkpoint.Saver(folder, 1, 0)
-        for step in range(1, point["repeats"] + 2):
-            rates.append(copy_rate())
-            saver.save(step, state)
+        saver, rates, start = checkpoint.Saver(folder, 1, 0), [limit()], time.perf_counter()
+        while len(stalls) < 4 or time.perf_counter() - start < point["seconds"]:
+            saver.save(len(stalls) + 1, state)
             stalls.append(saver.stall_s)
             saver.wait()
+            rates.append(limit())
         if saver.error:
             raise OSError(saver.error)
-        gb = checkpoint.step_path(folder, step).stat().st_size / 1e9
+        gb = checkpoint.step_path(folder, len(stalls)).stat().st_size / 1e9
     first, *later = stalls
     writes = [event["seconds"] for event in saver.events]
     note = f"{gb:.2f} GB; the first {1e3 * first:.0f} ms; written behind the run in {median(writes):.1f} s"
-    of = ratio([2 * gb / s for s in later], rates[1:])
+    of = share(2 * gb, later, [(a + b) / 2 for a, b in itertools.pairwise(rates[1:])])
     more = dict(seconds=stalls, writes=writes, limits=rates)
     return [row(point["setting"], 1e3 * median(later), "ms stall", of, "copy", note, **more)]
 
@@ -433,8 +460,8 @@ def measure_probe(point, device):
     ways = {"extract": functools.partial(train_probe.extract, vit, source, table, recipe, device, "probe")}
     ways["forward"] = torch.inference_mode()(functools.partial(vit, views))
     with contextlib.redirect_stderr(io.StringIO()):
-        times, _ = alternate(ways, device, point["repeats"], bool)
-    of = ratio([s * len(rows) / 32 for s in times["forward"]], times["extract"])
+        times, _ = alternate(ways, device, point["seconds"])
+    of = len(rows) / 32 * ratio(times["forward"], times["extract"])
     rate = len(rows) / median(times["extract"])
     return [row(point["setting"], rate, "images/s", of, "the forward", "read, cut, forward, pooled", seconds=times)]
 
@@ -526,7 +553,7 @@ def points_of(what, args, cuda, work):
         for arch, way in itertools.product(archs, SETTINGS[: 1 if args.quick else 4]):
             flags = {"arch": arch, "batch-size": 8 if cuda else 1}
             flags |= {} if args.quick else {"prototypes": 8192}  # what train_ssl.py takes by default
-            yield step_point(args, hu16, flags, precisions[-1], [way], what="sweep", repeats=3)
+            yield step_point(args, hu16, flags, precisions[-1], [way], what="sweep", seconds=10)
     elif what == "scale":
         for count in (10**3, 10**4, 10**5) if args.quick else (10**3, 10**4, 10**5, 10**6):
             yield dict(kind="index", data=f"{work}/index_{count}", x=count, setting=f"{count} rows")
@@ -661,7 +688,7 @@ def build_parser():
         help="of step; default: bf16 on a GPU, else fp32, and bf16 if the CPU has it",
     )
     p.add_argument("--flags", default="", help="further flags of train_ssl.py, in one string")
-    p.add_argument("--repeats", type=positive, help="turns; default: 5, with --quick 3")
+    p.add_argument("--seconds", type=float, help="of turns per point, 3 turns at least; default: 60, with --quick 15")
     p.add_argument("--images", type=float, default=1e8, help="sweep prints the days that so many images take")
     p.add_argument("--point", help="internal: measure this one point (JSON) and print its rows")
     return p
@@ -681,10 +708,10 @@ def main(argv=None):
     from train_ssl import setup_distributed
 
     device = setup_distributed(args.device)[2]
-    cuda, repeats = device.type == "cuda", args.repeats or (3 if args.quick else 5)
+    cuda, seconds = device.type == "cuda", args.seconds or (15 if args.quick else 60)
     with tempfile.TemporaryDirectory() as work:
         points = [
-            {"what": what, "device": device.type, "repeats": repeats} | point
+            {"what": what, "device": device.type, "seconds": seconds} | point
             for what in (WHATS if args.what == "all" else [args.what])
             for point in points_of(what, args, cuda, work)
         ]
