@@ -34,6 +34,7 @@ INDEX_COLUMNS = (
 ).split()
 TEXT = ("path", "sop")  # one value per row
 REPEATED = ("encoding", "dataset", "patient", "study", "series")  # few values, many rows: kept as integer codes
+NODULE = "id path z y x label group diameter_mm box_mm".split()  # a label table of CT nodules begins so
 
 WINDOWS_HU = {"lung": (-600, 1500), "soft": (40, 400), "bone": (300, 1500)}  # level, width
 RGB_WINDOWS = ("lung", "soft", "bone")  # channel order of rgb-v1: slices z-1, z, z+1
@@ -161,24 +162,30 @@ def photo_paths(root):
     return sorted(found)
 
 
-def read_labels(path):
-    """labels.csv with path,label[,group] -> {path: row}; an unknown header is an error."""
+def read_labels(path, unlabelled=False):
+    """A label table -> (rows as dicts, are they nodules?): path,label[,group], or columns that begin with NODULE."""
     header, *pieces = read_csv(path)
-    if header not in (["path", "label"], ["path", "label", "group"]):
-        raise ValueError(f"{path}: header {','.join(header)}; expected path,label[,group]")
-    lines = [row for rows in pieces for row in rows if row]
-    if short := [row for row in lines if len(row) != len(header)]:
-        raise ValueError(f"{path}: {','.join(short[0])!r} has {len(short[0])} cells of {len(header)}; write it anew")
-    return {row[0]: dict(zip(header, row)) for row in lines}  # of a path that stands in two groups the last
+    nodules, rows = header[: len(NODULE)] == NODULE, []
+    if not nodules and header not in (["path", "label"], ["path", "label", "group"]):
+        raise ValueError(
+            f"{path}: unknown columns {','.join(header)}; expected path,label[,group], or first {','.join(NODULE)}"
+        )
+    for number, line in enumerate((line for piece in pieces for line in piece if line), 2):
+        rows.append(dict(zip(header, line)))
+        if len(line) != len(header) or not (unlabelled or rows[-1]["label"].strip()):
+            raise ValueError(f"{path}, row {number}: {len(line)} cells of {len(header)}, or no label; write it anew")
+    return rows, nodules
 
 
 def index_photos(root):
     paths = photo_paths(root)
     if not paths:
         raise FileNotFoundError(f"{root} has neither _index/index.csv nor a PNG or JPEG file")
-    labels = read_labels(root / "labels.csv") if (root / "labels.csv").exists() else {}
+    table = root / "labels.csv"
+    lines = read_labels(table, unlabelled=True)[0] if table.exists() else []
+    labels = {row["path"]: row for row in lines}  # of a path that stands in two groups the last
     if missing := sorted(labels.keys() - set(paths)):
-        raise FileNotFoundError(f"{root / 'labels.csv'} names {len(missing)} missing files, first {missing[0]}")
+        raise FileNotFoundError(f"{table} names {len(missing)} missing files, first {missing[0]}")
     rows = [labels.get(p, {}) for p in paths]
     groups = {}
     codes = np.array([groups.setdefault(r.get("group") or p, len(groups)) for p, r in zip(paths, rows)], np.int32)
@@ -607,15 +614,16 @@ def render(images, plan):
         gram = None
         if recipe.gram_size:
             x = cut(images, plan.boxes[:2], plan.flips[:2], np.zeros_like(plan.sigmas[:2]), recipe.gram_size)
-            shown = window(x, *look_windows(plan.looks[:2], recipe.windows)) if images.dtype == torch.int16 else x / 255
-            gram = normalise(shown.clamp(0, 1).flatten(0, 1))
+            hu, shown = images.dtype == torch.int16, look_windows(plan.looks[:2], recipe.windows)
+            x = window_(x, *shown) if hu else x.div_(255)
+            gram = normalise(x.clamp_(0, 1).flatten(0, 1))
         return Crops(*groups, gram)
 
 
 def normalise(x):
     """Values in 0..1 [n, 3, h, w] -> what the backbone sees."""
     mean, std = (x.new_tensor(t)[:, None, None] for t in (MEAN, STD))
-    return (x - mean) / std
+    return (x - mean).div_(std)
 
 
 def denormalise(x):
@@ -625,15 +633,19 @@ def denormalise(x):
 
 
 def intensities(x, dtype, plan, views):
-    """How the views [V, B, 3, h, w] look, by what their images hold: HU, rgb-v1 codes or photographs -> 0..1."""
+    """How the views [V, B, 3, h, w] look, by what their images hold: HU, rgb-v1 codes or photographs -> 0..1.
+
+    Overwrites x: a pass over memory costs a CPU more than its arithmetic.
+    """
     looks = plan.looks[views]
     if dtype == torch.int16:
         noisy = np.where(looks[..., 0] < 0.3, 30 * looks[..., 1], 0.0)  # HU, as between a soft and a sharp kernel
-        x = window(add_noise(x, noisy, plan.noise_seeds[views]), *look_windows(looks, plan.recipe.windows))
-        return contrast(x.clamp(0, 1), 0.8 + 0.4 * looks[..., 5:6], 0).clamp(0, 1)
-    x = (x / 255).clamp(0, 1)  # bicubic overshoots
+        add_noise_(x, noisy, plan.noise_seeds[views])
+        window_(x, *look_windows(looks, plan.recipe.windows)).clamp_(0, 1)
+        return contrast_(x, 0.8 + 0.4 * looks[..., 5:6], 0).clamp_(0, 1)
+    x = x.div_(255).clamp_(0, 1)  # bicubic overshoots
     if plan.recipe.kind == "ct":
-        return contrast(x, 0.8 + 0.4 * looks[..., 6:9], 0.2 * looks[..., 9:12] - 0.1).clamp(0, 1)
+        return contrast_(x, 0.8 + 0.4 * looks[..., 6:9], 0.2 * looks[..., 9:12] - 0.1).clamp_(0, 1)
     return colour(x.flatten(0, 1), looks.reshape(-1, LOOK), plan.solarized[views].reshape(-1)).view_as(x)
 
 
@@ -643,15 +655,15 @@ def to_device(array, like):
     return t.reshape(*t.shape, *[1] * (like.ndim - t.ndim))
 
 
-def contrast(x, factors, shifts):
+def contrast_(x, factors, shifts):
     """x [V, B, 3, h, w], factors and shifts [V, B, 1 or 3]: stretch around middle grey, then brighten."""
-    return (x - 0.5) * to_device(factors, x) + (0.5 + to_device(shifts, x))
+    return x.sub_(0.5).mul_(to_device(factors, x)).add_(0.5 + to_device(shifts, x))
 
 
-def window(hu, levels, widths):
+def window_(hu, levels, widths):
     """HU [V, B, ...] through one window per view, not clamped: 0 and 1 are its ends."""
     levels, widths = to_device(levels, hu), to_device(widths, hu)
-    return (hu - levels) / widths + 0.5
+    return hu.sub_(levels).div_(widths).add_(0.5)
 
 
 def look_windows(looks, kind):
@@ -668,21 +680,20 @@ def look_windows(looks, kind):
     return levels, widths
 
 
-def add_noise(x, sds, seeds):
-    """x [V, B, 3, h, w] plus noise of standard deviations [V, B]: a hash of (seed, pixel), the same on any device."""
+def add_noise_(x, sds, seeds):
+    """Noise of standard deviations [V, B] on x [V, B, 3, h, w]: a hash of (seed, pixel), the same on any device."""
     noisy = np.flatnonzero(sds.reshape(-1))
     if not len(noisy):
-        return x
+        return
     index = torch.from_numpy(noisy).to(x.device, non_blocking=True)
     seeds = torch.from_numpy(seeds.reshape(-1)[noisy]).to(x.device, non_blocking=True)
     h = torch.arange(x[0, 0].numel(), device=x.device) * -7046029254386353131 + seeds[:, None]  # splitmix64
-    h = (h ^ (h >> 30)) * -4658895280553007687
-    h = (h ^ (h >> 27)) * -7723592293110705685
-    parts = sum((h >> shift) & 0xFFFF for shift in (0, 16, 32, 48))  # four uniforms: close to a normal
-    noise = (parts.float() / 65536 - 2) * 3**0.5
-    noise = noise * to_device(sds.reshape(-1)[noisy], noise)
-    flat = x.flatten(0, 1)
-    return flat.index_add(0, index, noise.view(-1, *flat.shape[1:])).view_as(x)
+    h = (h ^ (h >> 30)).mul_(-4658895280553007687)
+    h = (h ^ (h >> 27)).mul_(-7723592293110705685)
+    parts = sum((h >> shift).bitwise_and_(0xFFFF) for shift in (0, 16, 32, 48))  # four uniforms: close to a normal
+    noise = (parts.float() / 65536 - 2).mul_(3**0.5)
+    noise = noise.mul_(to_device(sds.reshape(-1)[noisy], noise))
+    x.view(-1, *x.shape[2:]).index_add_(0, index, noise.view(-1, *x.shape[2:]))
 
 
 def grey(x):

@@ -280,11 +280,8 @@ def label_numbers(vit, source, path, view, most):
 
     Tables of nodules give a square of 50 mm around each mark, others the whole image.
     """
-    header, *pieces = data.read_csv(path)
-    if header[:2] != ["path", "label"] and header[:7] != "id path z y x label group".split():
-        raise ValueError(f"{path}: header {','.join(header)}; expected path,label or id,path,z,y,x,label,group")
+    rows, nodules = data.read_labels(path)
     known = {slice_name(source, i): i for i in range(len(source))}
-    rows = [dict(zip(header, row)) for rows in pieces for row in rows if row]
     rows = [row | {"slice": known.get(f"{row['path']}:{row.get('z')}", known.get(row["path"]))} for row in rows]
     rows = [row for row in rows if row["slice"] is not None]
     rows = [rows[k] for k in data.rng(0, "limit").permutation(len(rows))[:most]]  # of tables for other splits: none
@@ -292,7 +289,7 @@ def label_numbers(vit, source, path, view, most):
     groups, regions = source.rows.columns["group"][ids], None
     if len(set(labels)) < 2 or len(set(groups)) < 3:
         return {}
-    if "y" in header:
+    if nodules:
         half = 25 / source.rows.columns["spacing_y"][ids][:, None]  # mm
         centres = np.array([[float(row["y"]), float(row["x"])] for row in rows])
         regions = np.concatenate([centres - half, centres + half], 1)

@@ -32,11 +32,9 @@ from checkpoint import atomic_write, write_text
 from model import build_vit, load_backbone, read_facts
 from tools import metrics, report
 from tools.cli import Parser, pick_device, positive, run
-from tools.make_splits import NODULE_HEADER
 from tools.runlog import git_commit
 from tools.write_manifest import csv_text
 
-NODULE = [*NODULE_HEADER, "diameter_mm", "box_mm"]
 FOLDS, REPEATS, INNER = 5, 5, 3  # INNER: folds of training patients that choose C or k
 FRACTIONS = (0.1, 0.2, 0.5, 1.0)  # of the label-efficiency curve
 CS = 10.0 ** np.arange(-5, 1)  # of |w|^2 / 2 + C * sum of losses, features standardised; 10 would double the time
@@ -65,23 +63,6 @@ class Table(NamedTuple):
 
 
 # ----- labels
-
-
-def read_rows(path):
-    """A label table -> (its rows as dicts, whether they are nodules)."""
-    if not path.exists():
-        raise FileNotFoundError(f"--labels {path} does not exist; tools/lidc_nodules.py writes _labels/malignancy.csv")
-    header, *pieces = data.read_csv(path)
-    nodules = header[: len(NODULE)] == NODULE
-    if not nodules and header not in (["path", "label"], ["path", "label", "group"]):
-        raise ValueError(
-            f"{path}: unknown columns {','.join(header)}; a table is path,label[,group] or begins {','.join(NODULE)}"
-        )
-    rows = [dict(zip(header, line)) | {"cells": len(line)} for piece in pieces for line in piece if line]
-    for number, row in enumerate(rows, 2):
-        if row["cells"] != len(header) or not row["label"].strip():
-            raise ValueError(f"{path}, row {number}: {row['cells']} cells of {len(header)}, or no label; write it anew")
-    return rows, nodules
 
 
 def find_rows(path, rows, source, nodules):
@@ -129,7 +110,9 @@ def order_classes(labels):
 
 def read_table(path, source):
     """-> Table; refuses unknown columns, unknown images, one class, doubled ids and a group that is not the index's."""
-    rows, nodules = read_rows(path)
+    if not path.exists():
+        raise FileNotFoundError(f"--labels {path} does not exist; tools/lidc_nodules.py writes _labels/malignancy.csv")
+    rows, nodules = data.read_labels(path)
     labels = [row["label"].strip() for row in rows]
     classes = order_classes(labels)
     if len(classes) < 2:

@@ -72,8 +72,8 @@ def test_ways_take_turns_and_a_machine_that_slows_down_changes_no_ratio(clock):
         return 100 / load[0]
 
     ways = {"fast": lambda: work("f", 1), "slow": lambda: work("s", 2)}
-    times, limits = bench.alternate(ways, CPU, 20, limit)
-    assert "".join(order) == "fs" * 2 + "l" + "flsl" * 4  # warm, count, turns until 20 s are over
+    times, limits = bench.alternate(ways, CPU, 10, limit)
+    assert "".join(order) == "fs" * 2 + "l" + "flsl" * 4  # warm, count, turns until 2 x 10 s are over
     assert times == {"fast": [1, 1, 3, 3], "slow": [2, 2, 6, 6]}
     assert limits["slow"][0] == 100 and limits["slow"][1] == pytest.approx((100 + 100 / 3) / 2)  # before, after
     assert bench.ratio(times["slow"], times["fast"]) == 2

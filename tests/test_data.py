@@ -199,7 +199,8 @@ def test_photographs_are_found_labelled_and_grouped(tmp_path):
     sha = source.index_sha256
     (tmp_path / "labels.csv").write_text("\ufeffpath,label,group\nc0/0.png,cat,a\nc0/2.png,dog,b\n")  # a spreadsheet's
     assert d.open_source(tmp_path).index_sha256 != sha  # another division into groups is other data
-    for text, message in (("path,label,patient\n", "expected path,label"), ("path,label\nc0/0.png\n", "1 cells of 2")):
+    unknown = "expected path,label.*, or first id,path,z,y"
+    for text, message in (("path,label,patient\n", unknown), ("path,label\nc0/0.png\n", "1 cells of 2")):
         (tmp_path / "labels.csv").write_text(text)
         with pytest.raises(ValueError, match=message):
             d.open_source(tmp_path)
@@ -431,14 +432,15 @@ def test_gram_crops_are_the_undistorted_globals():
 
 
 def test_noise_is_normal_alike_and_new_for_every_pixel():
-    x = torch.zeros(1, 3, 3, 64, 64)
-    noise = d.add_noise(x, np.array([[10.0, 0.0, 20.0]]), np.array([[5, 6, 7]]))
+    noise, other = torch.zeros(1, 3, 3, 64, 64), torch.zeros(1, 1, 3, 64, 64)
+    d.add_noise_(noise, np.array([[10.0, 0.0, 20.0]]), np.array([[5, 6, 7]]))
     assert not noise[0, 1].any()
     assert noise[0, 0].std() == pytest.approx(10, rel=0.02) and abs(noise[0, 0].mean()) < 0.2
     assert noise[0, 2].std() == pytest.approx(20, rel=0.02)
     assert abs(np.corrcoef(noise[0, 0, 0].flatten(), noise[0, 0, 1].flatten())[0, 1]) < 0.05
     assert abs(np.corrcoef(noise[0, 0].flatten(), noise[0, 2].flatten())[0, 1]) < 0.03
-    assert torch.equal(d.add_noise(x[:, 2:], np.array([[20.0]]), np.array([[7]]))[0, 0], noise[0, 2])
+    d.add_noise_(other, np.array([[20.0]]), np.array([[7]]))
+    assert torch.equal(other[0, 0], noise[0, 2])
 
 
 def test_photo_colour_against_colorsys_and_plain_formulas():

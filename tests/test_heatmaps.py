@@ -404,7 +404,7 @@ def test_wrong_input_is_named(root, tmp_path):
     refused("knows rgb-v1 and --data holds hu16-v1", weights=save(tmp_path / "rgb.pth", bright_vit(), "rgb-v1"))
     refused("does not exist; make it with", "--labels", str(root / "none.csv"), error=FileNotFoundError)
     (root / "odd.csv").write_text("path,label\na,1\n")
-    refused("has no column id, z, group, diameter_mm", "--labels", str(root / "odd.csv"))
+    refused("odd.csv is no table of nodules", "--labels", str(root / "odd.csv"))
     (root / "_labels" / "masks" / "n6.npz").unlink()
     refused("n6.npz does not exist", error=FileNotFoundError)
     photos = make_photos(tmp_path / "photos")

@@ -631,7 +631,7 @@ def test_labels_are_read_by_header_and_only_of_slices_that_may_be_looked_at(toy,
     half = 25 / 0.7  # spacing of the toy series in mm
     assert np.allclose(boxes, [[30 - half, 20 - half, 30 + half, 20 + half]] * 6)
     write_table(tmp_path / "odd.csv", ["name", "class"], [])
-    assert toy.look("--labels", tmp_path / "odd.csv") == 3 and "expected path,label or id" in capsys.readouterr().err
+    assert toy.look("--labels", tmp_path / "odd.csv") == 3 and "expected path,label[,g" in capsys.readouterr().err
     write_table(tmp_path / "one.csv", header, [[*row[:5], 1, *row[6:]] for row in rows])
     assert toy.look("--labels", tmp_path / "one.csv") == 0 and "knn" not in toy.status()["numbers"]  # one class
 

@@ -13,6 +13,7 @@ from test_data import make_split, write_index
 import checkpoint
 import data
 import train_probe as t
+from data import NODULE
 from model import build_vit
 from tools import metrics
 
@@ -300,7 +301,7 @@ def make_nodules(root, patients=36, informative="texture", seed=0):
     return rows
 
 
-def write_table(path, rows, header=t.NODULE):
+def write_table(path, rows, header=NODULE):
     path.parent.mkdir(exist_ok=True)
     with open(path, "w", newline="") as f:
         csv.writer(f).writerows([header, *rows])
@@ -408,22 +409,22 @@ def change(rows, column, value, at=slice(None)):
 
 
 REFUSED = {
-    "all 72 labels are .*needs two classes": lambda rows: (change(rows, 5, 1), t.NODULE),
-    "unknown columns id,path,zz": lambda rows: (rows, ["id", "path", "zz", *t.NODULE[3:]]),
+    "all 72 labels are .*needs two classes": lambda rows: (change(rows, 5, 1), NODULE),
+    "unknown columns id,path,zz": lambda rows: (rows, ["id", "path", "zz", *NODULE[3:]]),
     "unknown columns path,label,colour": lambda rows: ([[r[1], r[5], "x"] for r in rows], ["path", "label", "colour"]),
     "2 images are not in .*toy/nowhere.npy": lambda rows: (
         change(change(rows, 1, "toy/nowhere.npy", slice(3)), 1, "toy/9.npy", slice(3, 5)),
-        t.NODULE,
+        NODULE,
     ),
-    "1 images are not in .*z 40": lambda rows: (change(rows, 2, 40, slice(1)), t.NODULE),
-    "1 ids appear twice": lambda rows: (change(rows, 0, "same", slice(2)), t.NODULE),
-    "the group of toy/P0": lambda rows: (change(rows, 6, "toy/P1", slice(2)), t.NODULE),
-    "no label": lambda rows: (change(rows, 5, " ", slice(1)), t.NODULE),
-    "outside its image": lambda rows: (change(rows, 3, 480, slice(1)), t.NODULE),
-    "no size above 0": lambda rows: (change(rows, 7, -1, slice(1)), t.NODULE),
-    "must be numbers": lambda rows: (change(rows, 8, "wide", slice(1)), t.NODULE),
-    "one-class labels: val_test has no sample of class 1": lambda rows: (change(rows, 5, 0, slice(28, 72)), t.NODULE),
-    "one-class labels: train has no sample of class 0": lambda rows: (change(rows, 5, 1, slice(28)), t.NODULE),
+    "1 images are not in .*z 40": lambda rows: (change(rows, 2, 40, slice(1)), NODULE),
+    "1 ids appear twice": lambda rows: (change(rows, 0, "same", slice(2)), NODULE),
+    "the group of toy/P0": lambda rows: (change(rows, 6, "toy/P1", slice(2)), NODULE),
+    "no label": lambda rows: (change(rows, 5, " ", slice(1)), NODULE),
+    "outside its image": lambda rows: (change(rows, 3, 480, slice(1)), NODULE),
+    "no size above 0": lambda rows: (change(rows, 7, -1, slice(1)), NODULE),
+    "must be numbers": lambda rows: (change(rows, 8, "wide", slice(1)), NODULE),
+    "one-class labels: val_test has no sample of class 1": lambda rows: (change(rows, 5, 0, slice(28, 72)), NODULE),
+    "one-class labels: train has no sample of class 0": lambda rows: (change(rows, 5, 1, slice(28)), NODULE),
 }
 
 

@@ -241,9 +241,9 @@ def test_bad_ratios_are_refused(ratios):
 @pytest.mark.parametrize(
     "lines, header, message",
     [
-        (["lidc/s0001/0001.png,x"], "file,label", "begins"),
-        (["x,lidc/s0001/0001.png"], "label,path", "begins"),
-        (["lidc/s0001/0009.png,x"], "path,label", "row 2.*0009.png"),
+        (["lidc/s0001/0001.png,x"], "file,label", "unknown columns file,label; expected"),
+        (["x,lidc/s0001/0001.png"], "label,path", "unknown columns label,path"),
+        (["lidc/s0001/0009.png,x"], "path,label", "1 images are not in the data, the first is lidc/s0001/0009.png"),
         (["lidc/s0001/0001.png,"], "path,label", "row 2"),
         (["lidc/s0001/0001.png,x,g"], "path,label", "row 2"),
         (["lidc/s0001/0001.png," + "x" * 200_000], "path,label", "not a UTF-8 CSV file"),

@@ -72,14 +72,14 @@ def alternate(ways, device, seconds, limit=lambda: 1.0, least=0.3):
     """{name: function} -> seconds per call and the limit beside it, both as {name: [one value per turn]}.
 
     `limit` gives a rate; that of a sample is the mean of those right before and right after. `seconds`: of all turns
-    together, three at least. `least`: of a sample; quick functions are called several times between two waits.
+    for each way, three turns at least. `least`: of a sample; quick functions are called several times in one.
     """
     for function in ways.values():  # compiles, fills caches
         function()
     calls = {name: max(1, math.ceil(least / max(took(f, device), 1e-6))) for name, f in ways.items()}
     times, limits = {name: [] for name in ways}, {name: [] for name in ways}
     start, before, turns = time.perf_counter(), limit(), 0
-    while turns < 3 or time.perf_counter() - start < seconds:
+    while turns < 3 or time.perf_counter() - start < seconds * len(ways):
         for name, function in ways.items():
             times[name].append(took(function, device, calls[name]))
             after = limit()
@@ -376,20 +376,23 @@ def measure_read(point, device):
         batches = first_batch(source, step, workers)
         times.append(time.perf_counter() - start)
         del batches  # its workers end here, outside the clock
-    batches, rate = first_batch(source, 0, workers), copying()
-    once = functools.partial(next, batches)
+    batches, rate, ahead = first_batch(source, 0, workers), copying(), 1 + 2 * workers
+
+    def read():
+        deque(itertools.islice(batches, ahead), 0)
 
     def limit():
         found = rate()
-        took(once, CPU, 1 + 2 * workers)  # what was read ahead during the copy
+        read()  # what was read ahead during the copy
         return found
 
-    (seconds,), (rates,) = (d.values() for d in alternate({"": once}, CPU, point["seconds"], limit))
-    speed, of = 16 / median(seconds), None
+    (seconds,), (rates,) = (d.values() for d in alternate({"": read}, CPU, point["seconds"], limit))
+    seconds, of = [s / ahead for s in seconds], None
     if source.encoding == "hu16-v1":  # every byte is read once and written once
         of = share(16 * 2 * source.read(0).nbytes / 1e9, seconds, rates)
     note = f"first batch of 16 after {median(firsts[0]):.2f} s, from step 1,000,000 {median(firsts[10**6]):.2f} s"
-    return [row(point["setting"], speed, "slices/s", of, "copy", note, seconds=seconds, first_s=firsts, limits=rates)]
+    more = dict(note=note, seconds=seconds, first_s=firsts, limits=rates)
+    return [row(point["setting"], 16 / median(seconds), "slices/s", of, "copy", **more)]
 
 
 def preprocess(raw, folder, encoding, number):
@@ -432,7 +435,7 @@ def measure_save(point, device):
     state = t.pack_state(1, way.args, way.source, way.source.groups, way.recipes, *nets, way.optimizer, {})
     with tempfile.TemporaryDirectory() as folder:
         saver, rates, start = checkpoint.Saver(folder, 1, 0), [limit()], time.perf_counter()
-        while len(stalls) < 4 or time.perf_counter() - start < point["seconds"]:
+        while len(stalls) < 4 or time.perf_counter() - start < 4 * point["seconds"]:  # most of it on the disk
             saver.save(len(stalls) + 1, state)
             stalls.append(saver.stall_s)
             saver.wait()
@@ -553,7 +556,7 @@ def points_of(what, args, cuda, work):
         for arch, way in itertools.product(archs, SETTINGS[: 1 if args.quick else 4]):
             flags = {"arch": arch, "batch-size": 8 if cuda else 1}
             flags |= {} if args.quick else {"prototypes": 8192}  # what train_ssl.py takes by default
-            yield step_point(args, hu16, flags, precisions[-1], [way], what="sweep", seconds=10)
+            yield step_point(args, hu16, flags, precisions[-1], [way], what="sweep", seconds=8)
     elif what == "scale":
         for count in (10**3, 10**4, 10**5) if args.quick else (10**3, 10**4, 10**5, 10**6):
             yield dict(kind="index", data=f"{work}/index_{count}", x=count, setting=f"{count} rows")
@@ -688,7 +691,7 @@ def build_parser():
         help="of step; default: bf16 on a GPU, else fp32, and bf16 if the CPU has it",
     )
     p.add_argument("--flags", default="", help="further flags of train_ssl.py, in one string")
-    p.add_argument("--seconds", type=float, help="of turns per point, 3 turns at least; default: 60, with --quick 15")
+    p.add_argument("--seconds", type=float, help="for each way, 3 turns at least; default: 30, with --quick 8")
     p.add_argument("--images", type=float, default=1e8, help="sweep prints the days that so many images take")
     p.add_argument("--point", help="internal: measure this one point (JSON) and print its rows")
     return p
@@ -708,7 +711,7 @@ def main(argv=None):
     from train_ssl import setup_distributed
 
     device = setup_distributed(args.device)[2]
-    cuda, seconds = device.type == "cuda", args.seconds or (15 if args.quick else 60)
+    cuda, seconds = device.type == "cuda", args.seconds or (8 if args.quick else 30)
     with tempfile.TemporaryDirectory() as work:
         points = [
             {"what": what, "device": device.type, "seconds": seconds} | point

@@ -18,14 +18,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from checkpoint import write_text
-from data import file_sha256, find_table, open_source, read_csv
+from data import file_sha256, find_table, open_source, read_labels
 from tools.cli import Parser, run
 
 VERSION = 1
 SPLITS = ("train", "val_select", "val_calib", "val_test")
 THREE_WAY = "train=0.85,val_select=0.05,val_test=0.10"
 FOUR_WAY = "train=0.60,val_select=0.15,val_calib=0.15,val_test=0.10"
-NODULE_HEADER = "id,path,z,y,x,label,group".split(",")
 
 
 def open_data(root):
@@ -37,15 +36,10 @@ def open_data(root):
 
 
 def read_table(table, known):
-    """[(path, label, group or "")] of a table that begins `path,label[,group]` or as a nodule table."""
-    header, *pieces = read_csv(table)
-    lines = [line for piece in pieces for line in piece if line]
-    if header[:2] != ["path", "label"] and header[:7] != NODULE_HEADER:
-        raise ValueError(f"{table}: begins {header}, not path,label[,group] nor {','.join(NODULE_HEADER)}")
-    rows = [dict(zip(header, line)) for line in lines]
-    for number, (line, row) in enumerate(zip(lines, rows), 2):
-        if len(line) != len(header) or not row["label"].strip() or row["path"] not in known:
-            raise ValueError(f"{table}, row {number}: {','.join(line)[:200]!r} lacks a field, a label or its image")
+    """[(path, label, group or "")] of a label table."""
+    rows, _ = read_labels(table)
+    if missing := [row["path"] for row in rows if row["path"] not in known]:
+        raise ValueError(f"{table}: {len(missing)} images are not in the data, the first is {missing[0]}")
     return [(row["path"], row["label"].strip(), row.get("group", "").strip()) for row in rows]
 
 

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import WINDOWS_HU, cut, eval_view, file_sha256, find_table, open_source, read_csv, render_eval
+from data import WINDOWS_HU, cut, eval_view, file_sha256, find_table, open_source, read_labels, render_eval
 from model import build_vit, load_backbone, read_weights
 from tools import sheet
 from tools.cli import Parser, pick_device, positive, run
@@ -36,7 +36,7 @@ from tools.metrics import auc, interval, ratio, resample
 from tools.write_manifest import write_json
 
 STATS = ("hit", "auroc", "inside", "ring", "share")
-NEEDED = "id path z group diameter_mm".split()
+KEPT = "id path z group diameter_mm".split()
 SAMPLES = 8  # per patch and axis: masks are measured on this grid, 0.4 mm at 96 mm and 448 pixels
 DEALS = 10  # other nodules that each map is dealt to, for chance
 RANDOM_DRAWS = 3  # nets with random weights; their numbers are averaged nodule by nodule
@@ -64,10 +64,9 @@ def read_nodules(path, groups):
     """Rows of a label table that belong to these groups."""
     if not path.is_file():
         raise FileNotFoundError(f"--labels {path} does not exist; make it with tools/lidc_nodules.py")
-    header, *pieces = read_csv(path)
-    if missing := [key for key in NEEDED if key not in header]:
-        raise ValueError(f"{path} has no column {', '.join(missing)}; make it with tools/lidc_nodules.py")
-    rows = [dict(zip(header, row)) for rows in pieces for row in rows if row]
+    rows, nodules = read_labels(path)
+    if not nodules:
+        raise ValueError(f"{path} is no table of nodules; make it with tools/lidc_nodules.py")
     kept = [row for row in rows if row["group"] in groups]
     if not kept:
         raise ValueError(f"{path}: none of its {len(rows)} nodules is in the chosen split; see --split")
@@ -523,7 +522,7 @@ def list_nodules(targets, own):
     """What each nodule gave, for whoever wants to look closer; own [n, M, STATS], the mean of heads first."""
     rows = []
     for target, values in zip(targets, own):
-        kept = {key: target.row[key] for key in NEEDED}
+        kept = {key: target.row[key] for key in KEPT}
         kept |= {stat: float(value) for stat, value in zip(STATS, values[0])}
         kept |= {"box": target.box.round(2).tolist(), "patches_inside": int(target.inside.sum())}
         rows.append(kept)
