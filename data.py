@@ -560,23 +560,25 @@ def reach(start, end, flip, sigma, low, out):
 def cut_each(images, boxes, flips, sigmas, out):
     """For CPUs: view by view, and of its matrices only the band that is not 0; there are no launches to save.
 
-    1.8 x (rgb) and 1.7 x (HU) the whole product for views of 512 x 512 slices, 1.1 x for the CT recipe's smaller ones
-    (one thread, 2026-11).
+    4.5 x as fast as cut_batched for views of whole 512 x 512 slices, 8 x for the CT recipe's smaller ones (one thread,
+    2026-11).
     """
     low, high = boxes[:, :2].floor(), boxes[:, 2:].ceil()
     height, width = (high - low).amax(0).int().tolist()
     y = (boxes[:, 0], boxes[:, 2], torch.zeros_like(flips), sigmas, low[:, 0], out)
     x = (boxes[:, 1], boxes[:, 3], flips, sigmas, low[:, 1], out)
     Wy, Wx, bands_y, bands_x = axis_matrices(*y, height), axis_matrices(*x, width), reach(*y), reach(*x)
-    views = torch.empty(len(boxes), images.shape[1], out, out)
-    rows = torch.empty(images.shape[1], out, width)
+    channels = images.shape[1]
+    views, buffer = torch.empty(len(boxes), channels * out, out), torch.empty(channels * out * width)
     for i, (y0, x0, y1, x1) in enumerate(torch.cat([low, high], 1).int().tolist()):
         part = images[i % len(images), :, y0:y1, x0:x1]
+        rows = buffer[: channels * out * (x1 - x0)].view(channels * out, -1)  # strides are of this view, not its batch
         for k, (a, b) in zip(range(0, out, BLOCK), bands_y[i]):
-            rows[:, k : k + BLOCK, : x1 - x0] = Wy[i, k : k + BLOCK, a:b] @ part[:, a:b]
+            block = rows.unflatten(0, (channels, out))[:, k : k + BLOCK]
+            torch.matmul(Wy[i, k : k + BLOCK, a:b], part[:, a:b], out=block)
         for k, (a, b) in zip(range(0, out, BLOCK), bands_x[i]):
-            views[i, :, :, k : k + BLOCK] = rows[:, :, a:b] @ Wx[i, k : k + BLOCK, a:b].T
-    return views
+            torch.mm(rows[:, a:b], Wx[i, k : k + BLOCK, a:b].T, out=views[i, :, k : k + BLOCK])
+    return views.unflatten(1, (channels, out))
 
 
 def cut_batched(images, boxes, flips, sigmas, out):
@@ -607,13 +609,13 @@ def render(images, plan):
     if plan.boxes is None:
         plan = place(plan, [images.shape[2:]] * len(images))
     with torch.autocast(images.device.type, enabled=False):
-        groups = []
+        groups, floats = [], images.float()
         for views, size in ((slice(0, 2), recipe.global_size), (slice(2, None), recipe.local_size)):
-            x = cut(images, plan.boxes[views], plan.flips[views], plan.sigmas[views], size)
+            x = cut(floats, plan.boxes[views], plan.flips[views], plan.sigmas[views], size)
             groups.append(normalise(intensities(x, images.dtype, plan, views).flatten(0, 1)))
         gram = None
         if recipe.gram_size:
-            x = cut(images, plan.boxes[:2], plan.flips[:2], np.zeros_like(plan.sigmas[:2]), recipe.gram_size)
+            x = cut(floats, plan.boxes[:2], plan.flips[:2], np.zeros_like(plan.sigmas[:2]), recipe.gram_size)
             hu, shown = images.dtype == torch.int16, look_windows(plan.looks[:2], recipe.windows)
             x = window_(x, *shown) if hu else x.div_(255)
             gram = normalise(x.clamp_(0, 1).flatten(0, 1))
@@ -646,7 +648,8 @@ def intensities(x, dtype, plan, views):
     x = x.div_(255).clamp_(0, 1)  # bicubic overshoots
     if plan.recipe.kind == "ct":
         return contrast_(x, 0.8 + 0.4 * looks[..., 6:9], 0.2 * looks[..., 9:12] - 0.1).clamp_(0, 1)
-    return colour(x.flatten(0, 1), looks.reshape(-1, LOOK), plan.solarized[views].reshape(-1)).view_as(x)
+    colour_(x.view(-1, *x.shape[2:]), looks.reshape(-1, LOOK), plan.solarized[views].reshape(-1))
+    return x
 
 
 def to_device(array, like):
@@ -688,16 +691,21 @@ def add_noise_(x, sds, seeds):
     index = torch.from_numpy(noisy).to(x.device, non_blocking=True)
     seeds = torch.from_numpy(seeds.reshape(-1)[noisy]).to(x.device, non_blocking=True)
     h = torch.arange(x[0, 0].numel(), device=x.device) * -7046029254386353131 + seeds[:, None]  # splitmix64
-    h = (h ^ (h >> 30)).mul_(-4658895280553007687)
-    h = (h ^ (h >> 27)).mul_(-7723592293110705685)
-    parts = sum((h >> shift).bitwise_and_(0xFFFF) for shift in (0, 16, 32, 48))  # four uniforms: close to a normal
-    noise = (parts.float() / 65536 - 2).mul_(3**0.5)
-    noise = noise.mul_(to_device(sds.reshape(-1)[noisy], noise))
+    h = (h >> 30).bitwise_xor_(h).mul_(-4658895280553007687)
+    h = (h >> 27).bitwise_xor_(h).mul_(-7723592293110705685)
+    pairs = (h >> 16).bitwise_and_(0xFFFF0000FFFF).add_(h.bitwise_and_(0xFFFF0000FFFF))
+    parts = (pairs >> 32).add_(pairs).bitwise_and_(0xFFFFFFFF)  # sum of the four 16-bit numbers: close to a normal
+    noise = parts.float().div_(65536).sub_(2).mul_(3**0.5)
+    noise.mul_(to_device(sds.reshape(-1)[noisy], noise))
     x.view(-1, *x.shape[2:]).index_add_(0, index, noise.view(-1, *x.shape[2:]))
 
 
 def grey(x):
     return (x * x.new_tensor((0.299, 0.587, 0.114))[:, None, None]).sum(1, keepdim=True)
+
+
+def solarize(x):
+    return torch.where(x >= 128 / 255, 1 - x, x)
 
 
 def shift_hue(x, turn):
@@ -707,12 +715,12 @@ def shift_hue(x, turn):
     safe = torch.where(chroma > 0, chroma, torch.ones_like(chroma))
     r, g, b = x.unbind(1)
     hue = torch.where(top == r, (g - b) / safe, torch.where(top == g, 2 + (b - r) / safe, 4 + (r - g) / safe))
-    hue = hue + 6 * turn[:, None, None]
-    k = (x.new_tensor((5, 3, 1))[:, None, None] + hue[:, None]) % 6
-    return top[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
+    hue += 6 * turn[:, None, None]
+    k = (x.new_tensor((5, 3, 1))[:, None, None] + hue[:, None]).remainder_(6)
+    return top[:, None] - torch.minimum(k, 4 - k).clamp_(0, 1).mul_(chroma[:, None])
 
 
-def colour(x, looks, solarized):
+def colour_(x, looks, solarized):
     """DINOv3's colour recipe on photographs [n, 3, h, w] in 0..1: jitter p 0.8, grey p 0.2, solarise."""
     jittered = looks[:, 0] < 0.8
     factors = 1 + (2 * looks[:, 1:5] - 1) * (0.4, 0.4, 0.2, 0.1)  # brightness, contrast, saturation; hue around 1
@@ -725,16 +733,21 @@ def colour(x, looks, solarized):
             index = torch.from_numpy(chosen).to(x.device, non_blocking=True)
             part, f = x.index_select(0, index), to_device(factors[chosen, op], x)
             if op == 0:
-                part = part * f
+                part.mul_(f)
             elif op == 1:
-                part = part * f + (1 - f) * grey(part).mean((1, 2, 3), keepdim=True)
+                middle = (1 - f) * grey(part).mean((1, 2, 3), keepdim=True)
+                part.mul_(f).add_(middle)
             elif op == 2:
-                part = part * f + (1 - f) * grey(part)
+                middle = (1 - f) * grey(part)
+                part.mul_(f).add_(middle)
             else:
                 part = shift_hue(part, f.flatten() - 1)
-            x = x.index_copy(0, index, part.clamp(0, 1))
-    x = torch.where(to_device(looks[:, 9] < 0.2, x) > 0, grey(x), x)
-    return torch.where((to_device(solarized, x) > 0) & (x >= 128 / 255), 1 - x, x)
+            x.index_copy_(0, index, part.clamp_(0, 1))
+    for chosen, look in ((looks[:, 9] < 0.2, grey), (solarized, solarize)):
+        if len(chosen := np.flatnonzero(chosen)):
+            index = torch.from_numpy(chosen).to(x.device, non_blocking=True)
+            part = x.index_select(0, index)
+            x.index_copy_(0, index, look(part).expand_as(part))
 
 
 def eval_view(encoding, size=224):
