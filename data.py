@@ -11,6 +11,7 @@ Letters: B images, V views, C channels (three neighbouring slices, or RGB), N pa
 import csv
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -110,7 +111,7 @@ def read_csv(path):
         with open(path, newline="", encoding="utf-8-sig") as f:  # spreadsheets begin with a byte order mark
             reader = csv.reader(f)
             yield next(reader, [])
-            while rows := [row for _, row in zip(range(1024), reader)]:
+            while rows := list(itertools.islice(reader, 1024)):
                 yield rows
     except (csv.Error, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not a UTF-8 CSV file ({error}); write it anew") from None
@@ -137,7 +138,9 @@ def read_index(path):
 def encode_column(key, texts, names):
     if key in REPEATED:
         codes = names[key]
-        return np.fromiter((codes.setdefault(t, len(codes)) for t in texts), np.int32, len(texts))
+        for text in dict.fromkeys(texts):
+            codes.setdefault(text, len(codes))
+        return np.fromiter(map(codes.get, texts), np.int32, len(texts))
     if key in TEXT:
         return np.array([t.encode() for t in texts])
     if key.endswith("_mm") or key.startswith("spacing"):
@@ -898,7 +901,7 @@ def deaf(_):
 
 def make_loader(source, recipes, seed, steps, batch, micro_batch=None, rank=0, world=1, workers=0, patch_size=16,
                 masking=(0.5, (0.1, 0.5)), skip_bad=0, pin_memory=False, fixed=False):  # fmt: skip
-    """Yield the micro-batches of `steps` (a range) in order; starts at any step at once.
+    """An iterator over the micro-batches of `steps` (a range) in order; starts at any step at once.
 
     A file that cannot be read is an error; up to `skip_bad` of them are printed and replaced wherever they come up.
     fixed: every epoch is the first one again, its batches, crops and masks (to overfit on purpose; other company in a
@@ -915,9 +918,15 @@ def make_loader(source, recipes, seed, steps, batch, micro_batch=None, rank=0, w
         pin_memory=pin_memory,
         collate_fn=as_read,
         worker_init_fn=deaf,
+        generator=torch.Generator(),  # the global one belongs to whoever builds a model
     )
+    return checked(iter(loader), skip_bad)  # iter: readers start here
+
+
+def checked(items, skip_bad):
+    """Micro-batches as they come; raises here, not in a reading process, whose errors arrive as a page of traceback."""
     skipped = set()
-    for item in loader:  # raised here, not in a reading process, whose errors arrive as a page of traceback
+    for item in items:
         for path, reason in item.bad:
             if path in skipped:
                 continue

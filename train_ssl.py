@@ -426,10 +426,10 @@ def evaluate(student, teacher, gram, source, recipe, args, w, centers, device, s
     updates = max(min(slices, len(source)) // batch, 1)
     size = max(m for m in range(group, max(args.micro_batch, group) + 1, group) if batch % m == 0)
     held = source.take(np.sort(data.rng(0, "limit").permutation(len(source))[: updates * batch]))
-    micros = iter(data.make_loader(
+    micros = data.make_loader(
         held, recipe, 0, range(updates), batch, size, masking=masking(args), skip_bad=args.skip_bad,
         patch_size=student.backbone.patch_size,
-    ))  # fmt: skip
+    )  # fmt: skip
     found, pairs, series = [], [], []
     student.eval()
     for _ in range(updates):
@@ -570,8 +570,8 @@ def shard(model, device):
     return fully_shard(model, reshard_after_forward=True)  # the teacher has no backward that would do it
 
 
-def build(args, arch=None):
-    """(student, teacher) on the CPU, equal; weights depend on the seed and --init alone. arch: of a checkpoint."""
+def build_backbone(args, arch=None):
+    """On the CPU; weights depend on the seed and --init alone. arch: of a checkpoint."""
     torch.manual_seed(args.seed)
     if arch:  # weights follow from the file; that of --init may be gone by now
         backbone = build_vit(arch["name"], **arch["overrides"])
@@ -582,6 +582,12 @@ def build(args, arch=None):
     else:
         backbone = build_vit(args.arch, layerscale=args.layerscale)
     backbone.checkpointing = args.checkpointing
+    return backbone
+
+
+def build(args, backbone=None):
+    """(student, teacher) on the CPU, equal."""
+    backbone = backbone or build_backbone(args)
     heads = [ProjectionHead(backbone.dim, args.head_hidden, args.head_bottleneck, args.prototypes) for _ in range(2)]
     for head in heads:  # short ones leave targets near uniform, and small runs then stay at ln K: tools/recipes/LOG.md
         head.last_layer.weight.data = args.prototype_norm * F.normalize(head.last_layer.weight.data, dim=1)
@@ -627,8 +633,8 @@ def pack_state(step, args, source, trained, recipes, student, teacher, gram, opt
     }
 
 
-def find_state(args, out, source, rank, world):
-    """(state to go on from or None, its file's name, harmless changes of flags); refuses what would be another run."""
+def find_run(args, out, source, rank, world):
+    """(checkpoint to go on from or None, its plain values, harmless changes of flags); refuses what is another run."""
     found = [None, False]
     if rank == 0:
         found = [checkpoint.latest(out), bool(checkpoint.step_files(out)) or (out / "last.pth").exists()]
@@ -639,17 +645,18 @@ def find_state(args, out, source, rank, world):
             f"{out} has checkpoints and none verifies (see above); put a good one there, or use another --out"
         )
     if found[0] is None:
-        return None, None, {}
+        return None, {}, {}
     if args.resume == "never":
         raise ValueError(f"{out} holds {found[0].name} and --resume never was given; choose another --out")
-    state = checkpoint.load(found[0])
-    changed = check_flags(args, state["args"])
+    state = torch.load(found[0], weights_only=True, mmap=True)  # latest() has just verified it; tensors stay on disk
+    facts = {k: state[k] for k in ("step", "args", "arch", "trained_groups", "index_sha256", "split_sha256")}
+    changed = check_flags(args, facts["args"])
     for name in ("index_sha256", "split_sha256"):
-        if state[name] != getattr(source, name):
+        if facts[name] != getattr(source, name):
             raise ValueError(
                 f"{args.data}: {name} differs from that of {found[0]}; put the old data back, or use another --out"
             )
-    return state, found[0].name, changed
+    return found[0], facts, changed
 
 
 def write_config(args, out, source, recipes, student, world, device):
@@ -748,17 +755,23 @@ def train(args, rank, world, device):
         out.mkdir(parents=True, exist_ok=True)
         locked = lock(out)
         checkpoint.sweep(out)
-    state, name, changed = find_state(args, out, source, rank, world)
-    start = state["step"] if state else 0
+    found, facts, changed = find_run(args, out, source, rank, world)
+    start = facts.get("step", 0)
     if start >= total:
         if rank == 0:
             print(f"{out} is finished: {start} updates done; --extend N goes on")
         return 0
 
-    trained = state["trained_groups"] if state else sorted({*source.groups, *trained_before(args, held)})
+    trained = facts["trained_groups"] if found else sorted({*source.groups, *trained_before(args, held)})
 
-    # ------------------------------------------------------------------ model  <- change the backbone in build()
-    student, teacher = build(args, state and state["arch"])
+    # ------------------------------------------------------------------ readers, model
+    backbone = build_backbone(args, facts.get("arch"))  # <- change the backbone there
+    micros = args.batch_size // (world * args.micro_batch)
+    batches = data.make_loader(  # forks now: later, readers would keep a copy of all weights (1.5 s of ViT-S's start)
+        source, recipes, args.seed, range(start, total), args.batch_size, args.micro_batch, rank, world, args.workers,
+        backbone.patch_size, masking(args), args.skip_bad, pin_memory=device.type == "cuda", fixed=args.overfit,
+    )  # fmt: skip
+    student, teacher = build(args, backbone)
     gram_net = None
     if args.gram_weight:
         gram_net = load_backbone(args.gram_teacher) if args.gram_teacher else copy.deepcopy(teacher.backbone)
@@ -779,7 +792,8 @@ def train(args, rank, world, device):
     groups = param_groups(student, args.layer_decay, args.patch_lr)
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, args.beta2), fused=True)
     gram, centers = None, {}
-    if state:
+    if found:
+        state = checkpoint.load(found)
         unpack_weights(student, state["student"])
         unpack_weights(teacher, state["teacher"])
         unpack_optimizer(optimizer, student, state["optimizer"])
@@ -793,14 +807,10 @@ def train(args, rank, world, device):
 
     log = Log(out, start, total, quiet=rank > 0)
     saver = checkpoint.Saver(out, args.keep_last, args.keep_every)
-    log.event(start, f"resumed from {name}" if name else "started", changed=changed, git=git_commit(), world=world)
+    begins = f"resumed from {found.name}" if found else "started"
+    log.event(start, begins, changed=changed, git=git_commit(), world=world)
     for text in choices_in_words(args) if rank == 0 else ():
         tqdm.write(text)
-    micros = args.batch_size // (world * args.micro_batch)
-    batches = iter(data.make_loader(
-        source, recipes, args.seed, range(start, total), args.batch_size, args.micro_batch, rank, world, args.workers,
-        student.backbone.patch_size, masking(args), args.skip_bad, pin_memory=device.type == "cuda", fixed=args.overfit,
-    ))  # fmt: skip
     handlers = {s: signal.signal(s, on_signal) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     clock = {"since": time.perf_counter(), "done": start, "wait": 0.0, "images": len(source)}
     bad_in_a_row, code, done = 0, 0, start

@@ -3,6 +3,7 @@ import contextlib
 import csv
 import hashlib
 import json
+import multiprocessing
 import resource
 import subprocess
 import sys
@@ -502,6 +503,15 @@ def equal(a, b):
     return (
         torch.equal(a.images, b.images) and torch.equal(a.masks, b.masks) and np.array_equal(a.plan.boxes, b.plan.boxes)
     )
+
+
+def test_readers_start_at_once_and_leave_the_global_generator_alone(ct):
+    before = torch.get_rng_state()
+    loader = d.make_loader(ct, SMALL, 0, range(3), 4, workers=1)
+    assert len(multiprocessing.active_children()) == 1  # before the caller builds what they would inherit
+    assert torch.equal(torch.get_rng_state(), before)
+    assert next(loader).step == 0
+    loader.close()
 
 
 @pytest.mark.parametrize("workers", [1, 4])

@@ -306,6 +306,27 @@ def test_a_finished_run_says_so_and_extends_only_on_request(folder, tmp_path, ca
     assert rates[6] == pytest.approx(1e-6)
 
 
+def test_readers_inherit_no_weights_and_no_checkpoint(folder, tmp_path, monkeypatch):
+    """They live as long as the run: what exists when they fork stays in memory, or on disk after it was rotated out."""
+
+    def parameters():
+        return {p for p in gc.get_objects() if isinstance(p, torch.nn.Parameter)}
+
+    real, seen, before = data.make_loader, [], parameters()
+
+    def make_loader(*args, **kwargs):
+        maps = Path("/proc/self/maps").read_text()
+        seen.append((str(tmp_path / "run" / "step_") in maps, sum(p.numel() for p in parameters() - before)))
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(data, "make_loader", make_loader)
+    for more in ([], ["--extend", "1"]):
+        gc.collect()
+        train(folder, tmp_path / "run", "--steps", "1", "--eval-every", "0", "--head-hidden", "512", *more)
+    backbone = sum(p.numel() for p in build_vit("vit_test").parameters())
+    assert seen == [(False, backbone)] * 2
+
+
 def test_a_changed_split_or_index_is_refused(folder, tmp_path):
     train(folder, tmp_path / "run", "--steps", "2")
     make_split(folder, {f"toy/P{i}": "train" if i < 7 else "val_select" for i in range(9)})

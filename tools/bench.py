@@ -222,10 +222,10 @@ def make_ways(point, device, phases):
         for phase, module in zip(("student", "teacher", "Gram teacher"), own):
             if module:
                 module.forward = functools.partial(phases.call, phase, module.forward)
-        batches = iter(data.make_loader(
+        batches = data.make_loader(
             source, recipes, args.seed, range(10**6), args.batch_size, args.micro_batch, 0, 1,
             args.workers if cuda else 0, student.backbone.patch_size, t.masking(args), pin_memory=cuda,
-        ))  # fmt: skip
+        )  # fmt: skip
         ways[name] = SimpleNamespace(**dict(zip(("student", "teacher", "gram"), own)), args=args, device=device,
             source=source, recipes=recipes, optimizer=optimizer, batches=batches, phases=phases)  # fmt: skip
     return ways
@@ -362,7 +362,7 @@ def first_batch(source, start, workers):
     """A loader that begins at update `start` and has given its first batch."""
     data.epoch_order.cache_clear()
     recipe = data.RECIPES["photo" if source.encoding == "photo" else "ct"]
-    batches = iter(data.make_loader(source, recipe, 0, range(start, start + 10**6), 16, workers=workers))
+    batches = data.make_loader(source, recipe, 0, range(start, start + 10**6), 16, workers=workers)
     next(batches)
     return batches
 
