@@ -8,12 +8,14 @@
 Letters: B images, V views, C channels (three neighbouring slices, or RGB), N patches. Boxes are (y0, x0, y1, x1).
 """
 
+import atexit
 import csv
 import functools
 import hashlib
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import signal
 import struct
@@ -175,8 +177,10 @@ def read_labels(path, unlabelled=False):
         )
     for number, line in enumerate((line for piece in pieces for line in piece if line), 2):
         rows.append(dict(zip(header, line)))
-        if len(line) != len(header) or not (unlabelled or rows[-1]["label"].strip()):
-            raise ValueError(f"{path}, row {number}: {len(line)} cells of {len(header)}, or no label; write it anew")
+        if len(line) != len(header):
+            raise ValueError(f"{path}, row {number}: {len(line)} cells of {len(header)}; write it anew")
+        if not (unlabelled or rows[-1]["label"].strip()):
+            raise ValueError(f"{path}, row {number}: no label; give it one, or leave the row out")
     return rows, nodules
 
 
@@ -185,7 +189,9 @@ def index_photos(root):
     if not paths:
         raise FileNotFoundError(f"{root} has neither _index/index.csv nor a PNG or JPEG file")
     table = root / "labels.csv"
-    lines = read_labels(table, unlabelled=True)[0] if table.exists() else []
+    lines, nodules = read_labels(table, unlabelled=True) if table.exists() else ([], False)
+    if nodules:
+        raise ValueError(f"{table} is a table of CT nodules; expected path,label[,group]")
     labels = {row["path"]: row for row in lines}  # of a path that stands in two groups the last
     if missing := sorted(labels.keys() - set(paths)):
         raise FileNotFoundError(f"{table} names {len(missing)} missing files, first {missing[0]}")
@@ -575,7 +581,8 @@ def cut_each(images, boxes, flips, sigmas, out):
     views, buffer = torch.empty(len(boxes), channels * out, out), torch.empty(channels * out * width)
     for i, (y0, x0, y1, x1) in enumerate(torch.cat([low, high], 1).int().tolist()):
         part = images[i % len(images), :, y0:y1, x0:x1]
-        rows = buffer[: channels * out * (x1 - x0)].view(channels * out, -1)  # strides are of this view, not its batch
+        # rows as wide as this view, not as the widest of the batch: BLAS may add in another order for other strides
+        rows = buffer[: channels * out * (x1 - x0)].view(channels * out, -1)
         for k, (a, b) in zip(range(0, out, BLOCK), bands_y[i]):
             block = rows.unflatten(0, (channels, out))[:, k : k + BLOCK]
             torch.matmul(Wy[i, k : k + BLOCK, a:b], part[:, a:b], out=block)
@@ -920,7 +927,16 @@ def make_loader(source, recipes, seed, steps, batch, micro_batch=None, rank=0, w
         worker_init_fn=deaf,
         generator=torch.Generator(),  # the global one belongs to whoever builds a model
     )
-    return checked(iter(loader), skip_bad)  # iter: readers start here
+    others = set(multiprocessing.active_children())
+    items = iter(loader)  # readers start here
+    atexit.register(end, set(multiprocessing.active_children()) - others)
+    return checked(items, skip_bad)
+
+
+def end(readers):
+    """At exit Python sends its children a SIGTERM, to which readers are deaf, and waits: after an error, for ever."""
+    for process in readers:
+        process.kill()
 
 
 def checked(items, skip_bad):

@@ -280,7 +280,8 @@ def label_numbers(vit, source, path, view, most):
 
     Tables of nodules give a square of 50 mm around each mark, others the whole image.
     """
-    rows, nodules = data.read_labels(path)
+    rows, nodules = data.read_labels(path, unlabelled=True)
+    rows = [row for row in rows if row["label"].strip()]
     known = {slice_name(source, i): i for i in range(len(source))}
     rows = [row | {"slice": known.get(f"{row['path']}:{row.get('z')}", known.get(row["path"]))} for row in rows]
     rows = [row for row in rows if row["slice"] is not None]

@@ -648,7 +648,8 @@ def find_run(args, out, source, rank, world):
         return None, {}, {}
     if args.resume == "never":
         raise ValueError(f"{out} holds {found[0].name} and --resume never was given; choose another --out")
-    state = torch.load(found[0], weights_only=True, mmap=True)  # latest() has just verified it; tensors stay on disk
+    # latest() has just verified it; tensors stay on disk
+    state = torch.load(found[0], map_location="cpu", weights_only=True, mmap=True)
     facts = {k: state[k] for k in ("step", "args", "arch", "trained_groups", "index_sha256", "split_sha256")}
     changed = check_flags(args, facts["args"])
     for name in ("index_sha256", "split_sha256"):

@@ -205,6 +205,9 @@ def test_photographs_are_found_labelled_and_grouped(tmp_path):
         (tmp_path / "labels.csv").write_text(text)
         with pytest.raises(ValueError, match=message):
             d.open_source(tmp_path)
+    (tmp_path / "labels.csv").write_text(",".join(d.NODULE) + "\n")
+    with pytest.raises(ValueError, match="is a table of CT nodules"):
+        d.open_source(tmp_path)
     (tmp_path / "labels.csv").write_text("path,label\nc0/9.png,cat\n")
     with pytest.raises(FileNotFoundError, match="names 1 missing files, first c0/9.png"):
         d.open_source(tmp_path)
@@ -506,12 +509,25 @@ def equal(a, b):
 
 
 def test_readers_start_at_once_and_leave_the_global_generator_alone(ct):
-    before = torch.get_rng_state()
+    before, others = torch.get_rng_state(), set(multiprocessing.active_children())
     loader = d.make_loader(ct, SMALL, 0, range(3), 4, workers=1)
-    assert len(multiprocessing.active_children()) == 1  # before the caller builds what they would inherit
+    assert len(set(multiprocessing.active_children()) - others) == 1  # before the caller builds what they would inherit
     assert torch.equal(torch.get_rng_state(), before)
     assert next(loader).step == 0
     loader.close()
+
+
+def test_a_script_that_fails_ends_though_its_readers_are_deaf(ct):
+    script = (
+        "import sys, data\n"
+        f"source = data.open_source({str(ct.root)!r})\n"
+        "loader = data.make_loader(source, data.RECIPES['ct'], 0, range(9), 4, workers=2)\n"
+        "def main():\n    batches = loader\n    next(batches)\n    raise RuntimeError('no such luck')\n"
+        "main()"
+    )
+    words = [sys.executable, "-c", script]
+    done = subprocess.run(words, cwd=Path(d.__file__).parent, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "no such luck" in done.stderr
 
 
 @pytest.mark.parametrize("workers", [1, 4])

@@ -632,6 +632,8 @@ def test_labels_are_read_by_header_and_only_of_slices_that_may_be_looked_at(toy,
     assert np.allclose(boxes, [[30 - half, 20 - half, 30 + half, 20 + half]] * 6)
     write_table(tmp_path / "odd.csv", ["name", "class"], [])
     assert toy.look("--labels", tmp_path / "odd.csv") == 3 and "expected path,label[,g" in capsys.readouterr().err
+    write_table(tmp_path / "blank.csv", header, [[*row[:5], row[5] if row[0] != 6 else " ", *row[6:]] for row in rows])
+    assert toy.look("--labels", tmp_path / "blank.csv") == 0 and toy.status()["numbers"]["knn_slices"] == 5
     write_table(tmp_path / "one.csv", header, [[*row[:5], 1, *row[6:]] for row in rows])
     assert toy.look("--labels", tmp_path / "one.csv") == 0 and "knn" not in toy.status()["numbers"]  # one class
 

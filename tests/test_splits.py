@@ -243,7 +243,7 @@ def test_bad_ratios_are_refused(ratios):
     [
         (["lidc/s0001/0001.png,x"], "file,label", "unknown columns file,label; expected"),
         (["x,lidc/s0001/0001.png"], "label,path", "unknown columns label,path"),
-        (["lidc/s0001/0009.png,x"], "path,label", "1 images are not in the data, the first is lidc/s0001/0009.png"),
+        (["lidc/s0001/0009.png,x"], "path,label", "row 2: no image 'lidc/s0001/0009.png' in the data"),
         (["lidc/s0001/0001.png,"], "path,label", "row 2"),
         (["lidc/s0001/0001.png,x,g"], "path,label", "row 2"),
         (["lidc/s0001/0001.png," + "x" * 200_000], "path,label", "not a UTF-8 CSV file"),

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -316,15 +317,18 @@ def test_readers_inherit_no_weights_and_no_checkpoint(folder, tmp_path, monkeypa
 
     def make_loader(*args, **kwargs):
         maps = Path("/proc/self/maps").read_text()
-        seen.append((str(tmp_path / "run" / "step_") in maps, sum(p.numel() for p in parameters() - before)))
+        mapped = str(tmp_path / "run" / "step_") in maps
+        seen.append((mapped, load.call_count, sum(p.numel() for p in parameters() - before)))
         return real(*args, **kwargs)
 
+    load = mock.Mock(side_effect=checkpoint.load)
+    monkeypatch.setattr(checkpoint, "load", load)
     monkeypatch.setattr(data, "make_loader", make_loader)
     for more in ([], ["--extend", "1"]):
         gc.collect()
         train(folder, tmp_path / "run", "--steps", "1", "--eval-every", "0", "--head-hidden", "512", *more)
     backbone = sum(p.numel() for p in build_vit("vit_test").parameters())
-    assert seen == [(False, backbone)] * 2
+    assert seen == [(False, 0, backbone)] * 2 and load.call_count == 1
 
 
 def test_a_changed_split_or_index_is_refused(folder, tmp_path):

@@ -7,8 +7,9 @@
 
 Every point is a process of its own. What is compared takes turns within one process (a, b, c, a, b, c, ...), with the
 matrix product or the copy that is its limit before and after each, so ratios hold on a busy machine where times do not.
-Rates are medians over turns, ratios are of sums: between runs on a shared machine those moved by 6% where medians of
-quotients moved by 8 (9 turns, nine runs in ten, 2026-11).
+Rates are medians over turns, ratios are means of their quotients without the two extremes: between runs on a shared
+machine these moved less than medians of quotients (7% against 8%, 9 turns, nine runs in ten, 2026-11), and one turn in
+which the machine stood still does not move them, as it moved quotients of sums (by 24%).
 """
 
 import contextlib
@@ -29,7 +30,7 @@ import tempfile
 import time
 from collections import deque
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from types import SimpleNamespace
 from unittest import mock
 
@@ -90,17 +91,18 @@ def alternate(ways, device, seconds, limit=lambda: 1.0, least=0.3):
 
 
 def ratio(over, under):
-    """Of all turns together: the noise of single ones averages out."""
-    return sum(over) / sum(under)
+    """Mean over turns, without the highest and the lowest."""
+    return mean(sorted(a / b for a, b in zip(over, under))[1:-1])
 
 
 def share(work, seconds, rates):
-    """What `work` would have taken at the rates beside it, over what it took."""
+    """What `work` takes at the rates beside it, over what it took."""
     return ratio([work / r for r in rates], seconds)
 
 
 def sampled(function, work, device):
     """A function that measures the rate of another, in samples of a tenth of a second."""
+    function()  # fills caches and fresh pages
     calls = max(1, math.ceil(0.1 / took(function, device, 2)))
     return lambda: work / took(function, device, calls)
 
@@ -382,8 +384,9 @@ def measure_read(point, device):
         deque(itertools.islice(batches, ahead), 0)
 
     def limit():
+        rate()  # while readers fill their queue again
         found = rate()
-        read()  # what was read ahead during the copy
+        read()  # what they had read ahead
         return found
 
     (seconds,), (rates,) = (d.values() for d in alternate({"": read}, CPU, point["seconds"], limit))
@@ -431,6 +434,7 @@ def measure_save(point, device):
     for p in way.student.parameters():
         p.grad = torch.zeros_like(p)
     way.optimizer.step()
+    way.batches.close()  # its readers would take part
     nets = way.student, way.teacher, None
     state = t.pack_state(1, way.args, way.source, way.source.groups, way.recipes, *nets, way.optimizer, {})
     with tempfile.TemporaryDirectory() as folder:
@@ -556,7 +560,7 @@ def points_of(what, args, cuda, work):
         for arch, way in itertools.product(archs, SETTINGS[: 1 if args.quick else 4]):
             flags = {"arch": arch, "batch-size": 8 if cuda else 1}
             flags |= {} if args.quick else {"prototypes": 8192}  # what train_ssl.py takes by default
-            yield step_point(args, hu16, flags, precisions[-1], [way], what="sweep", seconds=8)
+            yield step_point(args, hu16, flags, precisions[-1], [way], what="sweep", seconds=min(8, args.seconds or 8))
     elif what == "scale":
         for count in (10**3, 10**4, 10**5) if args.quick else (10**3, 10**4, 10**5, 10**6):
             yield dict(kind="index", data=f"{work}/index_{count}", x=count, setting=f"{count} rows")
@@ -691,7 +695,7 @@ def build_parser():
         help="of step; default: bf16 on a GPU, else fp32, and bf16 if the CPU has it",
     )
     p.add_argument("--flags", default="", help="further flags of train_ssl.py, in one string")
-    p.add_argument("--seconds", type=float, help="for each way, 3 turns at least; default: 30, with --quick 8")
+    p.add_argument("--seconds", type=float, help="turns of each way, 3 at least; step: twice; default: 30, --quick: 8")
     p.add_argument("--images", type=float, default=1e8, help="sweep prints the days that so many images take")
     p.add_argument("--point", help="internal: measure this one point (JSON) and print its rows")
     return p
@@ -711,10 +715,11 @@ def main(argv=None):
     from train_ssl import setup_distributed
 
     device = setup_distributed(args.device)[2]
-    cuda, seconds = device.type == "cuda", args.seconds or (8 if args.quick else 30)
+    usual = 8 if args.quick else 30
+    cuda, seconds = device.type == "cuda", usual if args.seconds is None else args.seconds
     with tempfile.TemporaryDirectory() as work:
         points = [
-            {"what": what, "device": device.type, "seconds": seconds} | point
+            {"what": what, "device": device.type, "seconds": seconds * (1 + (what == "step"))} | point
             for what in (WHATS if args.what == "all" else [args.what])
             for point in points_of(what, args, cuda, work)
         ]

@@ -38,8 +38,9 @@ def open_data(root):
 def read_table(table, known):
     """[(path, label, group or "")] of a label table."""
     rows, _ = read_labels(table)
-    if missing := [row["path"] for row in rows if row["path"] not in known]:
-        raise ValueError(f"{table}: {len(missing)} images are not in the data, the first is {missing[0]}")
+    for number, row in enumerate(rows, 2):
+        if row["path"] not in known:
+            raise ValueError(f"{table}, row {number}: no image {row['path']!r} in the data; leave the row out")
     return [(row["path"], row["label"].strip(), row.get("group", "").strip()) for row in rows]
 
 
