@@ -929,7 +929,8 @@ def make_loader(source, recipes, seed, steps, batch, micro_batch=None, rank=0, w
     )
     others = set(multiprocessing.active_children())
     items = iter(loader)  # readers start here
-    atexit.register(end, set(multiprocessing.active_children()) - others)
+    if readers := set(multiprocessing.active_children()) - others:
+        atexit.register(end, readers)
     return checked(items, skip_bad)
 
 

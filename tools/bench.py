@@ -661,13 +661,13 @@ def cells(row):
     return [row["what"], row["setting"], f"{row['value']:.3g} {row['unit']}", of, row.get("note", "")]
 
 
-def table(report, markdown):
-    """The lines of one report: where and when, then a row for each number."""
+def table(report, markdown, no_gpu):
+    """The lines of one report: where and when, then a row for each number, and one for what no report has."""
     m, quick = report["machine"], " (--quick: toy sizes)" * report["quick"]
     where = f"{m['cpu'] if m['device'] == 'cpu' else m['name']}, {m['threads']} threads, torch {m['torch']}"
     lines = [f"{where}, commit {report['commit']}, {report['date']}{quick}"]
     rows = [["what", "setting", "result", "share of the limit", "notes"], *map(cells, report["rows"])]
-    if m["device"] == "cpu":
+    if no_gpu:
         rows.append(["step", "data-centre GPU", "not measured", "", ""])
     if markdown:
         rows.insert(1, ["---"] * 5)
@@ -709,8 +709,10 @@ def main(argv=None):
         print(json.dumps(measure(json.loads(args.point))))
         return 0
     if args.what == "show":
-        for file in sorted(RESULTS.glob("*.json")):
-            print("\n".join(table(json.loads(file.read_text()), args.markdown)) + "\n")
+        reports = [json.loads(file.read_text()) for file in sorted(RESULTS.glob("*.json"))]
+        no_gpu = all(report["machine"]["device"] == "cpu" for report in reports)
+        for report in reports:
+            print("\n".join(table(report, args.markdown, no_gpu and report is reports[-1])) + "\n")
         return 0
     from train_ssl import setup_distributed
 
@@ -733,7 +735,7 @@ def main(argv=None):
     report |= dict(machine=machine, rows=rows)
     if args.json:
         checkpoint.write_text(args.json, json.dumps(report, indent=1))
-    print("\n".join([*table(report, args.markdown), "", *advice(rows, args.images)]))
+    print("\n".join([*table(report, args.markdown, not cuda), "", *advice(rows, args.images)]))
     return int(any("error" in row for row in rows if row["what"] != "sweep"))
 
 
