@@ -930,11 +930,11 @@ def make_loader(source, recipes, seed, steps, batch, micro_batch=None, rank=0, w
     others = set(multiprocessing.active_children())
     items = iter(loader)  # readers start here
     if readers := set(multiprocessing.active_children()) - others:
-        atexit.register(end, readers)
+        atexit.register(kill, readers)
     return checked(items, skip_bad)
 
 
-def end(readers):
+def kill(readers):
     """At exit Python sends its children a SIGTERM, to which readers are deaf, and waits: after an error, for ever."""
     for process in readers:
         process.kill()

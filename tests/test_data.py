@@ -407,7 +407,7 @@ def test_a_view_does_not_depend_on_its_batch(kind):
 
 
 def test_views_of_odd_sizes_do_not_depend_on_their_batch():
-    """BLAS adds in another order for other strides: none may come from the largest view of a batch."""
+    """BLAS adds in another order for other strides: those of the rows may not come from the batch's largest view."""
     recipe = replace(d.RECIPES["ct"], global_size=98, local_size=42)  # patches of 14 pixels
     images = torch.stack([photo(i, (200, 333)) for i in range(4)])
     for step in range(2):
