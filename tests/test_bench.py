@@ -317,6 +317,19 @@ def test_every_other_part_runs_on_a_toy_and_gives_numbers(folder, tmp_path, monk
     json.dumps([ours, pillow, read, probe, save])
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_slices_per_second_are_those_of_reading_not_of_what_was_read_ahead(folder, clock, monkeypatch, workers):
+    def first_batch(*_):
+        while True:
+            clock.now += 0.1
+            yield
+
+    monkeypatch.setattr(bench, "first_batch", first_batch)
+    monkeypatch.setattr(bench, "copying", lambda: lambda: 10.0)
+    (read,) = bench.measure_read(dict(setting="toy", data=str(folder), seconds=0, workers=workers), CPU)
+    assert read["value"] == pytest.approx(16 / 0.1)
+
+
 def test_an_index_of_any_length_can_be_trained_on(tmp_path):
     bench.write_index(tmp_path / "index", 1300)
     source = data.open_source(tmp_path / "index")

@@ -477,6 +477,14 @@ def test_photo_colour_against_colorsys_and_plain_formulas():
     looks[:, 9] = 0.1
     weights = torch.tensor([0.299, 0.587, 0.114])[:, None, None]
     torch.testing.assert_close(coloured(False), (x * weights).sum(1, keepdim=True).expand_as(x))
+    looks = np.full((5, d.LOOK), 0.5)  # jittered, each factor 1, a hue of 0
+    looks[:, 9], grey = 0.99, (x * weights).sum(1, keepdim=True)
+    torch.testing.assert_close(coloured(False), x, atol=1e-5, rtol=0)
+    ways = (0.68, 0 * grey), (0.68, grey.mean((1, 2, 3), keepdim=True)), (0.84, grey)
+    for op, (factor, other) in enumerate(ways):  # brightness, contrast, saturation
+        looks[:, 1:4] = 0.5
+        looks[:, 1 + op] = 0.1  # 0.8 of the largest reduction
+        torch.testing.assert_close(coloured(False), factor * x + (1 - factor) * other, atol=1e-5, rtol=0)
     share = [(d.plan(0, s, range(50), d.RECIPES["photo"]).solarized[:3]).mean(1) for s in range(40)]
     assert np.mean(share, 0) == pytest.approx([0, 0.2, 0], abs=0.03)
     blurred = [(d.plan(0, s, range(50), d.RECIPES["photo"]).sigmas > 0).mean(1)[:3] for s in range(40)]

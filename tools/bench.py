@@ -557,10 +557,11 @@ def points_of(what, args, cuda, work):
         setting = f"{archs[0]}, {side} pixels, fp32"
         yield dict(data=hu16, arch=archs[0], size=side, samples=64 if args.quick else 128, setting=setting)
     elif what == "sweep":
+        seconds = 8 if args.seconds is None else args.seconds  # there are many points
         for arch, way in itertools.product(archs, SETTINGS[: 1 if args.quick else 4]):
             flags = {"arch": arch, "batch-size": 8 if cuda else 1}
             flags |= {} if args.quick else {"prototypes": 8192}  # what train_ssl.py takes by default
-            yield step_point(args, hu16, flags, precisions[-1], [way], what="sweep", seconds=min(8, args.seconds or 8))
+            yield step_point(args, hu16, flags, precisions[-1], [way], what="sweep", seconds=seconds)
     elif what == "scale":
         for count in (10**3, 10**4, 10**5) if args.quick else (10**3, 10**4, 10**5, 10**6):
             yield dict(kind="index", data=f"{work}/index_{count}", x=count, setting=f"{count} rows")
