@@ -397,16 +397,21 @@ def generator(*key):
     return torch.Generator().manual_seed(int(state[0]) << 31 | int(state[1]) >> 1)
 
 
-def to_micro(batch, device, args, depth, number, with_gram):
-    """A micro-batch as read -> rendered on the device, with this update's draws. `number` counts over ranks."""
+def to_micro(batch, device, with_gram):
+    """A micro-batch as read -> rendered on the device, undistorted and undropped (see with_draws)."""
     plan = batch.plan if with_gram else batch.plan._replace(recipe=dataclasses.replace(batch.plan.recipe, gram_size=0))
     crops = data.render(batch.images.to(device, non_blocking=True), plan)
-    draw = generator(args.seed, 6, batch.step)
-    rope = [draw_rope(draw, args.rope_rescale, device=device) for _ in range(2)] if args.rope_rescale > 1 else None
-    rows = [len(crops.globals), len(crops.locals)]
-    keep = draw_keep(generator(args.seed, 7, batch.step, number), depth, rows, args.drop_path, device)
     at = batch.masks.flatten().nonzero()[:, 0]
-    return Micro(crops, *(t.to(device, non_blocking=True) for t in (batch.masks, at)), keep, rope)
+    return Micro(crops, *(t.to(device, non_blocking=True) for t in (batch.masks, at)))
+
+
+def with_draws(micro, args, depth, step, number):
+    """The micro-batch with training's draws: RoPE of the update, drop path of micro-batch `number` (over all ranks)."""
+    device, draw = micro.masks.device, generator(args.seed, 6, step)
+    rope = [draw_rope(draw, args.rope_rescale, device=device) for _ in range(2)] if args.rope_rescale > 1 else None
+    rows = [len(micro.crops.globals), len(micro.crops.locals)]
+    keep = draw_keep(generator(args.seed, 7, step, number), depth, rows, args.drop_path, device)
+    return micro._replace(keep=keep, rope=rope)
 
 
 # ------------------------------------------------------------------ held-out numbers
@@ -434,7 +439,7 @@ def evaluate(student, teacher, gram, source, recipe, args, w, centers, device, s
     student.eval()
     for _ in range(updates):
         read = [next(micros) for _ in range(batch // size)]
-        rendered = [to_micro(b, device, args, 0, 0, gram is not None)._replace(keep=None, rope=None) for b in read]
+        rendered = [to_micro(b, device, gram is not None) for b in read]
         found.append(ssl_update(student, teacher, gram, rendered, w._replace(koleo_group=group), dict(centers))[0])
         pairs += [view_pairs(teacher, micro.crops.globals) for micro in rendered]
         series += [torch.from_numpy(held.series[b.ids]).to(device) for b in read]
@@ -834,8 +839,8 @@ def train(args, rank, world, device):
                         args.koleo_group, args.centering, args.precision)  # fmt: skip
             try:
                 micro_batches = [
-                    to_micro(batch, device, args, student.backbone.depth, rank * micros + i, gram is not None)
-                    for i, batch in enumerate(read)
+                    with_draws(to_micro(batch, device, gram is not None), args, student.backbone.depth, step, number)
+                    for number, batch in enumerate(read, rank * micros)
                 ]
                 optimizer.zero_grad(set_to_none=True)
                 moved = dict(centers)

@@ -465,6 +465,18 @@ def test_held_out_numbers_are_those_of_any_micro_batch(folder, tmp_path):
     assert found[0]["val_dino"] != pytest.approx(math.log(32), abs=1e-4)
 
 
+def test_stochastic_depth_belongs_to_training_alone(folder, tmp_path):
+    """With it a run passes its looks at val_select, whose numbers depend on the weights alone."""
+    found = []
+    for micro in ("8", "4"):
+        out = tmp_path / micro
+        train(folder, out, "--steps", "4", "--eval-every", "2", "--micro-batch", micro, "--drop-path", "0.5",
+              "--w-koleo", "0", "--lr", "0", "--lr-end", "0")  # fmt: skip
+        found.append(lines(out, "val_loss"))
+    assert [row["step"] for row in found[0]] == [2, 4]
+    assert found[0][0]["val_dino"] == pytest.approx(found[1][0]["val_dino"], rel=1e-4)  # weights stood still
+
+
 def test_out_of_memory_names_a_command_that_goes_on(folder, tmp_path, monkeypatch):
     real, count = t.ssl_update, []
 
@@ -586,7 +598,7 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(tmp_path):
     assert len(done.stderr.strip().splitlines()) == 1
 
 
-KILLS = ("--steps", "60", "--save-every", "1", "--drop-path", "0.2", "--workers", "1")
+KILLS = ("--steps", "60", "--save-every", "1", "--drop-path", "0.2", "--workers", "1", "--eval-every", "7")
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1")
 
 

@@ -242,7 +242,10 @@ def update(way):
     w = t.Weights(now.teacher_temp, a.student_temp, a.w_dino, a.w_ibot, a.w_koleo, now.gram, a.koleo_group,
                   a.centering, a.precision)  # fmt: skip
     read = [way.phases.call("read", next, way.batches) for _ in range(n)]
-    micro = [t.to_micro(batch, way.device, a, depth, i, way.gram is not None) for i, batch in enumerate(read)]
+    micro = [
+        t.with_draws(t.to_micro(batch, way.device, way.gram is not None), a, depth, batch.step, i)
+        for i, batch in enumerate(read)
+    ]
     way.optimizer.zero_grad(set_to_none=True)
     terms, _ = t.ssl_update(way.student, way.teacher, way.gram, micro, w, {})
     norms = t.clip_gradients(way.student, a.clip)
