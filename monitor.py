@@ -31,17 +31,16 @@ import checkpoint
 import data
 import losses
 from model import ProjectionHead, SSLModel, Tokens, build_vit
-from tools import report, sheet
-from tools.cli import Parser, is_ours, pick_device, positive, run
-from tools.inspect_step import read_recipes
-from tools.runlog import lock
+from tools.lib import page, sheet
+from tools.lib.cli import Parser, is_ours, pick_device, positive, run
+from tools.lib.loop import lock, read_recipes
 
 # worst first among equals: of constant features a lost rank is the cause, uniform targets are the effect
 DECAY = "dense features decaying"
 WORDS = ("diverging", "rank collapse", "one-hot", "uniform", "disk full", "not saving", "stalled", DECAY, "hot",
          "starved", "warming up", "healthy", "could not look")  # fmt: skip
 CHUNK = 8  # images per forward
-AGREES = 0.05  # nats of student from teacher, as in tools/runlog.py: below, both say the same
+AGREES = 0.05  # nats of student from teacher, as in tools/lib/loop.py: below, both say the same
 
 
 # fmt: off
@@ -386,7 +385,7 @@ def course(rows):
 
 def pulse(lines, age_s, args):
     """What metrics.jsonl says of a run with these flags; its last line is age_s old -> dict, empty without a line."""
-    rows, events = report.counted(lines, "loss"), [r for r in lines if "event" in r]
+    rows, events = page.counted(lines, "loss"), [r for r in lines if "event" in r]
     if not rows:
         return {}
     last, recent = rows[-1], rows[-20:]
@@ -536,7 +535,7 @@ def plain(values):
 
 def write_status(status, out, prom):
     checkpoint.write_text(out / "status.json", json.dumps(status, indent=1, allow_nan=False))
-    checkpoint.write_text(prom or out / "metrics.prom", report.prometheus(status, WORDS))
+    checkpoint.write_text(prom or out / "metrics.prom", page.prometheus(status, WORDS))
 
 
 # ------------------------------------------------------------------ main
@@ -607,7 +606,7 @@ def look(args, out):
         shown |= {"First look": [then / "sheet.png"]} if then != now and (then / "sheet.png").exists() else {}
     looks = [{"step": h["step"], **h["numbers"], "temperature": hottest(h["sensors"])} for h in history]
     limits = {key: value for key, value in vars(args).items() if key.startswith(("min_", "max_"))}
-    print(checkpoint.write_text(out / "report.html", report.run_page(status, looks, lines, limits, shown)))
+    print(checkpoint.write_text(out / "report.html", page.run_page(status, looks, lines, limits, shown)))
     return status["code"]
 
 

@@ -30,10 +30,10 @@ from tqdm import tqdm
 import data
 from checkpoint import atomic_write, write_text
 from model import build_vit, load_backbone, read_facts
-from tools import metrics, report
-from tools.cli import Parser, pick_device, positive, run
-from tools.runlog import git_commit
-from tools.write_manifest import csv_text
+from tools.lib import metrics, page
+from tools.lib.cli import Parser, pick_device, positive, run
+from tools.lib.files import csv_text
+from tools.lib.loop import git_commit
 
 FOLDS, REPEATS, INNER = 5, 5, 3  # INNER: folds of training patients that choose C or k
 FRACTIONS = (0.1, 0.2, 0.5, 1.0)  # of the label-efficiency curve
@@ -540,15 +540,15 @@ def draw(result, table, predictions):
     held = weight > 0
     bins = {"probe, 10 bins": (said[held] / weight[held], true[held] / weight[held]), "perfect": ([0, 1], [0, 1])}
     plots = [
-        report.line_plot("ROC", roc | chance, "1 - specificity", "sensitivity"),
-        report.line_plot("Precision and recall", recall, "recall", "precision"),
-        report.line_plot("Reliability", bins, "said probability", "true share"),
+        page.line_plot("ROC", roc | chance, "1 - specificity", "sensitivity"),
+        page.line_plot("Precision and recall", recall, "recall", "precision"),
+        page.line_plot("Reliability", bins, "said probability", "true share"),
     ]
     if table.sizes is not None and two:
         probe = scores["probe"][1]
         members = {f"class {name}": table.labels == k for k, name in enumerate(table.classes)}
         dots = {name: (table.sizes[mine, 0], probe[mine]) for name, mine in members.items()}
-        plots.append(report.line_plot("Score and size", dots, "diameter in mm", "score of the probe", points=True))
+        plots.append(page.line_plot("Score and size", dots, "diameter in mm", "score of the probe", points=True))
     return plots
 
 
@@ -560,26 +560,26 @@ def report_section(result, table, predictions):
         for name, item in result["predictors"].items()
     ]
     differences = [[name, words(d), d["p"]] for name, d in result["differences"].items()]
-    parts = [report.paragraph(result["verdict"], metrics.tone(result))]
+    parts = [page.paragraph(result["verdict"], metrics.tone(result))]
     parts.append(
         "Each value with the 95% interval of resampled patients. Of Brier and calibration error less is better; "
         "the latter grows with noise, so that it may lie below the interval of its resamples."
     )
-    parts.append(report.table(["predictor", *SHOWN.values(), "spread of AUC over repeats"], rows))
-    parts.append(report.table(["difference of AUC", "value", "p"], differences))
+    parts.append(page.table(["predictor", *SHOWN.values(), "spread of AUC over repeats"], rows))
+    parts.append(page.table(["difference of AUC", "value", "p"], differences))
     if "matched" in result:
         thirds = [(f"{a['mm'][0]:.1f} to {a['mm'][1]:.1f} mm, {a['samples']} samples", a) for a in result["terciles"]]
         lines = [(f"size-matched pairs ({result['matched']['pairs']})", result["matched"]), *thirds]
         shown = ("probe", "size", "random weights")
         cells = [[name, *(words(a[n]) if n in a else "one class" for n in shown)] for name, a in lines]
-        parts.append(report.table(["AUC within", *shown], cells))
+        parts.append(page.table(["AUC within", *shown], cells))
     plots = draw(result, table, predictions)
     if curve := result.get("label_efficiency"):
         points = {name: [(share, point[0]) for share, point in zip(curve["shares"], found) if point]
                   for name, found in curve["auc"].items()}  # fmt: skip
         lines = {name: tuple(zip(*found)) for name, found in points.items() if found}
-        plots.append(report.line_plot("Label efficiency", lines, "share of training patients", "AUC"))
-    return report.section(result["title"], *parts, report.row(*plots))
+        plots.append(page.line_plot("Label efficiency", lines, "share of training patients", "AUC"))
+    return page.section(result["title"], *parts, page.row(*plots))
 
 
 def to_json(value):
@@ -778,8 +778,8 @@ def main(argv=None):
     outcomes = {name: (plans[name][0], probe, plans[name][1]) for name, (_, _, probe) in found.items()}
     write_text(args.out / "predictions.csv", csv_text(prediction_rows(table, splits, outcomes)))
     said = [[key, to_json(summary[key])] for key in ("weights", "labels", "split_sha256", "recipe", "notes")]
-    parts = [*(part for _, part, _ in found.values()), report.section("Facts", report.table(["what", "value"], said))]
-    write_text(args.out / "report.html", report.page(f"Probe of {args.ckpt.name} on {path.name}", *parts))
+    parts = [*(part for _, part, _ in found.values()), page.section("Facts", page.table(["what", "value"], said))]
+    write_text(args.out / "report.html", page.page(f"Probe of {args.ckpt.name} on {path.name}", *parts))
     print("\n".join([*notes, *(str(args.out / n) for n in ("results.json", "predictions.csv", "report.html"))]))
     return 0
 

@@ -32,8 +32,8 @@ import checkpoint
 import data
 import losses
 from model import ARCHS, ProjectionHead, SSLModel, build_vit, draw_keep, draw_rope, load_backbone, pack, read_facts
-from tools.cli import Parser, natural, pick_device, positive, run
-from tools.runlog import Log, device_peak, flops_per_image, git_commit, lock, memory_gb, warnings_in_words
+from tools.lib.cli import Parser, natural, pick_device, positive, run
+from tools.lib.loop import Log, device_peak, flops_per_image, git_commit, lock, memory_gb, warnings_in_words
 
 # ------------------------------------------------------------------ flags
 

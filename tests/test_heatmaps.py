@@ -13,7 +13,7 @@ import data as d
 from model import build_vit
 from tools import lidc_nodules, make_phantom, preprocess_dicom
 from tools import nodule_heatmaps as h
-from tools.sheet import BAD
+from tools.lib.sheet import BAD
 
 torch.set_num_threads(1)
 SPACING = (0.8, 0.5)  # y, x: a swap of axes moves everything

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tools import cli
+from tools.lib import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 LEAVES = {  # what each may import beside the standard library; never a file of ours
@@ -25,12 +25,33 @@ PROGRAMS = {
     "monitor.py": {"torch", "numpy", "PIL"},
 }
 TOOLS = {"torch", "numpy", "pydicom", "PIL", "safetensors", "tqdm"}
+COPIED = ("metrics",)  # of tools/lib: imports numpy and torch only, and is copied alone
 TOP_LEVEL = sorted(LEAVES | PROGRAMS)
 OURS = {Path(name).stem for name in TOP_LEVEL} | {"tools"}
 
 
 def top_of(module):
     return module.split(".")[0]
+
+
+def imported_programs(source, name):
+    """Programs that a file imports anywhere, inside functions too; bench.py may import the trainers it measures."""
+    programs = {p.stem for p in (ROOT / "tools").glob("*.py")} - {"__init__"}
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        else:
+            continue
+        found |= {
+            n for n in names if n.split(".")[0] == "tools" and n.split(".")[-1] in programs and len(n.split(".")) == 2
+        }
+        found |= {
+            n for n in names if f"{n}.py" in PROGRAMS and not (name == "tools/bench.py" and n.startswith("train_"))
+        }
+    return sorted(found)
 
 
 def imports(path, everywhere=True):
@@ -59,8 +80,7 @@ def modules_of(folder):
 
 def programs():
     """Everything a user can run: defines build_parser()."""
-    names = existing(PROGRAMS) + modules_of("tools")
-    return [name for name in names if "\ndef build_parser(" in (ROOT / name).read_text()]
+    return existing(PROGRAMS) + modules_of("tools")
 
 
 def test_top_level_python_files_are_the_house():
@@ -80,11 +100,31 @@ def test_leaf_imports_in_an_empty_folder(name, tmp_path):
     )
 
 
-@pytest.mark.parametrize("name", existing(PROGRAMS) + modules_of("tools"))
-def test_program_imports_only_what_is_allowed(name):
+@pytest.mark.parametrize("name", existing(PROGRAMS) + modules_of("tools") + modules_of("tools/lib"))
+def test_every_other_file_imports_only_what_is_allowed(name):
     found = imports(ROOT / name, everywhere=False)
     assert found - OURS <= PROGRAMS.get(name, TOOLS)
-    assert not found & {Path(p).stem for p in PROGRAMS}, "programs are run, not imported"
+    assert not imported_programs((ROOT / name).read_text(), name), "programs are run, not imported"
+
+
+def test_an_imported_program_is_noticed_wherever_the_import_stands():
+    planted = "def f():\n    from tools import make_splits\n    import tools.demo, train_ssl\n"
+    assert imported_programs(planted, "tools/bench.py") == ["tools.demo", "tools.make_splits"]
+    assert "train_ssl" in imported_programs(planted, "tools/lib/loop.py")
+
+
+@pytest.mark.parametrize("name", modules_of("tools/lib"))
+def test_a_module_does_not_run(name):
+    text = (ROOT / name).read_text()
+    assert "\nif __name__" not in text and "\ndef build_parser" not in text and "\nsys.path" not in text
+    if Path(name).stem in COPIED:
+        assert imports(ROOT / name) <= {"numpy", "torch"}
+
+
+@pytest.mark.parametrize("name", programs())
+def test_a_program_runs(name):
+    text = (ROOT / name).read_text()
+    assert "\ndef build_parser(" in text and 'if __name__ == "__main__":' in text
 
 
 @pytest.mark.parametrize("name", programs())

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from tools import metrics as m
+from tools.lib import metrics as m
 
 
 def make(seed, n=40, ties=True):

@@ -23,7 +23,7 @@ import pytest
 import torch
 from PIL import Image
 from test_data import make_ct, make_photos, make_split
-from test_report import browser, screenshot
+from test_page import browser, screenshot
 from torch.nn import functional as F
 
 import checkpoint
@@ -32,7 +32,7 @@ import losses
 import monitor as m
 import train_ssl as t
 from model import build_vit
-from tools import runlog, sheet
+from tools.lib import loop, sheet
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parent.parent
@@ -363,7 +363,7 @@ def test_a_run_without_a_split_may_look_at_anything(toy, tmp_path):
 def test_a_second_monitor_does_not_look_and_disturbs_nothing(toy, capsys):
     toy.write().look()
     before = {p: p.read_bytes() for p in toy.out.rglob("*") if p.is_file()}
-    with runlog.lock(toy.out, 1):
+    with loop.lock(toy.out, 1):
         assert toy.look() == 3
     assert f"in use by process {os.getpid()}" in capsys.readouterr().err
     after = {p: p.read_bytes() for p in toy.out.rglob("*") if p.is_file()}

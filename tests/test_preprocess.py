@@ -31,7 +31,8 @@ from pydicom.uid import (
 )
 
 from data import INDEX_COLUMNS, WINDOWS_HU
-from tools import dicom_series, preprocess_dicom, write_manifest
+from tools import preprocess_dicom, write_manifest
+from tools.lib import dicom
 
 ROOT = Path(__file__).resolve().parent.parent
 AXIAL = (1, 0, 0, 0, 1, 0)
@@ -140,8 +141,8 @@ def enhanced(hu, order, slope=lambda z: 1, **change):
 
 def volume_of(files, **options):
     """Files of one series -> what dicom_series makes of them."""
-    slices = [s for data in files for s in dicom_series.read_slices(data)]
-    return dicom_series.assemble(slices, options.pop("min_slices", 8), **options)
+    slices = [s for data in files for s in dicom.read_slices(data)]
+    return dicom.assemble(slices, options.pop("min_slices", 8), **options)
 
 
 def write_tree(folder, datasets, syntax=ExplicitVRLittleEndian, seed=0):
@@ -178,7 +179,7 @@ def tree(folder):
 
 
 def reason_of(slices, **options):
-    with pytest.raises(dicom_series.Reject) as caught:
+    with pytest.raises(dicom.Reject) as caught:
         volume_of([encode(ds) for ds in slices], **options)
     return caught.value.reason
 
@@ -222,7 +223,7 @@ def test_transfer_syntaxes_change_nothing(syntax):
 def test_stored_values_by_a_slow_loop():
     for bits, high_bit in ((12, 11), (16, 15), (12, 15), (10, 12), (1, 0)):
         for signed in (False, True):
-            got = dicom_series.stored_values(bits, high_bit, signed)
+            got = dicom.stored_values(bits, high_bit, signed)
             for word in range(0, 1 << 16, 37):
                 value = (word >> (high_bit + 1 - bits)) % (1 << bits)
                 assert got[word] == value - ((1 << bits) if signed and value >= 1 << (bits - 1) else 0)
@@ -470,7 +471,7 @@ def test_links_are_followed_once_and_unreadable_entries_are_recorded(tmp_path):
 
 
 def test_a_missing_decoder_is_named_with_the_package_to_install(tmp_path, capsys):
-    if dicom_series.get_decoder(JPEGLSLossless).is_available:
+    if dicom.get_decoder(JPEGLSLossless).is_available:
         pytest.skip("this machine decodes JPEG-LS")
     assert preprocess(write_tree(tmp_path / "raw", a_series(), JPEGLSLossless), tmp_path / "p") == 2
     assert "pip install pylibjpeg pylibjpeg-libjpeg" in capsys.readouterr().out
@@ -498,9 +499,9 @@ def test_nothing_that_identifies_leaves_the_raw_folder(tmp_path, capsys):
         for secret in ("ZZ", "19331224", "19991231", uid(1), "77777"):
             assert secret not in written
         (row,) = {(row["patient"], row["study"], row["series"]) for row in index(out)}
-        key = dicom_series.load_key(tmp_path / "dinox_id_key")
-        assert row[0] == dicom_series.public_id("patient", "ZZID-7", key)
-        assert index(out)[0]["sop"] == dicom_series.public_id("sop", uid(1, 1, 101), key)
+        key = dicom.load_key(tmp_path / "dinox_id_key")
+        assert row[0] == dicom.public_id("patient", "ZZID-7", key)
+        assert index(out)[0]["sop"] == dicom.public_id("sop", uid(1, 1, 101), key)
 
 
 def test_ids_are_kept_only_when_all_files_say_that_identity_is_removed(tmp_path):
@@ -619,7 +620,7 @@ def test_changed_lost_or_vanished_series_are_made_again_or_removed(tmp_path, cap
     shutil.rmtree(out / "d" / rows[0]["series"])
     preprocess(raw, out)
     assert tree(out / "d") == {k[2:]: v for k, v in before.items() if k.startswith("d/")}
-    victim = next(p for p in raw.rglob("*") if p.is_file() and dicom_series.scan_file(p).series == rows[0]["series"])
+    victim = next(p for p in raw.rglob("*") if p.is_file() and dicom.scan_file(p).series == rows[0]["series"])
     ds = pydicom.dcmread(victim)
     ds.RescaleIntercept = -1000
     ds.save_as(victim)
@@ -829,7 +830,7 @@ def survive_mutants(tmp_path, count, workers):
         assert wrong <= (8 if pixels_hit[series] else 0), (series, wrong)
         assert abs(float(rows[0]["spacing_z"]) - 2.5) < 0.3 and float(rows[0]["spacing_x"]) == 0.8
     explained = kept.keys() | {entry.get("series") for entry in found["rejected"]}
-    assert pixels_hit.keys() <= explained and all(e["reason"] in dicom_series.REASONS for e in found["rejected"])
+    assert pixels_hit.keys() <= explained and all(e["reason"] in dicom.REASONS for e in found["rejected"])
     lost = sum(e.get("files", 1) for e in found["rejected"])
     dropped = sum(h.get("duplicates_dropped", 0) for h in found["handled"].values())
     assert sum(len(rows) + 2 for rows in kept.values()) + lost + dropped == found["raw"]["files"] == count * DEPTH
@@ -841,8 +842,8 @@ def test_a_file_that_ends_inside_a_sequence():
     data = encode(ct_slice(truth()[0], 0))[: -2 * HEIGHT * WIDTH - 12]
     for rest in (b"", b"\xfe\xff", b"\xfe\xff\x00\xe0\xff\xff\xff\xff" * 3000):  # nothing, half an item, an abyss
         opened = struct.pack("<HH2sHL", 0x5200, 0x9229, b"SQ", 0, 0xFFFFFFFF) + rest
-        with pytest.raises(dicom_series.Reject):
-            dicom_series.read_slices(data + opened)
+        with pytest.raises(dicom.Reject):
+            dicom.read_slices(data + opened)
 
 
 def test_60_damaged_files_are_rejected_or_harmless(tmp_path):

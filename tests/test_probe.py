@@ -15,7 +15,7 @@ import data
 import train_probe as t
 from data import NODULE
 from model import build_vit
-from tools import metrics
+from tools.lib import metrics
 
 torch.set_num_threads(1)
 

@@ -11,7 +11,8 @@ from PIL import Image
 from test_data import SMALL, make_ct, make_photos, make_split, write_index
 
 import data as d
-from tools import inspect_step, sheet, validate_samples
+from tools import inspect_step, validate_samples
+from tools.lib import sheet
 
 torch.set_num_threads(1)
 

@@ -26,8 +26,9 @@ import checkpoint
 import data
 import train_ssl as t
 from model import ProjectionHead, SSLModel, SSLOutput, Tokens, build_vit, draw_rope, state_from_original
-from tools import make_phantom, make_splits, preprocess_dicom, runlog
-from tools.inspect_step import read_recipes
+from tools import make_phantom, make_splits, preprocess_dicom
+from tools.lib import loop
+from tools.lib.loop import read_recipes
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).parent / "golden"
@@ -401,7 +402,7 @@ def test_only_broken_checkpoints_are_not_a_reason_to_start_over(folder, tmp_path
 
 
 def test_one_run_per_folder(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("tools.runlog.time.sleep", lambda s: None)
+    monkeypatch.setattr("tools.lib.loop.time.sleep", lambda s: None)
     out = tmp_path / "run"
     out.mkdir()
     held = t.lock(out)
@@ -507,7 +508,7 @@ def test_a_log_that_cannot_be_written_stops_nothing(folder, tmp_path, monkeypatc
     def full_disk(path, line):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("tools.runlog.append_line", full_disk)
+    monkeypatch.setattr("tools.lib.loop.append_line", full_disk)
     assert train(folder, tmp_path / "run", "--steps", "2") == 0
     assert "the log cannot be written, training goes on" in capsys.readouterr().err
     assert checkpoint.load(tmp_path / "run" / "last.pth")["step"] == 2
@@ -515,17 +516,17 @@ def test_a_log_that_cannot_be_written_stops_nothing(folder, tmp_path, monkeypatc
 
 def test_a_line_that_was_cut_spoils_no_other(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    runlog.append_line(path, {"step": 1})
+    loop.append_line(path, {"step": 1})
     with open(path, "a") as f:
         f.write('{"step": 2, "lo')
     for step in (3, 4):
-        runlog.append_line(path, {"step": step})
+        loop.append_line(path, {"step": step})
     assert path.read_text().splitlines() == ['{"step": 1}', '{"step": 2, "lo', '{"step": 3}', '{"step": 4}']
 
 
 def test_without_git_there_is_no_commit(monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
-    assert runlog.git_commit() is None
+    assert loop.git_commit() is None
 
 
 def test_patients_behind_given_weights_count_as_seen(folder, tmp_path):

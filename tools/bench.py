@@ -43,10 +43,10 @@ from tqdm import tqdm
 import checkpoint
 import data
 from model import ARCHS, build_vit
-from tools.check_platform import DTYPES, check_gemm, describe, synchronize
-from tools.cli import ROOT, Parser, positive, run
-from tools.runlog import flops_per_image, git_commit, memory_gb
-from tools.write_manifest import csv_text
+from tools.lib.cli import ROOT, Parser, positive, run
+from tools.lib.files import csv_text
+from tools.lib.loop import flops_per_image, git_commit, memory_gb
+from tools.lib.machine import DTYPES, check_gemm, describe, synchronize
 
 RESULTS = ROOT / "tools" / "bench_results"
 WHATS = "step render read dicom save probe sweep scale".split()

@@ -23,8 +23,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from checkpoint import write_text
-from tools.cli import Parser, positive, run
-from tools.make_splits import join, open_data
+from tools.lib.cli import Parser, positive, run
+from tools.lib.groups import join, open_data
 
 VERSION = 1
 SIDE = 32  # of the thumbnail that is hashed and compared

@@ -7,11 +7,8 @@ crash or hang are reported, not suffered: they run in a child process. The last 
 or `ok=false reason=...` (exit 1).
 """
 
-import contextlib
 import json
 import os
-import platform
-import shutil
 import signal
 import subprocess
 import sys
@@ -26,7 +23,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from checkpoint import write_text
-from tools.cli import Parser, pick_device, run
+from tools.lib.cli import Parser, pick_device, run
+from tools.lib.machine import DTYPES, check_gemm, describe, seconds
 
 BACKENDS = {
     "math": SDPBackend.MATH,
@@ -34,8 +32,6 @@ BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
 }
-# largest error relative to the largest value: a few units of the type's own rounding, summed over 512 keys
-DTYPES = {"fp32": (torch.float32, 1e-3), "bf16": (torch.bfloat16, 4e-2), "fp16": (torch.float16, 5e-3)}
 CHECKS = [f"sdpa {backend} {dtype}" for backend in BACKENDS for dtype in DTYPES]
 CHECKS += ["gemm fp32", "gemm bf16", "copy", "compile"]
 PATIENCE_S = 120  # a kernel that has not answered by then hangs
@@ -49,24 +45,6 @@ def build_parser():
         "--child", type=int, metavar="N", help="internal: run checks from number N on, one JSON line each"
     )
     return parser
-
-
-def synchronize(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def seconds(function, device, least=0.1):
-    """Median time of one call; repeats until `least` seconds are spent, after one call to warm up."""
-    function()
-    times = []
-    while sum(times) < least or len(times) < 3:
-        synchronize(device)
-        start = time.perf_counter()
-        function()
-        synchronize(device)
-        times.append(time.perf_counter() - start)
-    return sorted(times)[len(times) // 2]
 
 
 def attend(backend, inputs):
@@ -105,17 +83,6 @@ def check_sdpa(device, backend, dtype):
     return result
 
 
-def check_gemm(device, dtype):
-    """Rate of a square product, doubled in size until one takes 50 ms, so that any machine is measured at its best."""
-    n = 512
-    while True:
-        a = torch.randn(n, n, device=device, dtype=DTYPES[dtype][0])
-        took = seconds(lambda a=a: a @ a, device)
-        if took > 0.05 or n >= 16384:
-            return {"works": True, "tflops": 2 * n**3 / took / 1e12, "size": n}
-        n *= 2
-
-
 def check_copy(device):
     size = 1 << (30 if device.type == "cuda" else 28)  # bytes; far beyond any cache
     source = torch.ones(size, dtype=torch.uint8, device=device)  # written: untouched pages are not memory
@@ -142,7 +109,8 @@ def child(device, first):
         if hasattr(signal, "alarm"):
             signal.alarm(PATIENCE_S)
         kind, *words = name.split()
-        print(json.dumps({"name": name, **globals()[f"check_{kind}"](device, *words)}), flush=True)
+        function = {"sdpa": check_sdpa, "gemm": check_gemm, "copy": check_copy, "compile": check_compile}[kind]
+        print(json.dumps({"name": name, **function(device, *words)}), flush=True)
 
 
 def run_checks(command):
@@ -170,50 +138,6 @@ def run_checks(command):
         results[CHECKS[len(results)]] = {"works": False, "reason": reason}
     print("\r" + " " * 20 + "\r", end="", file=sys.stderr)
     return results
-
-
-def temperatures():
-    """{sensor: degrees C} of every readable kernel sensor (CPU, disks, AMD cards) and of NVIDIA cards."""
-    found = {}
-    for file in sorted(Path("/sys/class/hwmon").glob("hwmon*/temp*_input")):
-        with contextlib.suppress(OSError, ValueError):  # sensors of sleeping devices refuse to be read
-            name = (file.parent / "name").read_text().strip()
-            found[f"{name}/{file.name[:-6]}"] = int(file.read_text()) / 1000
-    if shutil.which("nvidia-smi"):
-        command = ["nvidia-smi", "--query-gpu=index,temperature.gpu", "--format=csv,noheader,nounits"]
-        for line in subprocess.run(command, capture_output=True, text=True).stdout.splitlines():
-            index, degrees = line.split(",")
-            found[f"nvidia/{index}"] = float(degrees)
-    return found
-
-
-def describe(device):
-    """Facts about the machine that need no measuring."""
-    facts = {
-        "device": str(device),
-        "name": platform.processor() or platform.machine(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "cuda": torch.version.cuda,
-        "rocm": torch.version.hip,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "free_disk_gb": shutil.disk_usage(".").free / 1e9,
-        "temperatures_c": temperatures(),
-    }
-    with contextlib.suppress(ValueError, OSError):  # not every system tells
-        facts["memory_gb"] = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
-    with contextlib.suppress(OSError):
-        models = [s for s in Path("/proc/cpuinfo").read_text().splitlines() if s.startswith("model name")]
-        facts["cpu"] = models[0].split(":")[1].strip() if models else facts["name"]
-    if device.type == "cuda":
-        card = torch.cuda.get_device_properties(device)
-        free, total = torch.cuda.mem_get_info(device)
-        facts |= {"name": card.name, "device_memory_gb": total / 1e9, "device_free_gb": free / 1e9}
-        if torch.version.hip:
-            facts["arch"] = card.gcnArchName  # Strix Halo is gfx1151; its marketing name varies by laptop
-        else:
-            facts["arch"] = f"sm_{card.major}{card.minor}"
-    return facts
 
 
 def advice(facts, results):

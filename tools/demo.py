@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from checkpoint import atomic_write, write_text
-from tools.cli import ROOT, Parser, pick_device, run
+from tools.lib.cli import ROOT, Parser, pick_device, run
 
 PHANTOM = "--patients 60 --slices 32 --size 256"  # 2,112 slices, 0.3 GB as DICOM and as much again in HU
 # Phantom patients cost nothing and the test needs many: 27 of them leave 47 rated by 3 readers or more.
@@ -235,7 +235,7 @@ def compared(judged, name):
 
 def summary(found):
     """The honest end as (what, text)."""
-    from tools.metrics import in_words  # slow to import
+    from tools.lib.metrics import in_words  # slow to import
 
     first, last = found.losses[0], found.losses[-1]
     said = "; ".join(f["text"] for f in found.status["findings"])
@@ -256,13 +256,13 @@ def summary(found):
 
 
 def tones(found):
-    from tools import metrics
+    from tools.lib import metrics
 
     return ("good", "warn", "bad", "bad")[found.status["code"]], metrics.tone(found.judged)
 
 
 def write_page(found, out, notes, commands):
-    from tools import report
+    from tools.lib import page
 
     steps = [row["step"] for row in found.losses]
     curves = {name: (steps, [row[key] for row in found.losses]) for name, key in (("cls", "dino"), ("patch", "ibot"))}
@@ -274,17 +274,17 @@ def write_page(found, out, notes, commands):
         "What the backbone looks at": sorted((out / "run" / "monitor").glob("step_*/sheet.png"))[-1],
         "Do nodules light up?": out / "run" / "heatmaps" / "heatmaps.png",
     }
-    page = report.page(
+    page = page.page(
         f"DINO-X demo: {took(notes)}",
-        report.paragraph(f"Monitor: {found.status['verdict']}", monitor),
-        report.paragraph(found.judged["verdict"], probe),
-        report.table(["what", "found"], summary(found)),
-        report.row(
-            report.line_plot("losses", curves, "step", marks=[*cuts, ("y", found.chance, "cls, knowing nothing")]),
-            report.line_plot("rank of the teacher's features", rank, "step", "dimensions", cuts),
+        page.paragraph(f"Monitor: {found.status['verdict']}", monitor),
+        page.paragraph(found.judged["verdict"], probe),
+        page.table(["what", "found"], summary(found)),
+        page.row(
+            page.line_plot("losses", curves, "step", marks=[*cuts, ("y", found.chance, "cls, knowing nothing")]),
+            page.line_plot("rank of the teacher's features", rank, "step", "dimensions", cuts),
         ),
-        *(report.section(title, report.image(path, path.name)) for title, path in pictures.items()),
-        report.section("Every command", report.table(["stage", "seconds", "command"], [
+        *(page.section(title, page.image(path, path.name)) for title, path in pictures.items()),
+        page.section("Every command", page.table(["stage", "seconds", "command"], [
             (name, notes["seconds"].get(name), command) for name, command in commands])),
     )  # fmt: skip
     write_text(out / "report.html", page)
@@ -301,7 +301,7 @@ def axes(title, low, high, size):
     """An empty plot -> (image, pen, function from (x in 0..1, y) to pixels)."""
     from PIL import Image, ImageDraw
 
-    from tools import sheet
+    from tools.lib import sheet
 
     image = Image.new("RGB", size, "#1c2126")
     pen = ImageDraw.Draw(image)
@@ -318,7 +318,7 @@ def dashed(pen, start, end, colour):
 
 def draw_losses(found, size):
     """Both losses over the updates, the kill, and the level of knowing nothing."""
-    from tools import sheet
+    from tools.lib import sheet
 
     rows, last = found.losses, found.losses[-1]["step"]
     values = [found.chance, *(row[key] for row in rows for key in ("dino", "ibot"))]
@@ -342,7 +342,7 @@ def draw_losses(found, size):
 
 def draw_aucs(found, size):
     """A dot with its 95% interval for the probe and for what needs no pretraining."""
-    from tools import sheet
+    from tools.lib import sheet
 
     rows = aucs(found.judged)
     title = f"malignant or benign: AUC, {found.judged['samples']} nodules of patients never seen"
@@ -367,7 +367,8 @@ def write_picture(found, out, notes):
     from PIL import Image, ImageOps
 
     from data import open_source
-    from tools import nodule_heatmaps, sheet, validate_samples
+    from tools import nodule_heatmaps, validate_samples
+    from tools.lib import sheet
 
     source, frame = open_source(out / "processed", "val_test"), sheet.GAP
     sample = validate_samples.inspect_sample(source, len(source) // 2)[2]

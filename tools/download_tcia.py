@@ -36,7 +36,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from checkpoint import atomic_write, fsync_folder
-from tools.cli import Parser, positive, run
+from tools.lib.cli import Parser, positive, run
 
 VERSION = 1
 BASE_URL = "https://services.cancerimagingarchive.net/nbia-api/services/v4"  # public, no token

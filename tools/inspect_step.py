@@ -8,47 +8,20 @@ step N out of N - 1.
     python tools/inspect_step.py --run runs/lidc --step 1234 --images 8
 """
 
-import json
 import math
 import sys
-from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import Recipe, denormalise, eval_view, look_windows, make_loader, open_source, render, select
-from tools import sheet
-from tools.cli import Parser, positive, run
+from data import denormalise, eval_view, look_windows, make_loader, open_source, render, select
+from tools.lib import sheet
+from tools.lib.cli import Parser, positive, run
+from tools.lib.loop import read_config, read_recipes
 
 SIDE = 448  # pixels, about, of a slice and of a global crop; crops are enlarged by whole factors only
-NEEDED = "args recipes masking patch_size split index_sha256 split_sha256".split()
-FLAGS = "data seed steps batch_size micro_batch limit z_stride overfit gram_start".split()
-
-
-def read_config(folder):
-    """config.json of a run, checked."""
-    path = folder / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; --run names a folder that train_ssl.py wrote")
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    config = config if isinstance(config, dict) else {}
-    missing = [key for key in NEEDED if key not in config] or [key for key in FLAGS if key not in config["args"]]
-    if missing:
-        raise ValueError(f"{path} lacks {', '.join(missing)}: use the code that trained this run")
-    return config
-
-
-def read_recipes(config):
-    """Recipes as stored -> Recipe objects; JSON made lists of their tuples."""
-    names = {f.name for f in fields(Recipe)}
-    if odd := set().union(*(recipe.keys() ^ names for recipe in config["recipes"])):
-        raise ValueError(f"the recipe of this run differs from ours in {sorted(odd)}: use the code that trained it")
-    return [Recipe(**{k: tuple(v) if isinstance(v, list) else v for k, v in r.items()}) for r in config["recipes"]]
 
 
 def open_data(config, data):

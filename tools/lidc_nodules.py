@@ -24,9 +24,10 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from checkpoint import atomic_write, write_text
 from data import file_sha256, read_index
-from tools.cli import Parser, positive, run
-from tools.dicom_series import default_key_file, load_key, parsing, public_id, scan_file, value_of
-from tools.write_manifest import csv_text, index_path, walk_files, write_json
+from tools.lib.cli import Parser, positive, run
+from tools.lib.dicom import default_key_file, load_key, parsing, public_id, scan_file, value_of
+from tools.lib.files import csv_text, walk_files, write_json
+from tools.lib.manifest import index_path
 
 VERSION = 1
 RATINGS = (

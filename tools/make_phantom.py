@@ -26,7 +26,7 @@ from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, ImplicitVRLittle
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from tools.cli import Parser, positive, run
+from tools.lib.cli import Parser, positive, run
 
 # z y x: centre as a fractional index in the volume ordered by position; z_mm y_mm x_mm: the same in patient
 # coordinates. kind: nodule, or small (< 3 mm: one point in the XML, no masks). malignancy: ratings of `readers`.
@@ -845,7 +845,7 @@ def read_volume(folder):
 def preview_patient(out, rows):
     """One band of the sheet: lung and soft tissue, a frontal cut and both ends of the scan, every nodule in 48 mm."""
     from data import WINDOWS_HU, window_codes  # here and not above: they import torch, which takes seconds
-    from tools import sheet
+    from tools.lib import sheet
 
     def view(hu, window, width, height=None):
         return sheet.picture(window_codes(hu, *WINDOWS_HU[window])).resize((width, height or width))
@@ -935,7 +935,7 @@ def main(argv=None):
     os.replace(unfinished, args.out / "truth.csv")
     print(f"{args.out}: {args.patients} patients, {total} slices, {nodules} nodules, {malignant} of them malignant")
     if args.preview:
-        from tools import sheet
+        from tools.lib import sheet
 
         sheet.save(args.preview, sheet.stack([preview_patient(args.out, rows) for rows in shown]))
         print(args.preview)

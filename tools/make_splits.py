@@ -18,21 +18,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from checkpoint import write_text
-from data import file_sha256, find_table, open_source, read_labels
-from tools.cli import Parser, run
+from data import file_sha256, find_table, read_labels
+from tools.lib.cli import Parser, run
+from tools.lib.groups import join, open_data
 
 VERSION = 1
 SPLITS = ("train", "val_select", "val_calib", "val_test")
 THREE_WAY = "train=0.85,val_select=0.05,val_test=0.10"
 FOUR_WAY = "train=0.60,val_select=0.15,val_calib=0.15,val_test=0.10"
-
-
-def open_data(root):
-    """Everything below a data root as a Source; slices whose patient is unknown cannot be kept apart."""
-    source = open_source(root)
-    if source.encoding != "photo" and any(name[0] == "/" or name[-1] == "/" for name in source.groups):
-        raise ValueError(f"{root}: the index has slices without dataset or patient; preprocess again")
-    return source
 
 
 def read_table(table, known):
@@ -42,25 +35,6 @@ def read_table(table, known):
         if row["path"] not in known:
             raise ValueError(f"{table}, row {number}: no image {row['path']!r} in the data; leave the row out")
     return [(row["path"], row["label"].strip(), row.get("group", "").strip()) for row in rows]
-
-
-def join(names, sets):
-    """Union-find: lists of names that any of `sets` links, each sorted, ordered by their first name."""
-    parent = {name: name for name in names}
-
-    def find(name):
-        while parent[name] != name:
-            parent[name] = parent[parent[name]]
-            name = parent[name]
-        return name
-
-    for members in sets:
-        for other in members[1:]:
-            parent[find(other)] = find(members[0])
-    units = defaultdict(list)
-    for name in sorted(parent):
-        units[find(name)].append(name)
-    return sorted(units.values())
 
 
 def parse_ratios(text):

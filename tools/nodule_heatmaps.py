@@ -30,10 +30,10 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import WINDOWS_HU, cut, eval_view, file_sha256, find_table, open_source, read_labels, render_eval
 from model import build_vit, load_backbone, read_weights
-from tools import sheet
-from tools.cli import Parser, pick_device, positive, run
-from tools.metrics import auc, interval, ratio, resample
-from tools.write_manifest import write_json
+from tools.lib import sheet
+from tools.lib.cli import Parser, pick_device, positive, run
+from tools.lib.files import write_json
+from tools.lib.metrics import auc, interval, ratio, resample
 
 STATS = ("hit", "auroc", "inside", "ring", "share")
 KEPT = "id path z group diameter_mm".split()

@@ -36,9 +36,9 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from checkpoint import atomic_write, fsync_folder
 from data import RGB_WINDOWS, WINDOWS_HU, file_sha256, window_codes
-from tools import write_manifest as manifests
-from tools.cli import Parser, positive, run
-from tools.dicom_series import (
+from tools.lib import manifest as manifests
+from tools.lib.cli import Parser, positive, run
+from tools.lib.dicom import (
     REASONS,
     Reject,
     assemble,
@@ -49,6 +49,7 @@ from tools.dicom_series import (
     read_slices,
     scan_file,
 )
+from tools.lib.files import read_json, walk_files, write_json
 
 VERSION = 1  # part of every series' input hash: raise it when the same files would give other pixels or rows
 ENCODINGS = {"rgb": "rgb-v1", "hu16": "hu16-v1"}
@@ -247,7 +248,7 @@ def process_series(job):
     """Write one series and its record -> (job, reason or "" if kept, detail, rejected files)."""
     root, folder = Path(job.root), f"{job.dataset}/{job.series}"
     record_file = manifests.record_path(root, job.dataset, job.series)
-    record = manifests.read_json(record_file)
+    record = read_json(record_file)
     if record and is_finished(job, record):
         return job, "", "", record["rejected"]
     slices, rejected, digests = read_series(job)
@@ -266,7 +267,7 @@ def process_series(job):
         "files": write(root, folder, volume.hu),
         "rows": index_rows(job, folder, volume),
     }
-    manifests.write_json(record_file, record)
+    write_json(record_file, record)
     return job, "", "", rejected
 
 
@@ -408,7 +409,7 @@ def finish(root, dataset, kept, origin):
 
 def check_target(root, dataset, encoding, jobs):
     """A dataset has one encoding and one source; clear the leftovers of killed runs."""
-    manifest = manifests.read_json(manifests.manifest_path(root, dataset))
+    manifest = read_json(manifests.manifest_path(root, dataset))
     if manifest and manifest["series"] and manifest["encoding"] != encoding:
         raise ValueError(f"{root / dataset} is {manifest['encoding']}: give another --dataset or --out for {encoding}")
     done = {path.stem for path in (root / "_manifests" / dataset).glob("*.json")}
@@ -457,7 +458,7 @@ def main(argv=None):
         raise FileNotFoundError(f"--raw {args.raw} is not a folder")
     if root.is_relative_to(raw) or raw.is_relative_to(root / args.dataset):
         raise ValueError(f"--out {args.out} and --raw {args.raw} lie inside each other: choose another --out")
-    files = manifests.walk_files(raw)
+    files = walk_files(raw)
     if not files:
         raise FileNotFoundError(f"--raw {args.raw} holds no file")
 

@@ -27,9 +27,9 @@ import checkpoint
 from checkpoint import atomic_write, write_text
 from data import MEAN, STD, file_sha256, open_source
 from model import load_backbone, read_weights, state_to_hf
-from tools.cli import ROOT, Parser, run
-from tools.metrics import in_words
-from tools.write_manifest import created_utc
+from tools.lib.cli import ROOT, Parser, run
+from tools.lib.files import created_utc
+from tools.lib.metrics import in_words
 
 TOLERANCE = 1e-5  # of reloaded outputs, absolute; they are layer-normalised, so of order 1
 # what a stranger may read of the flags: numbers, and of texts only these, which name choices and never files

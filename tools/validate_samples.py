@@ -15,8 +15,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import RGB_WINDOWS, WINDOWS_HU, open_source, window_codes
-from tools import sheet
-from tools.cli import Parser, positive, run
+from tools.lib import sheet
+from tools.lib.cli import Parser, positive, run
 
 SIDE = 320  # pixels of a tile
 LUNG_HU = (-950, -500)  # aerated lung; air is below, tissue above

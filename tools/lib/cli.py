@@ -14,7 +14,7 @@ import sys
 import traceback
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tools import report
+from tools.lib import page
 
 STEPS = list(range(0, 101, 10))
 
@@ -24,13 +24,11 @@ def png(colour, size=(40, 20)):
 
 
 def sample_page(picture):
-    plot = report.line_plot(
+    plot = page.line_plot(
         "<loss>", {"a&b": (STEPS, [s**2 for s in STEPS]), "c": ([0], [9])}, "step", "y", [("y", 50, "limit<")]
     )
-    table = report.table(("name", "value"), [("<b>x</b>", 1.23456789), ("none", None), ("many", 12345678.0)])
-    return report.page(
-        "Run <1>", "in & out", report.section("S", report.row(plot, report.image(picture, 'say "hi"')), table)
-    )
+    table = page.table(("name", "value"), [("<b>x</b>", 1.23456789), ("none", None), ("many", 12345678.0)])
+    return page.page("Run <1>", "in & out", page.section("S", page.row(plot, page.image(picture, 'say "hi"')), table))
 
 
 def test_a_page_is_whole_escaped_and_alone():
@@ -57,10 +55,10 @@ def test_a_page_is_whole_escaped_and_alone():
 def test_pictures_are_inside_as_they_are(tmp_path):
     (tmp_path / "x.png").write_bytes(png("blue"))
     for source in (png("blue"), tmp_path / "x.png", str(tmp_path / "x.png")):
-        found = re.search(r'src="data:image/png;base64,([^"]+)"', report.image(source))[1]
+        found = re.search(r'src="data:image/png;base64,([^"]+)"', page.image(source))[1]
         assert base64.b64decode(found) == png("blue")
     with pytest.raises(FileNotFoundError, match="nowhere"):
-        report.image(tmp_path / "nowhere.png")
+        page.image(tmp_path / "nowhere.png")
 
 
 def polylines(svg):
@@ -71,56 +69,56 @@ def polylines(svg):
 def test_curves_are_affine_in_their_numbers():
     random = np.random.default_rng(0)
     x, y = np.sort(random.random(30)), random.normal(size=30)
-    (points,) = polylines(report.line_plot("t", {"a": (x, y)}))
+    (points,) = polylines(page.line_plot("t", {"a": (x, y)}))
     for values, drawn, sign in ((x, points[:, 0], 1), (y, points[:, 1], -1)):
         slope, offset = np.polyfit(values, drawn, 1)
         assert np.sign(slope) == sign and np.abs(slope * values + offset - drawn).max() < 0.06
-    (points,) = polylines(report.line_plot("t", {"a": (x, np.exp(9 * y))}, log_y=True))
+    (points,) = polylines(page.line_plot("t", {"a": (x, np.exp(9 * y))}, log_y=True))
     slope, offset = np.polyfit(y, points[:, 1], 1)
     assert np.abs(slope * y + offset - points[:, 1]).max() < 0.06
-    inside = [report.LEFT, report.WIDTH - report.RIGHT, report.TOP, report.HEIGHT - report.BOTTOM]
+    inside = [page.LEFT, page.WIDTH - page.RIGHT, page.TOP, page.HEIGHT - page.BOTTOM]
     assert inside[0] <= points[:, 0].min() and points[:, 0].max() <= inside[1]
     assert inside[2] <= points[:, 1].min() and points[:, 1].max() <= inside[3]
 
 
 def test_gaps_marks_dots_and_nothing_at_all():
     ys = [1, 2, math.nan, 4, 5, math.inf, 7]
-    svg = report.line_plot("t", {"a": (range(7), ys)})
+    svg = page.line_plot("t", {"a": (range(7), ys)})
     assert [len(p) for p in polylines(svg)] == [2, 2] and svg.count("<circle") == 1  # the lone last point is a dot
-    assert [len(p) for p in polylines(report.line_plot("t", {"a": (range(4), [-1, 1, 0, 10])}, log_y=True))] == []
-    assert report.line_plot("t", {"a": (range(7), range(7))}, points=True).count("<circle") == 7
-    mixed = report.line_plot("t", {"a": (range(7), range(7)), "diagonal": ([0, 6], [0, 6])}, points=["a"])
+    assert [len(p) for p in polylines(page.line_plot("t", {"a": (range(4), [-1, 1, 0, 10])}, log_y=True))] == []
+    assert page.line_plot("t", {"a": (range(7), range(7))}, points=True).count("<circle") == 7
+    mixed = page.line_plot("t", {"a": (range(7), range(7)), "diagonal": ([0, 6], [0, 6])}, points=["a"])
     assert mixed.count("<circle") == 7 and len(polylines(mixed)) == 1
-    marked = report.line_plot("t", {"a": ([0, 1], [0, 1])}, marks=[("y", 9, "far"), ("x", 0.5, "here")])
+    marked = page.line_plot("t", {"a": ([0, 1], [0, 1])}, marks=[("y", 9, "far"), ("x", 0.5, "here")])
     assert "far" in marked and marked.count("stroke-dasharray") == 2
     ends = [float(v) for v in re.findall(r'y1="(\S+)" x2="\S+" y2="\S+" stroke="#cb181d"', marked)]
-    assert min(ends) >= report.TOP  # a mark beyond the curves widens the axis
+    assert min(ends) >= page.TOP  # a mark beyond the curves widens the axis
     for empty in ({}, {"a": ([], [])}, {"a": ([1], [math.nan])}):
-        assert "no data" in report.line_plot("t", empty, marks=[("y", 1, "m")])
-    assert len(polylines(report.line_plot("t", {"a": ([0, 1, 2], [5, 5, 5])}))) == 1  # a level curve
+        assert "no data" in page.line_plot("t", empty, marks=[("y", 1, "m")])
+    assert len(polylines(page.line_plot("t", {"a": ([0, 1, 2], [5, 5, 5])}))) == 1  # a level curve
 
 
 @pytest.mark.parametrize(
     "ends", [(0, 1), (-3, 7), (0.99981, 0.99984), (1e5, 9e5), (2e-7, 9e-7), (-1e9, 1e9), (29.23, 29.24)]
 )
 def test_ticks_are_round_inside_and_told_apart(ends):
-    ticks = report.ticks(*ends)
+    ticks = page.ticks(*ends)
     assert 2 <= len(ticks) <= 8 and min(ticks) >= ends[0] - 1e-12 and max(ticks) <= ends[1] + 1e-12 * abs(ends[1])
     step = np.diff(ticks)
     assert np.allclose(step, step[0]) and f"{step[0]:.6e}"[0] in "125"
-    texts = report.tick_texts(ticks)
+    texts = page.tick_texts(ticks)
     assert len(set(texts)) == len(texts) and all(len(t) <= 9 for t in texts)
     assert np.allclose([float(t) for t in texts], ticks, atol=step[0] / 10)
 
 
 def test_lines_that_count_are_those_of_the_last_try():
     lines = [{"step": s, "loss": s} for s in (1, 2, 3, 4)] + [{"step": 2, "event": "resumed"}, {"step": 3, "loss": 30}]
-    assert [r["loss"] for r in report.counted(lines, "loss")] == [1, 2, 30]
-    assert report.counted(lines, "val_loss") == []
+    assert [r["loss"] for r in page.counted(lines, "loss")] == [1, 2, 30]
+    assert page.counted(lines, "val_loss") == []
     rows = list(range(5000))
-    few = report.thin(rows, 400)
+    few = page.thin(rows, 400)
     assert len(few) == 400 and few[0] == 0 and few[-1] == 4999 and sorted(set(few)) == few
-    assert report.thin(rows[:7], 400) == rows[:7] and report.thin([]) == [] and report.thin(rows, 1) == [0]
+    assert page.thin(rows[:7], 400) == rows[:7] and page.thin([]) == [] and page.thin(rows, 1) == [0]
 
 
 def browser():

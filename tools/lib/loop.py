@@ -11,12 +11,13 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from data import denormalise
+from data import Recipe, denormalise
 
 
 def lock(out, patience_s=60):
@@ -158,3 +159,33 @@ class Log:
             self.bar.close()
             with self.writing():
                 self.tb.close()
+
+
+# Reading a run back.
+
+NEEDED = "args recipes masking patch_size split index_sha256 split_sha256".split()
+FLAGS = "data seed steps batch_size micro_batch limit z_stride overfit gram_start".split()
+
+
+def read_config(folder):
+    """config.json of a run, checked."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; --run names a folder that train_ssl.py wrote")
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    config = config if isinstance(config, dict) else {}
+    missing = [key for key in NEEDED if key not in config] or [key for key in FLAGS if key not in config["args"]]
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(missing)}: use the code that trained this run")
+    return config
+
+
+def read_recipes(config):
+    """Recipes as stored -> Recipe objects; JSON made lists of their tuples."""
+    names = {f.name for f in fields(Recipe)}
+    if odd := set().union(*(recipe.keys() ^ names for recipe in config["recipes"])):
+        raise ValueError(f"the recipe of this run differs from ours in {sorted(odd)}: use the code that trained it")
+    return [Recipe(**{k: tuple(v) if isinstance(v, list) else v for k, v in r.items()}) for r in config["recipes"]]

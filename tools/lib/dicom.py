@@ -15,7 +15,6 @@ import re
 import secrets
 import stat
 import struct
-import sys
 import warnings
 import zlib
 from collections import Counter
@@ -30,7 +29,6 @@ from pydicom.filereader import read_partial
 from pydicom.pixels import get_decoder
 from pydicom.uid import UID
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from checkpoint import atomic_write
 
 PADDING_HU = -1024  # what PixelPaddingValue becomes: the lowest value of a 12-bit scanner
