@@ -9,8 +9,10 @@ import copy
 import os
 import pickle
 import re
+import reprlib
 import secrets
 import shutil
+import stat
 import struct
 import sys
 import threading
@@ -20,11 +22,13 @@ import zlib
 from pathlib import Path
 
 import torch
+import torch.distributed
 
 FORMAT, VERSION = "dinox", 1
 # everything that zipfile and torch.load were seen to raise on flipped bits, cut files and rubbish pickles
 BROKEN = (zipfile.BadZipFile, zlib.error, struct.error, pickle.UnpicklingError, EOFError, OSError)
-BROKEN += (ValueError, TypeError, LookupError, RuntimeError)
+BROKEN += (ValueError, TypeError, LookupError, RuntimeError, AttributeError, ArithmeticError, AssertionError)
+BROKEN += (MemoryError,)
 
 
 def fsync_folder(folder):
@@ -66,46 +70,143 @@ def write_text(path, text):
     return atomic_write(path, lambda f: f.write(text.encode()))
 
 
+# Reading. open_regular and read_zip stand in every leaf that opens such files, because each leaf copies alone.
+
+
+def open_regular(path):
+    """Open for reading what cannot make us wait: of a pipe, open() returns only when somebody writes to it."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise ValueError("a folder, pipe or device, not a regular file")
+    return open(path, "rb")
+
+
+def read_zip(f, path):
+    """What torch.save wrote into the open file `path`; refuses what it could not have written so.
+
+    torch maps a member by its offset and the length that the pickle claims, whatever the zip directory says: of a
+    compressed, shortened or linked member it returns other numbers. The tensors stay on disk until they are used.
+    """
+    with zipfile.ZipFile(f) as archive:
+        items = sorted(archive.infolist(), key=lambda item: item.header_offset)
+        for item in items:
+            if stat.S_IFMT(item.external_attr >> 16) not in (0, stat.S_IFREG) or item.external_attr & 0x10:
+                raise zipfile.BadZipFile(f"{item.filename} marked as a folder or a link")
+            if item.compress_type or item.flag_bits & ~0x808 or item.compress_size != item.file_size:
+                raise zipfile.BadZipFile(f"{item.filename} is compressed, encrypted or shortened")
+        if len({item.filename.lower() for item in items}) < len(items):  # torch looks names up without their case
+            raise zipfile.BadZipFile("two members of one name")
+        if archive.comment or items[0].header_offset or sum(item.file_size for item in items) > f.seek(0, os.SEEK_END):
+            raise zipfile.BadZipFile("members that overlap, or bytes before or after them")
+        if bad := archive.testzip():  # reads every byte: torch.load alone does not notice a flipped bit
+            raise zipfile.BadZipFile(f"wrong checksum in {bad}")
+        pickles = [archive.read(item) for item in items if item.filename.lower().endswith(".pkl")]
+        if code := re.search(rb"\n(bytearray|TypedStorage|\w*Tensor)\n", b"".join(pickles)):  # bytearray(10**12)
+            raise zipfile.BadZipFile(f"a call of {code[1].decode()}, which takes memory that no member fills")
+    storages = []  # mapped, so no tensor is read twice
+    content = torch.load(path, lambda s, _: storages.append(s) or s, weights_only=True, mmap=True)
+    held = {s.data_ptr(): s.nbytes() for s in storages if s.nbytes()}
+    if [held[at] for at in sorted(held)] != [i.file_size for i in items if "/data/" in i.filename and i.file_size]:
+        raise zipfile.BadZipFile("a tensor that is not as long as its member")
+    return content
+
+
+def brief(value):
+    """One short line, whatever the value."""
+    return " ".join(reprlib.repr(value).split())
+
+
+def is_count(value):
+    return type(value) is int and 0 <= value < 2**63
+
+
+def is_text(*values):
+    return all(isinstance(value, str) for value in values)
+
+
+def is_size(*values):
+    """Numbers that make nothing too large to allocate; NaN is none."""
+    return all(isinstance(value, (int, float)) and abs(value) <= 1 << 20 for value in values)
+
+
+def is_arch(value):
+    name, options = value["name"], value["overrides"]
+    return is_text(name, *options) and is_size(*options.values())
+
+
+def is_view(value):
+    size, window = value["size"], value["window"]
+    return is_count(size) and is_size(size) and size > 0 and (window is None or len(window) == 2 and is_size(*window))
+
+
+def is_weights(value):
+    """Names and tensors; what a stride of 0 adds is no byte of the file, but a copy would take it."""
+    return is_text(*value) and all(
+        t.device.type == "cpu" and not t.is_quantized and t.nbytes <= t.untyped_storage().nbytes()
+        for t in value.values()
+    )
+
+
+FIELDS = {  # what a field must be where it is there at all; whatever a test of these raises is a no, too
+    "step images gram_refreshes": (is_count, "a count"),
+    "args": (lambda v: is_text(*v.keys()), "a dict of flags"),
+    "arch": (is_arch, "a name and overrides, numbers up to a million"),
+    "encoding": (is_text, "a text"),
+    "eval_view": (is_view, "a size in pixels and a window of two numbers or None"),
+    "trained_groups": (lambda v: v is None or type(v) in (list, tuple) and is_text(*v), "texts, or None: unknown"),
+    "index_sha256 split_sha256": (lambda v: v is None or is_text(v), "a text or None"),
+    "student teacher centers": (is_weights, "a dict of tensors"),
+    "gram": (lambda v: v is None or is_weights(v), "a dict of tensors or None"),
+    "optimizer": (lambda v: is_text(*v.keys()), "a dict by name"),
+}
+
+
+def wrong_field(state):
+    """What is wrong with the first field that is not what FIELDS says, or None."""
+    for name, (right, words) in ((name, rule) for names, rule in FIELDS.items() for name in names.split()):
+        try:
+            good = name not in state or right(state[name])
+        except BROKEN:
+            good = False
+        if not good:
+            return f"field {name} is {brief(state[name])}, expected {words}"
+    return None
+
+
 def check(f, path):
     """Raise ValueError with the reason unless the open file, whose name is `path`, is a whole checkpoint of ours."""
     try:
-        with zipfile.ZipFile(f) as archive:
-            bad = archive.testzip()  # reads every byte: torch.load alone does not notice a flipped bit
-            folders = [item.filename for item in archive.infolist() if item.external_attr & 0x10]
-        if bad:
-            raise zipfile.BadZipFile(f"wrong checksum in {bad}")
-        if folders:  # a flipped bit under no CRC: torch then skips the member and returns uninitialised memory
-            raise zipfile.BadZipFile(f"{folders[0]} marked as a folder")
-        # mapped, so no tensor is read twice; what load() could not open is refused here (torch has its own zip reader)
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        state = read_zip(f, path)  # what load() could not open is refused here (torch has its own zip reader)
+        state = state if isinstance(state, dict) else {}
     except BROKEN as error:
         # of torch's paragraph only the fact: its advice is to load without weights_only
         code = re.search(r"GLOBAL (\S+)", str(error))
         fact = f"needs code to load: {code[1]}" if code else re.split(r"(?<=\S)\. |\n", str(error))[0]
         raise ValueError(f"not a whole and safe checkpoint ({type(error).__name__}: {fact})") from error
-    state = state if isinstance(state, dict) else {}
-    if state.get("format") != FORMAT:
-        raise ValueError(f"format {state.get('format')!r}, expected {FORMAT!r}")
-    if state.get("version") != VERSION:
-        raise ValueError(f"version {state.get('version')!r}, this code reads version {VERSION}")
+    kind, version = state.get("format"), state.get("version")
+    if not is_text(kind) or kind != FORMAT:
+        raise ValueError(f"format {brief(kind)}, expected {FORMAT!r}")
+    if not is_count(version) or version != VERSION:
+        raise ValueError(f"version {brief(version)}, this code reads version {VERSION}")
+    if wrong := wrong_field(state):
+        raise ValueError(wrong)
 
 
 def verify(path) -> None:
-    """Raise ValueError with the reason unless zip directory, every CRC, format and version are right."""
-    with open(path, "rb") as f:
+    """Raise ValueError with the reason unless zip directory, every CRC, format, version and fields are right."""
+    with open_regular(path) as f:
         check(f, path)
 
 
 def load(path, map_location="cpu") -> dict:
     """The state in a verified checkpoint; nothing in the file can run code."""
-    with open(path, "rb") as f:  # opened once: a newer save under this name cannot slip in after the check
-        try:
+    try:
+        with open_regular(path) as f:  # opened once: a newer save under this name cannot slip in after the check
             check(f, path)
-        except ValueError as error:
-            remedy = "use an older step_*.pth of the same run, or the code that wrote this file"
-            raise ValueError(f"{path}: {error}; {remedy}") from error
-        f.seek(0)
-        return torch.load(f, map_location=map_location, weights_only=True)
+            f.seek(0)
+            return torch.load(f, map_location=map_location, weights_only=True)
+    except ValueError as error:
+        remedy = "use an older step_*.pth of the same run, or the code that wrote this file"
+        raise ValueError(f"{path}: {error}; {remedy}") from error
 
 
 def checked_write(path, writer):
@@ -162,16 +263,28 @@ def broken(path):
 def latest(run_dir) -> Path | None:
     """Newest checkpoint that verifies, or None; says on stderr which newer ones do not, and why."""
     last = Path(run_dir) / "last.pth"
-    reasons, found = {}, None
+    reasons, found, gone = {}, None, False
     for path in step_files(run_dir) + [last] * last.exists():
-        if reason := broken(path):
-            reasons[path] = reason
-        else:
+        reason = broken(path)
+        if reason is None:
             found = path
             break
+        if os.path.lexists(path):
+            reasons[path] = reason
+        else:
+            gone = True  # the run has rotated it away since it was listed: not broken
+    if gone and found is None:
+        return latest(run_dir)  # newer ones must have come
     for path, reason in reasons.items():
         print(f"{path}: {reason}; {f'using {found.name}' if found else 'no other verifies'}", file=sys.stderr)
     return found
+
+
+def same_file(path, other):
+    try:
+        return path.samefile(other)
+    except FileNotFoundError:  # also one that went away a moment ago
+        return False
 
 
 def point_last(run_dir, path):
@@ -207,7 +320,7 @@ def rotate(run_dir, keep_last, keep_every, good=()):
     for path in step_files(run_dir):
         if kept < keep_last:
             kept += path in good or not broken(path)
-        elif (keep_every and step_of(path) % keep_every == 0) or (last.exists() and last.samefile(path)):
+        elif (keep_every and step_of(path) % keep_every == 0) or same_file(path, last):
             continue
         else:
             path.unlink(missing_ok=True)
@@ -286,3 +399,60 @@ class Saver:
             self.error = error
             seconds = time.perf_counter() - start
             self.events.append({"step": step, "error": error, "seconds": seconds, "stall_s": stall_s})
+
+
+# Weights and optimizer state by parameter name, so that neither grouping nor sharding matters to the file. Sharded
+# parameters (DTensor of fully_shard) are told by their full_tensor and device_mesh; with them these are collective.
+
+
+def full(t):
+    return t.full_tensor() if hasattr(t, "full_tensor") else t
+
+
+def like(p, t):
+    """A whole tensor placed as the parameter `p` is: on its device, and in its shards if it is sharded."""
+    if not hasattr(p, "device_mesh"):
+        return t.to(p.device)
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(t.to(p.device), p.device_mesh, p.placements)
+
+
+def for_file(t):
+    """A whole tensor; of shards on rank 0 alone and on the host, since a card may not hold it."""
+    if not hasattr(t, "full_tensor"):
+        return t
+    whole = t.full_tensor()
+    return whole.cpu() if torch.distributed.get_rank() == 0 else None
+
+
+def pack_weights(module, whole=for_file):
+    return {name: whole(p.detach()) for name, p in module.named_parameters()}
+
+
+@torch.no_grad()
+def unpack_weights(module, state):
+    own = dict(module.named_parameters())
+    if odd := own.keys() ^ state.keys() or {name for name, p in own.items() if p.shape != state[name].shape}:
+        names = ", ".join(sorted(map(str, odd))[:3])
+        raise ValueError(f"checkpoint and model differ in {names}; was the architecture changed?")
+    for name, p in own.items():
+        p.copy_(like(p, state[name]))
+
+
+def pack_optimizer(optimizer, model):
+    """State of AdamW and its kin."""
+    return {
+        name: {k: for_file(v) for k, v in optimizer.state[p].items()}
+        for name, p in model.named_parameters()
+        if p in optimizer.state
+    }
+
+
+def unpack_optimizer(optimizer, model, state):
+    for name, p in model.named_parameters():
+        if name not in state:
+            continue
+        if not all(isinstance(v, torch.Tensor) and (k == "step" or v.shape == p.shape) for k, v in state[name].items()):
+            raise ValueError(f"checkpoint and model differ in the optimizer's {name}; was the architecture changed?")
+        optimizer.state[p] = {k: v.to(p.device) if k == "step" else like(p, v).clone() for k, v in state[name].items()}

@@ -1,6 +1,6 @@
 """From files to a batch that is a pure function of (seed, step). Copyable: imports torch, numpy and pillow only.
 
-    source = open_source("data/processed", split="train")
+    source = open_for("data/processed", "fit")
     loader = make_loader(source, RECIPES["ct"], seed=0, steps=range(1000), batch=32)
     for batch in loader:
         crops = render(batch.images.to(device), batch.plan)
@@ -9,7 +9,9 @@ Letters: B images, V views, C channels (three neighbouring slices, or RGB), N pa
 """
 
 import atexit
+import contextlib
 import csv
+import datetime
 import functools
 import hashlib
 import itertools
@@ -18,6 +20,7 @@ import math
 import multiprocessing
 import os
 import signal
+import stat
 import struct
 import tokenize
 from dataclasses import dataclass
@@ -44,8 +47,12 @@ RGB_WINDOWS = ("lung", "soft", "bone")  # channel order of rgb-v1: slices z-1, z
 WIDE_HU = (-150, 1500)  # halfway between lung and bone: air, tissue and calcium are all inside (-900 .. 600 HU)
 AIR_HU = -1024
 PHOTO_ENDINGS = (".png", ".jpg", ".jpeg")
+FORMATS = ("PNG", "JPEG", "MPO")  # what is opened, by content: pillow would start Ghostscript for an EPS file
+SIGNATURES = {b"%!PS": "EPS", b"\xc5\xd0\xd3\xc6": "EPS", b"%PDF": "PDF", b"GIF8": "GIF", b"RIFF": "WebP or AVI",
+              b"BM": "BMP", b"II*\0": "TIFF", b"MM\0*": "TIFF", b"<": "HTML, XML or SVG", b"PK": "zip"}  # fmt: skip
+PURPOSES = {"fit": "train", "select": "val_select", "calibrate": "val_calib", "test": "val_test"}
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as released DINOv3 weights expect
-STREAMS = {"order": 1, "crops": 2, "masks": 3, "limit": 4, "sizes": 5}  # one purpose's numbers never meet another's
+STREAMS = {"order": 1, "crops": 2, "masks": 3, "limit": 4, "sizes": 5, "rope": 6, "depth": 7}  # none meets another
 
 
 # what numpy and pillow say of broken files; tokenize: the header of a .npy is a Python literal
@@ -68,10 +75,19 @@ def find_table(root, path):
     return path if path.exists() else Path(root) / path
 
 
+def regular(path):
+    """The path, if it is a file: a FIFO or a device would be waited for."""
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode):
+        kinds = {stat.S_IFIFO: "a FIFO", stat.S_IFDIR: "a folder", stat.S_IFSOCK: "a socket"}
+        raise OSError(f"{path} is {kinds.get(stat.S_IFMT(mode), 'a device')}, not a file")
+    return path
+
+
 def file_sha256(path):
     """Hex digest of a file's bytes, read in 1 MiB pieces."""
     digest = hashlib.sha256()
-    with open(path, "rb") as f:
+    with open(regular(path), "rb") as f:
         while piece := f.read(1 << 20):
             digest.update(piece)
     return digest.hexdigest()
@@ -110,7 +126,7 @@ class Rows:
 def read_csv(path):
     """Header, then the rows in pieces (larger ones are 3x slower: garbage collection)."""
     try:
-        with open(path, newline="", encoding="utf-8-sig") as f:  # spreadsheets begin with a byte order mark
+        with open(regular(path), newline="", encoding="utf-8-sig") as f:  # spreadsheets begin with a byte order mark
             reader = csv.reader(f)
             yield next(reader, [])
             while rows := list(itertools.islice(reader, 1024)):
@@ -121,20 +137,48 @@ def read_csv(path):
 
 def read_index(path):
     """index.csv -> Rows, in pieces, so that texts never all exist as Python objects."""
-    columns, names = {key: [] for key in INDEX_COLUMNS}, {key: {} for key in REPEATED}
+    columns, names, keys = {key: [] for key in INDEX_COLUMNS}, {key: {} for key in REPEATED}, []
     pieces = read_csv(path)
     if (header := next(pieces)) != INDEX_COLUMNS:
-        raise ValueError(f"{path}: columns {','.join(header)}; expected {','.join(INDEX_COLUMNS)}")
+        raise ValueError(f"{path}: columns {','.join(header)[:200]}; expected {','.join(INDEX_COLUMNS)}")
     for number, rows in enumerate(pieces):
         try:
-            for key, texts in zip(INDEX_COLUMNS, zip(*rows, strict=True), strict=True):
-                columns[key].append(encode_column(key, texts, names))
-        except ValueError as error:
+            texts = dict(zip(INDEX_COLUMNS, zip(*rows, strict=True), strict=True))
+            for key in INDEX_COLUMNS:
+                columns[key].append(encode_column(key, texts[key], names))
+            keys.append(np.fromiter(map(hash, zip(texts["path"], texts["z"])), np.int64, len(rows)))
+        except (ValueError, OverflowError) as error:
             lines = f"{1024 * number + 2} to {1024 * number + len(rows) + 1}"
-            raise ValueError(f"{path}: in lines {lines} a row is malformed: {error}") from None
+            raise ValueError(f"{path}: in lines {lines} a row is malformed: {str(error)[:200]}") from None
     if not columns["path"]:
         raise ValueError(f"{path} has no rows; run tools/preprocess_dicom.py")
-    return Rows({k: np.concatenate(v) for k, v in columns.items()}, {k: list(v) for k, v in names.items()})
+    rows = Rows({k: np.concatenate(v) for k, v in columns.items()}, {k: list(v) for k, v in names.items()})
+    check_rows(path, rows, np.concatenate(keys))
+    return rows
+
+
+def check_rows(path, rows, keys):
+    """Refuse an index whose numbers would move results without a word, naming the first line that does."""
+    c, (_, first, count) = rows.columns, np.unique(keys, return_index=True, return_counts=True)
+    twice = np.zeros(len(rows), bool)
+    twice[first] = count > 1
+    spacing = np.stack([c["spacing_y"], c["spacing_x"], c["spacing_z"]])
+    names = c["path"].tolist()
+    outside = np.fromiter((n.startswith(b"/") or b".." in n.replace(b"\\", b"/").split(b"/") for n in names), bool)
+    wrong = {
+        "the path and z of a row stand in another row too": twice,
+        "a path leads out of the data folder": outside,
+        "a spacing is not a number above 0 and below 1000 mm": ~((spacing > 0) & (spacing < 1000)).all(0),
+        "z_mm is not a number": ~np.isfinite(c["z_mm"]),
+        "the body box is empty or not inside the image": ~(
+            (c["body_y0"] >= 0) & (c["body_y0"] < c["body_y1"]) & (c["body_y1"] <= c["rows"])
+            & (c["body_x0"] >= 0) & (c["body_x0"] < c["body_x1"]) & (c["body_x1"] <= c["cols"])
+        ),
+    }  # fmt: skip
+    for reason, bad in wrong.items():
+        if bad.any():
+            line, name = bad.argmax() + 2, names[bad.argmax()].decode()
+            raise ValueError(f"{path}, line {line} ({name[:200]}): {reason}; run tools/preprocess_dicom.py again")
 
 
 def encode_column(key, texts, names):
@@ -163,6 +207,9 @@ def photo_paths(root):
         seen.add(real)
         folders[:] = [name for name in folders if name[0] not in "._"]
         names = [name for name in files if name[0] != "." and name.lower().endswith(PHOTO_ENDINGS)]
+        for name in names:
+            if not name.isascii() and name.encode(errors="ignore").decode() != name:
+                raise ValueError(f"{folder}: the file name {ascii(name)} is not UTF-8; rename the file")
         found += [Path(folder, name).relative_to(root).as_posix() for name in names]
     return sorted(found)
 
@@ -205,18 +252,60 @@ def index_photos(root):
     return Rows(columns, {"group": list(groups), "series": list(groups)}), sha
 
 
+@contextlib.contextmanager
+def open_photo(path):
+    """The opened picture, if its content is of FORMATS; another content is named as what it is."""
+    try:
+        with Image.open(regular(path), formats=FORMATS) as file:
+            yield file
+    except Image.UnidentifiedImageError:
+        with open(path, "rb") as f:
+            start = f.read(12)
+        kind = next((name for magic, name in SIGNATURES.items() if start.startswith(magic)), "unknown")
+        kind = "HEIC or AVIF" if start[4:8] == b"ftyp" else kind
+        raise ValueError(f"its content is {kind}, expected PNG or JPEG") from None
+
+
 def to_rgb(file):
     if file.mode.startswith(("I", "F")):  # pillow would clip 16 bits at 255 without a word
         raise ValueError(f"pixels of mode {file.mode}, expected 8 bits per channel; convert the file")
     return file.convert("RGB")
 
 
+# EXIF orientation: (upright rows run against the stored axis, columns do, both axes are exchanged)
+TURNS = {1: (0, 0, 0), 2: (0, 1, 0), 3: (1, 1, 0), 4: (1, 0, 0), 5: (0, 0, 1), 6: (0, 1, 1), 7: (1, 1, 1), 8: (1, 0, 1)}
+
+
+def turn_of(file):
+    """How a photograph is turned upright, and its upright (height, width)."""
+    turn = TURNS.get(file.getexif().get(0x0112), TURNS[1])
+    return turn, (file.height, file.width) if not turn[2] else (file.width, file.height)
+
+
+def stored_box(box, size, turn):
+    """A box of the upright picture of `size` -> the same box of the picture as stored."""
+    (y0, x0, y1, x1), (height, width) = box, size
+    if turn[0]:
+        y0, y1 = height - y1, height - y0
+    if turn[1]:
+        x0, x1 = width - x1, width - x0
+    return (x0, y0, x1, y1) if turn[2] else (y0, x0, y1, x1)
+
+
+def upright(image, turn):
+    """Stored [3, h, w] -> upright."""
+    image = image.swapaxes(1, 2) if turn[2] else image
+    return image[:, :: -1 if turn[0] else 1, :: -1 if turn[1] else 1]
+
+
 class Source:
     """Images of one encoding: len(source), source.read(i) -> [C, H, W], source.rows[i] -> metadata, source.groups."""
 
-    def __init__(self, root, encoding, rows, index_sha256, split_sha256=None):
+    def __init__(self, root, encoding, rows, index_sha256, split_sha256=None, splits=None, crossing=0):
         self.root, self.encoding, self.rows = root, encoding, rows
         self.index_sha256, self.split_sha256 = index_sha256, split_sha256
+        self.splits = splits  # split of each row, where it was opened for a purpose
+        self.crossing = crossing  # sets of duplicates that lie in several splits, where that was allowed
         used = np.unique(rows.columns["group"])
         self.groups = sorted(rows.names["group"][code] for code in used)
         # neighbours in a volume are near copies, so one batch should hold one slice per series
@@ -229,18 +318,15 @@ class Source:
         return self.root / self.rows.columns["path"][i].decode()
 
     def read(self, i):
-        """uint8 [3, H, W] of rgb-v1 and photographs; int16 HU [3, H, W] of hu16-v1: slices z-1, z, z+1."""
+        """uint8 [3, H, W] of rgb-v1 and photographs (upright); int16 HU [3, H, W] of hu16-v1: slices z-1, z, z+1."""
         path = self.path(i)
         try:
             if self.encoding == "hu16-v1":
-                z = self.rows.columns["z"][i]
-                volume = open_volume(path)
-                if not 1 <= z < len(volume) - 1:
-                    raise ValueError(f"slice {z} of {len(volume)} has no two neighbours")
-                image = np.array(volume[z - 1 : z + 2])
+                image = read_slices(path, int(self.rows.columns["z"][i]))
             else:
-                with Image.open(path) as file:
-                    image = np.asarray(to_rgb(file)).transpose(2, 0, 1)
+                with open_photo(path) as file:
+                    turn = turn_of(file)[0] if self.encoding == "photo" else TURNS[1]
+                    image = upright(np.asarray(to_rgb(file)).transpose(2, 0, 1), turn)
         except BROKEN as error:
             raise OSError(f"{path} cannot be read: {error}") from None
         if self.encoding != "photo" and image.shape[1:] != self.size(i):
@@ -257,7 +343,9 @@ class Source:
         return [int(self.rows.columns[f"body_{k}"][i]) for k in ("y0", "x0", "y1", "x1")]
 
     def take(self, index):
-        return Source(self.root, self.encoding, self.rows.take(index), self.index_sha256, self.split_sha256)
+        splits = None if self.splits is None else self.splits[index]
+        rows = self.rows.take(index)
+        return Source(self.root, self.encoding, rows, self.index_sha256, self.split_sha256, splits, self.crossing)
 
     def order(self, seed, step, batch):
         """Sample ids of one update: a new permutation each epoch; one slice per series and batch where possible."""
@@ -281,19 +369,52 @@ def epoch_order(source, seed, epoch, batch):
     return random.permuted(dealt[random.permutation(updates)], axis=1)
 
 
-@functools.lru_cache(maxsize=64)
-def open_volume(path):
-    volume = np.load(path, mmap_mode="r", allow_pickle=False)
-    if volume.dtype != np.int16 or volume.ndim != 3:
-        raise ValueError(f"{volume.dtype} {volume.shape}, expected int16 [Z, H, W]")
-    return volume
+def read_slices(path, z):
+    """int16 [3, H, W]: slices z-1, z, z+1 of a volume; read, since a mapped file that is cut kills the process."""
+    with open(regular(path), "rb") as f:
+        version = np.lib.format.read_magic(f)
+        header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
+        if header is None:
+            raise ValueError(f"version {version} of a .npy file, expected 1.0")
+        shape, fortran, dtype = header(f)
+        if dtype != np.int16 or len(shape) != 3 or fortran:
+            raise ValueError(f"{dtype} {shape}, expected int16 [Z, H, W]")
+        if not 1 <= z < shape[0] - 1:
+            raise ValueError(f"slice {z} of {shape[0]} has no two neighbours")
+        one = shape[1] * shape[2]
+        if os.fstat(f.fileno()).st_size < f.tell() + 2 * shape[0] * one:
+            raise ValueError(f"the file is shorter than its {shape[0]} slices of {shape[1]} x {shape[2]}")
+        f.seek(2 * (z - 1) * one, os.SEEK_CUR)
+        return np.fromfile(f, np.int16, 3 * one).reshape(3, *shape[1:])
 
 
-def open_source(root, split=None, limit=None, z_stride=1):
-    """A processed CT folder (by its index) or any folder of PNG and JPEG files -> Source.
+def find_slice(source, path, z=None):
+    """Row of a slice by its path, and by z inside a volume (None: the middle one); None where it is not there."""
+    rows = slices_by_name(source).get(path, {})
+    return rows.get(int(z)) if z is not None else list(rows.values())[len(rows) // 2] if rows else None
 
-    split: train, val_select, ... of _splits/splits.json, whose absence is an error; None: everything.
-    z_stride keeps every n-th slice of a series (neighbours still come from the full volume); limit keeps N images.
+
+@functools.lru_cache(maxsize=4)
+def slices_by_name(source):
+    """{path: {z: row}}; of what is no volume z is 0."""
+    paths, index = source.rows.column("path").tolist(), {}
+    zs = source.rows.column("z").tolist() if source.encoding == "hu16-v1" else [0] * len(paths)
+    for i, (name, z) in enumerate(zip(paths, zs)):
+        index.setdefault(name.decode(), {})[z] = i
+    return index
+
+
+def slice_name(source, i):
+    """How a slice is named for people and in files: its path, in a volume with #z."""
+    row = source.rows[i]
+    return f"{row['path']}#{row['z']}" if source.encoding == "hu16-v1" else row["path"]
+
+
+def open_source(root, limit=None, z_stride=1):
+    """Everything in a processed CT folder (by its index) or in any folder of PNG and JPEG files -> Source.
+
+    For training and evaluation see open_for. z_stride keeps every n-th slice of a series (neighbours still come from
+    the full volume); limit keeps N images.
     """
     root = Path(root)
     if not root.is_dir():
@@ -301,12 +422,13 @@ def open_source(root, split=None, limit=None, z_stride=1):
     index = root / "_index" / "index.csv"
     if index.exists():
         rows, sha = read_index(index), file_sha256(index)
-        known, found = {"rgb-v1", "hu16-v1"}, set(rows.names["encoding"])
-        if not found <= known:
-            raise ValueError(f"{index}: encoding {sorted(found - known)}; known are {sorted(known)}: preprocess again")
-        if len(found) > 1:
-            raise ValueError(f"{index} mixes encodings {sorted(found)}; preprocess all datasets to one of them")
-        encoding = found.pop()
+        known, encodings = {"rgb-v1", "hu16-v1"}, set(rows.names["encoding"])
+        if not encodings <= known:
+            odd = sorted(encodings - known)
+            raise ValueError(f"{index}: encoding {odd}; known are {sorted(known)}: preprocess again")
+        if len(encodings) > 1:
+            raise ValueError(f"{index} mixes encodings {sorted(encodings)}; preprocess all datasets to one of them")
+        encoding = encodings.pop()
         pair = rows.columns["dataset"].astype(np.int64) * len(rows.names["patient"]) + rows.columns["patient"]
         pairs, codes = np.unique(pair, return_inverse=True)
         split_pair = [divmod(int(p), len(rows.names["patient"])) for p in pairs]
@@ -316,39 +438,190 @@ def open_source(root, split=None, limit=None, z_stride=1):
         raise FileNotFoundError(f"{index} is missing beside its folder; run tools/preprocess_dicom.py")
     else:
         (rows, sha), encoding = index_photos(root), "photo"
-    source = Source(root, encoding, rows, sha)
-    if split is not None:
-        source = take_split(source, split)
-    if z_stride > 1 and encoding == "photo":
+    return thin(Source(root, encoding, rows, sha), limit, z_stride)
+
+
+def thin(source, limit, z_stride):
+    """Every z_stride-th slice of a series, then at most `limit` images, the same for any seed."""
+    if z_stride > 1 and source.encoding == "photo":
         raise ValueError(f"--z-stride {z_stride}: photographs have no slices; leave it away")
     if z_stride > 1:
         source = source.take(np.flatnonzero((source.rows.columns["z"] - 1) % z_stride == 0))
-    if limit is not None and limit < len(source):  # the same images for any seed
+    if limit is not None and limit < len(source):
         source = source.take(np.sort(rng(0, "limit").permutation(len(source))[:limit]))
     return source
 
 
-def take_split(source, split):
-    path = source.root / "_splits" / "splits.json"
-    remedy = f"python tools/make_splits.py --data {source.root} (with the --ratios and --labels you want)"
-    again = f"make it again, with --force: {remedy}"
+# The door: who may look at what. Splits are contracts, duplicates and earlier training are leaks, looks are recorded.
+
+
+def open_for(root, purpose, used_by=None, limit=None, z_stride=1, allow_duplicates=False):
+    """The images of one purpose (or of several) of PURPOSES -> Source with its split_sha256 and the split of each row.
+
+    root: a folder, or a Source of all of it. `test` is the final number: used_by {program, weights_sha256,
+    policy_sha256, labels_sha256, why} is added to _splits/test_uses.jsonl, and earlier looks by others are counted.
+    """
+    source = root if isinstance(root, Source) else open_source(root)
+    purposes = [purpose] if isinstance(purpose, str) else list(purpose)
+    splits, wanted = split_names(source), [PURPOSES[p] for p in purposes]
+    path = split_path(source.root)
+    if not np.isin(splits, wanted).any():
+        raise ValueError(f"{path} has no image in {' or '.join(wanted)}; it has {sorted(set(splits.tolist()))}")
+    crossing = crossing_duplicates(source, splits)
+    if crossing and not allow_duplicates:
+        raise ValueError(
+            f"{len(crossing)} sets of duplicate pictures lie in several splits, first {', '.join(crossing[0][:3])}; "
+            "make the split again with tools/make_splits.py --force, or go on with --allow-duplicates"
+        )
+    if "test" in purposes:
+        record_look(source.root, used_by)
+    everything = Source(source.root, source.encoding, source.rows, source.index_sha256, file_sha256(path), splits,
+                        len(crossing))  # fmt: skip
+    return thin(everything.take(np.flatnonzero(np.isin(splits, wanted))), limit, z_stride)
+
+
+def split_path(root):
+    return Path(root) / "_splits" / "splits.json"
+
+
+def read_contract(path, remedy):
+    """A JSON file of _splits/ -> dict with version 1, index_sha256 and groups."""
+    try:
+        contract = json.loads(regular(path).read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not a JSON file ({str(error)[:80]}); {remedy}") from None
+    if not isinstance(contract, dict) or contract.get("version") != 1:
+        version = contract.get("version") if isinstance(contract, dict) else type(contract).__name__
+        raise ValueError(f"{path}: version {str(version)[:80]}, expected 1; {remedy}")
+    return contract
+
+
+def split_names(source):
+    """Split of each row of a Source, by a contract made for this very index. No image is opened."""
+    path = split_path(source.root)
+    make = f"python tools/make_splits.py --data {source.root} (with the --ratios and --labels you want)"
+    again = f"make it again, with --force: {make}"
     if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist; make it with: {remedy}")
-    contract = json.loads(path.read_text())
-    if contract.get("version") != 1:
-        raise ValueError(f"{path}: version {contract.get('version')}, expected 1; {again}")
-    if contract["index_sha256"] != source.index_sha256:
+        raise FileNotFoundError(f"{path} does not exist; make it with: {make}")
+    contract = read_contract(path, again)
+    if contract.get("index_sha256") != source.index_sha256:
         raise ValueError(f"{path} was made for another index; {again}")
-    of_group = contract["groups"]
+    of_group = contract.get("groups")
+    if not isinstance(of_group, dict) or not all(isinstance(split, str) for split in of_group.values()):
+        raise ValueError(f"{path}: groups must name one split for each group; {again}")
     if strangers := [g for g in source.groups if g not in of_group]:
         raise ValueError(f"{path} does not name group {strangers[0]} ({len(strangers)} in all); {again}")
-    inside = np.array([of_group.get(name) == split for name in source.rows.names["group"]])
-    index = np.flatnonzero(inside[source.rows.columns["group"]])
-    if not len(index):
-        raise ValueError(f"{path} has no image in {split!r}; it has {sorted(set(of_group.values()))}")
-    chosen = source.take(index)
-    chosen.split_sha256 = file_sha256(path)
-    return chosen
+    known = sorted(set(of_group.values()))
+    codes = np.array([known.index(of_group.get(name, known[0])) for name in source.rows.names["group"]])
+    split = codes[source.rows.columns["group"]]
+    low = np.full(len(source.rows.names["series"]), len(known))
+    high = np.full(len(low), -1)
+    np.minimum.at(low, source.series, split)
+    np.maximum.at(high, source.series, split)
+    if (torn := np.flatnonzero(high > low)).size:
+        series = source.rows.names["series"][torn[0]]
+        raise ValueError(
+            f"{path}: series {series} lies in {known[low[torn[0]]]} and in {known[high[torn[0]]]}; {again}"
+        )
+    return np.array(known)[split]
+
+
+def crossing_duplicates(source, splits):
+    """Sets of groups that share pictures, by _splits/duplicates.json, and lie in several splits."""
+    path = source.root / "_splits" / "duplicates.json"
+    remedy = "run tools/check_duplicates.py again, or delete the file"
+    if not path.exists():
+        return []
+    contract = read_contract(path, remedy)
+    if contract.get("index_sha256") != source.index_sha256:
+        print(f"note: {path} was made for another index and is not used; {remedy}")
+        return []
+    if not isinstance(contract.get("groups"), list) or not all(isinstance(s, list) for s in contract["groups"]):
+        raise ValueError(f"{path}: groups must be lists of names; {remedy}")
+    named = dict(zip(np.array(source.rows.names["group"])[source.rows.columns["group"]].tolist(), splits.tolist()))
+    return [members for members in contract["groups"] if len({named[g] for g in members if g in named}) > 1]
+
+
+USED_BY = "program weights_sha256 policy_sha256 labels_sha256 why".split()
+
+
+def record_look(root, used_by):
+    """Add a line to _splits/test_uses.jsonl; say how many looks by other weights or another policy came before."""
+    if not isinstance(used_by, dict) or sorted(used_by) != sorted(USED_BY):
+        raise ValueError(f"opening val_test needs used_by with {', '.join(USED_BY)}")
+    path, earlier = Path(root) / "_splits" / "test_uses.jsonl", set()
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError, AttributeError):
+            earlier.add(tuple(str(json.loads(line).get(key)) for key in ("weights_sha256", "policy_sha256")))
+    others = earlier - {(str(used_by["weights_sha256"]), str(used_by["policy_sha256"]))}
+    if others:
+        print(
+            f"val_test was looked at before by {len(others)} other weights or policies ({path}): the best of several "
+            "looks is optimistic"
+        )
+    when = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    with open(path, "ab") as f:  # one write of one line: looks of two programs do not mix
+        f.write(json.dumps({"version": 1, "when": when, **used_by}).encode() + b"\n")
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def plain_name(text):
+    """Names that people would take for one: `P1` and `p1 `, with any spaces around the parts of a path."""
+    return "/".join(part.strip().casefold() for part in text.split("/"))
+
+
+def fingerprint(salt, text):
+    """16 hex digits that stand for a name where the name itself must not be told."""
+    return hashlib.sha256(f"{salt} {text}".encode()).hexdigest()[:16]
+
+
+def provenance_of(source, files=False):
+    """What a Source is made of, as hashes to compare and not to read; `files`: also of the bytes of each file."""
+    salt = source.index_sha256
+    used = np.unique(source.series) if source.encoding != "photo" else ()
+    found = {"salt": salt, "groups": [fingerprint(salt, plain_name(g)) for g in source.groups]}
+    found["series"] = [fingerprint(salt, source.rows.names["series"][code]) for code in used]
+    paths = sorted({source.path(i) for i in range(len(source))}) if files else ()
+    found["files"] = [fingerprint(salt, file_sha256(path)) for path in paths]
+    return {key: value if key == "salt" else sorted(set(value)) for key, value in found.items()}
+
+
+def rows_named(rows, key, test):
+    """Which rows [n] have a name in this column that passes the test."""
+    return np.isin(rows.columns[key], [c for c in np.unique(rows.columns[key]) if test(rows.names[key][c])])
+
+
+class Exposure(NamedTuple):
+    """What weights have seen of a Source."""
+
+    groups: list  # sorted names of the groups that they were trained on
+    known: bool  # False: they, or those they started from, do not say what they were trained on
+
+
+def refuse_leak(facts, source, what, allow=False):
+    """Compare what weights were trained on (their facts, see model.read_facts) with a Source -> Exposure.
+
+    By names of groups, and by hashes of groups, series and files, so that a renamed data set is recognised.
+    """
+    trained = facts.get("trained_groups") or ()
+    provenance = facts.get("provenance") or {"known": bool(trained), "seen": []}
+    rows, clear = source.rows, {plain_name(group) for group in trained}
+    seen = rows_named(rows, "group", lambda name: plain_name(name) in clear)
+    for entry in provenance["seen"]:
+        salt, hashes = entry["salt"], {key: set(entry.get(key) or ()) for key in ("groups", "series", "files")}
+        seen |= rows_named(rows, "group", lambda n: fingerprint(salt, plain_name(n)) in hashes["groups"])  # noqa: B023
+        seen |= rows_named(rows, "series", lambda n: fingerprint(salt, n) in hashes["series"])  # noqa: B023
+        if hashes["files"]:
+            same = (fingerprint(salt, file_sha256(source.path(i))) in hashes["files"] for i in range(len(source)))
+            seen |= np.fromiter(same, bool, len(source))
+    groups = sorted({rows.names["group"][code] for code in rows.columns["group"][seen]})
+    if groups and not allow:
+        raise ValueError(
+            f"leak: {len(groups)} groups of {what} were in the training of these weights ({', '.join(groups[:5])}); "
+            "take weights trained under this split (--allow-seen, where a program has it, goes on and says so)"
+        )
+    return Exposure(groups, bool(provenance["known"]))
 
 
 # The plan: every random choice about every view, drawn from (seed, step, sample id) alone.
@@ -445,6 +718,16 @@ def place(plan, sizes, regions=None):
     sides = np.minimum(np.take_along_axis(sides, first, 2)[:, :, 0], limit)  # [V, B, 2]
     start = np.clip(np.floor(low + plan.centres * (limit - sides + 1)), 0, sizes - sides)
     return plan._replace(boxes=np.concatenate([start, start + sides], -1))
+
+
+def sides(recipe):
+    """Pixels of each view of an image."""
+    return [recipe.global_size] * 2 + [recipe.local_size] * recipe.local_crops
+
+
+def boxes_in(plan, height, width):
+    """Boxes [V, 4] of the plan of one image of this size."""
+    return place(plan, [(height, width)]).boxes[:, 0]
 
 
 def block_masks(seed, step, crops, grid, probability=0.5, ratio=(0.1, 0.5)):
@@ -803,26 +1086,46 @@ class Batch(NamedTuple):
     bad: list  # [(path, reason)] of files that were replaced by their neighbour in the batch
 
 
-def read_photo(path, plan):
-    """The union of the crops, reduced while each keeps twice its target size -> (image, its placed plan)."""
+def read_photo(path, boxes_of, sizes):
+    """Only what boxes need of a photograph, upright, reduced while each keeps twice its size -> (image, boxes in it).
+
+    boxes_of(height, width) -> boxes [V, 4] of the upright picture; sizes [V] pixels of their views.
+    """
     try:
-        with Image.open(path) as file:
+        with open_photo(path) as file:
+            turn, size = turn_of(file)
+            boxes = boxes_of(*size)
+            factor = max(1, int(((boxes[:, 2:] - boxes[:, :2]).min(1) / (2 * np.asarray(sizes))).min()))
             W, H = file.size
-            plan = place(plan, [(H, W)])
-            boxes = plan.boxes[:, 0]  # [V, 4]
-            sizes = np.array([plan.recipe.global_size] * 2 + [plan.recipe.local_size] * plan.recipe.local_crops)
-            factor = max(1, int(((boxes[:, 2:] - boxes[:, :2]).min(1) / (2 * sizes)).min()))
             file.draft("RGB", (-(-W // factor), -(-H // factor)))  # JPEG decodes at 1/2, 1/4 or 1/8 for free
-            drafted = np.array([file.height / H, file.width / W] * 2)
+            drafted = np.array([file.height / H, file.width / W][:: -1 if turn[2] else 1] * 2)
             factor = max(1, int(factor * drafted.min() + 1e-6))
+            size = (file.width, file.height) if turn[2] else (file.height, file.width)
             low, high = np.floor((boxes * drafted)[:, :2].min(0)), np.ceil((boxes * drafted)[:, 2:].max(0))
-            high = np.minimum(high, (file.height, file.width))
-            image = to_rgb(file).reduce(factor, box=(int(low[1]), int(low[0]), int(high[1]), int(high[0])))
+            high = np.minimum(high, size)
+            y0, x0, y1, x1 = stored_box((*low.astype(int).tolist(), *high.astype(int).tolist()), size, turn)
+            image = upright(np.asarray(to_rgb(file).reduce(factor, box=(x0, y0, x1, y1))).transpose(2, 0, 1), turn)
     except BROKEN as error:
         raise OSError(f"{path} cannot be read: {error}") from None
-    moved = (boxes * drafted - np.tile(low, 2)) / factor
-    image = torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())
-    return image, plan._replace(boxes=moved[:, None])
+    return torch.from_numpy(image.copy()), (boxes * drafted - np.tile(low, 2)) / factor
+
+
+def read_view(source, i, boxes=None, size=224):
+    """For one look at an image: (pixels [3, h, w], boxes [S, 4] in them); boxes None: that of eval_boxes.
+
+    Of a photograph only what views of `size` pixels need is decoded; of a slice only the boxes are kept.
+    """
+    if source.encoding == "photo":
+
+        def chosen(height, width):
+            return eval_boxes([(height, width)]) if boxes is None else boxes
+
+        return read_photo(source.path(i), chosen, [size] * (1 if boxes is None else len(boxes)))
+    image, body = source.read(i), source.body(i)
+    if boxes is None:
+        return image, eval_boxes([image.shape[1:]], body and [body])
+    low, high = np.floor(boxes[:, :2].min(0)).astype(int), np.ceil(boxes[:, 2:].max(0)).astype(int)
+    return image[:, low[0] : high[0], low[1] : high[1]], boxes - np.tile(low, 2)
 
 
 def pad_to_one_size(images):
@@ -872,7 +1175,8 @@ class Updates(torch.utils.data.Dataset):
             own = select(choices, [j])
             try:
                 if self.source.encoding == "photo":
-                    image, own = read_photo(self.source.path(i), own)
+                    image, moved = read_photo(self.source.path(i), functools.partial(boxes_in, own), sides(own.recipe))
+                    own = own._replace(boxes=moved[:, None])
                 else:
                     image = self.source.read(i)
                     own = place(own, [self.source.size(i)], [self.source.body(i)])
@@ -900,7 +1204,7 @@ def as_read(batch):
     return batch  # torch would turn the arrays of the plan into tensors
 
 
-def deaf(_):
+def ignore_signals(_):
     """In a reading process: signals are for the run, which still needs its batches. torchrun sends them to all."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
@@ -924,18 +1228,22 @@ def make_loader(source, recipes, seed, steps, batch, micro_batch=None, rank=0, w
         num_workers=workers,
         pin_memory=pin_memory,
         collate_fn=as_read,
-        worker_init_fn=deaf,
+        worker_init_fn=ignore_signals,
         generator=torch.Generator(),  # the global one belongs to whoever builds a model
     )
     others = set(multiprocessing.active_children())
-    items = iter(loader)  # readers start here
+    try:
+        items = iter(loader)  # readers start here
+    except BaseException:  # too many open files, or Ctrl+C: some may run already
+        kill(set(multiprocessing.active_children()) - others)
+        raise
     if readers := set(multiprocessing.active_children()) - others:
         atexit.register(kill, readers)
     return checked(items, skip_bad)
 
 
 def kill(readers):
-    """At exit Python sends its children a SIGTERM, to which readers are deaf, and waits: after an error, for ever."""
+    """At exit Python sends its children a SIGTERM, which readers ignore, and waits: after an error, for ever."""
     for process in readers:
         process.kill()
 

@@ -2,13 +2,26 @@
 
 Copyable: imports torch and safetensors only. Facts from the DINOv3 paper (arXiv:2508.10104) and its public code.
 Letters: B images, N patches, R registers, D features, H heads, K prototypes, T packed tokens.
-Tokens come in the order [cls | registers | patches].
+Tokens come in the order [cls | registers | patches]. One training step on images [B, 3, 224, 224] and labels [B]:
+
+    vit = build_vit("vit_small")  # or load_backbone("weights.pth").train()
+    head = torch.nn.Linear(vit.dim, 2)
+    optimizer = torch.optim.AdamW([*vit.parameters(), *head.parameters()], lr=1e-4)
+    loss = torch.nn.functional.cross_entropy(head(vit(images).cls), labels)
+    loss.backward()
+    optimizer.step()
 """
 
+import hashlib
 import inspect
 import itertools
 import json
 import math
+import numbers
+import os
+import re
+import reprlib
+import stat
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
@@ -183,8 +196,8 @@ class SwiGLU(nn.Module):
 class LayerScale(nn.Module):
     def __init__(self, dim, value):
         super().__init__()
-        self.value = value
-        self.gamma = nn.Parameter(torch.full((dim,), value))
+        self.value = float(value)
+        self.gamma = nn.Parameter(torch.full((dim,), self.value))
 
     def forward(self, x):
         return x * self.gamma
@@ -356,15 +369,35 @@ def init_linears(module):
                 nn.init.zeros_(m.bias)
 
 
+OPTIONS = {name: p.default for name, p in inspect.signature(VisionTransformer).parameters.items()}
+
+
+def brief(value):
+    """One short line, whatever the value."""
+    return " ".join(reprlib.repr(value).split())
+
+
+def is_number(value, kind=numbers.Real, least=0, most=1e9):
+    return isinstance(value, kind) and not isinstance(value, bool) and least <= value <= most
+
+
+def all_options(arch, overrides):
+    """Every keyword argument of VisionTransformer for a name in ARCHS; refuses what is unknown or no possible size."""
+    if not isinstance(arch, str) or arch not in ARCHS:
+        raise ValueError(f"unknown arch {brief(arch)}: known are {', '.join(ARCHS)}")
+    if unknown := [str(name)[:80] for name in overrides if name not in OPTIONS]:
+        raise ValueError(f"unknown arch option {', '.join(sorted(unknown)[:4])}: known are {', '.join(OPTIONS)}")
+    for name, value in overrides.items():
+        limits = numbers.Integral, int(name != "registers"), 1000 if name == "depth" else 1 << 20
+        limits = {float: (numbers.Real,), bool: (numbers.Integral, 0, 1)}.get(type(OPTIONS[name]), limits)
+        if not is_number(value, *limits) and (type(value), type(OPTIONS[name])) != (bool, bool):
+            raise ValueError(f"arch option {name} is {brief(value)}: not a possible value")
+    return {**OPTIONS, **ARCHS[arch], **overrides}
+
+
 def build_vit(arch, **overrides):
     """VisionTransformer of a name in ARCHS; overrides are its keyword arguments."""
-    if arch not in ARCHS:
-        raise ValueError(f"unknown arch {arch!r}: known are {', '.join(ARCHS)}")
-    known = list(inspect.signature(VisionTransformer).parameters)
-    unknown = sorted(set(overrides) - set(known))
-    if unknown:
-        raise ValueError(f"unknown arch option {', '.join(unknown)}: known are {', '.join(known)}")
-    vit = VisionTransformer(**{**ARCHS[arch], **overrides})
+    vit = VisionTransformer(**all_options(arch, overrides))
     vit.arch = {"name": arch, "overrides": overrides}
     return vit
 
@@ -439,7 +472,7 @@ HF_NAMES = {  # ours -> Hugging Face; block names are relative to the block
 def rename(key, names, blocks, new_blocks):
     """`blocks.3.norm1.weight` -> `layer.3.norm1.weight`, by a table of names without the final weight/bias."""
     head, rest = "", key
-    if key.startswith(blocks + "."):
+    if key.startswith(blocks + ".") and key.count(".") > 1:
         _, index, rest = key.split(".", 2)
         head = f"{new_blocks}.{index}."
     if rest in names:
@@ -493,16 +526,21 @@ def state_from_hf(state, config):
         ours[f"mlp.{theirs}"] = f"mlp.{own}"
     out = {}
     for key, value in state.items():
-        stem, _, leaf = key.rpartition(".")
-        if not stem.endswith((".attention.q_proj", ".attention.k_proj", ".attention.v_proj")):
-            out[rename(key, ours, "layer", "blocks")] = value
-        elif stem.endswith(".q_proj"):
+        name, (stem, _, leaf) = rename(key, ours, "layer", "blocks"), key.rpartition(".")
+        if stem.endswith((".attention.k_proj", ".attention.v_proj")):
+            if stem.endswith("k_proj") and leaf == "bias" and value.any():
+                raise ValueError(f"{key} is a bias on keys: not a DINOv3 release")
+            continue
+        if stem.endswith(".attention.q_proj"):
             base = stem[: -len("q_proj")]
             k = torch.zeros_like(value) if leaf == "bias" else state.get(f"{base}k_proj.weight")
             v = state.get(f"{base}v_proj.{leaf}")
             if k is None or v is None:
                 raise ValueError(f"{key} is there, but {base}k_proj.{leaf} or {base}v_proj.{leaf} is missing")
-            out[f"blocks.{stem.split('.')[1]}.attn.qkv.{leaf}"] = torch.cat([value, k, v])
+            name, value = f"blocks.{stem.split('.')[1]}.attn.qkv.{leaf}", torch.cat([value, k, v])
+        if name in out:
+            raise ValueError(f"{key} is there twice, under its own name and that of another layout")
+        out[name] = value
     if "mask_token" in out:
         out["mask_token"] = out["mask_token"].reshape(1, -1)
     return out
@@ -516,24 +554,30 @@ def state_from_original(state):
             raise ValueError(f"{key} has a bias on keys and no bias_mask to remove it: not a DINOv3 release")
         if not key.endswith((".bias_mask", "rope_embed.periods")):
             out["register_tokens" if key == "storage_tokens" else key] = value
+    if "register_tokens" in state and "storage_tokens" in state:
+        raise ValueError("register_tokens and storage_tokens are two names of one thing")
     return out, state.get("rope_embed.periods")
 
 
-def infer_arch(state, heads=None, periods=None):
-    """{name, overrides} of the backbone that a state dict (our layout) belongs to, by its shapes."""
+def shape_facts(state):
+    """The options of VisionTransformer that show in the names and shapes of a state dict (our layout)."""
     required = ("cls_token", "patch_embed.proj.weight", "blocks.0.norm1.weight")
     missing = [key for key in required if key not in state]
     if missing:
-        raise ValueError(f"not a DINOv3 ViT: {', '.join(missing)} is missing; found {', '.join(list(state)[:4])} ...")
-    dim, in_chans, patch_size = state["patch_embed.proj.weight"].shape[:3]
+        raise ValueError(f"not a DINOv3 ViT: {', '.join(missing)} is missing; found {some(state)} ...")
     gated = "blocks.0.mlp.w1.weight" in state
-    up = state.get("blocks.0.mlp.w1.weight" if gated else "blocks.0.mlp.fc1.weight")
-    if up is None:
+    up = "blocks.0.mlp.w1.weight" if gated else "blocks.0.mlp.fc1.weight"
+    if up not in state:
         raise ValueError("not a DINOv3 ViT: block 0 has neither mlp.fc1 nor the gated mlp.w1")
-    found = dict(
+    for key, ndim in (("patch_embed.proj.weight", 4), (up, 2), ("register_tokens", 3)):
+        if key in state and state[key].ndim != ndim:
+            raise ValueError(f"{key} has shape {list(state[key].shape)[:8]}, expected {ndim} axes")
+    dim, in_chans, patch_size, _ = state["patch_embed.proj.weight"].shape
+    blocks = [re.match(r"blocks\.([0-9]{1,9})\.", key) for key in state]
+    return dict(
         dim=dim,
-        depth=1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks.")),
-        ffn_dim=len(up),
+        depth=1 + max(int(block[1]) for block in blocks if block),
+        ffn_dim=len(state[up]),
         gated=gated,
         qkv_bias="blocks.0.attn.qkv.bias" in state,
         patch_size=patch_size,
@@ -542,6 +586,12 @@ def infer_arch(state, heads=None, periods=None):
         cls_norm="cls_norm.weight" in state,
         local_cls_norm="local_cls_norm.weight" in state,
     )
+
+
+def infer_arch(state, heads=None, periods=None):
+    """{name, overrides} of the backbone that a state dict (our layout) belongs to, by its shapes."""
+    found = shape_facts(state)
+    dim = found["dim"]
     alike = [a for a in ARCHS.values() if all(a[k] == found[k] for k in ("dim", "depth", "ffn_dim"))]
     if heads is None and periods is not None:
         heads = dim // (4 * len(periods))
@@ -553,36 +603,146 @@ def infer_arch(state, heads=None, periods=None):
             )
         heads = alike[0]["heads"]
     found["heads"] = heads
-    defaults = {k: p.default for k, p in inspect.signature(VisionTransformer).parameters.items()}
 
     def differences(name):
-        return {k: v for k, v in found.items() if v != {**defaults, **ARCHS[name]}[k]}
+        return {k: v for k, v in found.items() if v != all_options(name, {})[k]}
 
     name = min(ARCHS, key=lambda name: len(differences(name)))
     return {"name": name, "overrides": differences(name)}
 
 
-def read_tensors(path):
-    """A file's content by its first bytes: a dict of tensors (safetensors) or whatever torch.save wrote, safely."""
-    with open(path, "rb") as f:
-        start = f.read(9)
+def check_arch(arch, state):
+    """Refuse an arch {name, overrides} that these weights do not have, before anything of its size is made."""
+    if not isinstance(arch, dict) or not isinstance(arch.get("overrides"), dict):
+        raise ValueError(f"field arch is {brief(arch)}, expected name and overrides")
+    says, found = all_options(arch.get("name"), arch["overrides"]), shape_facts(state)
+    if wrong := [name for name in found if says[name] != found[name]]:
+        name = wrong[0]
+        raise ValueError(f"field arch says {name} {says[name]}, and the weights have {found[name]}")
+
+
+def some(names):
+    return ", ".join(str(name)[:80] for name in itertools.islice(names, 4))
+
+
+# open_regular and read_zip stand in every leaf that opens such files, because each leaf copies alone.
+
+
+def open_regular(path):
+    """Open for reading what cannot make us wait: of a pipe, open() returns only when somebody writes to it."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise ValueError("a folder, pipe or device, not a regular file")
+    return open(path, "rb")
+
+
+def read_zip(f, path):
+    """What torch.save wrote into the open file `path`; refuses what it could not have written so.
+
+    torch maps a member by its offset and the length that the pickle claims, whatever the zip directory says: of a
+    compressed, shortened or linked member it returns other numbers. The tensors stay on disk until they are used.
+    """
+    with zipfile.ZipFile(f) as archive:
+        items = sorted(archive.infolist(), key=lambda item: item.header_offset)
+        for item in items:
+            if stat.S_IFMT(item.external_attr >> 16) not in (0, stat.S_IFREG) or item.external_attr & 0x10:
+                raise zipfile.BadZipFile(f"{item.filename} marked as a folder or a link")
+            if item.compress_type or item.flag_bits & ~0x808 or item.compress_size != item.file_size:
+                raise zipfile.BadZipFile(f"{item.filename} is compressed, encrypted or shortened")
+        if len({item.filename.lower() for item in items}) < len(items):  # torch looks names up without their case
+            raise zipfile.BadZipFile("two members of one name")
+        if archive.comment or items[0].header_offset or sum(item.file_size for item in items) > f.seek(0, os.SEEK_END):
+            raise zipfile.BadZipFile("members that overlap, or bytes before or after them")
+        if bad := archive.testzip():  # reads every byte: torch.load alone does not notice a flipped bit
+            raise zipfile.BadZipFile(f"wrong checksum in {bad}")
+        pickles = [archive.read(item) for item in items if item.filename.lower().endswith(".pkl")]
+        if code := re.search(rb"\n(bytearray|TypedStorage|\w*Tensor)\n", b"".join(pickles)):  # bytearray(10**12)
+            raise zipfile.BadZipFile(f"a call of {code[1].decode()}, which takes memory that no member fills")
+    storages = []  # mapped, so no tensor is read twice
+    content = torch.load(path, lambda s, _: storages.append(s) or s, weights_only=True, mmap=True)
+    held = {s.data_ptr(): s.nbytes() for s in storages if s.nbytes()}
+    if [held[at] for at in sorted(held)] != [i.file_size for i in items if "/data/" in i.filename and i.file_size]:
+        raise zipfile.BadZipFile("a tensor that is not as long as its member")
+    return content
+
+
+def check_sum(path):
+    """Refuse a file that differs from the SHA256SUMS beside it, and weights that it leaves out while it lists others."""
+    sums, listed = path.with_name("SHA256SUMS"), {}
+    if not sums.exists():
+        return
+    with open_regular(sums) as f:
+        for line in f.read(1 << 24).decode(errors="replace").splitlines():
+            digest, _, name = line.partition(" ")
+            listed[name[1:].removeprefix("./")] = digest.lower()  # the second character is a space or *
+    if path.name not in listed:
+        if path.suffix == ".safetensors" and any(name.endswith(".safetensors") for name in listed):
+            raise ValueError("SHA256SUMS lists other weights and not these; add its line, or move the file")
+        return
+    digest = hashlib.sha256()
+    with open_regular(path) as f:
+        for piece in iter(lambda: f.read(1 << 20), b""):
+            digest.update(piece)
+    if digest.hexdigest() != listed[path.name]:
+        raise ValueError("its sha256 is not that in SHA256SUMS; get both anew")
+
+
+def read_json(path):
+    """A dict in UTF-8 out of a small file."""
     try:
-        if start[8:] == b"{":
-            return safetensors.torch.load_file(path)
-        zipped = zipfile.is_zipfile(path)
-        if zipped:  # torch.load does not notice a flipped bit
-            with zipfile.ZipFile(path) as archive:
-                if bad := archive.testzip():
-                    raise ValueError(f"wrong checksum of {bad}")
-                if any(item.external_attr & 0x10 for item in archive.infolist()):  # of a folder torch reads nothing
-                    raise ValueError("a member is marked as a folder")
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        check_sum(path)
+        with open_regular(path) as f:
+            content = json.loads(f.read(1 << 24).decode())
+        if not isinstance(content, dict):
+            raise ValueError(f"holds a {type(content).__name__}, not a dict")
+        return content
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged; get it anew: {' '.join(str(error).split())[:200]}") from None
+
+
+def read_tensors(path):
+    """A file's content by its first bytes: a dict of tensors (safetensors) or what torch.save wrote, safely."""
+    path = Path(path)
+    try:
+        check_sum(path)
+        with open_regular(path) as f:
+            start = f.read(9)
+            if start[8:] == b"{":
+                return safetensors.torch.load_file(path)
+            if start[:4] != b"PK\3\4":
+                raise ValueError("neither safetensors nor the zip file that torch.save makes")
+            content = read_zip(f, path)
         if not isinstance(content, dict):
             raise ValueError(f"holds a {type(content).__name__}, not a dict of tensors")
+        for group in (content, *content.values()):
+            tensors = [v for v in group.values() if isinstance(v, Tensor)] if isinstance(group, dict) else []
+            held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+            if sum(t.nbytes for t in tensors) > sum(held.values()):  # strides of 0: a copy would take what they claim
+                raise ValueError("tensors claim more bytes than the file holds")
         return content
     except Exception as error:  # noqa: BLE001 - each reader has its own many ways to say that bytes are wrong
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{path} is damaged, or not safetensors or a weights-only torch file: {reason}") from None
+
+
+def read_config(path):
+    """config.json, if there is one, else {}; refuses numbers of a DINOv3 ViT that are none."""
+    config = read_json(path) if path.exists() else {}
+    fields = {"num_attention_heads": numbers.Integral, "layer_norm_eps": numbers.Real, "rope_theta": numbers.Real}
+    for field in fields.keys() & config if config.get("model_type") == "dinov3_vit" else ():
+        if not is_number(config[field], fields[field], 1e-12):
+            raise ValueError(f"{path}: {field} is {brief(config[field])}, expected a number above 0; get it anew")
+    return config
+
+
+def read_index(path):
+    """{file name: names of its tensors} by model.safetensors.index.json."""
+    files, where = {}, read_json(path).get("weight_map")
+    good = isinstance(where, dict) and where and all(isinstance(name, str) for name in where.values())
+    if not good or not all(re.fullmatch(r"[\w. -]+\.safetensors", name) for name in where.values()):
+        raise ValueError(f"{path}: weight_map is {brief(where)}, expected names of .safetensors files beside it")
+    for key, name in where.items():
+        files.setdefault(name, set()).add(key)
+    return dict(sorted(files.items()))
 
 
 def read_weights(path):
@@ -591,51 +751,91 @@ def read_weights(path):
     if not path.exists():
         raise FileNotFoundError(f"no weights at {path}")
     folder = path if path.is_dir() else path.parent
-    config = json.loads((folder / "config.json").read_text()) if (folder / "config.json").exists() else {}
+    config = read_config(folder / "config.json")
     kind = config.get("model_type")
     if kind != "dinov3_vit" and path.is_dir():
-        raise ValueError(f"{folder} holds no config.json of a DINOv3 ViT (model_type {kind!r}, not 'dinov3_vit')")
+        raise ValueError(f"{folder} holds no config.json of a DINOv3 ViT (model_type {brief(kind)}, not 'dinov3_vit')")
     config = config if kind == "dinov3_vit" else {}  # a run's config.json describes flags, not an architecture
     if not path.is_dir():
         return read_tensors(path), config
     index = path / "model.safetensors.index.json"  # large models come in several files
-    names = ["model.safetensors"]
-    if index.exists():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    missing = [name for name in names if not (path / name).exists()]
+    files = read_index(index) if index.exists() else {"model.safetensors": None}
+    missing = [name for name in files if not (path / name).exists()]
     if missing:
-        raise FileNotFoundError(f"{path} holds no {', '.join(missing)}")
-    return {k: v for name in names for k, v in read_tensors(path / name).items()}, config
+        raise FileNotFoundError(f"{path} holds no {some(missing)}")
+    content = {}
+    for name, keys in files.items():
+        part = read_tensors(path / name)
+        if odd := set() if keys is None else part.keys() ^ keys:
+            raise ValueError(f"{path / name} and the weight_map in {index} differ in {some(odd)}; get both anew")
+        content |= part
+    return content, config
+
+
+def is_view(view):
+    size, window = view.get("size"), view.get("window", ())
+    good = window is None or len(window) == 2 and all(is_number(v, least=-1e9) for v in window)
+    return good and is_number(size, numbers.Integral, 1, 1 << 16)
+
+
+FACTS = {  # what a field of a DINO-X checkpoint must be
+    "step images": (int, is_number),
+    "args teacher": (dict, lambda v: all(isinstance(key, str) for key in v)),
+    "encoding": (str, bool),
+    "eval_view": (dict, is_view),
+    "trained_groups": ((list, tuple, type(None)), lambda v: all(isinstance(group, str) for group in v or ())),
+    "index_sha256 split_sha256": ((str, type(None)), lambda v: True),
+}
+
+
+def check_facts(path, content):
+    """Refuse a DINO-X checkpoint of another version, or with a field of a wrong type; only the teacher must be there."""
+    kind, version = content["format"], content.get("version")
+    if not isinstance(kind, str) or type(version) is not int or (kind, version) != ("dinox", 1):
+        raise ValueError(f"{path}: format {brief(kind)} version {brief(version)}, expected 'dinox' version 1")
+    for name, (kind, right) in ((name, rule) for names, rule in FACTS.items() for name in names.split()):
+        value = content.get(name)
+        if (name in content or name == "teacher") and not (isinstance(value, kind) and right(value)):
+            raise ValueError(f"{path}: field {name} is {brief(value)}; use another checkpoint of the same run")
 
 
 def read_facts(path):
     """What a DINO-X checkpoint says beside its tensors: trained_groups, encoding, ...; {} of other weights."""
     content, _ = read_weights(path)
-    heavy = ("student", "teacher", "gram", "optimizer")
-    return {k: v for k, v in content.items() if k not in heavy} if "format" in content else {}
+    if "format" not in content:
+        return {}
+    check_facts(path, content)
+    return {k: v for k, v in content.items() if k not in ("student", "teacher", "gram", "optimizer")}
+
+
+def check_tensors(path, state):
+    """The dict itself, if it is one of names and floating-point tensors."""
+    loose = [k for k, v in state.items() if not (isinstance(k, str) and isinstance(v, Tensor))]
+    if loose or not state:
+        raise ValueError(f"{path}: expected a dict of tensors, found {some(loose) or 'nothing'}")
+    floats = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    if odd := [k for k, v in state.items() if v.dtype not in floats and not k.endswith(".bias_mask")]:
+        raise ValueError(f"{path}: {some(odd)} is of {state[odd[0]].dtype}, not of floating-point numbers")
+    return state
 
 
 def recognise(path, content, config):
     """Any known content -> (state dict of VisionTransformer, {name, overrides})."""
     if "format" in content:
-        if (content["format"], content.get("version")) != ("dinox", 1):
-            found = f"{content['format']!r} version {content.get('version')}"
-            raise ValueError(f"{path}: format {found}, expected 'dinox' version 1")
-        content, arch = content["teacher"], content["arch"]  # the EMA teacher is the product
-        return {k[9:]: v for k, v in content.items() if k.startswith("backbone.")}, arch
+        check_facts(path, content)
+        state = {k[9:]: v for k, v in content["teacher"].items() if k.startswith("backbone.")}  # EMA, the product
+        check_arch(content.get("arch"), check_tensors(path, state))
+        return state, content["arch"]
     if isinstance(content.get("teacher"), dict):  # the original code's evaluation export
-        content = {k[9:]: v for k, v in content["teacher"].items() if k.startswith("backbone.")}
-    loose = [k for k, v in content.items() if not isinstance(v, Tensor)]
-    if loose or not content:
-        raise ValueError(f"{path}: expected a dict of tensors, found {', '.join(map(str, loose[:4])) or 'nothing'}")
+        content = {k[9:]: v for k, v in content["teacher"].items() if isinstance(k, str) and k.startswith("backbone.")}
+    check_tensors(path, content)
     if any(key.startswith(("stages.", "downsample_layers.")) for key in content):
         raise ValueError(f"{path} holds a ConvNeXt (stages.*): only the ViT backbones of DINOv3 can be loaded")
     if "embeddings.patch_embeddings.weight" in content:
         state = state_from_hf(content, config)
         arch = infer_arch(state, heads=config.get("num_attention_heads"))
         for theirs, own in (("layer_norm_eps", "norm_eps"), ("rope_theta", "rope_base")):
-            default = inspect.signature(VisionTransformer).parameters[own].default
-            if config.get(theirs, default) != default:
+            if config.get(theirs, OPTIONS[own]) != OPTIONS[own]:
                 arch["overrides"][own] = config[theirs]
         return state, arch
     if "patch_embed.proj.weight" in content and "blocks.0.attn.qkv.weight" in content:
@@ -644,29 +844,35 @@ def recognise(path, content, config):
         if periods is not None:
             ours = rope_periods(4 * len(periods))
             if not torch.allclose(periods.float().cpu(), ours, rtol=2**-7):  # files hold them rounded to bfloat16
-                raise ValueError(f"{path}: RoPE periods {periods.tolist()} are not those of base 100")
+                raise ValueError(f"{path}: RoPE periods {brief(periods.tolist())} are not those of base 100")
         return state, arch
     raise ValueError(
-        f"{path}: unknown layout, first keys {', '.join(list(content)[:4])}; expected a DINO-X checkpoint, a Hugging "
+        f"{path}: unknown layout, first keys {some(content)}; expected a DINO-X checkpoint, a Hugging "
         "Face DINOv3 ViT or the original DINOv3 .pth"
     )
 
 
-def load_backbone(path, allow_partial=False, **overrides):
+def load_backbone(path, allow_partial=False, quiet=False, **overrides):
     """Any DINOv3 ViT weights -> VisionTransformer in eval mode; see read_weights and recognise for what is known."""
     content, config = read_weights(path)
-    state, arch = recognise(path, content, config)
-    with torch.device("meta"):  # no time or memory for weights that are replaced at once
-        vit = build_vit(arch["name"], **{**arch["overrides"], **overrides})
+    try:
+        state, arch = recognise(path, content, config)
+        with torch.device("meta"):  # no time or memory for weights that are replaced at once
+            vit = build_vit(arch["name"], **{**arch["overrides"], **overrides})
+    except (ValueError, LookupError, ArithmeticError, RuntimeError) as error:  # torch, of shapes that do not fit
+        reason = " ".join(str(error).split())
+        raise ValueError(reason if str(path) in reason else f"{path}: {reason[:400]}") from None
     own = vit.state_dict()
     matched, missing, unexpected = own.keys() & state, sorted(own.keys() - state), sorted(state.keys() - own)
     counts = f"{len(matched)} matched, {len(missing)} missing, {len(unexpected)} unexpected tensors"
-    print(f"{path}: {arch['name']}, {counts}")
+    if not quiet:
+        print(f"{path}: {arch['name']}, {counts}")
     for key in matched:
         if state[key].shape != own[key].shape:
-            raise ValueError(f"{path}: {key} has shape {list(state[key].shape)}, expected {list(own[key].shape)}")
-    if (missing or unexpected) and not allow_partial:
-        names = [f"missing {key}" for key in missing[:5]] + [f"unexpected {key}" for key in unexpected[:5]]
+            raise ValueError(f"{path}: {key} has shape {list(state[key].shape)[:8]}, expected {list(own[key].shape)}")
+    too_few = sum(own[key].numel() for key in missing) > sum(own[key].numel() for key in matched)
+    if too_few or (missing or unexpected) and not allow_partial:
+        names = [f"missing {key}" for key in missing[:5]] + [f"unexpected {key[:80]}" for key in unexpected[:5]]
         raise ValueError(f"{path}: {counts} ({', '.join(names)})")
     if missing:
         vit = vit.to_empty(device="cpu")

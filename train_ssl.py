@@ -17,10 +17,9 @@ import json
 import math
 import os
 import platform
-import signal
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,15 +31,30 @@ import checkpoint
 import data
 import losses
 from model import ARCHS, ProjectionHead, SSLModel, build_vit, draw_keep, draw_rope, load_backbone, pack, read_facts
-from tools.lib.cli import Parser, natural, pick_device, positive, run
-from tools.lib.loop import Log, device_peak, flops_per_image, git_commit, lock, memory_gb, warnings_in_words
+from tools.lib.cli import Parser, natural, positive, run
+from tools.lib.loop import (
+    Log,
+    Stop,
+    device_peak,
+    find_run,
+    flops_per_image,
+    generator,
+    git_commit,
+    largest_over_ranks,
+    lock,
+    memory_gb,
+    report_saves,
+    schedule,
+    setup_distributed,
+    warnings_in_words,
+)  # fmt: skip
 
 # ------------------------------------------------------------------ flags
 
 # May change between a run and its continuation; any other difference is refused.
 HARMLESS = (
     "data out resume workers log_every save_every keep_last keep_every eval_every time_limit extend skip_bad grace "
-    "device micro_batch compile fsdp checkpointing deterministic"
+    "device micro_batch compile fsdp checkpointing deterministic allow_duplicates"
 ).split()
 
 
@@ -73,6 +87,8 @@ def build_parser():
 
     g = p.add_argument_group("data")
     g.add_argument("--no-split", action="store_true", help="train on everything, without a contract; recorded")
+    g.add_argument("--allow-duplicates", action="store_true", help="train though duplicates.json names pictures that "
+                   "lie in several splits; recorded")
     g.add_argument("--limit", type=positive, default=None, help="images to train on, a fixed random subset")
     g.add_argument("--overfit", action="store_true", help="each epoch is the first again, crops and all: a test")
     g.add_argument("--z-stride", type=positive, default=1, help="every n-th slice; neighbours stay the true ones")
@@ -205,18 +221,6 @@ def choices_in_words(args):
 # ------------------------------------------------------------------ schedules and parameter groups
 
 
-def schedule(step, start, peak, end, warmup=0, hold=0, cosine=0):
-    """Linear start -> peak over `warmup` updates, `hold`, half a cosine peak -> end over `cosine` updates, then end."""
-    if step < warmup:
-        return start + (peak - start) * step / warmup
-    step -= warmup + hold
-    if step < 0:
-        return peak
-    if step < cosine:
-        return end + (peak - end) * (1 + math.cos(math.pi * step / max(cosine - 1, 1))) / 2
-    return end
-
-
 class Now(NamedTuple):
     """Values of all schedules for one update."""
 
@@ -317,19 +321,22 @@ def center(logits, centers, key, w):
     return targets
 
 
-def ssl_update(student, teacher, gram, micro_batches, w, centers=None):
+def ssl_update(student, teacher, gram, micro_batches, w, centers=None, clock=contextlib.nullcontext):
     """Losses of one update over its micro-batches, and (unless under no_grad) their gradients -> (losses, Seen).
 
-    `student` and `teacher` are SSLModels (or their DDP/FSDP wrapping), `gram` a backbone or None.
+    `student` and `teacher` are SSLModels (or their DDP/FSDP wrapping), `gram` a backbone or None. `clock` is entered
+    with the name of each part; by default it does nothing.
     """
     device = micro_batches[0].masks.device
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=w.precision == "bf16")
 
     # teacher first, for all micro-batches: targets are balanced over the whole batch
     with torch.no_grad(), autocast:
-        seen = [teacher([m.crops.globals], at=m.at) for m in micro_batches]
-        cls_targets = center(pack([s.cls_logits for s in seen]), centers, "cls", w)  # [2B, K]
-        patch_targets = center(pack([s.patch_logits for s in seen]), centers, "patch", w)  # [M, K]
+        with clock("teacher"):
+            seen = [teacher([m.crops.globals], at=m.at) for m in micro_batches]
+        with clock("centring"):
+            cls_targets = center(pack([s.cls_logits for s in seen]), centers, "cls", w)  # [2B, K]
+            patch_targets = center(pack([s.patch_logits for s in seen]), centers, "patch", w)  # [M, K]
         features = torch.cat([s.tokens[0].cls.chunk(2)[0] for s in seen]).float()  # [B, D]
         del seen
 
@@ -343,32 +350,35 @@ def ssl_update(student, teacher, gram, micro_batches, w, centers=None):
             if i < n - 1 and hasattr(student, "no_sync"):
                 stack.enter_context(student.no_sync())  # ranks average once, with the last micro-batch
             # student: masked globals and locals in one packed pass
-            with autocast:
+            with autocast, clock("student"):
                 out = student([m.crops.globals, m.crops.locals], [m.masks, None], m.at, m.keep, m.rope)
+            if gram is not None:
+                with autocast, torch.no_grad(), clock("gram"):
+                    gram_tokens = gram(m.crops.globals if m.crops.gram is None else m.crops.gram).patches
+            with clock("losses"):
+                big, small = out.cls_logits.split([2 * b, views])
+                glob, local = big.unflatten(0, (2, b)), small.unflatten(0, (-1, b))
+                target = cls_target.unflatten(0, (2, b))  # [2, b, K]
+                terms = {
+                    "dino_global": losses.dino_loss(glob, target, w.student_temp, ignore_diagonal=True),
+                    "dino_local": losses.dino_loss(local, target, w.student_temp),
+                    "ibot": losses.ibot_loss(out.patch_logits, patch_target, mask_weights, 2 * b, w.student_temp),
+                    "koleo": sum(losses.koleo_loss(c, w.koleo_group) for c in out.tokens[0].cls.chunk(2)) / 2,
+                }
                 if gram is not None:
-                    with torch.no_grad():
-                        gram_tokens = gram(m.crops.globals if m.crops.gram is None else m.crops.gram).patches
-            big, small = out.cls_logits.split([2 * b, views])
-            target = cls_target.unflatten(0, (2, b))  # [2, b, K]
-            terms = {
-                "dino_global": losses.dino_loss(big.unflatten(0, (2, b)), target, w.student_temp, ignore_diagonal=True),
-                "dino_local": losses.dino_loss(small.unflatten(0, (-1, b)), target, w.student_temp),
-                "ibot": losses.ibot_loss(out.patch_logits, patch_target, mask_weights, 2 * b, w.student_temp),
-                "koleo": sum(losses.koleo_loss(c, w.koleo_group) for c in out.tokens[0].cls.chunk(2)) / 2,
-            }
-            if gram is not None:
-                tokens = out.tokens[0].patches
-                grids = [[math.isqrt(t.shape[1])] * 2 for t in (tokens, gram_tokens)]
-                terms["gram"] = losses.gram_loss(tokens, gram_tokens, grids=grids)
-            # the sum: local and global DINO terms count by their pairs, KoLeo twice  <- change the objective here
-            pairs_local, pairs_global = 2 * views // b, 2
-            dino = pairs_local * terms["dino_local"] + pairs_global * terms["dino_global"]
-            terms["dino"] = dino / (pairs_local + pairs_global)
-            terms["loss"] = w.dino * terms["dino"] + w.ibot * terms["ibot"] + 2 * w.koleo * terms["koleo"]
-            if gram is not None:
-                terms["loss"] = terms["loss"] + w.gram * terms["gram"]
+                    tokens = out.tokens[0].patches
+                    grids = [[math.isqrt(t.shape[1])] * 2 for t in (tokens, gram_tokens)]
+                    terms["gram"] = losses.gram_loss(tokens, gram_tokens, grids=grids)
+                # the sum: local and global DINO terms count by their pairs, KoLeo twice  <- change the objective here
+                pairs_local, pairs_global = 2 * views // b, 2
+                dino = pairs_local * terms["dino_local"] + pairs_global * terms["dino_global"]
+                terms["dino"] = dino / (pairs_local + pairs_global)
+                terms["loss"] = w.dino * terms["dino"] + w.ibot * terms["ibot"] + 2 * w.koleo * terms["koleo"]
+                if gram is not None:
+                    terms["loss"] = terms["loss"] + w.gram * terms["gram"]
             if torch.is_grad_enabled():
-                (terms["loss"] / n).backward()
+                with clock("backward"):
+                    (terms["loss"] / n).backward()
         with torch.no_grad():
             for key, value in terms.items():
                 sums[key] = sums.get(key, 0) + value.detach() / n
@@ -391,12 +401,6 @@ def update_teacher(teacher, student, momentum):
     torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
 
 
-def generator(*key):
-    """A torch generator that is a function of its key."""
-    state = np.random.SeedSequence(key).generate_state(2)
-    return torch.Generator().manual_seed(int(state[0]) << 31 | int(state[1]) >> 1)
-
-
 def to_micro(batch, device, with_gram):
     """A micro-batch as read -> rendered on the device, undistorted and undropped (see with_draws)."""
     plan = batch.plan if with_gram else batch.plan._replace(recipe=dataclasses.replace(batch.plan.recipe, gram_size=0))
@@ -407,11 +411,76 @@ def to_micro(batch, device, with_gram):
 
 def with_draws(micro, args, depth, step, number):
     """The micro-batch with training's draws: RoPE of the update, drop path of micro-batch `number` (over all ranks)."""
-    device, draw = micro.masks.device, generator(args.seed, 6, step)
+    device, draw = micro.masks.device, generator(args.seed, data.STREAMS["rope"], step)
     rope = [draw_rope(draw, args.rope_rescale, device=device) for _ in range(2)] if args.rope_rescale > 1 else None
     rows = [len(micro.crops.globals), len(micro.crops.locals)]
-    keep = draw_keep(generator(args.seed, 7, step, number), depth, rows, args.drop_path, device)
+    keep = draw_keep(generator(args.seed, data.STREAMS["depth"], step, number), depth, rows, args.drop_path, device)
     return micro._replace(keep=keep, rope=rope)
+
+
+@dataclasses.dataclass
+class Run:
+    """One run on this rank: its settings, and the state that an update moves and a checkpoint holds."""
+
+    args: Any
+    rank: int
+    world: int
+    device: torch.device
+    source: data.Source
+    recipes: list
+    student: SSLModel
+    teacher: SSLModel
+    net: Any  # the student as it is called: itself, or wrapped for several ranks
+    optimizer: torch.optim.Optimizer
+    gram_net: Any = None  # the backbone that Gram anchoring may use
+    gram: Any = None  # the same once it is in use
+    centers: dict = dataclasses.field(default_factory=dict)  # of the targets, where they are centred by softmax
+    trained: dict = dataclasses.field(default_factory=dict)  # trained_groups and provenance, for the checkpoint
+
+
+class Update(NamedTuple):
+    """What one_update says of itself."""
+
+    terms: dict
+    seen: Seen
+    norms: dict  # of gradients before clipping
+    bad: bool  # loss or gradient not finite, nothing was moved
+    halt: bool  # a rank wants to stop
+    crops: data.Crops  # of the first micro-batch
+
+
+def weights_of(now, args):
+    return Weights(now.teacher_temp, args.student_temp, args.w_dino, args.w_ibot, args.w_koleo, now.gram,
+                   args.koleo_group, args.centering, args.precision)  # fmt: skip
+
+
+def one_update(run, read, now, wish=bool, clock=contextlib.nullcontext):
+    """Micro-batches as read and the schedules' values -> Update; moves student, teacher, optimizer and centers.
+
+    `wish`: called once; whether this rank wants to stop after it, told to all with the one transfer from the device.
+    """
+    args, optimizer, centers = run.args, run.optimizer, dict(run.centers)
+    step, depth, with_gram = read[0].step, run.student.backbone.depth, run.gram is not None
+    with clock("render"):
+        micro_batches = [
+            with_draws(to_micro(batch, run.device, with_gram), args, depth, step, number)
+            for number, batch in enumerate(read, run.rank * len(read))
+        ]
+    optimizer.zero_grad(set_to_none=True)
+    terms, seen = ssl_update(run.net, run.teacher, run.gram, micro_batches, weights_of(now, args), centers, clock)
+    with clock("clip"):
+        norms = clip_gradients(run.student, args.clip)
+        finite = torch.stack([terms["loss"], *norms.values()]).isfinite().all()
+    with clock("wait"):
+        bad, halt = largest_over_ranks([~finite, bool(wish())], run.device)
+    if not bad:  # else weights, teacher, optimizer and its step counter stay as they were
+        run.centers = centers
+        with clock("optimizer"):
+            set_rates(optimizer, now)
+            optimizer.step()
+        with clock("ema"):
+            update_teacher(run.teacher, run.student, now.ema)
+    return Update(terms, seen, norms, bool(bad), bool(halt), micro_batches[0].crops)
 
 
 # ------------------------------------------------------------------ held-out numbers
@@ -424,118 +493,34 @@ def view_pairs(teacher, globals_):
 
 
 @torch.no_grad()
-def evaluate(student, teacher, gram, source, recipe, args, w, centers, device, slices=256):
+def evaluate(run, source, w, slices=256):
     """The training losses and view retrieval on held-out slices: the same slices, views and batches on any machine."""
+    args, student, teacher = run.args, run.student, run.teacher
     group = min(args.koleo_group, len(source))
     batch = min(max(64, group), len(source)) // group * group
     updates = max(min(slices, len(source)) // batch, 1)
     size = max(m for m in range(group, max(args.micro_batch, group) + 1, group) if batch % m == 0)
-    held = source.take(np.sort(data.rng(0, "limit").permutation(len(source))[: updates * batch]))
+    held_out = source.take(np.sort(data.rng(0, "limit").permutation(len(source))[: updates * batch]))
     micros = data.make_loader(
-        held, recipe, 0, range(updates), batch, size, masking=masking(args), skip_bad=args.skip_bad,
+        held_out, run.recipes[0], 0, range(updates), batch, size, masking=masking(args), skip_bad=args.skip_bad,
         patch_size=student.backbone.patch_size,
     )  # fmt: skip
-    found, pairs, series = [], [], []
+    terms, pairs, series = [], [], []
     student.eval()
     for _ in range(updates):
         read = [next(micros) for _ in range(batch // size)]
-        rendered = [to_micro(b, device, gram is not None) for b in read]
-        found.append(ssl_update(student, teacher, gram, rendered, w._replace(koleo_group=group), dict(centers))[0])
+        rendered = [to_micro(b, run.device, run.gram is not None) for b in read]
+        w = w._replace(koleo_group=group)
+        terms.append(ssl_update(student, teacher, run.gram, rendered, w, dict(run.centers))[0])
         pairs += [view_pairs(teacher, micro.crops.globals) for micro in rendered]
-        series += [torch.from_numpy(held.series[b.ids]).to(device) for b in read]
+        series += [torch.from_numpy(held_out.series[b.ids]).to(run.device) for b in read]
     student.train()
-    numbers = {key: torch.stack([f[key] for f in found]).mean() for key in found[0]}
+    numbers = {key: torch.stack([t[key] for t in terms]).mean() for key in terms[0]}
     numbers |= losses.retrieval(*torch.cat(pairs, 1), torch.cat(series))  # does one view of a slice find the other?
-    return {key: value.item() for key, value in numbers.items()} | {"slices": len(held)}
+    return {key: value.item() for key, value in numbers.items()} | {"slices": len(held_out)}
 
 
 # ------------------------------------------------------------------ ranks, folder, state
-
-
-def setup_distributed(name):
-    """(rank, world, device); without torchrun: one rank and no process group."""
-    device = pick_device(name)
-    if device == torch.device("cuda"):  # without a number: one card per rank of this machine
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if "RANK" not in os.environ:
-        return 0, 1, device
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return dist.get_rank(), dist.get_world_size(), device
-
-
-def largest_over_ranks(values, device):
-    """Element-wise maximum over ranks, on the host: the one transfer from the device in each update."""
-    t = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=device) for v in values])
-    if dist.is_initialized():
-        dist.all_reduce(t, dist.ReduceOp.MAX)
-    return t.tolist()
-
-
-def full(t):
-    return t.full_tensor() if hasattr(t, "full_tensor") else t
-
-
-def like(p, t):
-    """A whole tensor placed as the parameter `p` is: on its device, and in its shards under --fsdp."""
-    if not hasattr(p, "device_mesh"):
-        return t.to(p.device)
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(t.to(p.device), p.device_mesh, p.placements)
-
-
-def for_file(t):
-    """A whole tensor; of shards on rank 0 alone and on the host, since a card may not hold it. Collective."""
-    if not hasattr(t, "full_tensor"):
-        return t
-    whole = t.full_tensor()
-    return whole.cpu() if dist.get_rank() == 0 else None
-
-
-def pack_weights(module, whole=for_file):
-    return {name: whole(p.detach()) for name, p in module.named_parameters()}
-
-
-@torch.no_grad()
-def unpack_weights(module, state):
-    own = dict(module.named_parameters())
-    if own.keys() != state.keys():
-        raise ValueError(f"checkpoint and model differ in {sorted(own.keys() ^ state.keys())[:3]}; was --arch changed?")
-    for name, p in own.items():
-        p.copy_(like(p, state[name]))
-
-
-def pack_optimizer(optimizer, model):
-    """AdamW state by parameter name, so that neither grouping nor sharding matters to the file."""
-    return {
-        name: {k: for_file(v) for k, v in optimizer.state[p].items()}
-        for name, p in model.named_parameters()
-        if p in optimizer.state
-    }
-
-
-def unpack_optimizer(optimizer, model, state):
-    for name, p in model.named_parameters():
-        if name in state:
-            optimizer.state[p] = {
-                k: v.to(p.device) if k == "step" else like(p, v).clone() for k, v in state[name].items()
-            }
-
-
-def check_flags(args, saved):
-    """Refuse a continuation whose flags mean another run; returns the harmless changes."""
-    changed = {}
-    for name, value in json.loads(json.dumps(vars(args))).items():
-        old = json.loads(json.dumps(saved.get(name)))
-        if old == value:
-            continue
-        if name not in HARMLESS:
-            hint = "use --extend N to go on" if name == "steps" else "use the old value, or another --out"
-            raise ValueError(f"--{name.replace('_', '-')} was {old} in this run and is now {value}; {hint}")
-        changed[name] = [old, value]
-    return changed
 
 
 def masking(args):
@@ -608,71 +593,64 @@ def gram_snapshots(step, args):
     return 1 + min((step - args.gram_start) // max(args.gram_refresh, 1), args.gram_max_refreshes)
 
 
-def trained_before(args, held):
-    """Groups behind the weights that this run is given: they count as seen, and none of them may be held out."""
-    facts = [read_facts(path) for path in (args.init, args.gram_teacher) if path]
-    groups = {group for found in facts for group in found.get("trained_groups") or ()}
-    if held and (leak := sorted(groups & set(held.groups))):
-        raise ValueError(f"the weights of --init or --gram-teacher were trained on {leak[0]} ({len(leak)} in all) of "
-                         "val_select; pretrain them under this split, or use --no-split")  # fmt: skip
-    return groups
+def trained_on(args, source, held_out):
+    """What this run's weights will have seen: its own groups and those behind the weights it is given.
+
+    None of the latter may be held out. Weights that do not say what they were trained on make the whole unknown.
+    """
+    groups, known, seen = {*source.groups}, True, [data.provenance_of(source)]
+    for path in dict.fromkeys(filter(None, (args.init, args.gram_teacher))):
+        facts = read_facts(path)
+        if held_out:
+            data.refuse_leak(facts, held_out, f"val_select (the weights are {path})")
+        earlier = facts.get("provenance") or {"known": bool(facts.get("trained_groups")), "seen": []}
+        groups |= {*(facts.get("trained_groups") or ())}
+        known, seen = known and earlier["known"], seen + [e for e in earlier["seen"] if e not in seen]
+    return {"trained_groups": sorted(groups), "provenance": {"known": known, "seen": seen}}
 
 
-def pack_state(step, args, source, trained, recipes, student, teacher, gram, optimizer, centers):
+def pack_state(run, step):
     """Everything a continuation needs; collective under --fsdp."""
+    args, source = run.args, run.source
     return {
         "images": step * args.batch_size,
         "args": vars(args),
-        "arch": student.backbone.arch,
+        "arch": run.student.backbone.arch,
         "encoding": source.encoding,
-        "eval_view": data.eval_view(source.encoding, recipes[0].global_size),
-        "student": pack_weights(student),
-        "teacher": pack_weights(teacher),
-        "gram": None if gram is None else pack_weights(gram),
+        "eval_view": data.eval_view(source.encoding, run.recipes[0].global_size),
+        "student": checkpoint.pack_weights(run.student),
+        "teacher": checkpoint.pack_weights(run.teacher),
+        "gram": None if run.gram is None else checkpoint.pack_weights(run.gram),
         "gram_refreshes": max(gram_snapshots(step - 1, args) - 1, 0),
-        "optimizer": pack_optimizer(optimizer, student),
-        "centers": centers,
-        "trained_groups": trained,
+        "optimizer": checkpoint.pack_optimizer(run.optimizer, run.student),
+        "centers": run.centers,
+        **run.trained,
         "index_sha256": source.index_sha256,
         "split_sha256": source.split_sha256,
     }
 
 
-def find_run(args, out, source, rank, world):
-    """(checkpoint to go on from or None, its plain values, harmless changes of flags); refuses what is another run."""
-    found = [None, False]
-    if rank == 0:
-        found = [checkpoint.latest(out), bool(checkpoint.step_files(out)) or (out / "last.pth").exists()]
-    if world > 1:
-        dist.broadcast_object_list(found)
-    if found[0] is None and found[1]:
-        raise ValueError(
-            f"{out} has checkpoints and none verifies (see above); put a good one there, or use another --out"
-        )
-    if found[0] is None:
-        return None, {}, {}
-    if args.resume == "never":
-        raise ValueError(f"{out} holds {found[0].name} and --resume never was given; choose another --out")
-    # latest() has just verified it; tensors stay on disk
-    state = torch.load(found[0], map_location="cpu", weights_only=True, mmap=True)
-    facts = {k: state[k] for k in ("step", "args", "arch", "trained_groups", "index_sha256", "split_sha256")}
-    changed = check_flags(args, facts["args"])
-    for name in ("index_sha256", "split_sha256"):
-        if facts[name] != getattr(source, name):
-            raise ValueError(
-                f"{args.data}: {name} differs from that of {found[0]}; put the old data back, or use another --out"
-            )
-    return found[0], facts, changed
+def unpack_state(run, path):
+    """Put the state of a checkpoint where pack_state took it from."""
+    state = checkpoint.load(path)
+    checkpoint.unpack_weights(run.student, state["student"])
+    checkpoint.unpack_weights(run.teacher, state["teacher"])
+    checkpoint.unpack_optimizer(run.optimizer, run.student, state["optimizer"])
+    run.centers = {k: v.to(run.device) for k, v in state["centers"].items()}
+    if state["gram"] is not None:
+        checkpoint.unpack_weights(run.gram_net, state["gram"])
+        run.gram = run.gram_net
 
 
-def write_config(args, out, source, recipes, student, world, device):
+def write_config(run):
+    args, source = run.args, run.source
     config = {
         "version": 1,
         "args": vars(args),
-        "recipes": [dataclasses.asdict(r) for r in recipes],
+        "recipes": [dataclasses.asdict(r) for r in run.recipes],
         "masking": masking(args),
-        "patch_size": student.backbone.patch_size,
-        "arch": student.backbone.arch,
+        "patch_size": run.student.backbone.patch_size,
+        "arch": run.student.backbone.arch,
         "encoding": source.encoding,
         "split": None if args.no_split else "train",
         "images": len(source),
@@ -681,18 +659,27 @@ def write_config(args, out, source, recipes, student, world, device):
         "split_sha256": source.split_sha256,
         "git": git_commit(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
-        "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "hardware": torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else platform.machine(),
         "threads": torch.get_num_threads(),
-        "world": world,
+        "world": run.world,
         "started_utc": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
-    checkpoint.write_text(out / "config.json", json.dumps(config, indent=1))
+    checkpoint.write_text(Path(args.out) / "config.json", json.dumps(config, indent=1))
 
 
-def log_line(args, log, done, total, terms, seen, norms, now, clock, student, recipe):
+@dataclasses.dataclass
+class Pace:
+    """What the next log line counts from."""
+
+    since: float
+    done: int
+    waited: float = 0.0  # seconds for data
+    loss: float = math.inf  # of the line before
+
+
+def log_line(run, log, update, now, pace):
     """Everything known about the last interval; the only place that reads losses from the device."""
-    device = seen.features.device
-    world = dist.get_world_size() if dist.is_initialized() else 1
+    args, world, terms, seen, done = run.args, run.world, update.terms, update.seen, log.done
     means = torch.stack([*terms.values(), seen.target_entropy])
     if world > 1:
         dist.all_reduce(means)
@@ -701,26 +688,44 @@ def log_line(args, log, done, total, terms, seen, norms, now, clock, student, re
     health = losses.health(seen.cls_targets[-rows:], seen.cls_logits, seen.features, args.student_temp)
     values |= dict(zip(health, torch.stack(list(health.values())).tolist()))
     values["excess"] = args.w_dino * values["dino"] + args.w_ibot * values["ibot"] - values["target_entropy"]
-    seconds, updates = time.perf_counter() - clock["since"], done - clock["done"]
+    seconds, updates = time.perf_counter() - pace.since, done - pace.done
     rate = updates * args.batch_size / seconds
-    tflops = rate * flops_per_image(student, recipe, args, "gram" in terms) / 1e12
-    peak = device_peak(device)
-    line = {
-        "images": done * args.batch_size,
-        "epoch": done * args.batch_size / clock["images"],
-        **values,
-        **now._asdict(),
-    }
-    line |= {f"grad_norm_{name}": float(norm) for name, norm in norms.items()}
-    line |= {"images_s": rate, "data_wait": clock["wait"] / seconds, "tflops": tflops, "memory_gb": memory_gb(device)}
-    line["seconds_to_go"] = (total - done) * seconds / max(updates, 1)
+    recipe = data.pick_recipe(run.recipes, args.seed, done - 1)
+    tflops = rate * flops_per_image(run.student, recipe, args, "gram" in terms) / 1e12
+    peak, images = device_peak(run.device), done * args.batch_size
+    line = {"images": images, "epoch": images / len(run.source), **values, **now._asdict()}
+    line |= {f"grad_norm_{name}": float(norm) for name, norm in update.norms.items()}
+    line |= {"images_s": rate, "data_wait": pace.waited / seconds, "tflops": tflops, "memory_gb": memory_gb(run.device)}
+    line["seconds_to_go"] = (args.steps + args.extend - done) * seconds / max(updates, 1)
     if peak:
         line["mfu"] = tflops / (peak * world)
     log.numbers(done, line)
     if done > args.grace:
-        for text in warnings_in_words(values, clock.get("loss", math.inf), *seen.features.shape):
+        for text in warnings_in_words(values, pace.loss, *seen.features.shape):
             log.event(done, f"warning: {text}")
-    clock.update(since=time.perf_counter(), done=done, wait=0.0, loss=values["loss"])
+    pace.since, pace.done, pace.waited, pace.loss = time.perf_counter(), done, 0.0, values["loss"]
+
+
+def refresh_gram(run, step):
+    """Anchor Gram anew where update `step` begins with a snapshot of the EMA teacher of this moment."""
+    if gram_snapshots(step, run.args) > gram_snapshots(step - 1, run.args):
+        if not run.args.gram_teacher:
+            checkpoint.unpack_weights(run.gram_net, checkpoint.pack_weights(run.teacher.backbone, checkpoint.full))
+        run.gram = run.gram_net
+
+
+def out_of_memory(run, saver, step, start):
+    """Free what a too large update took, save what is there -> an error that names a command that goes on."""
+    run.optimizer.zero_grad(set_to_none=True)
+    torch.cuda.empty_cache()
+    if run.rank == 0 and step > start and not run.args.fsdp:
+        saver.save(step, pack_state(run, step))
+    fits = smaller_micro_batch(run.args, run.world)
+    less = f"--micro-batch {fits}, or " if fits else ""
+    return ValueError(
+        f"out of memory at step {step + 1}; the same command goes on from the newest checkpoint, "
+        f"with {less}--checkpointing"
+    )
 
 
 def main(argv=None):
@@ -734,49 +739,31 @@ def main(argv=None):
             dist.destroy_process_group()
 
 
-def train(args, rank, world, device):
-    out, total, begun = Path(args.out), args.steps + args.extend, time.monotonic()
-    torchrun = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None  # any other parent may go, as under nohup
+def open_data(args):
+    """(images to train on, val_select or None): what is held out is read here for the log only."""
+    if args.no_split:
+        return data.open_source(args.data, args.limit, args.z_stride), None
+    everything = data.open_source(args.data)
+    source = data.open_for(
+        everything, "fit", limit=args.limit, z_stride=args.z_stride, allow_duplicates=args.allow_duplicates
+    )
+    if not args.eval_every:
+        return source, None
+    more = dict(z_stride=args.z_stride, allow_duplicates=args.allow_duplicates)
+    return source, data.open_for(everything, "select", **more)
+
+
+def set_precision(args, device):
+    """What --precision auto and --deterministic mean on this device."""
     if args.precision == "auto":
         args.precision = "bf16" if device.type == "cuda" else "fp32"
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    stop = []  # why to stop after this update
 
-    def on_signal(number, _):
-        if stop and number == signal.SIGINT:
-            os._exit(130)  # a second Ctrl+C: at once
-        stop.append(signal.Signals(number).name)
 
-    # ------------------------------------------------------------------ data
-    source = data.open_source(args.data, None if args.no_split else "train", args.limit, args.z_stride)
-    recipes = make_recipes(args, source.encoding)
-    held = None  # chosen by nobody: only looked at
-    if args.eval_every and not args.no_split:
-        held = data.open_source(args.data, "val_select", None, args.z_stride)
-
-    # ------------------------------------------------------------------ run folder, what to resume
-    if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        locked = lock(out)
-        checkpoint.sweep(out)
-    found, facts, changed = find_run(args, out, source, rank, world)
-    start = facts.get("step", 0)
-    if start >= total:
-        if rank == 0:
-            print(f"{out} is finished: {start} updates done; --extend N goes on")
-        return 0
-
-    trained = facts["trained_groups"] if found else sorted({*source.groups, *trained_before(args, held)})
-
-    # ------------------------------------------------------------------ readers, model
-    backbone = build_backbone(args, facts.get("arch"))  # <- change the backbone there
-    micros = args.batch_size // (world * args.micro_batch)
-    batches = data.make_loader(  # forks now: later, readers would keep a copy of all weights (1.5 s of ViT-S's start)
-        source, recipes, args.seed, range(start, total), args.batch_size, args.micro_batch, rank, world, args.workers,
-        backbone.patch_size, masking(args), args.skip_bad, pin_memory=device.type == "cuda", fixed=args.overfit,
-    )  # fmt: skip
+def build_run(args, backbone, source, rank, world, device):
+    """Networks on the device, compiled or sharded as asked, and the optimizer -> Run at step 0."""
     student, teacher = build(args, backbone)
     gram_net = None
     if args.gram_weight:
@@ -791,127 +778,112 @@ def train(args, rank, world, device):
             shard(m, device)  # from the CPU, part by part: no card ever holds a whole network
         else:
             m.to(device)
-    net = student  # what is called; `student` stays the plain module: that is what is saved
+    net = student
     if world > 1 and not args.fsdp:
         ids = [device.index] if device.type == "cuda" else None
         net = torch.nn.parallel.DistributedDataParallel(student, device_ids=ids, gradient_as_bucket_view=True)
     groups = param_groups(student, args.layer_decay, args.patch_lr)
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, args.beta2), fused=True)
-    gram, centers = None, {}
-    if found:
-        state = checkpoint.load(found)
-        unpack_weights(student, state["student"])
-        unpack_weights(teacher, state["teacher"])
-        unpack_optimizer(optimizer, student, state["optimizer"])
-        centers = {k: v.to(device) for k, v in state["centers"].items()}
-        if state["gram"] is not None:
-            unpack_weights(gram_net, state["gram"])
-            gram = gram_net
-        del state
-    elif rank == 0:
-        write_config(args, out, source, recipes, student, world, device)
+    recipes = make_recipes(args, source.encoding)
+    return Run(args, rank, world, device, source, recipes, student, teacher, net, optimizer, gram_net)
 
+
+def train(args, rank, world, device):
+    out, total, stop = Path(args.out), args.steps + args.extend, Stop(args.time_limit)
+    set_precision(args, device)
+    source, held_out = open_data(args)
+    recipes = make_recipes(args, source.encoding)  # refuses bad sizes before anything is made
+
+    # ------------------------------------------------------------------ run folder, what to resume
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        locked = lock(out)
+        checkpoint.sweep(out)
+    path, facts, changed = find_run(args, source, HARMLESS, rank, world)
+    start = facts.get("step", 0)
+    if start >= total:
+        if rank == 0:
+            print(f"{out} is finished: {start} updates done; --extend N goes on")
+        return 0
+    if path:
+        trained = {key: facts[key] for key in ("trained_groups", "provenance") if key in facts}
+    else:
+        trained = trained_on(args, source, held_out)
+
+    # ------------------------------------------------------------------ readers, model
+    backbone = build_backbone(args, facts.get("arch"))  # <- change the backbone there
+    micros = args.batch_size // (world * args.micro_batch)
+    batches = data.make_loader(  # forks now: later, readers would keep a copy of all weights (1.5 s of ViT-S's start)
+        source, recipes, args.seed, range(start, total), args.batch_size, args.micro_batch, rank, world, args.workers,
+        backbone.patch_size, masking(args), args.skip_bad, pin_memory=device.type == "cuda", fixed=args.overfit,
+    )  # fmt: skip
+    run = build_run(args, backbone, source, rank, world, device)
+    run.trained = trained
+    if path:
+        unpack_state(run, path)
+    elif rank == 0:
+        write_config(run)
     log = Log(out, start, total, quiet=rank > 0)
-    saver = checkpoint.Saver(out, args.keep_last, args.keep_every)
-    begins = f"resumed from {found.name}" if found else "started"
-    log.event(start, begins, changed=changed, git=git_commit(), world=world)
+    log.event(start, f"resumed from {path.name}" if path else "started", changed=changed, git=git_commit(), world=world)
     for text in choices_in_words(args) if rank == 0 else ():
         tqdm.write(text)
-    handlers = {s: signal.signal(s, on_signal) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
-    clock = {"since": time.perf_counter(), "done": start, "wait": 0.0, "images": len(source)}
-    bad_in_a_row, code, done = 0, 0, start
-
-    # ------------------------------------------------------------------ training loop: one step = one update
-    try:
-        for step in range(start, total):
-            done, now = step + 1, values_at(step, args)
-            if gram_snapshots(step, args) > gram_snapshots(step - 1, args):  # anchor: the EMA teacher of this moment
-                if not args.gram_teacher:
-                    unpack_weights(gram_net, pack_weights(teacher.backbone, full))
-                gram = gram_net
-
-            waiting = time.perf_counter()
-            read = [next(batches) for _ in range(micros)]
-            clock["wait"] += time.perf_counter() - waiting
-            for path, why in (broken for batch in read for broken in batch.bad):
-                log.event(done, f"replaced broken file {path}", why=why)
-            w = Weights(now.teacher_temp, args.student_temp, args.w_dino, args.w_ibot, args.w_koleo, now.gram,
-                        args.koleo_group, args.centering, args.precision)  # fmt: skip
-            try:
-                micro_batches = [
-                    with_draws(to_micro(batch, device, gram is not None), args, student.backbone.depth, step, number)
-                    for number, batch in enumerate(read, rank * micros)
-                ]
-                optimizer.zero_grad(set_to_none=True)
-                moved = dict(centers)
-                terms, seen = ssl_update(net, teacher, gram, micro_batches, w, moved)
-            except torch.OutOfMemoryError:
-                optimizer.zero_grad(set_to_none=True)
-                torch.cuda.empty_cache()
-                if rank == 0 and step > start and not args.fsdp:
-                    parts = pack_state(step, args, source, trained, recipes, student, teacher, gram, optimizer, centers)
-                    saver.save(step, parts)
-                fits = smaller_micro_batch(args, world)
-                less = f"--micro-batch {fits}, or " if fits else ""
-                raise ValueError(
-                    f"out of memory at step {done}; the same command goes on from the newest checkpoint, "
-                    f"with {less}--checkpointing"
-                ) from None
-            norms = clip_gradients(student, args.clip)
-            finite = torch.stack([terms["loss"], *norms.values()]).isfinite().all()
-            over_time = args.time_limit and time.monotonic() - begun > 60 * args.time_limit
-            orphaned = torchrun and os.getppid() != torchrun  # torchrun died
-            bad, halt = largest_over_ranks([~finite, bool(stop or over_time or orphaned)], device)
-            if bad:  # weights, teacher, optimizer and its step counter stay as they were
-                bad_in_a_row += 1
-                log.event(done, f"skipped: loss or gradient is not finite; see tools/inspect_step.py --step {done}")
-            else:
-                bad_in_a_row, centers = 0, moved
-                set_rates(optimizer, now)
-                optimizer.step()
-                update_teacher(teacher, student, now.ema)
-
-            if not log.quiet:
-                log.bar.update()
-            if done == start + 1:
-                log.crops(done, micro_batches[0].crops)
-            if not bad and (done % args.log_every == 0 or done == total):
-                log_line(args, log, done, total, terms, seen, norms, now, clock, student, read[0].plan.recipe)
-            if bad_in_a_row == 3:
-                log.event(done, "stopped: three updates in a row were not finite; start another --out with a lower "
-                          "--lr or --clip (--init keeps this backbone)")  # fmt: skip
-                code = 3
-                break
-            if done % args.save_every == 0 or done == total or halt:
-                parts = pack_state(done, args, source, trained, recipes, student, teacher, gram, optimizer, centers)
-                if rank == 0:
-                    saver.save(done, parts)
-            if held and not halt and (done % args.eval_every == 0 or done == total):
-                numbers = evaluate(student, teacher, gram, held, recipes[0], args, w, centers, device)
-                log.numbers(done, {f"val_{k}": v for k, v in numbers.items()})
-            if halt:
-                saver.wait()
-                why = (stop or ["torchrun died" if orphaned else "time limit" if over_time else "another rank"])[0]
-                saved = f"saved at step {done}" if not saver.error else f"NOT saved: {saver.error}"
-                log.event(done, f"interrupted, {saved}", why=why)
-                break
-            report_saves(log, saver, done)
-    finally:
-        saver.wait()
-        report_saves(log, saver, done)
-        log.close()
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        if rank == 0:
-            locked.close()
+    saver = checkpoint.Saver(out, args.keep_last, args.keep_every)
+    with stop:
+        try:
+            code = loop(run, batches, micros, held_out, (start, total), (log, saver, stop))
+        finally:
+            saver.wait()
+            report_saves(log, saver, log.done, going_on=False)
+            log.close()
+            if rank == 0:
+                locked.close()
     return code or int(saver.error is not None)  # a run whose end is not on disk has failed
 
 
-def report_saves(log, saver, done):
-    while saver.events:
-        e = saver.events.popleft()
-        text = f"SAVE FAILED, training goes on: {e['error']}" if e["error"] else "saved"
-        log.event(e["step"], text, at=done, save_s=e["seconds"], stall_s=e["stall_s"])
+# ------------------------------------------------------------------ training loop: one step = one update
+
+
+def loop(run, batches, micros, held_out, steps, tools):
+    """Updates from start to total, with what happens between them -> exit code."""
+    (start, total), (log, saver, stop), args = steps, tools, run.args
+    pace, bad_in_a_row = Pace(time.perf_counter(), start), 0
+    for step in range(start, total):
+        done = log.done = step + 1
+        now = values_at(step, args)
+        refresh_gram(run, step)
+        waiting = time.perf_counter()
+        read = [next(batches) for _ in range(micros)]
+        pace.waited += time.perf_counter() - waiting
+        for broken, why in (bad for batch in read for bad in batch.bad):
+            log.event(done, f"replaced broken file {broken}", why=why)
+        try:
+            update = one_update(run, read, now, stop.why)
+        except torch.OutOfMemoryError:
+            raise out_of_memory(run, saver, step, start) from None
+        log.tick(update.crops if done == start + 1 else None)
+        bad_in_a_row = bad_in_a_row + 1 if update.bad else 0
+        if update.bad:
+            log.event(done, f"skipped: loss or gradient is not finite; see tools/inspect_step.py --step {done}")
+        elif done % args.log_every == 0 or done == total:
+            log_line(run, log, update, now, pace)
+        if bad_in_a_row == 3:
+            log.event(done, "stopped: three updates in a row were not finite; start another --out with a lower "
+                      "--lr or --clip (--init keeps this backbone)")  # fmt: skip
+            return 3
+        if done % args.save_every == 0 or done == total or update.halt:
+            state = pack_state(run, done)
+            if run.rank == 0:
+                saver.save(done, state)
+        if held_out and not update.halt and (done % args.eval_every == 0 or done == total):
+            numbers = evaluate(run, held_out, weights_of(now, args))
+            log.numbers(done, {f"val_{k}": v for k, v in numbers.items()})
+        if update.halt:
+            saver.wait()
+            saved = f"saved at step {done}" if not saver.error else f"NOT saved: {saver.error}"
+            log.event(done, f"interrupted, {saved}", why=stop.why() or "another rank")
+            return 0
+        report_saves(log, saver, done, going_on=done < total)
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 import colorsys
 import contextlib
 import csv
+import functools
 import hashlib
 import json
 import multiprocessing
@@ -113,22 +114,22 @@ def test_limit_is_a_fixed_subset(ct):
 
 def test_splits_are_contracts(ct):
     with pytest.raises(FileNotFoundError, match=r"make_splits.py --data"):
-        d.open_source(ct.root, split="train")
+        d.open_for(ct.root, "fit")
     groups = {g: "train" if g < "toy/P5" else "val_select" for g in ct.groups}
     make_split(ct.root, groups)
-    train, held = d.open_source(ct.root, "train"), d.open_source(ct.root, "val_select")
+    train, held = d.open_for(ct.root, "fit"), d.open_for(ct, "select")
     assert train.groups == [g for g in ct.groups if g < "toy/P5"] and len(train) + len(held) == len(ct)
     assert train.split_sha256 == d.file_sha256(ct.root / "_splits" / "splits.json")
-    with pytest.raises(ValueError, match="no image in 'val_test'"):
-        d.open_source(ct.root, "val_test")
+    with pytest.raises(ValueError, match="no image in val_calib; it has"):
+        d.open_for(ct.root, "calibrate")
     make_split(ct.root, dict.fromkeys(ct.groups[1:], "train"))
     with pytest.raises(ValueError, match="does not name group toy/P0"):
-        d.open_source(ct.root, "train")
+        d.open_for(ct.root, "fit")
     make_split(ct.root, groups)
     index = ct.root / "_index" / "index.csv"
     index.write_text(index.read_text().replace("2.5", "2.6", 1))
     with pytest.raises(ValueError, match="made for another index"):
-        d.open_source(ct.root, "train")
+        d.open_for(ct.root, "fit")
 
 
 def test_what_cannot_be_read_is_named(tmp_path):
@@ -173,7 +174,6 @@ def test_no_damage_of_a_file_escapes_as_another_error(tmp_path):
             for at in random.integers(0, min(len(raw), 200), 3):
                 raw[at] = random.integers(256)
             source.path(0).write_bytes(raw)
-            d.open_volume.cache_clear()
             with contextlib.suppress(OSError):
                 source.read(0)
         source.path(0).write_bytes(whole)
@@ -580,7 +580,6 @@ def test_slices_of_different_sizes_are_padded_with_air_outside_every_box(tmp_pat
 def test_a_broken_file_stops_or_is_counted(ct, capsys):
     broken = ct.path(0)
     broken.write_bytes(b"not a volume")
-    d.open_volume.cache_clear()
     with pytest.raises(OSError, match=r"1.2.0.npy cannot be read.*--skip-bad 0"):
         batches(ct, steps=range(4))
     capsys.readouterr()
@@ -594,7 +593,6 @@ def test_a_broken_file_stops_or_is_counted(ct, capsys):
         )
     for path in {ct.path(i) for i in range(len(ct))}:
         path.write_bytes(b"not a volume")
-    d.open_volume.cache_clear()
     with pytest.raises(OSError, match="--skip-bad 1 allows no more"):
         batches(ct, steps=range(4), skip_bad=1, workers=1)
     with pytest.raises(OSError, match="^no file of a whole micro-batch can be read; first: .*cannot be read"):
@@ -608,7 +606,8 @@ def test_large_photographs_are_read_small_and_rendered_alike(tmp_path):
     recipe = replace(d.RECIPES["photo"], global_size=32, local_size=16, local_scale=(0.2, 0.32), blur=(0, 0, 0))
     for name in ("a.jpg", "b.png"):
         choices = d.plan(0, 0, [0], recipe)
-        small, placed = d.read_photo(tmp_path / name, choices)
+        small, boxes = d.read_photo(tmp_path / name, functools.partial(d.boxes_in, choices), d.sides(recipe))
+        placed = choices._replace(boxes=boxes[:, None])
         assert small.shape[1] < 460 and (placed.boxes[:, 0, 2:] <= torch.tensor(small.shape[1:]).numpy() + 1e-3).all()
         sides = (placed.boxes[:, 0, 2:] - placed.boxes[:, 0, :2]).min(1)
         assert (sides >= 2 * np.array([32] * 2 + [16] * 8) * 0.99).all()

@@ -10,8 +10,9 @@ Imports the standard library only (torch where a device is picked), so `--help` 
 import argparse
 import contextlib
 import ctypes
+import dis
+import re
 import sys
-import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -86,17 +87,36 @@ def keep_freed_memory():
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: which keeps them
 
 
+# bytes that a terminal obeys, and marks that turn the direction of text
+UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def shown(text, limit=80):
+    """A text from a file, safe for a terminal and of at most `limit` characters: control characters as escapes."""
+    text = str(text)
+    cut = text if len(text) <= limit else f"{text[: limit - 20]}... ({len(text)} characters)"
+    return UNSAFE.sub(lambda match: ascii(match[0])[1:-1], cut)
+
+
 def is_ours(error):
-    """Whether a line of ours raised it: then it carries a remedy."""
-    path = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-    return path.is_relative_to(ROOT) and "site-packages" not in path.parts  # a .venv may lie inside the repository
+    """Whether a `raise` in one of our files made it: then it carries a remedy.
+
+    C code of torch or numpy has no frame of its own: what it raises seems to come from our line that called it.
+    """
+    trace = error.__traceback__
+    while trace.tb_next:
+        trace = trace.tb_next
+    code = trace.tb_frame.f_code
+    path = Path(code.co_filename)
+    inside = path.is_relative_to(ROOT) and "site-packages" not in path.parts  # a .venv may lie inside the repository
+    return inside and dis.opname[code.co_code[trace.tb_lasti]] == "RAISE_VARARGS"
 
 
 def run(main):
     """Exit with main()'s code. A mistake of the user's is one line and code 2; a mistake of ours keeps its traceback.
 
-    Ours and theirs are told apart by who raised: a ValueError from one of our own lines carries a remedy,
-    one from inside torch or numpy is a bug.
+    Ours and theirs are told apart by who raised: a ValueError that our code raises carries a remedy, one from inside
+    torch or numpy is a bug. An OSError names its path.
     """
     try:
         code = main()
@@ -106,6 +126,6 @@ def run(main):
     except (ValueError, OSError) as error:
         if isinstance(error, ValueError) and not is_ours(error):
             raise
-        print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: error: {shown(' '.join(str(error).split()), 2000)}", file=sys.stderr)
         code = 2
     sys.exit(code)

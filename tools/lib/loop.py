@@ -1,6 +1,6 @@
-"""What a training run leaves behind for people: metrics.jsonl, TensorBoard, a readable line, warnings in words.
+"""What every training loop needs around its update: ranks, schedules, signals, the run's folder, the log, warnings.
 
-Shared by the training programs; nothing here changes a number of the method.
+Shared by the training programs; nothing here knows the method.
 """
 
 import contextlib
@@ -8,31 +8,173 @@ import fcntl
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import time
 from dataclasses import fields
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
-from data import Recipe, denormalise
+import checkpoint
+from data import Recipe, denormalise, regular
+from tools.lib.cli import pick_device
+from tools.lib.files import append_line
+
+# Ranks, schedules, random numbers.
+
+
+def setup_distributed(name):
+    """(rank, world, device); without torchrun: one rank and no process group."""
+    device = pick_device(name)
+    if device == torch.device("cuda"):  # without a number: one card per rank of this machine
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if "RANK" not in os.environ:
+        return 0, 1, device
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def largest_over_ranks(values, device):
+    """Element-wise maximum over ranks, on the host: the one transfer from the device in each update."""
+    t = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=device) for v in values])
+    if dist.is_initialized():
+        dist.all_reduce(t, dist.ReduceOp.MAX)
+    return t.tolist()
+
+
+def schedule(step, start, peak, end, warmup=0, hold=0, cosine=0):
+    """Linear start -> peak over `warmup` updates, `hold`, half a cosine peak -> end over `cosine` updates, then end."""
+    if step < warmup:
+        return start + (peak - start) * step / warmup
+    step -= warmup + hold
+    if step < 0:
+        return peak
+    if step < cosine:
+        return end + (peak - end) * (1 + math.cos(math.pi * step / max(cosine - 1, 1))) / 2
+    return end
+
+
+def generator(*key):
+    """A torch generator that is a function of its key."""
+    state = np.random.SeedSequence(key).generate_state(2)
+    return torch.Generator().manual_seed(int(state[0]) << 31 | int(state[1]) >> 1)
+
+
+class Stop:
+    """Why a run should stop after this update: a signal, its time limit, or torchrun died.
+
+    A second Ctrl+C ends it at once. After a signal later ones change nothing, so that the run's own exit code stays.
+    """
+
+    def __init__(self, minutes):
+        self.minutes, self.begun, self.signals = minutes, time.monotonic(), []
+        # torchrun's workers must not outlive it; any other parent may go, as under nohup
+        self.parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+
+    def __enter__(self):
+        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+        self.before = {number: signal.signal(number, self.note) for number in numbers}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, (lambda *_: None) if self.signals else handler)
+
+    def note(self, number, _):
+        if self.signals and number == signal.SIGINT:
+            os._exit(130)
+        self.signals.append(signal.Signals(number).name)
+
+    def why(self):
+        """A word or two, or None: go on."""
+        if self.signals:
+            return self.signals[0]
+        if self.parent and os.getppid() != self.parent:
+            return "torchrun died"
+        return "time limit" if self.minutes and time.monotonic() - self.begun > 60 * self.minutes else None
+
+
+# The run's folder.
+
+
+def check_flags(args, saved, harmless):
+    """Refuse a continuation whose flags mean another run; returns the harmless changes."""
+    changed = {}
+    for name, value in json.loads(json.dumps(vars(args))).items():
+        old = json.loads(json.dumps(saved.get(name)))
+        if old == value:
+            continue
+        if name not in harmless:
+            hint = "use --extend N to go on" if name == "steps" else "use the old value, or another --out"
+            raise ValueError(f"--{name.replace('_', '-')} was {old} in this run and is now {value}; {hint}")
+        changed[name] = [old, value]
+    return changed
+
+
+def find_run(args, source, harmless, rank, world):
+    """(checkpoint to go on from or None, its plain values, harmless changes of flags); refuses what is another run."""
+    out, newest = Path(args.out), [None, False]
+    if rank == 0:
+        newest = [checkpoint.latest(out), bool(checkpoint.step_files(out)) or (out / "last.pth").exists()]
+    if world > 1:
+        dist.broadcast_object_list(newest)
+    path, any_there = newest
+    if path is None and any_there:
+        raise ValueError(
+            f"{out} has checkpoints and none verifies (see above); put a good one there, or use another --out"
+        )
+    if path is None:
+        return None, {}, {}
+    if args.resume == "never":
+        raise ValueError(f"{out} holds {path.name} and --resume never was given; choose another --out")
+    # latest() has just verified it; tensors stay on disk
+    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    facts = {key: value for key, value in state.items() if key not in ("student", "teacher", "gram", "optimizer")}
+    changed = check_flags(args, facts["args"], harmless)
+    for name in ("index_sha256", "split_sha256"):
+        if facts[name] != getattr(source, name):
+            raise ValueError(
+                f"{args.data}: {name} differs from that of {path}; put the old data back, or use another --out"
+            )
+    return path, facts, changed
+
+
+def report_saves(log, saver, done, going_on):
+    """Tell of saves that have ended."""
+    while saver.events:
+        e = saver.events.popleft()
+        failed = "SAVE FAILED, training goes on" if going_on else "SAVE FAILED"
+        text = f"{failed}: {e['error']}" if e["error"] else "saved"
+        log.event(e["step"], text, at=done, save_s=e["seconds"], stall_s=e["stall_s"])
 
 
 def lock(out, patience_s=60):
     """Hold the run's folder until this process ends; waits for a dying worker, then refuses."""
-    file = open(out / ".lock", "a+")  # noqa: SIM115 - stays open for the life of the run
-    for _ in range(patience_s):
+    file = open(regular_or_new(out / ".lock"), "a+")  # noqa: SIM115 - stays open for the life of the run
+    for second in range(patience_s):
         with contextlib.suppress(BlockingIOError):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             file.truncate(0)
             file.write(str(os.getpid()))
             file.flush()
             return file
+        file.seek(0)
+        owner = file.read(20)
+        if second == 0 and patience_s > 1:
+            print(f"{out} is in use by process {owner}; waiting up to {patience_s} s for it to end", file=sys.stderr)
         time.sleep(1)
-    file.seek(0)
-    raise ValueError(f"{out} is in use by process {file.read()}; stop it, or choose another --out")
+    raise ValueError(f"{out} is in use by process {owner}; stop it, or choose another --out")
+
+
+def regular_or_new(path):
+    return regular(path) if path.exists() else path
 
 
 def git_commit():
@@ -46,14 +188,6 @@ def git_commit():
         if head.returncode == 0:
             return head.stdout.strip() + "+dirty" * bool(ask("status", "--porcelain").stdout.strip())
     return None
-
-
-def append_line(path, line):
-    """One write of one line, so that readers never see half of it; a line that a full disk cut is ended first."""
-    with open(path, "ab+") as f:
-        f.seek(max(f.seek(0, os.SEEK_END) - 1, 0))
-        cut = f.read(1) not in (b"", b"\n")
-        f.write(b"\n" * cut + json.dumps(line).encode() + b"\n")
 
 
 PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312, "L40S": 362, "RTX 4090": 165}  # dense bf16, from the data sheets
@@ -115,13 +249,13 @@ class Log:
     """metrics.jsonl, TensorBoard and one readable line; on rank 0 only. A full disk is said aloud and stops nothing."""
 
     def __init__(self, out, start, total, quiet):
-        self.quiet, self.path = quiet, out / "metrics.jsonl"
+        self.quiet, self.path, self.done = quiet, out / "metrics.jsonl", start
         if quiet:
             return
         from torch.utils.tensorboard import SummaryWriter  # slow to import
 
         self.tb = SummaryWriter(out / "tb", purge_step=start + 1)
-        self.bar = tqdm(total=total, initial=start, unit="update", dynamic_ncols=True, smoothing=0.05)
+        self.bar = tqdm(total=total, initial=start, unit="update", dynamic_ncols=True, smoothing=0.05, disable=None)
 
     @contextlib.contextmanager
     def writing(self):
@@ -148,11 +282,15 @@ class Log:
         shown = [f"{key} {line[key]:.4g}" for key in SHOWN if key in line]
         tqdm.write(f"step {step}: " + ", ".join(shown))
 
-    def crops(self, step, crops):
-        if not self.quiet:
-            for name, views in (("globals", crops.globals[:8]), ("locals", crops.locals[:16])):
-                with self.writing():
-                    self.tb.add_images(f"crops/{name}", denormalise(views).clamp(0, 1).float().cpu(), step)
+    def tick(self, crops=None):
+        """One update is done; crops: pictures of what it saw, for TensorBoard."""
+        if self.quiet:
+            return
+        self.bar.update()
+        views = {} if crops is None else {"globals": crops.globals[:8], "locals": crops.locals[:16]}
+        for name, images in views.items():
+            with self.writing():
+                self.tb.add_images(f"crops/{name}", denormalise(images).clamp(0, 1).float().cpu(), self.done)
 
     def close(self):
         if not self.quiet:

@@ -4,6 +4,7 @@
 # Before: python tools/check_platform.py, python tools/bench.py sweep --arch vit_base vit_large --batch-size 128 (flags and
 # days), and big_run.sh DATA runs/trial --time-limit 10: with its images_s, STEPS * 128 / images_s must stay below 15 days.
 # Then ARCH=... STEPS=... big_run.sh DATA [OUT] [flags of train_ssl.py]. Not measured yet.
+# WAIT: seconds before a run that died is started again (default: 60).
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 export TORCH_BLAS_PREFER_HIPBLASLT=1                    # bf16 products several times faster than rocBLAS there
@@ -14,7 +15,7 @@ for attempt in $(seq 20); do  # a driver fault kills the process; the same comma
     --steps "${STEPS:-200000}" --batch-size 128 --micro-batch 32 --drop-path 0.1 --save-every 200 --keep-every 10000 \
     --eval-every 2000 "${@:3}" || code=$?
   case $code in 0 | 2 | 3 | 130) exit $code ;; esac  # done, a user's mistake, diverged, Ctrl+C: again would not help
-  echo "attempt $attempt stopped with code $code; resuming in 60 s" >&2
-  sleep 60
+  echo "attempt $attempt stopped with code $code; resuming in ${WAIT:-60} s" >&2
+  sleep "${WAIT:-60}"
 done
 exit "$code"
