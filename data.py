@@ -47,7 +47,7 @@ RGB_WINDOWS = ("lung", "soft", "bone")  # channel order of rgb-v1: slices z-1, z
 WIDE_HU = (-150, 1500)  # halfway between lung and bone: air, tissue and calcium are all inside (-900 .. 600 HU)
 AIR_HU = -1024
 PHOTO_ENDINGS = (".png", ".jpg", ".jpeg")
-FORMATS = ("PNG", "JPEG", "MPO")  # what is opened, by content: pillow would start Ghostscript for an EPS file
+FORMATS = ("PNG", "JPEG")  # what is opened, by content: pillow would start Ghostscript for an EPS file
 SIGNATURES = {b"%!PS": "EPS", b"\xc5\xd0\xd3\xc6": "EPS", b"%PDF": "PDF", b"GIF8": "GIF", b"RIFF": "WebP or AVI",
               b"BM": "BMP", b"II*\0": "TIFF", b"MM\0*": "TIFF", b"<": "HTML, XML or SVG", b"PK": "zip"}  # fmt: skip
 PURPOSES = {"fit": "train", "select": "val_select", "calibrate": "val_calib", "test": "val_test"}

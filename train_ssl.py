@@ -11,12 +11,10 @@ import argparse
 import contextlib
 import copy
 import dataclasses
-import datetime
 import gc
 import json
 import math
 import os
-import platform
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,24 +28,9 @@ from tqdm import tqdm
 import checkpoint
 import data
 import losses
-from model import ARCHS, ProjectionHead, SSLModel, build_vit, draw_keep, draw_rope, load_backbone, pack, read_facts
+from model import ARCHS, ProjectionHead, SSLModel, build_vit, draw_keep, draw_rope, load_backbone, pack
+from tools.lib import loop
 from tools.lib.cli import Parser, natural, positive, run
-from tools.lib.loop import (
-    Log,
-    Stop,
-    device_peak,
-    find_run,
-    flops_per_image,
-    generator,
-    git_commit,
-    largest_over_ranks,
-    lock,
-    memory_gb,
-    report_saves,
-    schedule,
-    setup_distributed,
-    warnings_in_words,
-)  # fmt: skip
 
 # ------------------------------------------------------------------ flags
 
@@ -155,14 +138,6 @@ def build_parser():
 SHARES = "warmup teacher_temp_warmup gram_start gram_refresh gram_ramp freeze_last grace".split()
 
 
-def divisor(flag, value, whole, of):
-    """`value`, if it divides `whole`; else an error that names the nearest number that does."""
-    if whole % value:
-        nearest = min((m for m in range(1, whole + 1) if whole % m == 0), key=lambda m: abs(m - value))
-        raise ValueError(f"{flag} {value} does not divide {of} ({whole}); nearest: {nearest}")
-    return value
-
-
 def check_ranges(args):
     """Refuse shares that would surface later as NaN, a traceback or, silently, another method."""
     for name in "mask_probability mask_ratio drop_path beta2 ema field global_scale local_scale".split():
@@ -178,13 +153,13 @@ def resolve(args, world):
     """Turn shares into updates and fill in what depends on the batch, once and for the whole run."""
     if args.precision == "fp16":
         raise ValueError("--precision fp16: attention and prototype logits overflow in it; use bf16 or fp32")
-    divisor("the number of ranks", world, args.batch_size, "--batch-size")
+    loop.divisor("the number of ranks", world, args.batch_size, "--batch-size")
     images = args.batch_size // world
     group = args.koleo_group or min(16, args.batch_size)
     sizes = [m for m in range(1, min(images, 64) + 1) if images % m == 0]
     fits = max([m for m in sizes if m % group == 0] or sizes)
-    args.micro_batch = divisor("--micro-batch", args.micro_batch or fits, images, "the images of a rank")
-    args.koleo_group = divisor("--koleo-group", group, args.micro_batch, "--micro-batch")
+    args.micro_batch = loop.divisor("--micro-batch", args.micro_batch or fits, images, "the images of a rank")
+    args.koleo_group = loop.divisor("--koleo-group", group, args.micro_batch, "--micro-batch")
     check_ranges(args)
     args.grace = args.warmup if args.grace is None else args.grace
     for name in SHARES:
@@ -236,14 +211,16 @@ def values_at(step, args):
     steps, rest = args.steps, args.steps - args.warmup
     tail = {"cosine": rest, "constant": 0, "decay": rest // 5}[args.schedule]
     lr_end = args.lr if args.schedule == "constant" else args.lr_end
-    lr = schedule(step, 0.0, args.lr, lr_end, args.warmup, rest - tail, tail)
+    lr = loop.schedule(step, 0.0, args.lr, lr_end, args.warmup, rest - tail, tail)
     return Now(
         lr=lr,
         last_lr=0.0 if step < args.freeze_last else lr,
-        weight_decay=schedule(step, 0, *args.weight_decay, cosine=steps),
-        ema=schedule(step, 0, *args.ema, cosine=steps),
-        teacher_temp=schedule(step, args.teacher_temp[0], *[args.teacher_temp[1]] * 2, warmup=args.teacher_temp_warmup),
-        gram=schedule(step, 0.0, 0.0, args.gram_weight, hold=args.gram_start, cosine=args.gram_ramp),
+        weight_decay=loop.schedule(step, 0, *args.weight_decay, cosine=steps),
+        ema=loop.schedule(step, 0, *args.ema, cosine=steps),
+        teacher_temp=loop.schedule(
+            step, args.teacher_temp[0], *[args.teacher_temp[1]] * 2, warmup=args.teacher_temp_warmup
+        ),
+        gram=loop.schedule(step, 0.0, 0.0, args.gram_weight, hold=args.gram_start, cosine=args.gram_ramp),
     )
 
 
@@ -411,10 +388,12 @@ def to_micro(batch, device, with_gram):
 
 def with_draws(micro, args, depth, step, number):
     """The micro-batch with training's draws: RoPE of the update, drop path of micro-batch `number` (over all ranks)."""
-    device, draw = micro.masks.device, generator(args.seed, data.STREAMS["rope"], step)
+    device, draw = micro.masks.device, loop.generator(args.seed, data.STREAMS["rope"], step)
     rope = [draw_rope(draw, args.rope_rescale, device=device) for _ in range(2)] if args.rope_rescale > 1 else None
     rows = [len(micro.crops.globals), len(micro.crops.locals)]
-    keep = draw_keep(generator(args.seed, data.STREAMS["depth"], step, number), depth, rows, args.drop_path, device)
+    keep = draw_keep(
+        loop.generator(args.seed, data.STREAMS["depth"], step, number), depth, rows, args.drop_path, device
+    )
     return micro._replace(keep=keep, rope=rope)
 
 
@@ -472,7 +451,7 @@ def one_update(run, read, now, wish=bool, clock=contextlib.nullcontext):
         norms = clip_gradients(run.student, args.clip)
         finite = torch.stack([terms["loss"], *norms.values()]).isfinite().all()
     with clock("wait"):
-        bad, halt = largest_over_ranks([~finite, bool(wish())], run.device)
+        bad, halt = loop.largest_over_ranks([~finite, bool(wish())], run.device)
     if not bad:  # else weights, teacher, optimizer and its step counter stay as they were
         run.centers = centers
         with clock("optimizer"):
@@ -547,19 +526,6 @@ def make_recipes(args, encoding):
 # ------------------------------------------------------------------ main
 
 
-def shard(model, device):
-    if device.type == "cpu" and torch.__version__.startswith("2.8"):
-        raise ValueError(
-            "--fsdp on CPU: torch 2.8 sums gradients over gloo ranks where it should average; use DDP or 2.13"
-        )
-    from torch.distributed.fsdp import fully_shard
-
-    heads = [getattr(model, name) for name in ("dino_head", "ibot_head") if hasattr(model, name)]
-    for module in (*getattr(model, "backbone", model).blocks, *heads):
-        fully_shard(module)
-    return fully_shard(model, reshard_after_forward=True)  # the teacher has no backward that would do it
-
-
 def build_backbone(args, arch=None):
     """On the CPU; weights depend on the seed and --init alone. arch: of a checkpoint."""
     torch.manual_seed(args.seed)
@@ -591,22 +557,6 @@ def gram_snapshots(step, args):
     if args.gram_weight == 0 or step < args.gram_start:
         return 0
     return 1 + min((step - args.gram_start) // max(args.gram_refresh, 1), args.gram_max_refreshes)
-
-
-def trained_on(args, source, held_out):
-    """What this run's weights will have seen: its own groups and those behind the weights it is given.
-
-    None of the latter may be held out. Weights that do not say what they were trained on make the whole unknown.
-    """
-    groups, known, seen = {*source.groups}, True, [data.provenance_of(source)]
-    for path in dict.fromkeys(filter(None, (args.init, args.gram_teacher))):
-        facts = read_facts(path)
-        if held_out:
-            data.refuse_leak(facts, held_out, f"val_select (the weights are {path})")
-        earlier = facts.get("provenance") or {"known": bool(facts.get("trained_groups")), "seen": []}
-        groups |= {*(facts.get("trained_groups") or ())}
-        known, seen = known and earlier["known"], seen + [e for e in earlier["seen"] if e not in seen]
-    return {"trained_groups": sorted(groups), "provenance": {"known": known, "seen": seen}}
 
 
 def pack_state(run, step):
@@ -657,24 +607,9 @@ def write_config(run):
         "groups": len(source.groups),
         "index_sha256": source.index_sha256,
         "split_sha256": source.split_sha256,
-        "git": git_commit(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
-        "hardware": torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else platform.machine(),
-        "threads": torch.get_num_threads(),
-        "world": run.world,
-        "started_utc": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        **loop.circumstances(run.device, run.world),
     }
     checkpoint.write_text(Path(args.out) / "config.json", json.dumps(config, indent=1))
-
-
-@dataclasses.dataclass
-class Pace:
-    """What the next log line counts from."""
-
-    since: float
-    done: int
-    waited: float = 0.0  # seconds for data
-    loss: float = math.inf  # of the line before
 
 
 def log_line(run, log, update, now, pace):
@@ -691,17 +626,22 @@ def log_line(run, log, update, now, pace):
     seconds, updates = time.perf_counter() - pace.since, done - pace.done
     rate = updates * args.batch_size / seconds
     recipe = data.pick_recipe(run.recipes, args.seed, done - 1)
-    tflops = rate * flops_per_image(run.student, recipe, args, "gram" in terms) / 1e12
-    peak, images = device_peak(run.device), done * args.batch_size
+    tflops = rate * loop.flops_per_image(run.student, recipe, args, "gram" in terms) / 1e12
+    peak, images = loop.device_peak(run.device), done * args.batch_size
     line = {"images": images, "epoch": images / len(run.source), **values, **now._asdict()}
     line |= {f"grad_norm_{name}": float(norm) for name, norm in update.norms.items()}
-    line |= {"images_s": rate, "data_wait": pace.waited / seconds, "tflops": tflops, "memory_gb": memory_gb(run.device)}
+    line |= {
+        "images_s": rate,
+        "data_wait": pace.waited / seconds,
+        "tflops": tflops,
+        "memory_gb": loop.memory_gb(run.device),
+    }
     line["seconds_to_go"] = (args.steps + args.extend - done) * seconds / max(updates, 1)
     if peak:
         line["mfu"] = tflops / (peak * world)
     log.numbers(done, line)
     if done > args.grace:
-        for text in warnings_in_words(values, pace.loss, *seen.features.shape):
+        for text in loop.warnings_in_words(values, pace.loss, *seen.features.shape):
             log.event(done, f"warning: {text}")
     pace.since, pace.done, pace.waited, pace.loss = time.perf_counter(), done, 0.0, values["loss"]
 
@@ -730,7 +670,7 @@ def out_of_memory(run, saver, step, start):
 
 def main(argv=None):
     args = build_parser().parse_args(argv)
-    rank, world, device = setup_distributed(args.device)
+    rank, world, device = loop.setup_distributed(args.device)
     try:
         return train(resolve(args, world), rank, world, device)
     finally:
@@ -753,15 +693,6 @@ def open_data(args):
     return source, data.open_for(everything, "select", **more)
 
 
-def set_precision(args, device):
-    """What --precision auto and --deterministic mean on this device."""
-    if args.precision == "auto":
-        args.precision = "bf16" if device.type == "cuda" else "fp32"
-    if args.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-
-
 def build_run(args, backbone, source, rank, world, device):
     """Networks on the device, compiled or sharded as asked, and the optimizer -> Run at step 0."""
     student, teacher = build(args, backbone)
@@ -775,7 +706,7 @@ def build_run(args, backbone, source, rank, world, device):
             block.compile()
     for m in nets:
         if args.fsdp and world > 1:
-            shard(m, device)  # from the CPU, part by part: no card ever holds a whole network
+            loop.shard(m, device)  # from the CPU, part by part: no card ever holds a whole network
         else:
             m.to(device)
     net = student
@@ -789,17 +720,17 @@ def build_run(args, backbone, source, rank, world, device):
 
 
 def train(args, rank, world, device):
-    out, total, stop = Path(args.out), args.steps + args.extend, Stop(args.time_limit)
-    set_precision(args, device)
+    out, total, stop = Path(args.out), args.steps + args.extend, loop.Stop(args.time_limit)
+    loop.set_precision(args, device)
     source, held_out = open_data(args)
     recipes = make_recipes(args, source.encoding)  # refuses bad sizes before anything is made
 
     # ------------------------------------------------------------------ run folder, what to resume
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
-        locked = lock(out)
+        locked = loop.lock(out)
         checkpoint.sweep(out)
-    path, facts, changed = find_run(args, source, HARMLESS, rank, world)
+    path, facts, changed = loop.find_run(args, source, HARMLESS, rank, world)
     start = facts.get("step", 0)
     if start >= total:
         if rank == 0:
@@ -808,7 +739,7 @@ def train(args, rank, world, device):
     if path:
         trained = {key: facts[key] for key in ("trained_groups", "provenance") if key in facts}
     else:
-        trained = trained_on(args, source, held_out)
+        trained = loop.trained_on((args.init, args.gram_teacher), source, held_out)
 
     # ------------------------------------------------------------------ readers, model
     backbone = build_backbone(args, facts.get("arch"))  # <- change the backbone there
@@ -823,17 +754,19 @@ def train(args, rank, world, device):
         unpack_state(run, path)
     elif rank == 0:
         write_config(run)
-    log = Log(out, start, total, quiet=rank > 0)
-    log.event(start, f"resumed from {path.name}" if path else "started", changed=changed, git=git_commit(), world=world)
+    log = loop.Log(out, start, total, quiet=rank > 0)
+    log.event(
+        start, f"resumed from {path.name}" if path else "started", changed=changed, git=loop.git_commit(), world=world
+    )
     for text in choices_in_words(args) if rank == 0 else ():
         tqdm.write(text)
     saver = checkpoint.Saver(out, args.keep_last, args.keep_every)
     with stop:
         try:
-            code = loop(run, batches, micros, held_out, (start, total), (log, saver, stop))
+            code = run_updates(run, batches, micros, held_out, (start, total), (log, saver, stop))
         finally:
             saver.wait()
-            report_saves(log, saver, log.done, going_on=False)
+            loop.report_saves(log, saver, log.done, going_on=False)
             log.close()
             if rank == 0:
                 locked.close()
@@ -843,10 +776,10 @@ def train(args, rank, world, device):
 # ------------------------------------------------------------------ training loop: one step = one update
 
 
-def loop(run, batches, micros, held_out, steps, tools):
+def run_updates(run, batches, micros, held_out, steps, tools):
     """Updates from start to total, with what happens between them -> exit code."""
     (start, total), (log, saver, stop), args = steps, tools, run.args
-    pace, bad_in_a_row = Pace(time.perf_counter(), start), 0
+    pace, bad_in_a_row = loop.Pace(time.perf_counter(), start), 0
     for step in range(start, total):
         done = log.done = step + 1
         now = values_at(step, args)
@@ -882,7 +815,7 @@ def loop(run, batches, micros, held_out, steps, tools):
             saved = f"saved at step {done}" if not saver.error else f"NOT saved: {saver.error}"
             log.event(done, f"interrupted, {saved}", why=stop.why() or "another rank")
             return 0
-        report_saves(log, saver, done, going_on=done < total)
+        loop.report_saves(log, saver, done, going_on=done < total)
     return 0
 
 

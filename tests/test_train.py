@@ -90,13 +90,13 @@ def test_schedules_match_the_reference():
         cases[f"v2.{name}"] = (a["start"], factor * a["peak"], factor * a["end"], warmup, 0, cosine)
     assert len(cases) == 9
     for name, arguments in cases.items():
-        ours = [t.schedule(step, *arguments) for step in range(len(golden[name]))]
+        ours = [loop.schedule(step, *arguments) for step in range(len(golden[name]))]
         torch.testing.assert_close(
             torch.tensor(ours, dtype=torch.float64), golden[name].double(), rtol=1e-9, atol=1e-12
         )
-    frozen = [0.0 if s < 10 else t.schedule(s, *cases["v2.lr"]) for s in range(120)]
+    frozen = [0.0 if s < 10 else loop.schedule(s, *cases["v2.lr"]) for s in range(120)]
     torch.testing.assert_close(torch.tensor(frozen, dtype=torch.float64), golden["v2.last_layer_lr"].double())
-    hold = [t.schedule(s, 0, 1.0, 0.1, 2, 5, 4) for s in range(13)]
+    hold = [loop.schedule(s, 0, 1.0, 0.1, 2, 5, 4) for s in range(13)]
     assert hold == pytest.approx([0, 0.5] + [1.0] * 6 + [0.775, 0.325, 0.1, 0.1, 0.1])
 
 
@@ -405,7 +405,7 @@ def test_one_run_per_folder(folder, tmp_path, monkeypatch):
     monkeypatch.setattr("tools.lib.loop.time.sleep", lambda s: None)
     out = tmp_path / "run"
     out.mkdir()
-    held = t.lock(out)
+    held = loop.lock(out)
     with pytest.raises(ValueError, match=f"in use by process {os.getpid()}"):
         train(folder, out, "--steps", "2")
     held.close()

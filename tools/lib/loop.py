@@ -4,15 +4,17 @@ Shared by the training programs; nothing here knows the method.
 """
 
 import contextlib
+import dataclasses
+import datetime
 import fcntl
 import json
 import math
 import os
+import platform
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +23,8 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import checkpoint
-from data import Recipe, denormalise, regular
+from data import Recipe, denormalise, provenance_of, refuse_leak, regular
+from model import read_facts
 from tools.lib.cli import pick_device
 from tools.lib.files import append_line
 
@@ -41,12 +44,42 @@ def setup_distributed(name):
     return dist.get_rank(), dist.get_world_size(), device
 
 
+def set_precision(args, device):
+    """What --precision auto and --deterministic mean on this device."""
+    if args.precision == "auto":
+        args.precision = "bf16" if device.type == "cuda" else "fp32"
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+
+
+def shard(model, device):
+    if device.type == "cpu" and torch.__version__.startswith("2.8"):
+        raise ValueError(
+            "--fsdp on CPU: torch 2.8 sums gradients over gloo ranks where it should average; use DDP or 2.13"
+        )
+    from torch.distributed.fsdp import fully_shard
+
+    heads = [getattr(model, name) for name in ("dino_head", "ibot_head") if hasattr(model, name)]
+    for module in (*getattr(model, "backbone", model).blocks, *heads):
+        fully_shard(module)
+    return fully_shard(model, reshard_after_forward=True)  # the teacher has no backward that would do it
+
+
 def largest_over_ranks(values, device):
     """Element-wise maximum over ranks, on the host: the one transfer from the device in each update."""
     t = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=device) for v in values])
     if dist.is_initialized():
         dist.all_reduce(t, dist.ReduceOp.MAX)
     return t.tolist()
+
+
+def divisor(flag, value, whole, of):
+    """`value`, if it divides `whole`; else an error that names the nearest number that does."""
+    if whole % value:
+        nearest = min((m for m in range(1, whole + 1) if whole % m == 0), key=lambda m: abs(m - value))
+        raise ValueError(f"{flag} {value} does not divide {of} ({whole}); nearest: {nearest}")
+    return value
 
 
 def schedule(step, start, peak, end, warmup=0, hold=0, cosine=0):
@@ -104,6 +137,18 @@ class Stop:
 # The run's folder.
 
 
+def circumstances(device, world):
+    """What config.json says of code, versions and machine."""
+    return {
+        "git": git_commit(),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+        "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "threads": torch.get_num_threads(),
+        "world": world,
+        "started_utc": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
 def check_flags(args, saved, harmless):
     """Refuse a continuation whose flags mean another run; returns the harmless changes."""
     changed = {}
@@ -144,6 +189,33 @@ def find_run(args, source, harmless, rank, world):
                 f"{args.data}: {name} differs from that of {path}; put the old data back, or use another --out"
             )
     return path, facts, changed
+
+
+def trained_on(weights, source, held_out):
+    """What this run's weights will have seen: its own groups and those behind the weights it is given.
+
+    None of the latter may be held out. weights: paths or None; those that do not say what they were trained on make
+    the whole unknown.
+    """
+    groups, known, seen = {*source.groups}, True, [provenance_of(source)]
+    for path in dict.fromkeys(filter(None, weights)):
+        facts = read_facts(path)
+        if held_out:
+            refuse_leak(facts, held_out, f"val_select (the weights are {path})")
+        earlier = facts.get("provenance") or {"known": bool(facts.get("trained_groups")), "seen": []}
+        groups |= {*(facts.get("trained_groups") or ())}
+        known, seen = known and earlier["known"], seen + [e for e in earlier["seen"] if e not in seen]
+    return {"trained_groups": sorted(groups), "provenance": {"known": known, "seen": seen}}
+
+
+@dataclasses.dataclass
+class Pace:
+    """What the next log line counts from."""
+
+    since: float
+    done: int
+    waited: float = 0.0  # seconds for data
+    loss: float = math.inf  # of the line before
 
 
 def report_saves(log, saver, done, going_on):
@@ -323,7 +395,7 @@ def read_config(folder):
 
 def read_recipes(config):
     """Recipes as stored -> Recipe objects; JSON made lists of their tuples."""
-    names = {f.name for f in fields(Recipe)}
+    names = {f.name for f in dataclasses.fields(Recipe)}
     if odd := set().union(*(recipe.keys() ^ names for recipe in config["recipes"])):
         raise ValueError(f"the recipe of this run differs from ours in {sorted(odd)}: use the code that trained it")
     return [Recipe(**{k: tuple(v) if isinstance(v, list) else v for k, v in r.items()}) for r in config["recipes"]]
