@@ -1,0 +1,97 @@
+"""Claims about the border of every program: whose mistake an error is, what reaches the terminal, signals."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tools.lib import cli, loop
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def in_our_file(body):
+    """A function whose code seems to stand in a file of the repository."""
+    scope = {"np": np}
+    exec(compile(f"def f():\n    {body}\n", str(ROOT / "train_ssl.py"), "exec"), scope)
+    return scope["f"]
+
+
+@pytest.mark.parametrize(
+    "body, code",
+    [
+        ("raise ValueError('use\\n--other')", 2),
+        ("raise OSError('no such file: x')", 2),
+        ("open('/nothing/there')", 2),
+        ("np.zeros(3).reshape(2, 2)", None),  # raised by C code in our line: a bug, so its traceback stays
+        ("int('x')", None),
+        ("__import__('torch').cat([])", None),
+        ("raise KeyboardInterrupt", 130),
+    ],
+)
+def test_only_what_we_raise_is_a_users_mistake(body, code, capsys):
+    if code is None:
+        with pytest.raises((ValueError, RuntimeError)):
+            cli.run(in_our_file(body))
+        return
+    with pytest.raises(SystemExit) as caught:
+        cli.run(in_our_file(body))
+    assert caught.value.code == code and len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_a_library_inside_the_repository_is_not_ours():
+    try:
+        exec(compile("raise ValueError", str(ROOT / ".venv/lib/site-packages/x.py"), "exec"), {})
+    except ValueError as error:
+        assert not cli.is_ours(error)
+
+
+def test_texts_of_files_do_not_steer_the_terminal(monkeypatch, capsys):
+    assert cli.shown("P1\x1b[31m\r\n\u202e\udcff") == r"P1\x1b[31m\r\n\u202e\udcff"
+    long = cli.shown("x" * 10**7)
+    assert len(long) < 120 and "10000000 characters" in long
+    assert cli.shown("Müller 肺") == "Müller 肺"
+    with pytest.raises(SystemExit):
+        cli.run(in_our_file("raise ValueError('label \\x1b]0;owned\\x07 ' + 'y' * 10**6)"))
+    printed = capsys.readouterr().err
+    assert "\x1b" not in printed and "\x07" not in printed and len(printed) < 2500
+
+
+def test_a_run_that_was_told_to_stop_keeps_its_own_exit_code():
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with loop.Stop(0) as stop:
+            assert stop.why() is None
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stop.why() == "SIGTERM"
+            os.kill(os.getpid(), signal.SIGTERM)  # while it saves
+        os.kill(os.getpid(), signal.SIGTERM)  # while it ends
+        time.sleep(0.01)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    with loop.Stop(0):
+        pass
+    assert signal.getsignal(signal.SIGTERM) == before  # a run that ended by itself leaves nothing behind
+
+
+def test_time_limit_and_dead_torchrun_are_reasons(monkeypatch):
+    assert loop.Stop(1e-9).why() == "time limit"
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    stop = loop.Stop(0)
+    assert stop.why() is None
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    assert stop.why() == "torchrun died"
+
+
+def test_a_second_program_on_a_folder_says_at_once_for_whom_it_waits(tmp_path, monkeypatch, capsys):
+    holder = loop.lock(tmp_path)
+    monkeypatch.setattr("tools.lib.loop.time.sleep", lambda s: None)
+    with pytest.raises(ValueError, match=f"in use by process {os.getpid()}"):
+        loop.lock(tmp_path)
+    assert (
+        capsys.readouterr().err == f"{tmp_path} is in use by process {os.getpid()}; waiting up to 60 s for it to end\n"
+    )
+    holder.close()
