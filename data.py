@@ -22,7 +22,9 @@ import os
 import signal
 import stat
 import struct
+import sys
 import tokenize
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -1221,25 +1223,37 @@ def make_loader(source, recipes, seed, steps, batch, micro_batch=None, rank=0, w
     recipes = [recipes] if isinstance(recipes, Recipe) else recipes
     micro_batch = micro_batch or batch // world
     updates = Updates(source, recipes, seed, steps, batch, micro_batch, rank, world, patch_size, masking, fixed)
-    loader = torch.utils.data.DataLoader(
-        updates,
-        batch_size=None,
-        shuffle=False,
-        num_workers=workers,
-        pin_memory=pin_memory,
-        collate_fn=as_read,
-        worker_init_fn=ignore_signals,
-        generator=torch.Generator(),  # the global one belongs to whoever builds a model
-    )
-    others = set(multiprocessing.active_children())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "This DataLoader will create")  # more readers than cores may be right
+        loader = torch.utils.data.DataLoader(
+            updates,
+            batch_size=None,
+            shuffle=False,
+            num_workers=workers,
+            pin_memory=pin_memory,
+            collate_fn=as_read,
+            worker_init_fn=ignore_signals,
+            generator=torch.Generator(),  # the global one belongs to whoever builds a model
+        )
+    return checked(start_readers(loader), skip_bad)
+
+
+def start_readers(loader):
+    """iter(loader), whose processes end with this one, whatever happens."""
+    others, items = set(multiprocessing.active_children()), None
     try:
-        items = iter(loader)  # readers start here
-    except BaseException:  # too many open files, or Ctrl+C: some may run already
-        kill(set(multiprocessing.active_children()) - others)
+        items = iter(loader)
+    except OSError as error:
+        error.strerror = f"{error.strerror}, while readers start: use fewer --workers, or a higher ulimit -n"
         raise
-    if readers := set(multiprocessing.active_children()) - others:
-        atexit.register(kill, readers)
-    return checked(items, skip_bad)
+    finally:
+        readers = set(multiprocessing.active_children()) - others
+        if items is None:  # too many open files, or Ctrl+C: some may run already
+            kill(readers)
+            sys.unraisablehook = lambda _: None  # torch cannot tidy up a half-made loader, and says so at length
+        elif readers:
+            atexit.register(kill, readers)
+    return items
 
 
 def kill(readers):
