@@ -1235,7 +1235,7 @@ def make_loader(source, recipes, seed, steps, batch, micro_batch=None, rank=0, w
             worker_init_fn=ignore_signals,
             generator=torch.Generator(),  # the global one belongs to whoever builds a model
         )
-    return checked(start_readers(loader), skip_bad)
+        return checked(start_readers(loader), skip_bad)
 
 
 def start_readers(loader):
