@@ -29,7 +29,7 @@ import checkpoint
 import data
 import losses
 from model import ARCHS, ProjectionHead, SSLModel, build_vit, draw_keep, draw_rope, load_backbone, pack
-from tools.lib import loop
+from tools.lib import loop, optim
 from tools.lib.cli import Parser, natural, positive, run
 
 # ------------------------------------------------------------------ flags
@@ -174,13 +174,6 @@ def resolve(args, world):
     return args
 
 
-def smaller_micro_batch(args, world):
-    """The largest micro-batch of at most half of this one that the same run may use, or None."""
-    images = args.batch_size // world
-    sizes = [m for m in range(args.koleo_group, args.micro_batch // 2 + 1, args.koleo_group) if images % m == 0]
-    return sizes[-1] if sizes else None
-
-
 def choices_in_words(args):
     rows = 2 * args.batch_size
     yield f"batch {args.batch_size} as {args.micro_batch} at a time, {args.prototypes} prototypes, lr {args.lr:.2e}"
@@ -193,7 +186,7 @@ def choices_in_words(args):
         yield "no split: this run may have seen any image, and nothing that evaluates it can claim otherwise"
 
 
-# ------------------------------------------------------------------ schedules and parameter groups
+# ------------------------------------------------------------------ schedules
 
 
 class Now(NamedTuple):
@@ -222,33 +215,6 @@ def values_at(step, args):
         ),
         gram=loop.schedule(step, 0.0, 0.0, args.gram_weight, hold=args.gram_start, cosine=args.gram_ramp),
     )
-
-
-def multipliers(name, depth, layer_decay, patch_lr):
-    """(lr factor, weight decay factor, is a last layer) of a parameter by its name in SSLModel."""
-    part, _, name = name.partition(".")
-    lr = 1.0
-    if part == "backbone":
-        layer = depth + 1 if "norm" in name.split(".")[0] else 0  # final norms; embeddings and tokens
-        if name.startswith("blocks."):
-            layer = int(name.split(".")[1]) + 1
-        lr = layer_decay ** (depth + 1 - layer) * (patch_lr if name.startswith("patch_embed") else 1.0)
-    undecayed = name.endswith("bias") or "norm" in name or "gamma" in name
-    return lr, 0.0 if undecayed else 1.0, "last_layer" in name
-
-
-def param_groups(model, layer_decay, patch_lr):
-    """AdamW groups of equal multipliers; every parameter is in exactly one."""
-    groups = {}
-    for name, p in model.named_parameters():
-        groups.setdefault(multipliers(name, model.backbone.depth, layer_decay, patch_lr), []).append(p)
-    return [dict(params=ps, lr_factor=lr, wd_factor=wd, last=last) for (lr, wd, last), ps in groups.items()]
-
-
-def set_rates(optimizer, now):
-    for group in optimizer.param_groups:
-        group["lr"] = (now.last_lr if group["last"] else now.lr) * group["lr_factor"]
-        group["weight_decay"] = now.weight_decay * group["wd_factor"]
 
 
 # ------------------------------------------------------------------ the update
@@ -364,20 +330,6 @@ def ssl_update(student, teacher, gram, micro_batches, w, centers=None, clock=con
     return sums, Seen(cls_targets, big.detach(), features, entropy)
 
 
-def clip_gradients(student, limit):
-    """Clip each sub-module to `limit` on its own norm, as DINOv3 does -> norms before clipping."""
-    norms = {}
-    for name, module in student.named_children():
-        norm = torch.nn.utils.clip_grad_norm_(module.parameters(), limit)
-        norms[name] = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-    return norms
-
-
-@torch.no_grad()
-def update_teacher(teacher, student, momentum):
-    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
-
-
 def to_micro(batch, device, with_gram):
     """A micro-batch as read -> rendered on the device, undistorted and undropped (see with_draws)."""
     plan = batch.plan if with_gram else batch.plan._replace(recipe=dataclasses.replace(batch.plan.recipe, gram_size=0))
@@ -448,17 +400,17 @@ def one_update(run, read, now, wish=bool, clock=contextlib.nullcontext):
     optimizer.zero_grad(set_to_none=True)
     terms, seen = ssl_update(run.net, run.teacher, run.gram, micro_batches, weights_of(now, args), centers, clock)
     with clock("clip"):
-        norms = clip_gradients(run.student, args.clip)
+        norms = optim.clip_gradients(run.student, args.clip)
         finite = torch.stack([terms["loss"], *norms.values()]).isfinite().all()
     with clock("wait"):
         bad, halt = loop.largest_over_ranks([~finite, bool(wish())], run.device)
     if not bad:  # else weights, teacher, optimizer and its step counter stay as they were
         run.centers = centers
         with clock("optimizer"):
-            set_rates(optimizer, now)
+            optim.set_rates(optimizer, now)
             optimizer.step()
         with clock("ema"):
-            update_teacher(run.teacher, run.student, now.ema)
+            optim.update_teacher(run.teacher, run.student, now.ema)
     return Update(terms, seen, norms, bool(bad), bool(halt), micro_batches[0].crops)
 
 
@@ -654,20 +606,6 @@ def refresh_gram(run, step):
         run.gram = run.gram_net
 
 
-def out_of_memory(run, saver, step, start):
-    """Free what a too large update took, save what is there -> an error that names a command that goes on."""
-    run.optimizer.zero_grad(set_to_none=True)
-    torch.cuda.empty_cache()
-    if run.rank == 0 and step > start and not run.args.fsdp:
-        saver.save(step, pack_state(run, step))
-    fits = smaller_micro_batch(run.args, run.world)
-    less = f"--micro-batch {fits}, or " if fits else ""
-    return ValueError(
-        f"out of memory at step {step + 1}; the same command goes on from the newest checkpoint, "
-        f"with {less}--checkpointing"
-    )
-
-
 def main(argv=None):
     args = build_parser().parse_args(argv)
     rank, world, device = loop.setup_distributed(args.device)
@@ -713,7 +651,7 @@ def build_run(args, backbone, source, rank, world, device):
     if world > 1 and not args.fsdp:
         ids = [device.index] if device.type == "cuda" else None
         net = torch.nn.parallel.DistributedDataParallel(student, device_ids=ids, gradient_as_bucket_view=True)
-    groups = param_groups(student, args.layer_decay, args.patch_lr)
+    groups = optim.param_groups(student, args.layer_decay, args.patch_lr)
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, args.beta2), fused=True)
     recipes = make_recipes(args, source.encoding)
     return Run(args, rank, world, device, source, recipes, student, teacher, net, optimizer, gram_net)
@@ -792,7 +730,9 @@ def run_updates(run, batches, micros, held_out, steps, tools):
         try:
             update = one_update(run, read, now, stop.why)
         except torch.OutOfMemoryError:
-            raise out_of_memory(run, saver, step, start) from None
+            if run.rank == 0 and step > start and not args.fsdp:
+                saver.save(step, pack_state(run, step))
+            raise loop.out_of_memory(args, run.world, run.optimizer, done) from None
         log.tick(update.crops if done == start + 1 else None)
         bad_in_a_row = bad_in_a_row + 1 if update.bad else 0
         if update.bad:

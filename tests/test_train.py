@@ -27,7 +27,7 @@ import data
 import train_ssl as t
 from model import ProjectionHead, SSLModel, SSLOutput, Tokens, build_vit, draw_rope, state_from_original
 from tools import make_phantom, make_splits, preprocess_dicom
-from tools.lib import loop
+from tools.lib import loop, optim
 from tools.lib.loop import read_recipes
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -105,11 +105,13 @@ def test_parameter_groups_match_the_reference():
     for part, key in (("backbone", "backbone_swiglu_depth3"), ("dino_head", "dino_head")):
         for name, expected in golden[key].items():
             ours = name.replace("storage_tokens", "register_tokens")
-            lr, wd, last = t.multipliers(f"{part}.{ours}", 3, golden["lr_decay_rate"], golden["patch_embed_lr_mult"])
+            lr, wd, last = optim.multipliers(
+                f"{part}.{ours}", 3, golden["lr_decay_rate"], golden["patch_embed_lr_mult"]
+            )
             assert lr == pytest.approx(expected["lr_multiplier"]) and last == expected["is_last_layer"], name
             assert wd == expected["wd_multiplier"], name
     model = toy()
-    groups = t.param_groups(model, 0.9, 0.2)
+    groups = optim.param_groups(model, 0.9, 0.2)
     assert sorted(id(p) for g in groups for p in g["params"]) == sorted(id(p) for p in model.parameters())
 
 
@@ -162,18 +164,18 @@ def test_one_full_step_matches_the_reference():
     for name, norm in ours(meta["grad_norm_per_param"]).items():
         assert parameters[name].grad.norm().item() == pytest.approx(norm, rel=2e-3, abs=1e-5), name
 
-    norms = t.clip_gradients(student, meta["clip_grad"])
+    norms = optim.clip_gradients(student, meta["clip_grad"])
     for name, norm in meta["grad_norm_before_clip_per_submodule"].items():
         assert norms[name].item() == pytest.approx(norm, rel=1e-4)
     for name in ("backbone.cls_token", "dino_head.last_layer.weight", "ibot_head.last_layer.weight"):
         torch.testing.assert_close(parameters[name].grad, g[f"grad_clipped.{name}"], rtol=1e-3, atol=1e-5)
 
-    groups = t.param_groups(student, meta["layerwise_decay"], meta["patch_embed_lr_mult"])
+    groups = optim.param_groups(student, meta["layerwise_decay"], meta["patch_embed_lr_mult"])
     optimizer = torch.optim.AdamW(groups, betas=meta["adamw_betas"], eps=meta["adamw_eps"], fused=True)
-    t.set_rates(optimizer, t.Now(meta["lr"], meta["last_layer_lr"], meta["wd"], 0.9, 0.06, 2.0))
+    optim.set_rates(optimizer, t.Now(meta["lr"], meta["last_layer_lr"], meta["wd"], 0.9, 0.06, 2.0))
     small = {n: p.grad.abs() < 1e-6 for n, p in parameters.items()}
     optimizer.step()
-    t.update_teacher(teacher, student, meta["ema_momentum"])
+    optim.update_teacher(teacher, student, meta["ema_momentum"])
     for who, model, scale in (("student", student, 1.0), ("teacher", teacher, 0.1)):
         after = ours({k[len(f"after.{who}.") :]: v for k, v in g.items() if k.startswith(f"after.{who}.")})
         assert after
@@ -496,7 +498,7 @@ def test_out_of_memory_names_a_command_that_goes_on(folder, tmp_path, monkeypatc
     a, b = (weights(tmp_path / name) for name in ("whole", "run"))
     assert max((a[k] - b[k]).abs().max().item() for k in a if k.startswith("teacher")) < 1e-5
     args = t.build_parser().parse_args(["--data", "x", "--batch-size", "48", "--micro-batch", "16"])
-    assert t.smaller_micro_batch(t.resolve(args, 1), 1) is None  # 8 would not divide into KoLeo's groups of 16
+    assert loop.smaller_micro_batch(t.resolve(args, 1), 1) is None  # 8 would not divide into KoLeo's groups of 16
 
 
 def test_the_default_micro_batch_holds_whole_koleo_groups():
@@ -782,7 +784,7 @@ def test_teacher_is_a_moving_average_not_the_student():
     for p in student.parameters():
         p.data += 1
     before = copy.deepcopy(dict(teacher.named_parameters()))
-    t.update_teacher(teacher, student, 0.75)
+    optim.update_teacher(teacher, student, 0.75)
     for (name, p), s in zip(teacher.named_parameters(), student.parameters()):
         torch.testing.assert_close(p, 0.75 * before[name] + 0.25 * s)
 

@@ -218,6 +218,24 @@ class Pace:
     loss: float = math.inf  # of the line before
 
 
+def smaller_micro_batch(args, world):
+    """The largest micro-batch of at most half of this one that the same run may use, or None."""
+    images = args.batch_size // world
+    sizes = [m for m in range(args.koleo_group, args.micro_batch // 2 + 1, args.koleo_group) if images % m == 0]
+    return sizes[-1] if sizes else None
+
+
+def out_of_memory(args, world, optimizer, step):
+    """Free what a too large update took -> an error that names a command that goes on."""
+    optimizer.zero_grad(set_to_none=True)
+    torch.cuda.empty_cache()
+    fits = smaller_micro_batch(args, world)
+    less = f"--micro-batch {fits}, or " if fits else ""
+    return ValueError(
+        f"out of memory at step {step}; the same command goes on from the newest checkpoint, with {less}--checkpointing"
+    )
+
+
 def report_saves(log, saver, done, going_on):
     """Tell of saves that have ended."""
     while saver.events:
