@@ -377,6 +377,11 @@ def brief(value):
     return " ".join(reprlib.repr(value).split())
 
 
+def some(names):
+    """The first names in one line, whatever they are."""
+    return ", ".join(" ".join(str(name)[:80].split()) for name in itertools.islice(names, 4))
+
+
 def is_number(value, kind=numbers.Real, least=0, most=1e9):
     return isinstance(value, kind) and not isinstance(value, bool) and least <= value <= most
 
@@ -385,8 +390,8 @@ def all_options(arch, overrides):
     """Every keyword argument of VisionTransformer for a name in ARCHS; refuses what is unknown or no possible size."""
     if not isinstance(arch, str) or arch not in ARCHS:
         raise ValueError(f"unknown arch {brief(arch)}: known are {', '.join(ARCHS)}")
-    if unknown := [str(name)[:80] for name in overrides if name not in OPTIONS]:
-        raise ValueError(f"unknown arch option {', '.join(sorted(unknown)[:4])}: known are {', '.join(OPTIONS)}")
+    if unknown := [name for name in overrides if name not in OPTIONS]:
+        raise ValueError(f"unknown arch option {some(unknown)}: known are {', '.join(OPTIONS)}")
     for name, value in overrides.items():
         limits = numbers.Integral, int(name != "registers"), 1000 if name == "depth" else 1 << 20
         limits = {float: (numbers.Real,), bool: (numbers.Integral, 0, 1)}.get(type(OPTIONS[name]), limits)
@@ -621,10 +626,6 @@ def check_arch(arch, state):
         raise ValueError(f"field arch says {name} {says[name]}, and the weights have {found[name]}")
 
 
-def some(names):
-    return ", ".join(str(name)[:80] for name in itertools.islice(names, 4))
-
-
 # open_regular and read_zip stand in every leaf that opens such files, because each leaf copies alone.
 
 
@@ -666,7 +667,7 @@ def read_zip(f, path):
 
 
 def check_sum(path):
-    """Refuse a file that differs from the SHA256SUMS beside it, and weights that it leaves out while it lists others."""
+    """Refuse a file that differs from the SHA256SUMS beside it, and weights that it leaves out but lists others."""
     sums, listed = path.with_name("SHA256SUMS"), {}
     if not sums.exists():
         return
@@ -715,8 +716,9 @@ def read_tensors(path):
             raise ValueError(f"holds a {type(content).__name__}, not a dict of tensors")
         for group in (content, *content.values()):
             tensors = [v for v in group.values() if isinstance(v, Tensor)] if isinstance(group, dict) else []
-            held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-            if sum(t.nbytes for t in tensors) > sum(held.values()):  # strides of 0: a copy would take what they claim
+            stored = [t.untyped_storage() for t in tensors if t.device.type == "cpu"]  # not those of "meta"
+            held = sum({s.data_ptr(): s.nbytes() for s in stored}.values())
+            if sum(t.nbytes for t in tensors) > held:  # a stride of 0 claims much: a copy would take it
                 raise ValueError("tensors claim more bytes than the file holds")
         return content
     except Exception as error:  # noqa: BLE001 - each reader has its own many ways to say that bytes are wrong
@@ -774,8 +776,8 @@ def read_weights(path):
 
 def is_view(view):
     size, window = view.get("size"), view.get("window", ())
-    good = window is None or len(window) == 2 and all(is_number(v, least=-1e9) for v in window)
-    return good and is_number(size, numbers.Integral, 1, 1 << 16)
+    pair = isinstance(window, (list, tuple)) and len(window) == 2 and all(is_number(v, least=-1e9) for v in window)
+    return (window is None or pair) and is_number(size, numbers.Integral, 1, 1 << 16)
 
 
 FACTS = {  # what a field of a DINO-X checkpoint must be
@@ -785,11 +787,24 @@ FACTS = {  # what a field of a DINO-X checkpoint must be
     "eval_view": (dict, is_view),
     "trained_groups": ((list, tuple, type(None)), lambda v: all(isinstance(group, str) for group in v or ())),
     "index_sha256 split_sha256": ((str, type(None)), lambda v: True),
+    "provenance": (dict, lambda v: is_provenance(v)),
 }
 
 
+def is_provenance(found):
+    """{known: bool, seen: [{salt, groups, series, files}, ...]}: hashes of what weights were trained on."""
+    seen = found.get("seen")
+    good = isinstance(found.get("known"), bool) and isinstance(seen, list)
+    return good and all(
+        isinstance(entry, dict) and isinstance(entry.get("salt"), str)
+        and all(isinstance(entry.get(key), list) for key in ("groups", "series", "files"))
+        and all(isinstance(text, str) for key in ("groups", "series", "files") for text in entry[key])
+        for entry in seen
+    )  # fmt: skip
+
+
 def check_facts(path, content):
-    """Refuse a DINO-X checkpoint of another version, or with a field of a wrong type; only the teacher must be there."""
+    """Refuse a DINO-X checkpoint of another version or with a field of a wrong type; the teacher must be there."""
     kind, version = content["format"], content.get("version")
     if not isinstance(kind, str) or type(version) is not int or (kind, version) != ("dinox", 1):
         raise ValueError(f"{path}: format {brief(kind)} version {brief(version)}, expected 'dinox' version 1")
@@ -800,7 +815,15 @@ def check_facts(path, content):
 
 
 def read_facts(path):
-    """What a DINO-X checkpoint says beside its tensors: trained_groups, encoding, ...; {} of other weights."""
+    """What weights say beside their tensors: of a DINO-X checkpoint trained_groups (None: unknown) and more, of a
+    release {provenance}; {} of other weights."""
+    path = Path(path)
+    beside = (path if path.is_dir() else path.parent) / "provenance.json"
+    if beside.exists() and (path.is_dir() or path.suffix == ".safetensors"):
+        found = read_json(beside)
+        if found.get("version") != 1 or not is_provenance(found):
+            raise ValueError(f"{beside} is damaged, or of another version; get the release anew")
+        return {"provenance": {"known": found["known"], "seen": found["seen"]}}
     content, _ = read_weights(path)
     if "format" not in content:
         return {}
@@ -859,7 +882,13 @@ def load_backbone(path, allow_partial=False, quiet=False, **overrides):
         state, arch = recognise(path, content, config)
         with torch.device("meta"):  # no time or memory for weights that are replaced at once
             vit = build_vit(arch["name"], **{**arch["overrides"], **overrides})
-    except (ValueError, LookupError, ArithmeticError, RuntimeError) as error:  # torch, of shapes that do not fit
+    except (
+        ValueError,
+        TypeError,
+        LookupError,
+        ArithmeticError,
+        RuntimeError,
+    ) as error:  # torch, of shapes that do not fit
         reason = " ".join(str(error).split())
         raise ValueError(reason if str(path) in reason else f"{path}: {reason[:400]}") from None
     own = vit.state_dict()
@@ -872,7 +901,7 @@ def load_backbone(path, allow_partial=False, quiet=False, **overrides):
             raise ValueError(f"{path}: {key} has shape {list(state[key].shape)[:8]}, expected {list(own[key].shape)}")
     too_few = sum(own[key].numel() for key in missing) > sum(own[key].numel() for key in matched)
     if too_few or (missing or unexpected) and not allow_partial:
-        names = [f"missing {key}" for key in missing[:5]] + [f"unexpected {key[:80]}" for key in unexpected[:5]]
+        names = [f"missing {key}" for key in missing[:5]] + [f"unexpected {some([key])}" for key in unexpected[:5]]
         raise ValueError(f"{path}: {counts} ({', '.join(names)})")
     if missing:
         vit = vit.to_empty(device="cpu")

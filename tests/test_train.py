@@ -26,7 +26,7 @@ import checkpoint
 import data
 import train_ssl as t
 from model import ProjectionHead, SSLModel, SSLOutput, Tokens, build_vit, draw_rope, state_from_original
-from tools import make_phantom, make_splits, preprocess_dicom
+from tools import make_phantom, make_splits, preprocess_dicom, release
 from tools.lib import loop, optim
 from tools.lib.loop import read_recipes
 
@@ -542,6 +542,26 @@ def test_patients_behind_given_weights_count_as_seen(folder, tmp_path):
     (tmp_path / "one" / "last.pth").unlink()  # the run has all it needs
     assert train(folder, tmp_path / "two", "--steps", "2", "--extend", "1", *given) == 0
     assert checkpoint.load(tmp_path / "two" / "last.pth")["trained_groups"] == [f"toy/P{i}" for i in range(8)]
+
+
+def test_a_release_does_not_launder_a_leak(folder, tmp_path):
+    """Trained on P0, released, held out under another split: --init notices, and weights of unknown origin stay so."""
+    groups = {f"toy/P{i}": "train" if i < 8 else "val_select" for i in range(9)}
+    train(folder, tmp_path / "one", "--steps", "2")
+    flags = ["--ckpt", str(tmp_path / "one" / "last.pth"), "--out", str(tmp_path / "released")]
+    assert release.main(flags) == 0
+    make_split(folder, groups | {"toy/P0": "val_select"})
+    init = ["--init", str(tmp_path / "released"), "--steps", "2", "--eval-every", "2"]
+    with pytest.raises(ValueError, match=r"leak: 1 groups of val_select .*toy/P0"):
+        train(folder, tmp_path / "two", *init)
+    make_split(folder, groups)
+    assert train(folder, tmp_path / "three", *init) == 0
+    state = checkpoint.load(tmp_path / "three" / "last.pth")
+    assert state["provenance"]["known"] and len(state["provenance"]["seen"]) == 1  # the same data, said once
+    (tmp_path / "released" / "provenance.json").unlink()
+    (tmp_path / "released" / "SHA256SUMS").unlink()
+    assert train(folder, tmp_path / "four", *init) == 0
+    assert not checkpoint.load(tmp_path / "four" / "last.pth")["provenance"]["known"]
 
 
 def test_continuing_from_weights(folder, tmp_path, capsys):
