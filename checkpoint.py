@@ -119,44 +119,47 @@ def is_count(value):
     return type(value) is int and 0 <= value < 2**63
 
 
-def is_text(*values):
-    return all(isinstance(value, str) for value in values)
+def is_text(value):
+    return isinstance(value, str)
 
 
-def is_size(*values):
-    """Numbers that make nothing too large to allocate; NaN is none."""
-    return all(isinstance(value, (int, float)) and abs(value) <= 1 << 20 for value in values)
+def is_size(value):
+    """A number that makes nothing too large to allocate; NaN is none."""
+    return isinstance(value, (int, float)) and abs(value) <= 1 << 20
+
+
+def is_plain(value):
+    """A tensor of bytes that the file holds: what a stride of 0 claims, a copy would take."""
+    return value.device.type == "cpu" and not value.is_quantized and value.nbytes <= value.untyped_storage().nbytes()
+
+
+def is_dict(value, of=lambda _: True):
+    return isinstance(value, dict) and all(is_text(k) and of(v) for k, v in value.items())
+
+
+def is_list(value, of):
+    return isinstance(value, (list, tuple)) and all(map(of, value))
 
 
 def is_arch(value):
-    name, options = value["name"], value["overrides"]
-    return is_text(name, *options) and is_size(*options.values())
+    return is_text(value["name"]) and is_dict(value["overrides"], is_size)
 
 
 def is_view(value):
     size, window = value["size"], value["window"]
-    return is_count(size) and is_size(size) and size > 0 and (window is None or len(window) == 2 and is_size(*window))
-
-
-def is_weights(value):
-    """Names and tensors; what a stride of 0 adds is no byte of the file, but a copy would take it."""
-    return is_text(*value) and all(
-        t.device.type == "cpu" and not t.is_quantized and t.nbytes <= t.untyped_storage().nbytes()
-        for t in value.values()
-    )
+    return is_count(size) and 0 < size <= 1 << 16 and (window is None or is_list(window, is_size) and len(window) == 2)
 
 
 FIELDS = {  # what a field must be where it is there at all; whatever a test of these raises is a no, too
     "step images gram_refreshes": (is_count, "a count"),
-    "args": (lambda v: is_text(*v.keys()), "a dict of flags"),
+    "args optimizer": (is_dict, "a dict by name"),
     "arch": (is_arch, "a name and overrides, numbers up to a million"),
     "encoding": (is_text, "a text"),
     "eval_view": (is_view, "a size in pixels and a window of two numbers or None"),
-    "trained_groups": (lambda v: v is None or type(v) in (list, tuple) and is_text(*v), "texts, or None: unknown"),
+    "trained_groups": (lambda v: v is None or is_list(v, is_text), "texts, or None: unknown"),
     "index_sha256 split_sha256": (lambda v: v is None or is_text(v), "a text or None"),
-    "student teacher centers": (is_weights, "a dict of tensors"),
-    "gram": (lambda v: v is None or is_weights(v), "a dict of tensors or None"),
-    "optimizer": (lambda v: is_text(*v.keys()), "a dict by name"),
+    "student teacher centers": (lambda v: is_dict(v, is_plain), "a dict of tensors"),
+    "gram": (lambda v: v is None or is_dict(v, is_plain), "a dict of tensors or None"),
 }
 
 
@@ -197,13 +200,16 @@ def verify(path) -> None:
         check(f, path)
 
 
-def load(path, map_location="cpu") -> dict:
-    """The state in a verified checkpoint; nothing in the file can run code."""
+def load(path, map_location="cpu", fields=()) -> dict:
+    """The state in a verified checkpoint; nothing in the file can run code. `fields`: names that must be there."""
     try:
         with open_regular(path) as f:  # opened once: a newer save under this name cannot slip in after the check
             check(f, path)
             f.seek(0)
-            return torch.load(f, map_location=map_location, weights_only=True)
+            state = torch.load(f, map_location=map_location, weights_only=True)
+        if missing := [name for name in fields if name not in state]:
+            raise ValueError(f"field {missing[0]} is missing")
+        return state
     except ValueError as error:
         remedy = "use an older step_*.pth of the same run, or the code that wrote this file"
         raise ValueError(f"{path}: {error}; {remedy}") from error
@@ -451,8 +457,10 @@ def pack_optimizer(optimizer, model):
 
 def unpack_optimizer(optimizer, model, state):
     for name, p in model.named_parameters():
-        if name not in state:
-            continue
-        if not all(isinstance(v, torch.Tensor) and (k == "step" or v.shape == p.shape) for k, v in state[name].items()):
+        parts = state.get(name, {})
+        if not isinstance(parts, dict) or not all(
+            isinstance(v, torch.Tensor) and (k == "step" or v.shape == p.shape) for k, v in parts.items()
+        ):
             raise ValueError(f"checkpoint and model differ in the optimizer's {name}; was the architecture changed?")
-        optimizer.state[p] = {k: v.to(p.device) if k == "step" else like(p, v).clone() for k, v in state[name].items()}
+        if name in state:
+            optimizer.state[p] = {k: v.to(p.device) if k == "step" else like(p, v).clone() for k, v in parts.items()}

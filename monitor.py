@@ -1,9 +1,10 @@
 """One look at a run: is it alive, is it learning, has it collapsed, what does it look at? Made for cron.
 
-    0 7 * * * cd /path && python monitor.py --ckpt runs/lidc/last.pth > look.log 2>&1 || mail -s lidc me < look.log
+    0 7 * * * cd /path && python monitor.py --ckpt runs/lidc > look.log 2>&1 || mail -s lidc me < look.log
 
 Exit code 0 healthy or warming up, 1 warning, 2 failing, 3 could not look. Reads the checkpoint, metrics.jsonl and
-val_select slices; writes to runs/lidc/monitor/ alone. Letters: B images, N patches, D features, H heads, K prototypes.
+val_select slices; writes to runs/lidc/monitor/ alone. A second look at the same step takes the place of the first.
+Letters: B images, N patches, D features, H heads, K prototypes.
 """
 
 import collections
@@ -16,7 +17,6 @@ import math
 import os
 import re
 import shutil
-import subprocess
 import sys
 import time
 import traceback
@@ -31,26 +31,27 @@ import checkpoint
 import data
 import losses
 from model import ProjectionHead, SSLModel, Tokens, build_vit
-from tools.lib import page, sheet
-from tools.lib.cli import Parser, is_ours, pick_device, positive, run
-from tools.lib.loop import lock, read_recipes
+from tools.lib import page, runs, sheet
+from tools.lib.cli import Parser, is_ours, pick_device, positive, run, shown
+from tools.lib.files import NUMBER, read_json_file
+from tools.lib.limits import AGREES, ONE_HOT, UNIFORM
+from tools.lib.loop import lock
 
-# worst first among equals: of constant features a lost rank is the cause, uniform targets are the effect
+# worst first among equals; constant features also make targets uniform, so the lost rank is named first
 DECAY = "dense features decaying"
 WORDS = ("diverging", "rank collapse", "one-hot", "uniform", "disk full", "not saving", "stalled", DECAY, "hot",
          "starved", "warming up", "healthy", "could not look")  # fmt: skip
 CHUNK = 8  # images per forward
-AGREES = 0.05  # nats of student from teacher, as in tools/lib/loop.py: below, both say the same
 
 
 # fmt: off
 def build_parser():
     p = Parser(__doc__)
     g = p.add_argument_group("look")
-    g.add_argument("--ckpt", required=True, type=Path, help="runs/NAME/last.pth, or any checkpoint of a run")
+    g.add_argument("--ckpt", required=True, type=Path, help="folder of a run (its last.pth), or any of its checkpoints")
     g.add_argument("--data", help="processed folder; default: the one that the run was given")
     g.add_argument("--out", type=Path, help="folder to write to; default: monitor/ beside the checkpoint")
-    g.add_argument("--image", action="append", help="test image: a path of the index, with :z in a volume; repeatable")
+    g.add_argument("--image", action="append", help="test image: a path of the index, with #z in a volume; repeatable")
     g.add_argument("--images", type=positive, default=4, help="test images drawn by --seed where --image is not given")
     g.add_argument("--seed", type=int, default=0, help="of the test images; the first look decides for all")
     g.add_argument("--slices", type=positive, help="behind the numbers; default: 256 for ViT-S, 128 for -B, 64 for -L")
@@ -62,8 +63,8 @@ def build_parser():
     g = p.add_argument_group("thresholds of the verdict")
     g.add_argument("--min-std", type=float, default=0.005, help="of embeddings, 1: spread evenly; below: rank collapse")
     g.add_argument("--min-rank", type=float, default=3, help="centred effective rank of cls; below: rank collapse")
-    g.add_argument("--min-entropy", type=float, default=0.02, help="of the teacher's targets, in ln K; below: one-hot")
-    g.add_argument("--max-entropy", type=float, default=0.995, help="in ln K; above, and the student agrees: uniform")
+    g.add_argument("--min-entropy", type=float, default=ONE_HOT, help="of the teacher, share of ln K; below: one-hot")
+    g.add_argument("--max-entropy", type=float, default=UNIFORM, help="above, and the student agrees: uniform")
     g.add_argument("--min-patch-rank", type=float, default=0.5, help="share of the best look so far; below: decaying")
     g.add_argument("--max-cls-patch", type=float, default=0.9, help="mean cosine of cls and patches; above: decaying")
     g.add_argument("--max-outliers", type=float, default=0.05, help="patches of 4x the usual norm; above: decaying")
@@ -71,36 +72,17 @@ def build_parser():
     g.add_argument("--max-skips", type=int, default=2, help="skipped updates in 20 log intervals; above: diverging")
     g.add_argument("--max-spikes", type=int, default=3, help="in 20 log lines, of half the loss; above: diverging")
     g.add_argument("--min-saves", type=float, default=2, help="checkpoints that fit on the disk; below: disk full")
-    g.add_argument("--stall-factor", type=float, default=10, help="log intervals without a line: stalled, but not ...")
-    g.add_argument("--stall-minutes", type=float, default=15, help="... before so many minutes")
+    g.add_argument("--stall-factor", type=float, default=10, help="stalled: so many log intervals without a line, and ...")
+    g.add_argument("--stall-minutes", type=float, default=15, help="... at least so many minutes")
     g.add_argument("--max-wait", type=float, default=0.3, help="share of time that waits for data; above: starved")
     g.add_argument("--max-temp", type=float, default=95, help="degrees C of the hottest sensor; above: hot")
-    g.add_argument("--temp-rise", type=float, default=5, help="degrees C over the median of earlier looks while ...")
-    g.add_argument("--rate-drop", type=float, default=0.1, help="... images/s are below theirs by this share: hot")
+    g.add_argument("--temp-rise", type=float, default=5, help="hot: so many degrees C above earlier looks, and ...")
+    g.add_argument("--rate-drop", type=float, default=0.1, help="... images/s lower than theirs by this share")
     return p
 # fmt: on
 
 
 # ------------------------------------------------------------------ reading
-
-
-def read_checkpoint(path):
-    """(state, bytes) of the file as it is when opened: its name may go to a newer save, or go away, meanwhile."""
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}; has the run saved one yet (--save-every)?")
-    with open(path, "rb") as f:
-        same = Path(f"/proc/self/fd/{f.fileno()}")  # Linux: this very file, whatever happens to its name
-        before = os.fstat(f.fileno())
-        try:
-            state = checkpoint.load(same if same.exists() else path)
-        except checkpoint.BROKEN as error:
-            why = str(error).replace(str(same), str(path))
-            changed = f"{path} changed while it was read ({type(error).__name__}: {why})"
-            raise ValueError(why if str(path) in why else changed) from None
-        after = os.fstat(f.fileno())
-    if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
-        raise ValueError(f"{path} was overwritten in place while it was read; copy to another name, then rename")
-    return state, after.st_size
 
 
 def build(state, who, device):
@@ -110,36 +92,34 @@ def build(state, who, device):
         vit = build_vit(arch["name"], **arch["overrides"])
         shape = (vit.dim, args["head_hidden"], args["head_bottleneck"], args["prototypes"])
         model = SSLModel(vit, ProjectionHead(*shape), ProjectionHead(*shape))
-    model.load_state_dict(state[who], assign=True)
+    own, found = model.state_dict(), state[who]
+    if odd := own.keys() ^ found.keys() or {name for name, value in own.items() if value.shape != found[name].shape}:
+        names = ", ".join(map(shown, sorted(odd)[:3]))
+        raise ValueError(f"the {who} of the checkpoint is not of the arch that it names: {names}")
+    model.load_state_dict(found, assign=True)
     return model.float().to(device).eval().requires_grad_(False)
 
 
-def open_slices(state, root):
+def open_slices(state, root, notes):
     """val_select, which the run did not train on; of a run without a split, anything."""
-    split = None if state["args"]["no_split"] else "val_select"
-    source = data.open_source(root or state["args"]["data"], split)
+    run_args, given = state["args"], root
+    root = Path(given or run_args["data"])
+    if not given and not root.is_dir():
+        raise FileNotFoundError(f"{shown(root, 400)} is not a folder, and so the run's flags name it; give --data")
+    source = data.open_source(root) if run_args["no_split"] else data.open_for(root, "select", allow_duplicates=True)
     if source.encoding != state["encoding"]:
-        raise ValueError(f"--data {source.root} holds {source.encoding}, the run was trained on {state['encoding']}")
-    if split and (leak := sorted(set(source.groups) & set(state["trained_groups"]))):
-        raise ValueError(f"{source.root}: the run trained on {leak[0]} of val_select; give --data with the run's split")
+        raise ValueError(f"--data {root} holds {source.encoding}, the run was trained on {state['encoding']}")
+    if run_args["no_split"]:
+        return source
+    exposure = data.refuse_leak(state, source, "val_select", allow=True)
+    if exposure.groups:
+        count = f"{exposure.groups[0]} ({len(exposure.groups)} groups in all)"
+        raise ValueError(f"leak: {root}: the run trained on {count} of val_select; give --data with the run's split")
+    if not exposure.known:
+        notes.append("what the weights that the run began with were trained on is unknown: val_select may be among it")
+    if source.crossing:
+        notes.append(f"{source.crossing} sets of duplicates lie in several splits: numbers on val_select are too good")
     return source
-
-
-def recipe_of(folder, state):
-    """How the run cuts its views; a checkpoint that was copied away has no config.json: as by default."""
-    if (folder / "config.json").exists():
-        return read_recipes(json.loads((folder / "config.json").read_text()))[0]
-    base = data.RECIPES["photo" if state["encoding"] == "photo" else "ct"]
-    return dataclasses.replace(base, global_size=state["eval_view"]["size"], local_size=state["args"]["local_size"])
-
-
-def read_lines(path):
-    """Whole lines of a .jsonl file; one that is still being written, or was cut by a full disk, is left out."""
-    found = []
-    for text in path.read_text(errors="replace").splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError):
-            found.append(json.loads(text))
-    return [row for row in found if isinstance(row, dict)]
 
 
 def views(source, ids, view, patch, regions=None):
@@ -264,7 +244,8 @@ def snapshot(student, teacher, chunks, crops, centering="sinkhorn", temperature=
 
 def knn(cls, labels, groups, k=10):
     """Balanced accuracy of the k nearest of other patients, weighted by exp(cosine / 0.07); chance: 1 / classes."""
-    names, y = np.unique(labels, return_inverse=True)
+    names = sorted(set(labels))  # not np.unique of texts, where each takes the room of the longest
+    y = np.array([names.index(label) for label in labels])
     unit = F.normalize(cls, dim=-1)
     similarity = unit @ unit.T
     similarity[torch.from_numpy(groups[:, None] == groups)] = -torch.inf
@@ -280,9 +261,14 @@ def label_numbers(vit, source, path, view, most):
     Tables of nodules give a square of 50 mm around each mark, others the whole image.
     """
     rows, nodules = data.read_labels(path, unlabelled=True)
+    if nodules and source.encoding == "photo":
+        raise ValueError(f"{path} is a table of CT nodules, {source.root} holds photographs; give path,label[,group]")
     rows = [row for row in rows if row["label"].strip()]
-    known = {slice_name(source, i): i for i in range(len(source))}
-    rows = [row | {"slice": known.get(f"{row['path']}:{row.get('z')}", known.get(row["path"]))} for row in rows]
+    volumes = nodules and source.encoding == "hu16-v1"
+    texts = [row[key] for row in rows for key in ("y", "x", *("z" * volumes))] if nodules else []
+    if odd := [text for text in texts if not NUMBER.fullmatch(text) or abs(float(text)) > 1e6]:
+        raise ValueError(f"{path}: z, y or x is {shown(repr(odd[0]))}, expected pixels; write it anew")
+    rows = [row | {"slice": data.find_slice(source, row["path"], float(row["z"]) if volumes else None)} for row in rows]
     rows = [row for row in rows if row["slice"] is not None]
     rows = [rows[k] for k in data.rng(0, "limit").permutation(len(rows))[:most]]  # of tables for other splits: none
     ids, labels = [row["slice"] for row in rows], [row["label"] for row in rows]
@@ -302,22 +288,24 @@ def label_numbers(vit, source, path, view, most):
 # ------------------------------------------------------------------ pictures
 
 
-def slice_name(source, i):
-    row = source.rows[i]
-    return f"{row['path']}:{row['z']}" if source.encoding == "hu16-v1" else row["path"]
-
-
 def choose_images(source, wanted, count, seed, out):
     """{name: id} of the test images: those of the first look, else --image, else one each of different series."""
-    path, of_name = out / "images.json", {slice_name(source, i): i for i in range(len(source))}
-    names = wanted or [slice_name(source, i) for i in source.order(seed, 0, min(count, len(source)))]
+    path, of_name = out / "images.json", {data.slice_name(source, i): i for i in range(len(source))}
+    names = wanted or [data.slice_name(source, i) for i in source.order(seed, 0, min(count, len(source)))]
+    names = [re.sub(r":(\d+)$", r"#\1", name) for name in names]
     if path.exists():
-        names = json.loads(path.read_text())["images"]
-        if wanted and wanted != names:
-            raise ValueError(f"{path} remembers {', '.join(names)}; leave --image away, or give --out another folder")
+        remedy = "remove it, and the test images are chosen anew"
+        kept = read_json_file(path, {"images": list}, remedy, version=1)["images"]
+        if not kept or not all(isinstance(name, str) for name in kept):
+            raise ValueError(f"{path}: images is no list of names; {remedy}")
+        kept = [re.sub(r":(\d+)$", r"#\1", name) for name in kept]  # as they were written once
+        if wanted and names != kept:
+            said = shown(", ".join(kept), 400)
+            raise ValueError(f"{path} remembers {said}; leave --image away, or give --out another folder")
+        names = kept
     if missing := [name for name in names if name not in of_name]:
-        raise ValueError(f"test image {missing[0]} is none of the {len(source)} slices that may be looked at, such as "
-                         f"{next(iter(of_name))}; correct --image, or remove {path}")  # fmt: skip
+        raise ValueError(f"test image {shown(missing[0])} is none of the {len(source)} slices that may be looked at, "
+                         f"such as {shown(next(iter(of_name)))}; correct --image, or remove {path}")  # fmt: skip
     return {name: of_name[name] for name in names}
 
 
@@ -352,106 +340,15 @@ def pictures(vit, source, images, view, step, old):
         windows = {k: codes[..., y0:y1, x0:x1] for k, codes in sheet.inputs(raw, source.encoding).items()}
         point = sheet.marked_patch(image.mean(0), inside, grid[0])
         similarity = gram[point[0] * grid[1] + point[1]].reshape(grid)
-        colours = {(f"3 directions of step {int(first['step'])}", "colours stay comparable"): kept.colours(own),
-                   (f"3 directions of step {step}", "chosen anew"): now.colours(own)}  # fmt: skip
+        colours = {(f"PCA of step {int(first['step'])}", "colours stay comparable"): kept.colours(own)}
+        if int(first["step"]) != step:  # else they are the same
+            colours[f"PCA of step {step}", "chosen anew"] = now.colours(own)
         colours = {lines: codes.reshape(*grid, 3) for lines, codes in colours.items()}
         mm = None if photo else (x1 - x0) * source.rows[i]["spacing_x"]
         base = image if photo else image[1]
-        drawn[name] = *sheet.maps(f"step {step}: {name}", windows, base, maps, colours, similarity, point, mm), base
+        title = f"step {step}: {shown(name)}"
+        drawn[name] = *sheet.maps(title, windows, base, maps, colours, similarity, point, mm), base
     return numbers, first, drawn
-
-
-# ------------------------------------------------------------------ the run's pulse, and the machine's
-
-
-def middle(rows, key):
-    """Median of what is a finite number, else None."""
-    values = [v for r in rows if isinstance(v := r.get(key), (int, float)) and math.isfinite(v)]
-    return float(np.median(values)) if values else None
-
-
-def course(rows):
-    """Where DINO + iBOT goes after the warm-up: KoLeo may be negative, and Gram joins late."""
-    points = [(r["step"], r.get("dino", math.nan) + r.get("ibot", 0)) for r in rows]
-    points = [point for point in points if math.isfinite(point[1])]
-    if len(points) < 5:
-        return {}
-    steps, values = np.array(points).T
-    smooth = np.array([np.median(values[k : k + 5]) for k in range(len(values) - 4)])
-    late = slice(-max(5, len(values) // 4), None)
-    slope = np.polyfit(steps[late], values[late], 1)[0]
-    return {"rise": float(smooth[-1] / max(smooth.min(), 1e-9) - 1), "slope_per_1000": float(1000 * slope)}
-
-
-def pulse(lines, age_s, args):
-    """What metrics.jsonl says of a run with these flags; its last line is age_s old -> dict, empty without a line."""
-    rows, events = page.counted(lines, "loss"), [r for r in lines if "event" in r]
-    if not rows:
-        return {}
-    last, recent = rows[-1], rows[-20:]
-    found = {key: last.get(key) for key in ("loss", "dino", "ibot", "excess", "lr")}
-    found |= {key: middle(rows[-5:], key) for key in "teacher_entropy kl rankme images_s data_wait memory_gb".split()}
-    found |= course([r for r in rows if r["step"] > args["grace"]])
-    found |= {"last_step": last["step"], "finished": last["step"] >= args["steps"] + args["extend"], "age_s": age_s}
-    found["log_interval_s"] = args["log_every"] * args["batch_size"] / (found["images_s"] or math.inf)
-    found["eta_h"] = max(last.get("seconds_to_go", 0) - age_s, 0) / 3600
-    found["nonfinite_loss"] = int(not math.isfinite(last["loss"]))
-    usual = [middle(rows[max(0, k - 10) : k], "loss") or math.inf for k in range(1, len(rows))]
-    found["spikes"] = sum(r["loss"] > u + 0.5 * abs(u) for r, u in list(zip(rows[1:], usual))[-20:])
-    since = last["step"] - 20 * args["log_every"]
-    found["skipped"] = sum(e["event"].startswith("skipped: loss") and e["step"] > since for e in events)
-    for name, key in (("images_s_change", "images_s"), ("memory_change", "memory_gb")):  # shares, since the start
-        was, now = middle(rows[1:21], key), middle(recent, key)
-        found[name] = now / was - 1 if was and now else None
-    saves = [e["event"] for e in events if e["event"].startswith(("saved", "SAVE FAILED"))]
-    found["failed_save"] = saves[-1] if saves and saves[-1] != "saved" else None
-    found["last_event"] = events[-1]["event"] if events else None
-    return found
-
-
-def read_text(path):
-    with contextlib.suppress(OSError, UnicodeDecodeError):  # sensors of sleeping devices cannot be read
-        return path.read_text().strip()
-    return ""
-
-
-def sensors(root):
-    """Readable temperatures, powers and fans of hwmon (amdgpu is one) and thermal zones -> {"name (C)": value}."""
-    found = {}
-    for path in sorted(root.glob("class/hwmon/hwmon*/*_*")) + sorted(root.glob("class/thermal/thermal_zone*/temp")):
-        kind = re.fullmatch(r"(temp|power|fan)(\d*)(_input|_average|)", path.name)
-        if kind and re.fullmatch(r"-?\d+", text := read_text(path)):
-            label = read_text(path.parent / f"{kind[1]}{kind[2]}_label") or kind[1] + kind[2]
-            owner = read_text(path.parent / ("name" if kind[3] else "type"))
-            unit, scale = {"temp": ("C", 1e3), "power": ("W", 1e6), "fan": ("rpm", 1)}[kind[1]]
-            found[f"{path.parent.name} {owner} {label} ({unit})"] = int(text) / scale
-    return found
-
-
-def ask(*command):
-    """What a program prints; nothing where it is not installed, fails or hangs."""
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout
-    return ""
-
-
-def card_sensors():
-    """The same from nvidia-smi and rocm-smi."""
-    found, answers = {}, {}
-    query = "--query-gpu=temperature.gpu,power.draw,fan.speed"
-    for k, line in enumerate(ask("nvidia-smi", query, "--format=csv,noheader,nounits").splitlines()):
-        answers[f"nvidia {k}"] = dict(zip(("temperature (C)", "power (W)", "fan (%)"), line.split(",")))
-    with contextlib.suppress(ValueError):
-        answers |= json.loads(ask("rocm-smi", "--showtemp", "--showpower", "--showfan", "--json"))
-    for card, values in answers.items():
-        for key, value in values.items():
-            with contextlib.suppress(ValueError):  # "N/A", "[Not Supported]"
-                found |= {f"{card} {key}": float(value)} if key.endswith(("(C)", "(W)", "(%)")) else {}
-    return found
-
-
-def hottest(values):
-    return max((value for name, value in values.items() if name.endswith("(C)")), default=None)
 
 
 # ------------------------------------------------------------------ verdict
@@ -465,7 +362,7 @@ class Finding(NamedTuple):
 
 def throttling(beat, heat, history, rise, drop):
     """One sentence if it has become hotter while images/s fell, against the medians of earlier looks."""
-    before = [(hottest(h["sensors"]), h["pulse"].get("images_s")) for h in history]
+    before = [(runs.hottest(h["sensors"]), h["pulse"].get("images_s")) for h in history]
     before = [pair for pair in before if None not in pair]
     if len(before) < 3 or heat is None or not beat.get("images_s"):
         return None
@@ -476,12 +373,18 @@ def throttling(beat, heat, history, rise, drop):
             f"{rate:.4g} to {beat['images_s']:.4g} (--rate-drop {drop:g})")  # fmt: skip
 
 
-def judge(n, beat, heat, history, warming, args):
-    """Numbers, pulse, hottest sensor and earlier looks -> findings, worst first.
+def told_apart(value, limit, digits=5):
+    """A number with as many digits as show that it is not the limit."""
+    texts = [f"{value:.{n}g}" for n in range(digits, 18)]
+    return next((text for text in texts if float(text) != limit), texts[0])
+
+
+def judge(n, beat, heat, history, alike, warming, args):
+    """Numbers, pulse, hottest sensor and earlier looks -> findings, worst first. alike: looks with this one's setting.
 
     Warm-up excuses what must first be learned, not what is broken: NaN, a dead process, a full disk, heat.
     """
-    best = max([h["numbers"].get("patch_rank") or 0 for h in history if not h["warming"]], default=0)
+    best = max([h["numbers"].get("patch_rank") or 0 for h in alike if not h["warming"]], default=0)
     kept = n["patch_rank"] / best if best and "patch_rank" in n else None
     targets, logged = n.get("teacher_entropy"), beat.get("teacher_entropy")
     agree = n.get("kl", 1) < AGREES or (targets or 0) > 0.99999  # a dead teacher has no student that agrees
@@ -511,15 +414,17 @@ def judge(n, beat, heat, history, warming, args):
     found = []
     for word, level, always, what, value, sign, limit, flag in rules:
         if value is not None and (always or not warming) and (value > limit if sign == ">" else value < limit):
-            found.append(Finding(word, level, f"{what}: {value:.5g} {sign} {limit:g} ({flag})"))
+            found.append(Finding(word, level, f"{what}: {told_apart(value, limit)} {sign} {limit:g} ({flag})"))
     patience = max(60 * args.stall_minutes, args.stall_factor * beat.get("log_interval_s", 0))
     if beat.get("age_s", 0) > patience and not beat["finished"]:
-        age = f"minutes since metrics.jsonl grew: {beat['age_s'] / 60:.0f} > {patience / 60:.0f}"
+        minutes = told_apart(beat["age_s"] / 60, patience / 60, 2 + (patience > 6000))
+        age = f"minutes since metrics.jsonl grew: {minutes} > {patience / 60:.4g}"
         flags = "(--stall-minutes, --stall-factor)"
         found.append(Finding("stalled", 2, f"{age} {flags}; last event: {beat['last_event']}"))
     if failed := beat.get("failed_save"):
         word = "disk full" if "No space left" in failed else "not saving"
-        found.append(Finding(word, 2, f"the last save failed: {failed}"))
+        reason = failed.removeprefix("SAVE FAILED: ")
+        found.append(Finding(word, 2, f"the last save to {args.ckpt.parent} failed: {reason}"))
     if text := throttling(beat, heat, history, args.temp_rise, args.rate_drop):
         found.append(Finding("hot", 1, text))
     return sorted(found, key=lambda f: (-f.level, WORDS.index(f.word)))
@@ -533,15 +438,28 @@ def plain(values):
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
+@contextlib.contextmanager
+def writing(path):
+    """Errors of what is written in here name a path, which "No space left on device" alone does not."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
 def write_status(status, out, prom):
-    checkpoint.write_text(out / "status.json", json.dumps(status, indent=1, allow_nan=False))
-    checkpoint.write_text(prom or out / "metrics.prom", page.prometheus(status, WORDS))
+    with writing(out):
+        checkpoint.write_text(out / "status.json", json.dumps(status, indent=1, allow_nan=False))
+    prom = prom or out / "metrics.prom"
+    with writing(prom):
+        checkpoint.write_text(prom, page.prometheus(status, WORDS))
 
 
 # ------------------------------------------------------------------ main
 
 
-def measure(state, source, images, out, args):
+def measure(state, source, images, out, args, notes):
     """All that takes time -> (numbers, contents of first.npz, drawn pictures)."""
     run_args, view, device = state["args"], state["eval_view"], args.device
     teacher, student = (build(state, who, device) for who in ("teacher", "student"))
@@ -556,7 +474,7 @@ def measure(state, source, images, out, args):
     temperature = start + (end - start) * min(1, state["step"] / max(run_args["teacher_temp_warmup"], 1))
     numbers = snapshot(
         student, teacher, views(held, range(len(held)), view, vit.patch_size),
-        training_views(fewer, recipe_of(args.ckpt.parent, state), vit.patch_size),
+        training_views(fewer, runs.recipe_of(args.ckpt.parent, state), vit.patch_size),
         run_args["centering"], temperature, run_args["student_temp"], state["centers"].get("cls", torch.zeros(1)),
     )  # fmt: skip
     if len(numbers) == 1:
@@ -566,63 +484,113 @@ def measure(state, source, images, out, args):
         numbers |= label_numbers(vit, source, path, view, len(fewer))
     path, old = out / "first.npz", {}
     if path.exists():
-        with np.load(path) as file:
-            old = dict(file)
+        try:
+            old = sheet.read_first(path)
+        except ValueError as error:
+            notes.append(f"{path} is damaged ({shown(error, 200)}): this look counts as the first, and its colours")
     more, first, drawn = pictures(vit, source, images, view, state["step"], old)
     return numbers | more, first, drawn
 
 
+def take_pulse(folder, state, size, notes):
+    """What the run's folder says beside its checkpoint -> (rows of metrics.jsonl, pulse)."""
+    log, total = folder / "metrics.jsonl", state["args"]["steps"] + state["args"]["extend"]
+    lines, skipped = runs.read_log(log)
+    age_s, free = time.time() - log.stat().st_mtime if lines else 0.0, shutil.disk_usage(folder).free
+    beat = runs.pulse(lines, max(age_s, 0.0), state["args"])
+    beat |= {"disk_free_gb": free / 1e9, "checkpoint_gb": size / 1e9, "saves_that_fit": free / size}
+    if skipped:
+        notes.append(f"{skipped} damaged lines of {log} were skipped")
+    if age_s < -60:
+        notes.append(f"{log} is dated {-age_s / 60:.0f} minutes ahead of this machine's clock: no stall can be seen")
+    if beat.get("finished"):
+        notes.append(f"the run is finished: {beat['last_step']} of {total:,.0f} updates are done")
+    return lines, beat
+
+
+def recall(state, source, images, numbers, out, args, notes):
+    """(setting of this look, all other looks, those of them with this setting).
+
+    A look with the same step and setting is left out: this one takes its place. Rows without a setting are old.
+    """
+    setting = {"slices": numbers.get("slices", args.slices), "images": list(images), "index": source.index_sha256[:16],
+               "labels": args.labels and str(args.labels)}  # fmt: skip
+    path = out / "history.jsonl"
+    history, skipped = runs.read_history(path)
+    history = [h for h in history if h["step"] != state["step"] or h.get("setting") not in (None, setting)]
+    alike = [h for h in history if h.get("setting") in (None, setting)]
+    if skipped:
+        notes.append(f"{skipped} damaged lines of {path} were skipped, and are gone from it now")
+    if len(alike) < len(history):
+        notes.append(f"{len(history) - len(alike)} looks with other --slices, --labels or images are not compared")
+    return setting, history, alike
+
+
 def look(args, out):
     """The whole look -> exit code. Everything is known and printed before anything is written."""
-    began, folder = time.time(), args.ckpt.parent
-    state, size = read_checkpoint(args.ckpt)
-    del state["optimizer"], state["gram"]  # half of the memory
-    source, log = open_slices(state, args.data), folder / "metrics.jsonl"
+    began, folder, notes = time.time(), args.ckpt.parent, []
+    state, size = runs.read_checkpoint(args.ckpt)
+    source = open_slices(state, args.data, notes)
     images = choose_images(source, args.image, args.images, args.seed, out)
-    numbers, first, drawn = measure(state, source, images, out, args)
-    history, lines, free = read_lines(out / "history.jsonl"), read_lines(log), shutil.disk_usage(folder).free
-    beat = pulse(lines, time.time() - log.stat().st_mtime if lines else 0.0, state["args"])
-    beat |= {"disk_free_gb": free / 1e9, "checkpoint_gb": size / 1e9, "saves_that_fit": free / size}
-    heat, warming = sensors(args.sysfs) | card_sensors(), state["step"] <= state["args"]["grace"]
-    findings = judge(numbers, beat, hottest(heat), history, warming, args)
+    numbers, first, drawn = measure(state, source, images, out, args, notes)
+    lines, beat = take_pulse(folder, state, size, notes)
+    setting, history, alike = recall(state, source, images, numbers, out, args, notes)
+    heat, warming = runs.sensors(args.sysfs) | runs.card_sensors(), state["step"] <= state["args"]["grace"]
+    findings = judge(numbers, beat, runs.hottest(heat), history, alike, warming, args)
     verdict = findings[0].word if findings else "warming up" if warming else "healthy"
     when = datetime.datetime.fromtimestamp(began, datetime.timezone.utc).isoformat(timespec="seconds")
     status = {"version": 1, "run": folder.resolve().name, "step": state["step"], "when": when, "time": began,
               "verdict": verdict, "code": max((f.level for f in findings), default=0), "warming": warming,
-              "seconds": time.time() - began, "findings": [f._asdict() for f in findings],
-              "numbers": plain(numbers), "pulse": plain(beat), "sensors": heat}  # fmt: skip
-    print(f"{status['run']} step {state['step']}: {verdict}", *(f"  {f.word}: {f.text}" for f in findings), sep="\n")
+              "seconds": time.time() - began, "findings": [f._asdict() for f in findings], "notes": notes,
+              "setting": setting, "numbers": plain(numbers), "pulse": plain(beat), "sensors": heat}  # fmt: skip
+    print(f"{shown(status['run'])} step {state['step']}: {verdict}")
+    print(*(f"  {f.word}: {shown(f.text, 600)}\n" for f in findings), *(f"note: {n}\n" for n in notes), sep="", end="")
     write_status(status, out, args.prom)
-    history.append({k: v for k, v in status.items() if k != "findings"})
-    checkpoint.write_text(out / "history.jsonl", "".join(json.dumps(h) + "\n" for h in history))
-    shown = {}
-    if drawn:
-        chosen = {"version": 1, "seed": args.seed, "images": list(images)}
-        checkpoint.write_text(out / "images.json", json.dumps(chosen, indent=1))
-        checkpoint.atomic_write(out / "first.npz", lambda f: np.savez(f, **first))
-        now, then = (out / f"step_{n:08d}" for n in (state["step"], int(first["step"])))
-        sheet.save_look(now, drawn)
-        shown = {"First look to now": sorted(now.glob("strip_*.png")), "Now": [now / "sheet.png"]}
-        shown |= {"First look": [then / "sheet.png"]} if then != now and (then / "sheet.png").exists() else {}
-    looks = [{"step": h["step"], **h["numbers"], "temperature": hottest(h["sensors"])} for h in history]
-    limits = {key: value for key, value in vars(args).items() if key.startswith(("min_", "max_"))}
-    print(checkpoint.write_text(out / "report.html", page.run_page(status, looks, lines, limits, shown)))
+    own = {key: value for key, value in status.items() if key not in ("findings", "notes")}
+    with writing(out):
+        checkpoint.write_text(out / "history.jsonl", "".join(json.dumps(h) + "\n" for h in [*history, own]))
+        sections = draw(out, args.seed, state["step"], images, first, drawn, notes) if drawn else {}
+        looks = sorted([*alike, own], key=lambda h: h["step"])
+        looks = [{"step": h["step"], **h["numbers"], "temperature": runs.hottest(h["sensors"])} for h in looks]
+        limits = {key: value for key, value in vars(args).items() if key.startswith(("min_", "max_"))}
+        report = checkpoint.write_text(out / "report.html", page.run_page(status, looks, lines, limits, sections))
+    print(shown(report, 400))
     return status["code"]
 
 
+def draw(out, seed, step, images, first, drawn, notes):
+    """Write the pictures of a look, and what later looks need of it -> {title: pictures of the page}."""
+    chosen = {"version": 1, "seed": seed, "images": list(images)}
+    checkpoint.write_text(out / "images.json", json.dumps(chosen, indent=1))
+    checkpoint.atomic_write(out / "first.npz", lambda f: np.savez(f, **first))
+    now, then = (out / f"step_{n:08d}" for n in (step, int(first["step"])))
+    strips, unread = sheet.save_look(now, drawn)
+    if unread:
+        notes.append(f"{unread} pictures of earlier looks cannot be read and are missing in the strips")
+        print(f"note: {notes[-1]}")
+    earlier = [then / "sheet.png"] if then != now and (then / "sheet.png").exists() else []
+    sections = {"First look to now": strips, "Now": [now / "sheet.png"], "First look": earlier}
+    return {title: paths for title, paths in sections.items() if paths}
+
+
 def blind(error, out, args):
-    """Say why there is no verdict -> 3; a disk that cannot take this look cannot take a checkpoint either -> 2."""
+    """Say why there is no verdict -> 3; where the run's own disk is full, no checkpoint will fit there either -> 2."""
     if isinstance(error, ValueError) and not is_ours(error):
         traceback.print_exception(error)  # not a sentence of ours: where it came from helps
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    verdict, reason = "could not look", " ".join(str(error).split())
-    if full:
-        verdict, reason = "disk full", f"{reason}, when writing to {out or args.ckpt.parent}"
+    verdict, reason = "could not look", shown(" ".join(str(error).split()), 1000)
+    folder = args.ckpt.parent
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = Path(error.filename or out or folder)
+        where = next(path for path in (where, *where.absolute().parents) if path.exists())
+        if where.stat().st_dev == folder.stat().st_dev:
+            verdict = "disk full"
+        else:
+            free = shutil.disk_usage(folder).free / 1e9
+            reason += f"; the disk of the run is another one, with {free:.1f} GB free: make room, or change --out"
     print(f"{verdict}: {reason}", file=sys.stderr)
-    now = time.time()
-    status = {"version": 1, "run": args.ckpt.resolve().parent.name, "step": -1, "time": now, "verdict": verdict,
-              "code": 2 if full else 3, "findings": [{"word": verdict, "text": reason}], "numbers": {}, "pulse": {},
-              "sensors": {}}  # fmt: skip
+    status = {"version": 1, "run": folder.resolve().name, "step": -1, "time": time.time(), "verdict": verdict,
+              "code": 2 if verdict == "disk full" else 3, "findings": [{"word": verdict, "text": reason}], "notes": [],
+              "numbers": {}, "pulse": {}, "sensors": {}}  # fmt: skip
     with contextlib.suppress(OSError):
         if out:
             write_status(status, out, args.prom)
@@ -631,12 +599,13 @@ def blind(error, out, args):
 
 def main(argv=None):
     args = build_parser().parse_args(argv)
+    args.ckpt = args.ckpt / "last.pth" if args.ckpt.is_dir() else args.ckpt
     out, held = args.out or args.ckpt.parent / "monitor", None
     torch.set_num_threads(args.threads)
     try:
         args.device = pick_device(args.device)
-        if not args.ckpt.parent.is_dir():
-            raise FileNotFoundError(f"--ckpt {args.ckpt}: {args.ckpt.parent} is not a folder")
+        if not args.ckpt.parent.is_dir() or (args.ckpt.suffix != ".pth" and not args.ckpt.exists()):
+            raise FileNotFoundError(f"--ckpt {args.ckpt} does not exist; name the folder of a run, or its last.pth")
         out.mkdir(parents=True, exist_ok=True)
         held = lock(out, patience_s=1)
         return look(args, out)

@@ -6,6 +6,7 @@ import math
 import os
 import pickle
 import random
+import re
 import resource
 import stat
 import struct
@@ -265,6 +266,164 @@ def test_a_strangers_file_is_refused_in_one_line_and_runs_nothing(tmp_path):
     assert latest(tmp_path) is None
 
 
+def rezipped(path, change):
+    """The archive at `path` written again by zipfile; `change(name, data)` gives other (ZipInfo, data) pairs."""
+    with zipfile.ZipFile(path) as archive:
+        members = [(item.filename, archive.read(item)) for item in archive.infolist()]
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in members:
+            for item, other in change(name, data):
+                archive.writestr(item, other)
+
+
+def member(name, method=zipfile.ZIP_STORED, attributes=0o100600 << 16):
+    item = zipfile.ZipInfo(name)
+    item.compress_type, item.external_attr = method, attributes
+    return item
+
+
+def swapped(name, data):
+    return {"archive/data/0": "archive/data/1", "archive/data/1": "archive/data/0"}.get(name, name)
+
+
+ODD_ZIPS = {  # what is not from torch.save, though every CRC is right
+    "deflated": lambda n, d: [(member(n, zipfile.ZIP_DEFLATED * n.endswith("data/0")), d)],
+    "bzip2": lambda n, d: [(member(n, zipfile.ZIP_BZIP2), d)],
+    "shortened": lambda n, d: [(member(n), d[:8] if n.endswith("data/0") else d)],
+    "lengthened": lambda n, d: [(member(n), d + d if n.endswith("data/0") else d)],
+    "swapped": lambda n, d: [(member(swapped(n, d)), d)],  # a tensor of 24 bytes and one of 4
+    "link": lambda n, d: [(member(n, attributes=0o120777 << 16 if n.endswith("data/0") else 0), d)],
+    "two of one name": lambda n, d: [(member(n), d)] + [(member(n.upper()), d[::-1])] * n.endswith("data/0"),
+    "bytearray": lambda n, d: [(member(n), d.replace(b"K\x01", b"c__builtin__\nbytearray\nJ\0\0\0\x7f\x85R", 1))],
+    "memory of no member": lambda n, d: [(member(n), d.replace(b"K\x01", b"ctorch\nFloatTensor\nM\0\x10\x85R", 1))],
+}
+
+
+@pytest.mark.parametrize("odd", ODD_ZIPS)
+def test_a_zip_that_torch_save_would_not_write_is_refused(tmp_path, odd):
+    """Of most of these torch.load returns numbers, and other ones than were saved."""
+    path = save(tmp_path / "a.pth", small())
+    rezipped(path, lambda name, data: [(member(name), data)])
+    assert same(load(path)["w"], small()["w"])  # zipfile's own way to write is no reason
+    rezipped(path, ODD_ZIPS[odd])
+    with zipfile.ZipFile(path) as archive:
+        assert archive.testzip() is None
+    with pytest.raises(ValueError, match="older step_") as caught:
+        load(path)
+    assert "\n" not in str(caught.value) and str(caught.value).startswith(f"{path}: not a whole and safe")
+    assert latest(tmp_path) is None
+
+
+@pytest.mark.parametrize("before, after", [(b"#!/bin/sh\n", b""), (b"", b"comment")])
+def test_bytes_around_the_zip_are_refused(tmp_path, before, after):
+    path = save(tmp_path / "a.pth", small())
+    content = bytearray(path.read_bytes())
+    content[-2:] = len(after).to_bytes(2, "little")  # a zip may end with a comment of that length
+    path.write_bytes(before + content + after)
+    assert zipfile.is_zipfile(path) and notice(path)
+
+
+def test_a_bomb_is_refused_before_it_is_unpacked(tmp_path, monkeypatch):
+    path, zeros = save(tmp_path / "a.pth", small()), bytes(50_000_000)
+    rezipped(path, lambda n, d: [(member(n, zipfile.ZIP_DEFLATED), zeros if n.endswith("data/0") else d)])
+    assert path.stat().st_size < 100_000
+    monkeypatch.setattr(zipfile.ZipFile, "testzip", lambda self: pytest.fail("unpacked"))
+    assert "compressed" in notice(path)
+
+
+def test_a_tensor_that_claims_more_than_the_file_holds_is_refused(tmp_path):
+    path = tmp_path / "a.pth"
+    for name in ("student", "teacher", "centers"):
+        with pytest.raises(ValueError, match=f"field {name} is .*expected a dict of tensors"):
+            save(path, {name: {"w": torch.ones(1).expand(10**12)}})
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match="field centers"):
+        save(path, {"centers": torch.ones(1).expand(10**8)})  # as a sequence it would be 10^8 tensors
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 200_000  # KB
+    assert not os.listdir(tmp_path)
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path, capfd):
+    for path in (tmp_path / "pipe.pth", step_path(tmp_path, 1), tmp_path / "last.pth"):
+        os.mkfifo(path)
+        with pytest.raises(ValueError, match="not a regular file.*older step_") as caught:
+            load(path)
+        assert str(caught.value).startswith(f"{path}: ")
+    assert latest(tmp_path) is None and capfd.readouterr().err.count("a folder, pipe or device") == 2
+    with pytest.raises(ValueError, match="not a regular file"):
+        load("/dev/zero")
+    with pytest.raises(ValueError, match="not a regular file"):
+        load(tmp_path)
+
+
+# what the fields hold
+
+ARCH = {"name": "vit_test", "overrides": {"layerscale": 1.0, "depth": 3, "gated": True}}
+RIGHT = {
+    "step": 5, "images": 2**40, "gram_refreshes": 0, "args": {"lr": 1e-3, "sizes": None}, "arch": ARCH,
+    "encoding": "hu16-v1", "eval_view": {"size": 224, "window": [40, 400.0]}, "trained_groups": ["lidc/1", "lidc/2"],
+    "index_sha256": "1" * 64, "split_sha256": None, "student": {"w": torch.ones(2)}, "teacher": {"w": torch.ones(2)},
+    "gram": None, "centers": {}, "optimizer": {"w": {"step": torch.tensor(1.0)}},
+}  # fmt: skip
+WRONG = {
+    "step": ["5", -1, 1.0, None, True, 10**30, torch.tensor(5), [5]],
+    "images": ["1", 2.5],
+    "gram_refreshes": [None, "none"],
+    "args": [["lr", 1], None, "lr", {1: 2}],
+    "arch": [None, "vit_test", {}, {"overrides": {}}, {"name": "vit_test"}, {"name": 3, "overrides": {}}]
+    + [{"name": "vit_test", "overrides": o} for o in ([], None, {"depth": 10**9}, {"dim": 10**12}, {"dim": "64"})]
+    + [{"name": "vit_test", "overrides": {"layerscale": math.nan}}, {"name": "vit_test", "overrides": {7: 7}}],
+    "encoding": [None, 3, ["hu16-v1"]],
+    "eval_view": [None, 224, {}, {"size": 224}, {"size": "224", "window": None}, {"size": 0, "window": None}]
+    + [{"size": 10**9, "window": None}, {"size": 224, "window": "40"}, {"size": 224, "window": [40]}],
+    "trained_groups": ["lidc/1", 7, {"lidc/1": 1}, ["lidc/1", 7], torch.ones(2)],
+    "index_sha256": [7, ["1"]],
+    "split_sha256": [False],
+    "student": [None, [], "w", {"w": 1}, {"w": [torch.ones(2)]}, {1: torch.ones(2)}, torch.ones(2)]
+    + [{"w": torch.ones(2).to_sparse()}, {"w": torch.empty(2, device="meta")}],
+    "teacher": [None, 3, {"w": None}],
+    "gram": [7, "none", {"w": 1}],
+    "centers": [None, [1.0]],
+    "optimizer": [None, [], {1: {}}],
+}
+
+
+@pytest.mark.parametrize("field", RIGHT)
+def test_a_field_of_a_wrong_type_is_named_with_its_value(tmp_path, field):
+    path = save(tmp_path / "right.pth", RIGHT)
+    assert load(path, fields=RIGHT).keys() == {"format", "version", *RIGHT}
+    for wrong in WRONG[field]:
+        torch.save({"format": "dinox", "version": 1, **RIGHT, field: wrong}, path)  # as another program would
+        with pytest.raises(ValueError, match=f"field {field} is .*, expected .*; use an older step_") as caught:
+            load(path)
+        message = str(caught.value)
+        assert type(caught.value) is ValueError and message.startswith(f"{path}: ") and "\n" not in message, wrong
+        assert len(message) < len(str(path)) + 300, message
+        with pytest.raises(ValueError, match=f"field {field} is"):  # nor is it saved
+            save(tmp_path / "none.pth", {**RIGHT, field: wrong})
+
+
+def test_what_a_field_may_be(tmp_path):
+    """None as `trained_groups` says that nobody knows them; an absent field is missed only by those who ask for it."""
+    gram = {"gram": {"w": torch.ones(2)}, "trained_groups": None, "eval_view": {"size": 64, "window": None}}
+    path = save(tmp_path / "a.pth", {**RIGHT, **gram, "split_sha256": "2" * 64})
+    assert load(path)["trained_groups"] is None
+    save(path, {"step": 1})
+    assert load(path)["step"] == 1
+    with pytest.raises(ValueError, match="field teacher is missing; use an older"):
+        load(path, fields=("step", "teacher"))
+
+
+def test_odd_format_and_version_are_one_line(tmp_path):
+    path = tmp_path / "a.pth"
+    for format_, version in [(torch.ones(2), 1), (["dinox"], 1), ("x" * 10**6, 1), ("dinox", torch.ones(2)),
+                             ("dinox", True), ("dinox", "1"), ("dinox", 10**300)]:  # fmt: skip
+        torch.save({"format": format_, "version": version}, path)
+        with pytest.raises(ValueError, match="format|version") as caught:
+            load(path)
+        assert len(str(caught.value)) < len(str(path)) + 300 and "\n" not in str(caught.value)
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="none.pth"):
         load(tmp_path / "none.pth")
@@ -342,6 +501,50 @@ def test_latest_takes_last_when_no_step_file_verifies(tmp_path, capfd):
     assert latest(tmp_path) == tmp_path / "last.pth" and capfd.readouterr().err.endswith("using last.pth\n")
     damage(tmp_path / "last.pth")
     assert latest(tmp_path) is None and capfd.readouterr().err.count("no other verifies\n") == 2
+
+
+def test_a_file_that_goes_away_meanwhile_is_not_called_broken(tmp_path, monkeypatch, capfd):
+    """A reader lists the folder; before it opens the files, the run has saved two more and rotated."""
+    real, paths = checkpoint.verify, [save(step_path(tmp_path, step), small(step)) for step in (1, 2)]
+
+    def verify_late(path):
+        if paths:
+            paths.pop().unlink()
+            paths.pop().unlink()
+            for step in (3, 4):
+                save(step_path(tmp_path, step), small(step))
+        return real(path)
+
+    monkeypatch.setattr(checkpoint, "verify", verify_late)
+    assert latest(tmp_path) == step_path(tmp_path, 4) and capfd.readouterr() == ("", "")
+    step_path(tmp_path, 5).symlink_to(tmp_path / "none")  # a name without a file does not go away
+    assert latest(tmp_path) == step_path(tmp_path, 4) and "step_00000005" in capfd.readouterr().err
+
+
+def test_rotation_beside_one_that_deletes_too(tmp_path, monkeypatch):
+    paths = [save(step_path(tmp_path, step), small(step)) for step in (1, 2, 3)]
+    point_last(tmp_path, paths[2])
+    real = Path.samefile
+
+    def late(self, other):
+        self.unlink()
+        return real(self, other)
+
+    monkeypatch.setattr(Path, "samefile", late)
+    rotate(tmp_path, 1, 0)
+    assert checkpoint.step_files(tmp_path) == [paths[2]]
+
+
+def test_neither_a_clock_nor_a_time_of_a_file_decides(tmp_path, monkeypatch):
+    clock = itertools.count(2_000_000_000, -10_000)
+    monkeypatch.setattr(time, "time", lambda: next(clock))
+    saver = Saver(tmp_path, 2, 0)
+    for step in (1, 2, 10**15):
+        saver.save(step, small(step))
+        saver.wait()
+        os.utime(step_path(tmp_path, step), (2e9 - step % 10**9,) * 2)
+    assert latest(tmp_path) == step_path(tmp_path, 10**15) and len(checkpoint.step_files(tmp_path)) == 2
+    assert all(0 <= event["seconds"] < 60 and event["stall_s"] >= 0 for event in saver.events)
 
 
 def test_an_empty_or_missing_folder_has_no_latest(tmp_path, capfd):
@@ -441,6 +644,67 @@ def test_sweep_takes_only_leftovers_of_saves(tmp_path):
         (tmp_path / name).write_bytes(b"")
     assert sorted(p.name for p in sweep(tmp_path)) == sorted(stale)
     assert sorted(os.listdir(tmp_path)) == sorted(keep)
+
+
+# weights and optimizer state by name
+
+
+def shared(net, optimizer):
+    return {"student": checkpoint.pack_weights(net), "optimizer": checkpoint.pack_optimizer(optimizer, net)}
+
+
+def one_step(net, optimizer):
+    optimizer.zero_grad()
+    net(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    return {name: checkpoint.full(p).detach() for name, p in net.named_parameters()}
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_weights_and_optimizer_go_on_to_the_bit(tmp_path, sharded):
+    """Also into another grouping, and into shards and out of them."""
+    net, optimizer = trained()
+    path = save(tmp_path / "a.pth", {"step": 3, **shared(net, optimizer)})
+    expected = one_step(net, optimizer)
+    torch.manual_seed(1)
+    other = torch.nn.Linear(3, 2)
+    if sharded:
+        torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+        from torch.distributed.fsdp import fully_shard
+
+        fully_shard(other)
+    try:
+        groups = [{"params": [other.bias]}, {"params": [other.weight]}]
+        other_optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95))
+        state = load(path)
+        checkpoint.unpack_weights(other, state["student"])
+        checkpoint.unpack_optimizer(other_optimizer, other, state["optimizer"])
+        assert same(shared(other, other_optimizer), {k: state[k] for k in ("student", "optimizer")})
+        state["student"]["weight"].zero_()  # copied, not held
+        state["optimizer"]["weight"]["exp_avg"].zero_()
+        assert same(one_step(other, other_optimizer), expected)
+    finally:
+        if sharded:
+            torch.distributed.destroy_process_group()
+
+
+def test_weights_of_another_net_are_refused_by_name(tmp_path):
+    net, optimizer = trained()
+    before, state = {k: v.clone() for k, v in net.state_dict().items()}, checkpoint.pack_weights(net)
+    for wrong in ({"weight": state["weight"]}, {**state, "more": torch.ones(1)}, {**state, "bias": torch.ones(1)}):
+        with pytest.raises(ValueError, match="differ in (bias|more); was the architecture changed"):
+            checkpoint.unpack_weights(net, wrong)  # a bias of one number would fill both
+    assert same(dict(net.state_dict()), before)
+    moments = checkpoint.pack_optimizer(optimizer, net)["bias"]
+    for wrong in (7, [], {"step": 3}, {**moments, "exp_avg": torch.ones(1)}, {**moments, "exp_avg": None}):
+        with pytest.raises(ValueError, match="the optimizer's bias; was the architecture changed"):
+            checkpoint.unpack_optimizer(optimizer, net, {"bias": wrong})
+    checkpoint.unpack_optimizer(torch.optim.AdamW(net.parameters()), net, {})  # before the first update there is none
+
+
+def test_no_other_file_of_ours_is_named():
+    source = (ROOT / "checkpoint.py").read_text()
+    assert not re.search(r"\b\w+\.py\b|\btools/|--[a-z]", source)
 
 
 # the background thread

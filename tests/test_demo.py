@@ -2,17 +2,18 @@
 
 import importlib
 import json
+import math
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 
 import train_ssl
 from tools import demo
+from tools.lib import judge, sheet
 
 ROOT = Path(__file__).resolve().parent.parent
 TOY_LEARN = (
@@ -40,10 +41,11 @@ def parse(command):
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_every_command_of_the_plan_is_one_that_the_programs_take(device):
     commands = [c for stage in demo.plan("runs/demo", device, 1.0, 400) for c in stage.commands]
-    assert len(commands) == len(demo.NAMES) - 1  # the report is made here
+    assert all(stage.commands for stage in demo.plan("runs/demo", device, 1.0, 400)[:-1])  # the report is made here
     names = [parse(command)[0] for command in commands]
     assert [name for name in names if not (ROOT / name).exists()] == []
-    for broken in (commands[0] + " --no-such-flag 1", commands[7].replace("--nproc-per-node", "--no-such-flag")):
+    (launched,) = (command for command in commands if command.startswith("torchrun"))
+    for broken in (commands[0] + " --no-such-flag 1", launched.replace("--nproc-per-node", "--no-such-flag")):
         with pytest.raises(SystemExit):
             parse(broken)
 
@@ -71,13 +73,71 @@ def test_updates_per_minute_come_from_the_later_half(tmp_path):
         demo.updates_per_minute(tmp_path)
 
 
-def test_lines_that_a_resumed_run_repeats_count_once(tmp_path):
+def test_the_last_step_is_that_of_whole_lines(tmp_path):
     write_lines(tmp_path, [{"step": s, "loss": v} for s, v in ((1, 5), (2, 4), (3, 9), (2, 4.5), (3, 3))])
-    assert [row["loss"] for row in demo.read_lines(tmp_path, "loss")] == [5, 4.5, 3]
     assert demo.last_step(tmp_path) == 3 and demo.last_step(tmp_path / "none") == 0
     with open(tmp_path / "metrics.jsonl", "a") as f:
         f.write('{"step": 99, "lo')  # being written
     assert demo.last_step(tmp_path) == 3
+
+
+# how long
+
+
+def quiet_seconds(slow=1.0):
+    """Of the stages before training, on a machine that is so many times slower."""
+    stages = demo.plan("", "cpu", demo.MINUTES["cpu"], 0)[: demo.NAMES.index("train")]
+    return {stage.name: slow * stage.seconds for stage in stages}
+
+
+@pytest.mark.parametrize("slow", [0.5, 1, 1.5, 2, 2.4])
+def test_the_whole_takes_six_minutes_on_a_slow_machine_too(slow):
+    """As long as the rest fits at all: below 2.5 times, 121 quiet seconds and the two starts of pretraining do."""
+    stages = demo.plan("", "cpu", demo.MINUTES["cpu"], 0)
+    rate = 5 / max(slow, 1)  # updates a second
+    notes = {"seconds": quiet_seconds(slow), "minutes": None, "updates_per_minute": 60 * rate}
+    steps, seconds = demo.budget(stages, notes)
+    rest = max(slow, 1) * sum(stage.seconds for stage in stages[demo.NAMES.index("train") + 1 :])
+    assert sum(notes["seconds"].values()) + seconds + rest <= demo.PROMISE_S < 360
+    assert steps / rate + max(slow, 1) * demo.STARTS_S <= seconds
+    assert steps == 900 if slow <= 1 else demo.LEAST < steps < 900
+    if slow <= 1:
+        assert seconds == stages[demo.NAMES.index("train")].seconds  # no longer than three minutes
+
+
+def test_one_slow_stage_is_not_the_pace_of_all():
+    stages = demo.plan("", "cpu", 3.0, 0)[: demo.NAMES.index("train")]
+    assert demo.pace(stages, quiet_seconds() | {"phantom": 160}) == 1
+    assert demo.pace(stages, quiet_seconds(3)) == 3 and demo.pace(stages, {}) == 1
+
+
+def test_a_machine_that_is_too_slow_makes_the_least_that_is_worth_looking_at():
+    notes = {"seconds": quiet_seconds(6), "minutes": None, "updates_per_minute": 20}
+    steps, seconds = demo.budget(demo.plan("", "cpu", 3.0, 0), notes)
+    assert steps == demo.LEAST and seconds == pytest.approx(6 * demo.STARTS_S + 60 * demo.LEAST / 20)
+
+
+def test_minutes_that_are_asked_for_are_given_whatever_the_rest_takes():
+    notes = {"seconds": quiet_seconds(6), "minutes": 10, "updates_per_minute": 50}
+    steps, seconds = demo.budget(demo.plan("", "cpu", 10, 0), notes)
+    assert steps == 500 and seconds == pytest.approx(600 + 6 * demo.STARTS_S)
+
+
+@pytest.mark.parametrize("took, left", [(30, 60), (89.9, 6)])
+def test_the_second_half_may_take_what_the_first_left(tmp_path, monkeypatch, capsys, took, left):
+    now, commands = [1000.0], []
+
+    def call_and_kill(command, run_dir, at_step, seconds):
+        assert command == "train --steps 100" and (at_step, seconds) == (50, 45)
+        now[0] += took
+
+    monkeypatch.setattr(demo.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(demo, "call_and_kill", call_and_kill)
+    monkeypatch.setattr(demo, "call", commands.append)
+    demo.train("train --steps 100", tmp_path, 100, 90)
+    assert commands == [f"train --steps 100 --time-limit {left / 60:.2f}"]
+    assert f"{left / 60:.1f} minutes" in capsys.readouterr().out
+    assert "time_limit" in train_ssl.HARMLESS  # else it would be another run
 
 
 # running
@@ -107,14 +167,29 @@ def test_training_is_killed_at_the_step_and_not_before(tmp_path, capfdbinary, sa
     command = f"python {tmp_path}/pretend.py {tmp_path}"
     if not saves:
         with pytest.raises(ValueError, match="left no checkpoint"):
-            demo.call_and_kill(command, tmp_path, 20)
+            demo.call_and_kill(command, tmp_path, 20, 60)
         assert b"frighten" in capfdbinary.readouterr().err  # now it matters
         return
-    demo.call_and_kill(command, tmp_path, 20)
+    demo.call_and_kill(command, tmp_path, 20, 60)
     assert 20 <= demo.last_step(tmp_path) < 200  # looked at every 0.2 s
-    said = capfdbinary.readouterr()
-    assert b"hello from stderr" in said.err and b"frighten" not in said.err
-    assert b"kill -TERM" in said.out and b"exit code 1" in said.out
+    printed = capfdbinary.readouterr()
+    assert b"hello from stderr" in printed.err and b"frighten" not in printed.err
+    assert b"kill -TERM" in printed.out and b"exit code 1" in printed.out
+
+
+def test_training_is_killed_when_half_of_its_time_is_over(tmp_path, capfdbinary):
+    (tmp_path / "pretend.py").write_text(PRETEND.format(saves=True))
+    demo.call_and_kill(f"python {tmp_path}/pretend.py {tmp_path}", tmp_path, 10**6, 0)
+    assert 1 <= demo.last_step(tmp_path) < 200  # once there is something to save
+    assert b"kill -TERM" in capfdbinary.readouterr().out
+
+
+def test_threads_of_commands_do_not_spin_unless_the_user_says_so(tmp_path, monkeypatch, capfd):
+    command = "python -c 'import os; print(os.environ[\"GOMP_SPINCOUNT\"])'"
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    assert demo.call(command) == 0 and capfd.readouterr().out.endswith("\n1000\n")
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    assert demo.call(command) == 0 and capfd.readouterr().out.endswith("\n7\n")
 
 
 def toy_plan(out, device, minutes, steps):
@@ -130,15 +205,16 @@ def toy_plan(out, device, minutes, steps):
 def toy(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "plan", toy_plan)
     monkeypatch.setattr(demo, "NAMES", ["first", "second", "third"])
+    monkeypatch.setattr(demo, "budget", lambda stages, notes: (10, 10))
     out = tmp_path / "demo"
     return lambda *flags: (demo.main(["--out", str(out), "--device", "cpu", *flags]), (out / "log").read_text())
 
 
 def test_stages_run_in_order_alone_and_only_what_is_missing(toy, tmp_path, capfd):
     assert toy() == (0, "firstsecondthird")
-    said = capfd.readouterr().out
-    assert said.index("===== 1 of 3, first") < said.index("$ python -c") < said.index("1 of 3 stages, first done")
-    assert "100%" in said
+    printed = capfd.readouterr().out
+    places = [printed.index(text) for text in ("===== 1 of 3, first", "$ python -c", "1 of 3 stages, first done")]
+    assert places == sorted(places) and "100%" in printed
     assert toy("--stage", "second") == (0, "firstsecondthirdsecond")
     assert toy("--keep")[1] == "firstsecondthirdsecond"  # all are there
     notes = json.loads((tmp_path / "demo" / "demo.json").read_text())
@@ -164,79 +240,114 @@ def test_a_folder_that_is_no_demo_is_left_alone(tmp_path):
 
 
 def test_bad_flags_are_one_line(tmp_path):
-    for flags, said in ((["--minutes", "0"], "--minutes"), (["--stage", "tea"], "tea"), (["--device", "tpu"], "tpu")):
+    for flags, word in ((["--minutes", "0"], "--minutes"), (["--stage", "tea"], "tea"), (["--device", "tpu"], "tpu")):
         done = subprocess.run([sys.executable, ROOT / "tools" / "demo.py", "--out", tmp_path / "x", *flags],
                               capture_output=True, text=True)  # fmt: skip
-        assert done.returncode == 2 and said in done.stderr and len(done.stderr.strip().splitlines()) == 1
+        assert done.returncode == 2 and word in done.stderr and len(done.stderr.strip().splitlines()) == 1
     assert not (tmp_path / "x").exists()
 
 
-# what is said
+# what is claimed
 
 
 def auc(value, low, high):
     return {"auc": {"value": value, "low": low, "high": high}}
 
 
-def findings(probe=(0.8, 0.7, 0.9), gain=(0.2, 0.1, 0.3, 0.01), code=0, resumed=(20,)):
-    predictors = {"probe": auc(*probe), "random weights": auc(0.6, 0.5, 0.7), "size": auc(0.45, 0.3, 0.6)}
+def make_results(probe=(0.8, 0.7, 0.9), gain=(0.2, 0.1, 0.3, 0.01), code=0, resumed=(20,), steps=40):
+    predictors = {"probe": auc(*probe), "random weights": auc(0.6, 0.5, 0.7), "size": auc(0.45, 0.3, 0.6),
+                  "size + features": auc(0.5, 0.4, 0.6)}  # fmt: skip
     judged = {"samples": 60, "patients": 27, "predictors": predictors, "verdict": "In long."}
     judged["differences"] = {"probe - random weights": dict(zip(("value", "low", "high", "p"), gain))}
-    losses = [{"step": s, "dino": 5.5 - s / 40, "ibot": 2.8, "rankme": 9.0} for s in range(1, 41)]
+    judged["settings"] = {"size + features": ["size alone", 0.1, "size alone"]}
+    losses = [{"step": s, "loss": 1.0, "dino": 5.5 - s / 40, "ibot": 2.8, "rankme": 9.0} for s in range(1, 41)]
     status = {"verdict": ["healthy", "starved", "one-hot"][code], "code": code, "findings": []}
     heat = ["Attention lights up: share 0.6 [0.5, 0.7].", "Similarity to its centre goes dark: less: auroc 0.2"]
-    return demo.Findings(losses, 5.545, status, judged, heat, list(resumed))
+    return demo.Results(losses, steps, math.log(256), status, judged, heat, list(resumed))
 
 
 @pytest.mark.parametrize(
-    "probe, gain, said",
+    "probe, gain, claim",
     [
-        ((0.8, 0.7, 0.9), (0.2, 0.1, 0.3, 0.01), ": better"),
-        ((0.8, 0.7, 0.9), (0.2, -0.1, 0.5, 0.2), "not shown to be better"),
-        ((0.6, 0.45, 0.8), (0.2, 0.1, 0.3, 0.01), "not shown to be better"),  # beats what fails, and is chance itself
-        ((0.5, 0.4, 0.6), (-0.2, -0.3, -0.1, 0.01), ": worse"),
+        ((0.8, 0.7, 0.9), (0.2, 0.1, 0.3, 0.01), ": pretraining helps"),
+        ((0.8, 0.7, 0.9), (0.2, -0.1, 0.5, 0.2), ": pretraining is not shown to help"),
+        ((0.6, 0.45, 0.8), (0.2, 0.1, 0.3, 0.01), ": pretraining is not shown to help"),  # itself at chance
+        ((0.5, 0.4, 0.6), (-0.2, -0.3, -0.1, 0.01), ": pretraining harms"),
     ],
 )
-def test_the_summary_claims_what_is_proven(probe, gain, said):
-    lines = dict(demo.summary(findings(probe, gain)))
-    assert lines["random weights"].endswith(said) and f"{gain[0]:+.3f}" in lines["random weights"]
-    assert lines["data"] == demo.HONEST and "nothing about CT" in demo.HONEST
-    assert lines["frozen probe"].startswith(f"{probe[0]:.3f} ({probe[1]:.3f} to ")
-    assert lines["cls loss"].startswith("5.47 -> 4.50") and "5.5" in lines["cls loss"]
+def test_the_summary_claims_what_is_proven(probe, gain, claim):
+    results = make_results(probe, gain)
+    lines = dict(demo.summary(results))
+    assert lines["random weights"].endswith(claim) and f"{gain[0]:.3f}" in lines["random weights"]
+    assert "nothing about CT" in demo.HONEST
+    assert lines["frozen probe"] == f"{probe[0]:.3f} ({probe[1]:.3f} to {probe[2]:.3f})"
+    assert lines["cls loss"] == "5.47 -> 4.50; a net that knows nothing has 5.55"
     assert lines["heatmaps"] == "Similarity to its centre goes dark: less"  # the last of two lines of that name
+    assert lines["size alone"] == "0.450 (0.300 to 0.600)"  # not compared: nothing is claimed
 
 
-def test_a_baseline_below_chance_is_no_measure():
-    found = findings()
-    found.judged["differences"]["probe - size"] = dict(value=0.35, low=0.2, high=0.5, p=0.001)  # size: AUC 0.45
-    assert dict(demo.summary(found))["size alone"].endswith(": better, by less than that: below 0.5 is chance")
+def test_the_summary_says_how_often_features_were_given_up():
+    assert f"({judge.fits.ALONE} in 2 of 3 fits)" in dict(demo.summary(make_results()))["size + features"]
 
 
-def test_the_summary_names_a_collapse_and_a_run_that_was_not_killed():
-    assert "one-hot" in dict(demo.summary(findings(code=2)))["collapse"]
-    assert "no step" in dict(demo.summary(findings(resumed=())))["pretraining"]
+def test_the_summary_names_a_collapse_and_a_run_that_was_not_killed_or_had_little_time(monkeypatch):
+    assert "one-hot" in dict(demo.summary(make_results(code=2)))["collapse"]
+    assert "40 updates of 90: the machine became slower" in dict(demo.summary(make_results(steps=90)))["pretraining"]
+    few = "40 updates, the least: this machine is slow or busy; killed, and resumed at no step"
+    assert dict(demo.summary(make_results(resumed=())))["pretraining"] == few
+    monkeypatch.setattr(demo, "LEAST", 30)
+    assert dict(demo.summary(make_results()))["pretraining"] == "40 updates; killed, and resumed at 20"
+
+
+def make_parts(out):
+    """What the stages leave and the report reads."""
+    results = make_results()
+    events = [{"step": 0, "event": "started"}, {"step": 20, "event": "resumed from x"}]
+    write_lines(out / "run", events + results.losses)
+    parts = {
+        "run/config.json": {"args": {"prototypes": 256, "steps": 40}},
+        "run/monitor/status.json": results.status,
+        "run/probe/results.json": {"test": results.judged},
+        "run/heatmaps/heatmaps.json": {"verdict": results.heat},
+    }
+    for name, value in parts.items():
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text(json.dumps(value))
+    grey = Image.new("RGB", (600, 300), "#808080")
+    pictures = ("run/monitor/step_00000009", "run/monitor/step_00000040", "run/heatmaps", "processed/_validation")
+    names = ("sheet.png", "sheet.png", "heatmaps.png", "samples_all_0.png")
+    for folder, name in zip(pictures, names):
+        sheet.save(out / folder / name, grey)
+    sheet.save(out / "sample.png", Image.new("RGB", (1500, 200), "#50c0ff"))
+    return results
+
+
+def test_the_report_is_made_of_what_the_programs_left(tmp_path, capsys):
+    results = make_parts(tmp_path)
+    assert demo.collect(tmp_path) == results
+    notes = {"seconds": {"train": 90.0, "samples": 30.0}, "machine": "2 CPU cores"}
+    demo.report_all(tmp_path, demo.plan("runs/demo", "cpu", 1.0, 40), notes)
+    printed, html = capsys.readouterr().out, (tmp_path / "report.html").read_text()
+    for text in ("2.0 minutes on 2 CPU cores", demo.HONEST, "pretraining helps", "cls loss"):
+        assert text in printed and text in html
+    assert html.count("data:image/png;base64,") == 3 and html.count("<svg") == 3
+    assert 'href="run/monitor/step_00000040/sheet.png"' in html  # of the newest look
+    assert "--stage" not in html and html.count("train_ssl.py") == 2 and 'class="warn"' not in html
+    with Image.open(tmp_path / "report.png") as picture:
+        colours = {colour for _, colour in picture.convert("RGB").getcolors(1 << 24)}
+        assert picture.width == 1516  # as wide as the sheet of samples, with its margin
+    near = [max(map(abs, (r - 0x50, g - 0xC0, b - 0xFF))) for r, g, b in colours]
+    assert min(near) < 8, "the sheet of samples is not in the picture"
+    sheet.save(tmp_path / "run" / "heatmaps" / "nodule_01.png", Image.new("RGB", (700, 900), "#ff2080"))
+    demo.write_picture(results, tmp_path, notes)
+    with Image.open(tmp_path / "report.png") as picture:
+        assert picture.width == 1516 and picture.height > 1400
 
 
 def test_missing_parts_of_a_report_are_named(tmp_path):
     write_lines(tmp_path / "run", [{"step": 1, "loss": 1.0}])
-    with pytest.raises(FileNotFoundError, match="config.json is missing: run all stages"):
+    with pytest.raises(FileNotFoundError, match="config.json does not exist; run all stages first"):
         demo.collect(tmp_path)
-
-
-def test_dots_stand_where_the_numbers_are():
-    """AUC 0.5 lies on the line of 0.5, and a higher one to the right by its share of the axis."""
-    found = findings(probe=(0.5, 0.4, 0.6))
-    size, orange = (616, 230), (255, 160, 48)  # sheet.COLOURS[0], the probe's
-    places = {}
-    for value in (0.5, 0.75, 1.0):
-        found.judged["predictors"]["probe"]["auc"] = {"value": value, "low": value, "high": value}
-        pixels = np.asarray(demo.draw_aucs(found, size))[:, 200:]  # right of the names
-        _, x = np.nonzero((pixels == orange).all(-1))
-        places[value] = x.mean() + 200
-    assert places[0.75] - places[0.5] == pytest.approx(0.25 * 0.7 * (616 - 60), abs=1)
-    assert places[1.0] - places[0.5] == pytest.approx(0.5 * 0.7 * (616 - 60), abs=1)
-    reds = np.nonzero((np.asarray(demo.draw_aucs(found, size)) == (255, 106, 90)).all(-1))[1]  # the line of 0.5
-    assert reds.mean() == pytest.approx(places[0.5], abs=1.5)
 
 
 def test_the_pictures_in_the_readme_are_small():
@@ -257,17 +368,19 @@ def test_the_whole_demo_at_toy_sizes(tmp_path, monkeypatch, capfd):
     out = tmp_path / "demo"
     flags = ["--out", str(out), "--device", "cpu"]
     assert demo.main([*flags, "--minutes", "0.001"]) == 0
-    said = capfd.readouterr().out
+    printed = capfd.readouterr().out
     for name in demo.NAMES:
-        assert f", {name}: " in said and f" {name} done: " in said
-    found = demo.collect(out)
-    assert [row["step"] for row in found.losses][-1] == 200 and len(found.resumed_at) == 1
-    assert 0 < found.resumed_at[0] < 200
-    assert demo.HONEST in said and "AUC" in said and "collapse" in said
+        assert f", {name}: " in printed and f" {name} done: " in printed
+    results = demo.collect(out)
+    last = results.losses[-1]["step"]
+    assert last == 200 or f"{last} updates of 200: the machine became slower" in printed
+    assert len(results.resumed_at) == 1 and 0 < results.resumed_at[0] < last
+    assert demo.HONEST in printed and "AUC" in printed and "collapse" in printed
+    assert (tmp_path / "demo" / "processed" / "_splits" / "test_uses.jsonl").exists()
     page = (out / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 3
     assert "://" not in page.replace("http://www.w3.org/2000/svg", "")  # "http" alone comes up in base64 by chance
     assert (out / "report.png").stat().st_size < 300_000 and demo.HONEST in page
     again = [name for name in demo.NAMES if name not in ("phantom", "speed", "train")]
     assert demo.main([*flags, "--stage", *again]) == 0
-    assert demo.collect(out).judged["predictors"] == found.judged["predictors"]
+    assert demo.collect(out).judged["predictors"] == results.judged["predictors"]

@@ -281,6 +281,49 @@ def test_back_off_doubles(monkeypatch):
     assert len(waits) == 4 and all(0.5 * 2**n <= wait <= 2**n for n, wait in enumerate(waits))
 
 
+@pytest.mark.parametrize("terminal", [False, True])
+def test_without_a_network_the_first_attempt_says_so_before_it_waits(tmp_path, monkeypatch, capsys, terminal):
+    said, clock = [], [0.0]
+
+    def pass_time(self, seconds):
+        clock[0] += seconds
+        said.append(capsys.readouterr().err)
+
+    monkeypatch.setattr(threading.Event, "wait", pass_time)
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    monkeypatch.setattr(download_tcia.random, "uniform", lambda *_: 1.0)
+    url = "http://127.0.0.1:9/x"  # nobody listens there
+    few = ["--base-url", url, "--retries", "2", "--backoff", "2.5"]
+    with pytest.raises(ValueError, match=f"cannot list Toy: no connection to {url} .*refused.*, is there a network"):
+        download_tcia.main(["--collection", "Toy", "--out", str(tmp_path), *few])
+    assert said[0].startswith(f"asking {url} for the series of Toy\n") and "no connection to" in said[0]
+    lefts = [int(line.rsplit(" in ", 1)[1].split()[0]) for line in said]
+    assert lefts == ([3, 2, 1, 5, 4, 3, 2, 1] if terminal else [2, 5])
+    assert "Ctrl+C stops; try 2 of 3 in" in said[0] and "try 3 of 3" in said[-1] and not list(tmp_path.iterdir())
+
+
+def test_what_the_service_says_reaches_no_terminal_raw(archive, tmp_path, capsys):
+    """Names in the zip, MD5s and ids are the service's own words."""
+    archive.add("1.2", files={"a\x1b[2J\u202e.dcm": b"1"}, md5s={"a\x1b[2J\u202e.dcm": "\x1b[31m"})
+    archive.add("1.3", files={"../\x1b[2J": b"1"})
+    assert download(archive, tmp_path, "--retries", 0) == 2
+    said = "".join(capsys.readouterr())
+    assert "the MD5 of a\\x1b[2J\\u202e.dcm is not \\x1b[31m" in said
+    assert "\x1b[2J" not in said and "\x1b[31m" not in said and "\u202e" not in said
+    archive.images["\x1b" + "9" * 10**5] = 3
+    with pytest.raises(ValueError, match="without a proper SeriesInstanceUID") as caught:
+        download(archive, tmp_path)
+    assert len(str(caught.value)) < 300 and "\x1b" not in str(caught.value)
+
+
+def test_a_series_that_is_tried_again_is_named(archive, tmp_path, capsys):
+    archive.add("1.2")
+    archive.cut["1.2"] = [1000]
+    assert download(archive, tmp_path) == 0
+    assert "1.2: cut off at 1000 of" in capsys.readouterr().err
+
+
 def test_what_cannot_succeed_is_not_tried_again(archive, tmp_path):
     archive.add("1.1")
     archive.add("1.2")

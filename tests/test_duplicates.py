@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+import signal
 import time
 from itertools import combinations
 
@@ -40,7 +42,7 @@ def index(root, rows, side):
         writer.writerow(INDEX_COLUMNS)
         for path, encoding, patient, z in rows:
             known = dict(path=path, encoding=encoding, dataset="d", patient=patient, series=path.split("/")[1], z=z)
-            known |= dict(rows=side, cols=side)
+            known |= dict(rows=side, cols=side, body_y1=side, body_x1=side, spacing_z=1, spacing_y=1, spacing_x=1)
             writer.writerow([known.get(name, 0) for name in INDEX_COLUMNS])
     return root
 
@@ -235,6 +237,8 @@ def test_rgb_slices_and_the_way_through_make_splits(tmp_path, capsys):
     assert found["groups"] == [["d/P0", "d/P4"]] and found["pairs"][0]["a"] == "d/s0/0003.png"
     flags = ["--data", str(root), "--ratios", "train=0.5,val_test=0.5"]
     seed = 0
+    duplicates = root / "_splits" / "duplicates.json"
+    duplicates.unlink()  # where it is there, make_splits.py uses it
     while make_splits.main([*flags, "--seed", str(seed), "--force"]) == 0:
         groups = json.loads((root / "_splits" / "splits.json").read_text())["groups"]
         if groups["d/P0"] != groups["d/P4"]:
@@ -242,8 +246,7 @@ def test_rgb_slices_and_the_way_through_make_splits(tmp_path, capsys):
         seed += 1
     assert check(root, code=1)["counts"]["crossing"] == 1
     assert "CROSSES SPLITS: d/P0 d/P4" in capsys.readouterr().out
-    duplicates = str(root / "_splits" / "duplicates.json")
-    assert make_splits.main([*flags, "--seed", str(seed), "--duplicates", duplicates, "--force"]) == 0
+    assert make_splits.main([*flags, "--seed", str(seed), "--force"]) == 0
     assert check(root)["counts"]["crossing"] == 0
 
 
@@ -256,11 +259,32 @@ def test_the_file_does_not_depend_on_workers_or_on_the_order_of_rows(tmp_path):
 def test_what_cannot_be_read_is_named(tmp_path):
     root = rgb_folder(tmp_path)
     (root / "_splits").mkdir()
-    (root / "_splits" / "splits.json").write_text("{}")
-    with pytest.raises(ValueError, match="not a splits file"):
-        check(root)
+    groups = [b'{"version": 1, "groups": %s}' % value for value in (b"[]", b'{"d/P0": 3}', b"null")]
+    for damaged in (b"", b"[]", b"{}", b"\xff", *groups):
+        (root / "_splits" / "splits.json").write_bytes(damaged)
+        with pytest.raises(ValueError, match="splits.json.*make it again with tools/make_splits.py --force"):
+            check(root)
     (root / "_splits" / "splits.json").unlink()
     (root / "d" / "s3" / "0002.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"x" * 50)
     with pytest.raises(OSError, match="s3/0002.png cannot be read"):
         check(root)
     assert not list((root / "_splits").iterdir())
+
+
+def test_names_of_files_reach_no_terminal_raw(tmp_path, capsys):
+    copy = picture(1)
+    root = photographs(tmp_path, {"a\x1b[2J.png": copy, "b\u202eb.png": copy, "c.png": picture(2)})
+    found = check(root)
+    assert found["groups"] == [["a\x1b[2J.png", "b\u202eb.png"]]
+    said = capsys.readouterr().out
+    assert "same pictures in a\\x1b[2J.png b\\u202eb.png\n" in said and "\x1b" not in said and "\u202e" not in said
+
+
+def test_a_pipe_among_the_photographs_is_refused_and_not_waited_for(tmp_path):
+    root = photographs(tmp_path, {f"{i}.png": picture(i) for i in range(3)})
+    os.mkfifo(root / "x.png")
+    signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it waits"))
+    signal.alarm(10)
+    with pytest.raises(OSError, match="x.png"):
+        check(root)
+    signal.alarm(0)

@@ -13,6 +13,7 @@ import data as d
 from model import build_vit
 from tools import lidc_nodules, make_phantom, preprocess_dicom
 from tools import nodule_heatmaps as h
+from tools.lib import judge
 from tools.lib.sheet import BAD
 
 torch.set_num_threads(1)
@@ -221,12 +222,44 @@ def test_verdicts_follow_what_was_planted():
     (0.7, 0.0, 0.1, "does not light up"), (0.5, 0.2, 0.1, "does not light up"), (0.4, 0.2, 0.1, "goes dark"),
 ])  # fmt: skip
 def test_a_nodule_lights_up_above_its_surroundings_and_above_any_habit(own, above, gain, said):
-    def numbers(value):
-        return {"mean": {"share": dict(value=value, low=value - 0.05, high=value + 0.05)}}
-
-    trained = dict(own=numbers(own), chance=numbers(own - above), above_chance=numbers(above))
-    every = dict(trained=trained, random=dict(own=numbers(own - gain)), trained_minus_random=numbers(gain))
+    every = planted_numbers(dict.fromkeys(("share", "auroc"), (own, above, gain)))
     assert h.verdict(every, "mean").startswith(f"Attention (mean of heads) {said}")
+
+
+def planted_numbers(values):
+    """numbers of measure() for one map: {stat: (own, above chance, gain over random weights)}, each +- 0.05."""
+
+    def numbers(pick):
+        found = {stat: pick(*three) for stat, three in values.items()}
+        return {"mean": {stat: dict(value=v, low=v - 0.05, high=v + 0.05) for stat, v in found.items()}}
+
+    trained = dict(own=numbers(lambda own, above, gain: own), chance=numbers(lambda own, above, gain: own - above))
+    trained["above_chance"] = numbers(lambda own, above, gain: above)
+    random = dict(own=numbers(lambda own, above, gain: own - gain))
+    return dict(trained=trained, random=random, trained_minus_random=numbers(lambda own, above, gain: gain))
+
+
+YES, EVEN, NO = (0.7, 0.2, 0.1), (0.7, 0.2, 0.0), (0.57, 0.02, 0.04)  # lights up more than random, as much, not at all
+
+
+@pytest.mark.parametrize("share, auroc, hit, said", [
+    (YES, NO, (0.083, 0.03, 0.0), "lights up by share, more than with random weights; not by auroc and hit: share"),
+    (YES, YES, NO, "lights up by share and auroc, more than with random weights; not by hit: share"),
+    (NO, NO, YES, "lights up by hit, more than with random weights; not by share and auroc: share"),
+    (EVEN, NO, NO, "lights up by share, but not surely more than with random weights; not by auroc and hit: share"),
+    (YES, EVEN, EVEN, "lights up, more than with random weights by share alone: share"),
+    (YES, YES, YES, "lights up, more than with random weights: share"),
+    (EVEN, EVEN, EVEN, "lights up, but not surely more than with random weights: share"),
+    (YES, YES, (0.2, 0.1, 0.1), "lights up, more than with random weights: share"),  # a hit rate needs no half
+    (NO, NO, NO, "does not light up: share"),
+    ((0.4, 0.0, 0.0), NO, NO, "does not light up: share"),
+    ((0.4, 0.0, 0.0), (0.4, 0.0, 0.0), NO, "goes dark: nodules get less than what is around them: share"),
+])  # fmt: skip
+def test_a_sentence_needs_all_of_its_statistics_or_names_those_that_agree(share, auroc, hit, said):
+    """The first line is what happened: hit 1 of 12, AUROC 0.573, and "lights up" for the sake of share alone."""
+    assert h.verdict(planted_numbers(dict(share=share, auroc=auroc, hit=hit)), "mean").startswith(
+        f"Attention (mean of heads) {said}"
+    )
 
 
 def test_intervals_resample_patients_not_nodules():
@@ -262,11 +295,12 @@ def bright_vit():
     return vit
 
 
-def save(path, vit, encoding="hu16-v1", trained=(), split=None):
+def save(path, vit, encoding="hu16-v1", trained=(), split=None, **more):
     teacher = {f"backbone.{key}": value for key, value in vit.state_dict().items()}
     state = dict(step=3, images=24, args={}, arch=vit.arch, encoding=encoding, eval_view=d.eval_view(encoding, 32))
     state |= dict(trained_groups=list(trained), index_sha256="0" * 64, split_sha256=split)
-    return checkpoint.save(path, {**state, "student": {}, "teacher": teacher})
+    state["provenance"] = {"known": True, "seen": []}
+    return checkpoint.save(path, {**state, "student": {}, "teacher": teacher, **more})
 
 
 def make_nodules(root, count=12, encoding="hu16-v1", size=160):
@@ -354,23 +388,68 @@ def test_the_same_command_gives_the_same_bytes_and_another_seed_other_crops(root
     assert all(boxes[0][n["id"]] == n["box"] for n in few["nodules"])  # a nodule's crop does not depend on the others
 
 
+def looks(root):
+    path = root / "_splits" / "test_uses.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+SEEN = "backbone has seen these patients"
+
+
 def test_seen_patients_are_refused_or_said_in_red(root, tmp_path, capsys):
     ckpt = save(tmp_path / "run.pth", bright_vit(), trained=["toy/P1", "toy/P4"])
-    with pytest.raises(ValueError, match="trained on 1 of the 3 patients, first toy/P4"):
+    with pytest.raises(ValueError, match="leak: 1 groups of split val_test .*toy/P4"):
         look(root, ckpt)
-    with pytest.raises(ValueError, match="trained on 2 of the 6 patients"):
+    with pytest.raises(ValueError, match="leak: 2 groups of split all .*toy/P1, toy/P4"):
         look(root, ckpt, "--split", "all")
+    assert not looks(root)  # no number, and so no look
     report, sheet = look(root, ckpt, "--allow-seen")
-    assert (
-        report["warning"] == "BACKBONE HAS SEEN 1 OF THESE 3 PATIENTS" and report["warning"] in capsys.readouterr().out
-    )
+    assert report["warning"] == f"{SEEN} (1 of 3)" and report["warning"] in capsys.readouterr().out
+    assert report["title"].endswith(report["warning"]) and report["verdict"][-1] == f"{SEEN.capitalize()} (1 of 3)."
     assert (np.asarray(Image.open(sheet))[:80] == [int(BAD[i : i + 2], 16) for i in (1, 3, 5)]).all(-1).any()
     report, _ = look(root, ckpt, "--allow-seen", "--split", "all", "--n", "2")  # counted among those looked at
     seen = len({"toy/P1", "toy/P4"} & {n["group"] for n in report["nodules"]})
-    assert report["warning"] == (f"BACKBONE HAS SEEN {seen} OF THESE {report['patients']} PATIENTS" if seen else "")
+    assert report["warning"] == (f"{SEEN} ({seen} of {report['patients']})" if seen else "")
     torch.save(build_vit("vit_test").state_dict(), tmp_path / "bare.pth")
     report, _ = look(root, tmp_path / "bare.pth")
-    assert "without a list of training patients" in report["warning"]
+    assert report["warning"] == judge.UNKNOWN and report["title"].endswith(judge.UNKNOWN)
+    assert report["verdict"][-1] == f"{judge.UNKNOWN.capitalize()}."
+
+
+def test_a_series_is_recognised_under_another_name_of_its_patient(root, tmp_path):
+    source = d.open_source(root)
+    entry = d.provenance_of(source.take(np.flatnonzero(source.rows.column("group") == "toy/P4"))) | {"groups": []}
+    ckpt = save(tmp_path / "run.pth", bright_vit(), trained=["other/A"], provenance={"known": True, "seen": [entry]})
+    with pytest.raises(ValueError, match="leak: 1 groups of split val_test .*toy/P4"):
+        look(root, ckpt)
+    assert not looks(root)
+
+
+def test_every_look_at_val_test_is_recorded(root, tmp_path):
+    ckpt = save(tmp_path / "run.pth", bright_vit())
+    look(root, ckpt, "--split", "train")
+    assert not looks(root)
+    look(root, ckpt)
+    look(root, ckpt, "--split", "all")
+    labels = d.file_sha256(root / "_labels" / "nodules.csv")
+    for line, split in zip(looks(root), ("val_test", "all"), strict=True):
+        assert (line["program"], line["labels_sha256"]) == ("tools/nodule_heatmaps.py", labels)
+        assert line["weights_sha256"] == d.file_sha256(ckpt) and line["policy_sha256"] is None and split in line["why"]
+    (root / "_splits" / "splits.json").unlink()
+    report, _ = look(root, ckpt, "--split", "all")  # no contract, nothing to record
+    assert len(looks(root)) == 2 and report["split_sha256"] is None
+
+
+def test_near_duplicates_across_splits_are_refused_or_stand_in_the_title(root, tmp_path):
+    ckpt = save(tmp_path / "run.pth", bright_vit())
+    sha = d.file_sha256(root / "_index" / "index.csv")
+    sets = {"version": 1, "index_sha256": sha, "groups": [["toy/P0", "toy/P5"]]}
+    (root / "_splits" / "duplicates.json").write_text(json.dumps(sets))
+    with pytest.raises(ValueError, match="1 sets of duplicate pictures.*--allow-duplicates"):
+        look(root, ckpt)
+    assert not looks(root)
+    report, _ = look(root, ckpt, "--allow-duplicates")
+    assert report["title"].endswith(": near-duplicates cross the splits (1 sets)") and len(looks(root)) == 1
 
 
 def test_what_cannot_be_looked_at_is_passed_over_and_named(root, tmp_path, capsys):
@@ -389,6 +468,13 @@ def test_what_cannot_be_looked_at_is_passed_over_and_named(root, tmp_path, capsy
     assert "passed over n7: no crop of 48 mm" in capsys.readouterr().out
 
 
+def replaced(path, number, column, text):
+    """A table with one other cell; the header is row 1."""
+    lines = [line.split(",") for line in path.read_text().splitlines()]
+    lines[number - 1][lines[0].index(column)] = text
+    return "\n".join([*map(",".join, lines), ""])
+
+
 def test_wrong_input_is_named(root, tmp_path):
     ckpt = save(tmp_path / "run.pth", bright_vit())
 
@@ -397,11 +483,13 @@ def test_wrong_input_is_named(root, tmp_path):
             look(folder, weights, *flags)
 
     refused("not a multiple of the patch size 16", "--size", "100")
-    refused("has no image in 'val_calib'", "--split", "val_calib")
-    refused("none of its 12 nodules|has no image", "--split", "val_select")
+    refused("none of its 12 nodules is in the chosen split", "--split", "val_calib")
+    for column, text in (("z", "-"), ("z", "2.5"), ("diameter_mm", "nan"), ("diameter_mm", "m" * 9999)):
+        (root / "wrong.csv").write_text(replaced(root / "_labels" / "nodules.csv", 3, column, text))
+        refused(f"wrong.csv, row 3: {column} is '{text[:3]}", "--labels", str(root / "wrong.csv"))
     refused("layer 4 does not exist", "--layer", "4")
     refused("0 usable nodules", "--crop-mm", "10")
-    refused("knows rgb-v1 and --data holds hu16-v1", weights=save(tmp_path / "rgb.pth", bright_vit(), "rgb-v1"))
+    refused("trained on rgb-v1, --data is hu16-v1", weights=save(tmp_path / "rgb.pth", bright_vit(), "rgb-v1"))
     refused("does not exist; make it with", "--labels", str(root / "none.csv"), error=FileNotFoundError)
     (root / "odd.csv").write_text("path,label\na,1\n")
     refused("odd.csv is no table of nodules", "--labels", str(root / "odd.csv"))

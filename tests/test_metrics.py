@@ -1,6 +1,8 @@
 """Each number against a loop that spells out its definition; each interval against the truth of a simulation."""
 
+import ast
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -248,61 +250,12 @@ def test_p_values_of_equal_scores_are_small_as_often_as_they_say():
         labels, scores, groups = simulated(random, 100, 0.7)
         other = 0.7 * labels + random.normal(size=len(labels))
         drawn = [m.resample(lambda w, y=labels, s=s: m.auc(y, s, w), groups, 300) for s in (scores, other)]
-        small += m.difference((0, 0), drawn)["p"] < 0.05
+        small += m.p_value(drawn[0] - drawn[1]) < 0.05
     assert 0.02 <= small / 300 <= 0.09
     assert m.p_value(np.ones(99)) == 0.02 and m.p_value(np.array([-1, 1])) == 1.0 and np.isnan(m.p_value([np.nan]))
 
 
-# judgement
-
-
-def planted(seed, n=200):
-    """One repeat of predictions: the probe sees the label, the ruler and random weights do not."""
-    random = np.random.default_rng(seed)
-    labels, groups = random.permutation(np.arange(n) % 2), np.arange(n) // 2
-    scores = {"probe": 2.0 * labels, "size": 0.0 * labels, "random weights": 0.0 * labels}
-    p = {name: probability(score + random.normal(size=(3, n))) for name, score in scores.items()}
-    return labels, groups, {name: np.stack([1 - q, q], -1) for name, q in p.items()}, random.uniform(5, 20, n)
-
-
-def test_judgement_pairs_what_it_compares_and_says_it_in_words():
-    labels, groups, predictions, sizes = planted(0)
-    folds = np.zeros((3, len(labels)), int)
-    result = m.judge(labels, groups, predictions, folds, sizes, repeats=300)
-    probe = result["predictors"]["probe"]
-    aucs = [slow_auc(labels, p[:, 1]) for p in predictions["probe"]]
-    assert probe["auc"]["value"] == pytest.approx(np.mean(aucs)) and probe["auc"]["spread"] == pytest.approx(
-        np.std(aucs)
-    )
-    assert set(probe) == {"auc", "average_precision", "sensitivity_at_90", "accuracy", "mcc", "brier", "ece"}
-    for item in probe.values():
-        assert item["low"] <= item["value"] + 0.05 and item["high"] >= item["value"] - 0.05
-
-    def both(index):
-        pairs = zip(predictions["probe"], predictions["size"])
-        return np.mean([np.subtract(*(m.auc(labels[index], p[index, 1]) for p in pair)) for pair in pairs])
-
-    low, high = m.bootstrap(both, groups, 300)
-    gain = result["differences"]["probe - size"]
-    assert (gain["low"], gain["high"]) == pytest.approx((low, high)) and gain["value"] == pytest.approx(
-        both(np.arange(200))
-    )
-    assert gain["p"] < 0.01 and m.tone(result) == "good"
-    said = m.verdict(result)
-    assert "the backbone tells more than a ruler" in said and "pretraining helps" in said and "100 patients" in said
-    assert sum(line["samples"] for line in result["terciles"]) == 200 and result["matched"]["pairs"] > 500
-    for line, part in zip(result["terciles"], np.array_split(np.argsort(sizes), 3)):
-        assert line["probe"]["value"] == pytest.approx(
-            np.mean([slow_auc(labels[part], p[part, 1]) for p in predictions["probe"]]), abs=0.02
-        )
-
-
-def test_a_probe_that_is_no_better_is_not_called_better():
-    labels, groups, predictions, _ = planted(1)
-    predictions["probe"] = predictions["size"][:, :, ::1].copy()
-    result = m.judge(labels, groups, predictions, np.zeros((3, 200), int), repeats=300)
-    assert "not shown to tell more than a ruler" in m.verdict(result) and m.tone(result) != "good"
-    worse = {"low": 0.42, "high": 0.48, "value": 0.45}
-    result["predictors"]["probe"]["auc"] = worse  # above a ruler that fails, but itself below chance
-    result["differences"]["probe - size"] = {"value": 0.1, "low": 0.05, "high": 0.2, "p": 0.001}
-    assert "not shown to tell more than a ruler" in m.verdict(result) and m.tone(result) != "good"
+def test_metrics_import_numpy_only():
+    tree = ast.parse(Path(m.__file__).read_text())
+    assert [n.names[0].name for n in ast.walk(tree) if isinstance(n, ast.Import)] == ["numpy"]
+    assert not [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)]

@@ -1,9 +1,14 @@
 import copy
 import gc
+import hashlib
+import inspect
 import json
 import math
 import os
+import re
 import shutil
+import textwrap
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -11,6 +16,7 @@ import safetensors.torch
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 import model as m
@@ -506,6 +512,314 @@ def test_other_contents_are_named(tmp_path):
     refused(path, "weights-only")
     path.write_text("not a model at all")
     refused(path, "damaged")
+
+
+# files that are odd: one line that names the file and what is wrong in it, never other numbers
+
+
+def member(name, method=zipfile.ZIP_STORED, attributes=0o100600 << 16):
+    item = zipfile.ZipInfo(name)
+    item.compress_type, item.external_attr = method, attributes
+    return item
+
+
+def rezipped(path, change):
+    """The archive at `path` written again by zipfile; `change(name, data)` gives other (ZipInfo, data) pairs."""
+    with zipfile.ZipFile(path) as archive:
+        members = [(item.filename, archive.read(item)) for item in archive.infolist()]
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in members:
+            for item, other in change(name, data):
+                archive.writestr(item, other)
+
+
+def swapped(name):
+    return {"x/data/0": "x/data/1", "x/data/1": "x/data/0"}.get(name, name)
+
+
+ODD_ZIPS = {  # what is not from torch.save, though every CRC is right
+    "deflated": lambda n, d: [(member(n, zipfile.ZIP_DEFLATED * n.endswith("data/0")), d)],
+    "shortened": lambda n, d: [(member(n), d[:8] if n.endswith("data/0") else d)],
+    "lengthened": lambda n, d: [(member(n), d + d if n.endswith("data/0") else d)],
+    "swapped": lambda n, d: [(member(swapped(n)), d)],
+    "link": lambda n, d: [(member(n, attributes=0o120777 << 16 if n.endswith("data/0") else 0), d)],
+    "folder": lambda n, d: [(member(n, attributes=0x10 * n.endswith("data/0")), d)],
+    "two of one name": lambda n, d: [(member(n), d)] + [(member(n.upper()), d[::-1])] * n.endswith("data/0"),
+    "bytearray": lambda n, d: [(member(n), d.replace(b"K\x01", b"c__builtin__\nbytearray\nJ\0\0\0\x7f\x85R", 1))],
+    "memory of no member": lambda n, d: [(member(n), d.replace(b"K\x01", b"ctorch\nFloatTensor\nM\0\x10\x85R", 1))],
+}
+
+
+@pytest.mark.parametrize("odd", ODD_ZIPS)
+def test_a_zip_that_torch_save_would_not_write_is_refused(tmp_path, odd):
+    path = tmp_path / "x.pth"
+    torch.save(part(golden("01_vit_mlp"), "model."), path)
+    whole = m.load_backbone(path).state_dict()
+    rezipped(path, lambda name, data: [(member(name), data)])
+    again = m.load_backbone(path).state_dict()
+    assert all(torch.equal(again[k], v) for k, v in whole.items())  # zipfile's own way to write is no reason
+    rezipped(path, ODD_ZIPS[odd])
+    refused(path, re.escape(str(path)) + " is damaged")
+
+
+def test_what_claims_more_bytes_than_the_file_holds_is_refused_before_a_copy(tmp_path, monkeypatch):
+    path, state = tmp_path / "x.pth", part(golden("01_vit_mlp"), "model.")
+    wide = {k: v[..., :1].clone().expand(v.shape) if k.endswith("fc1.weight") else v for k, v in state.items()}
+    many = state | {f"blocks.{i}.norm1.weight": state["blocks.0.mlp.fc1.weight"] for i in range(900)}
+    monkeypatch.setattr(Tensor, "clone", lambda self: pytest.fail("copied"))
+    for claims in ({**state, "cls_token": torch.ones(1).expand(10**12)}, wide, many):
+        for content in (claims, {"teacher": {f"backbone.{k}": v for k, v in claims.items()}}):
+            torch.save(content, path)
+            refused(path, "tensors claim more bytes than the file holds")
+    torch.save(state, path, _use_new_zipfile_serialization=False)  # takes the sizes that its pickle claims, has no CRC
+    refused(path, "neither safetensors nor the zip file")
+
+
+def test_pipes_and_devices_are_refused_and_not_waited_for(tmp_path):
+    folder = tmp_path / "hf"
+    shutil.copytree(GOLDEN / "03_hf_vit_mlp", folder)
+    for name in ("x.pth", "x.safetensors", "hf/config.json", "hf/model.safetensors.index.json", "hf/SHA256SUMS"):
+        path = tmp_path / name
+        path.unlink(missing_ok=True)
+        os.mkfifo(path)
+        refused(folder if "hf/" in name else path, f"{folder if 'hf/' in name else path}.* not a regular file")
+        path.unlink()
+        shutil.copy(GOLDEN / "03_hf_vit_mlp" / "config.json", folder)
+    refused("/dev/zero", "/dev/zero is damaged.* not a regular file")
+
+
+def test_checksums_beside_the_weights_are_compared(tmp_path):
+    """As `sha256sum` writes them, in its text and in its binary form."""
+    folder = tmp_path / "hf"
+    shutil.copytree(GOLDEN / "03_hf_vit_mlp", folder)
+    names, sums = ("config.json", "model.safetensors"), folder / "SHA256SUMS"
+    digest = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
+    whole = m.load_backbone(folder).state_dict()
+    for form in ("{}  {}\n", "{} *{}\n", "{}  ./{}\n"):
+        sums.write_text("".join(form.format(digest[name], name) for name in names))
+        assert all(torch.equal(v, whole[k]) for k, v in m.load_backbone(folder).state_dict().items())
+    for name in names:
+        content = (folder / name).read_bytes()
+        changed = bytearray(content)
+        changed[-3] ^= 1 if name.endswith("s") else 0x20  # of the JSON a space
+        (folder / name).write_bytes(changed)
+        refused(folder, f"{name}.*its sha256 is not that in SHA256SUMS")
+        (folder / name).write_bytes(content)
+    sums.write_text(f"{digest['config.json']}  config.json\n{digest['model.safetensors']}  other.safetensors\n")
+    refused(folder, "model.safetensors.*SHA256SUMS lists other weights and not these")
+    sums.write_text(f"{'0' * 64}  unrelated.csv\n")
+    m.load_backbone(folder)  # a list of other things
+
+
+CONFIG = json.loads((GOLDEN / "03_hf_vit_mlp" / "config.json").read_text())
+ODD_JSON = {
+    "cut": json.dumps(CONFIG)[:99].encode(), "empty": b"", "BOM": b"\xef\xbb\xbf" + json.dumps(CONFIG).encode(),
+    "UTF-16": json.dumps(CONFIG).encode("utf-16"), "Latin-1": b'{"a": "\xe4"}', "list": b"[{}]", "null": b"null",
+    "deep": b"[" * 100_000, "long": b"9" * 10_000, "two": b"{}{}", "endless": b'{"a":"' + b" " * (1 << 24) + b'"}',
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+def test_json_that_is_none_is_refused(tmp_path, name):
+    folder = tmp_path / "hf"
+    shutil.copytree(GOLDEN / "03_hf_vit_mlp", folder)
+    for content in ODD_JSON.values():
+        (folder / name).write_bytes(content)
+        refused(folder, re.escape(str(folder / name)) + " is damaged; get it anew")
+    shutil.copy(GOLDEN / "03_hf_vit_mlp" / "config.json", folder)
+
+
+ODD_CONFIG = {
+    "num_attention_heads": ["3", 0, -3, 3.0, None, True, [3], {}, math.nan, 10**30],
+    "layer_norm_eps": ["1e-5", 0, -1.0, None, [], math.nan, math.inf, 10**400],
+    "rope_theta": ["100", 0, None, math.inf],
+    "model_type": [None, 3, ["dinov3_vit"], {"dinov3_vit": 1}, "x" * 10_000],
+}
+
+
+@pytest.mark.parametrize("field", ODD_CONFIG)
+def test_a_field_of_config_json_of_a_wrong_type_is_named(tmp_path, field):
+    folder = tmp_path / "hf"
+    shutil.copytree(GOLDEN / "03_hf_vit_mlp", folder)
+    for value in ODD_CONFIG[field]:
+        (folder / "config.json").write_text(json.dumps({**CONFIG, field: value}))
+        refused(folder, f"config.json.*{field}")
+
+
+def test_the_map_of_several_files_stays_in_its_folder_and_agrees_with_them(tmp_path):
+    folder = tmp_path / "hf"
+    shutil.copytree(GOLDEN / "03_hf_vit_mlp", folder)
+    index, file = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    shutil.copy(file, tmp_path / "out.safetensors")
+    keys = list(safetensors.torch.load_file(file))
+    right = dict.fromkeys(keys, file.name)
+
+    def says(weight_map, match):
+        index.write_text(json.dumps({"weight_map": weight_map}))
+        refused(folder, match)
+
+    for name in ("../out.safetensors", str(tmp_path / "out.safetensors"), "..\\out.safetensors", "config.json", "", 3):
+        says(right | {keys[0]: name}, "index.json: weight_map is .* expected names of .safetensors files beside it")
+    for odd in (None, [], {}, "model.safetensors", [file.name], {"a": None}, {"a": [file.name]}):
+        says(odd, "index.json: weight_map is")
+    says({k: right[k] for k in keys[1:]}, f"weight_map in .* differ in {keys[0]}")
+    shutil.copy(file, folder / "b.safetensors")  # each tensor twice: which one is meant?
+    says(right | {keys[0]: "b.safetensors"}, "weight_map in .* differ in")
+    index.write_text(json.dumps({"weight_map": right}))
+    m.load_backbone(folder)
+
+
+def our_checkpoint(**fields):
+    vit = small_vit()
+    teacher = {f"backbone.{k}": v.detach() for k, v in vit.state_dict().items()}
+    facts = dict(step=3, images=24, args={"lr": 1e-3}, encoding="hu16-v1", eval_view={"size": 64, "window": [40, 400]})
+    facts |= dict(trained_groups=["lidc/1"], index_sha256="1" * 64, split_sha256=None)
+    return {"format": "dinox", "version": 1, "arch": vit.arch, "teacher": teacher, **facts, **fields}
+
+
+ODD_FACTS = {
+    "step": ["3", -1, 2.5, None, True], "images": ["24"], "args": [["lr"], None, {3: 3}], "encoding": [None, 3],
+    "eval_view": [None, 64, {}, {"size": 64}, {"size": "64", "window": None}, {"size": 64, "window": 7},
+                  {"size": 0, "window": None}, {"size": 64, "window": "40"}, {"size": 64, "window": ["a", "b"]}],
+    "trained_groups": ["lidc/1", 7, {"lidc/1": 1}, ["lidc/1", 7]], "split_sha256": [7], "index_sha256": [["1"]],
+    "teacher": [None, [1], "w", {3: torch.ones(2)}, torch.ones(2)],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("field", ODD_FACTS)
+def test_a_field_of_our_checkpoint_of_a_wrong_type_is_named(tmp_path, field):
+    path = tmp_path / "x.pth"
+    for value in ODD_FACTS[field]:
+        torch.save(our_checkpoint(**{field: value}), path)
+        refused(path, f"{path}: field {field} is .*; use another checkpoint of the same run")
+        with pytest.raises(ValueError, match=f"field {field} is"):
+            m.read_facts(path)
+
+
+def test_facts_of_our_checkpoint(tmp_path):
+    whole = our_checkpoint(trained_groups=None, eval_view={"size": 64, "window": None})
+    torch.save(whole, tmp_path / "x.pth")
+    facts = m.read_facts(tmp_path / "x.pth")
+    assert facts == {k: v for k, v in whole.items() if k != "teacher"} and facts["trained_groups"] is None  # unknown
+    for kind, version in [("dinox", True), ("dinox", 2), ("dinox", torch.ones(2)), (torch.ones(2), 1), (["dinox"], 1)]:
+        torch.save(our_checkpoint(format=kind, version=version), tmp_path / "x.pth")
+        refused(tmp_path / "x.pth", "format .* version .*, expected 'dinox' version 1")
+    torch.save({k: v for k, v in whole.items() if k != "teacher"}, tmp_path / "x.pth")
+    refused(tmp_path / "x.pth", "field teacher is None")
+
+
+def overrides(**options):
+    return {"name": "vit_test", "overrides": {"layerscale": 0.5, **options}}
+
+
+ODD_ARCHS = [None, [], "vit_test", {}, {"name": "vit_test"}, {"overrides": {}}, {"name": "vit_none", "overrides": {}}]
+ODD_ARCHS += [{"name": ["vit_test"], "overrides": {}}, {"name": "vit_test", "overrides": ["dim"]}, overrides(more=1)]
+ODD_ARCHS += [{"name": "vit_7b", "overrides": {}}, {"name": "vit_test", "overrides": {3: 3}}]
+ODD_ARCHS += [overrides(**{name: value}) for name, values in {
+    "depth": (10**9, 999, 3, 0, -1, "2", 2.0, None, math.nan), "dim": (10**12, 128, [64]), "heads": (0, -2, 5, "2"),
+    "ffn_dim": (10**12, 64), "patch_size": (0, 10**9), "in_chans": (1, {}), "registers": (-4, 10**6, 0),
+    "gated": ("yes", 2, True), "layerscale": ("x", math.nan, math.inf), "norm_eps": ([], -1), "rope_base": (10**400,),
+}.items() for value in values]  # fmt: skip
+
+
+@pytest.mark.parametrize("odd", ODD_ARCHS, ids=str)
+def test_an_arch_that_the_weights_do_not_have_is_refused_before_it_is_built(tmp_path, monkeypatch, odd):
+    torch.save(our_checkpoint(arch=odd), tmp_path / "x.pth")
+    if odd != overrides(heads=5):  # 64 is no multiple of 4 * 5: that the constructor itself says, first thing
+        monkeypatch.setattr(m.VisionTransformer, "__init__", lambda *_, **__: pytest.fail("built"))
+    refused(tmp_path / "x.pth", f"{tmp_path / 'x.pth'}: .*arch|multiple of 4")
+
+
+@pytest.mark.parametrize("options", [dict(depth=10**9), dict(depth=1001), dict(dim=2**21), dict(gated=3)], ids=str)
+def test_an_option_that_is_no_possible_size_is_refused_at_once(options):
+    with pytest.raises(ValueError, match=f"arch option {[*options][0]} is .*: not a possible value"):
+        m.build_vit("vit_test", **options)
+
+
+def test_whole_numbers_are_numbers_too():
+    vit = m.build_vit("vit_test", layerscale=1, norm_eps=1, rope_base=100)
+    assert vit.blocks[0].ls1.gamma.dtype == torch.float32 and (vit.blocks[0].ls1.gamma == 1).all()
+    assert vit(torch.zeros(1, 3, 32, 32)).cls.isfinite().all()
+    assert json.dumps(m.state_to_hf(vit)[1]["layerscale_value"]) == "1.0"
+
+
+def odd_weights():
+    """(change of the original layout's state dict, what is said)."""
+    yield {"blocks.99999999.norm1.weight": torch.ones(2)}, "depth is 100000000"
+    yield {"blocks.1_0.norm1.weight": torch.ones(2), "blocks.x": torch.ones(1)}, "2 unexpected"
+    yield {"patch_embed.proj.weight": torch.ones(48)}, r"patch_embed.proj.weight has shape \[48\], expected 4 axes"
+    yield {"patch_embed.proj.weight": torch.ones(0, 3, 16, 16)}, "dim is 0"
+    yield {"blocks.0.mlp.fc1.weight": torch.ones(())}, r"fc1.weight has shape \[\], expected 2 axes"
+    yield {"storage_tokens": torch.ones(4)}, r"register_tokens has shape \[4\], expected 3 axes"
+    yield {"register_tokens": torch.ones(1, 4, 48)}, "register_tokens and storage_tokens"
+    for periods in (torch.ones(()), torch.ones(0), torch.ones(7), torch.ones(2, 2)):
+        yield {"rope_embed.periods": periods}, ""
+    for dtype in (torch.int32, torch.bool, torch.complex64, torch.float8_e4m3fn):
+        yield {"norm.weight": torch.ones(48).to(dtype)}, "norm.weight is of torch"
+    yield {"norm.weight": torch.ones(48).to_sparse()}, ""
+    yield {"norm.weight": torch.empty(48, device="meta")}, ""
+    yield {"norm.weight": [1.0] * 48}, "found norm.weight"
+    yield {3: torch.ones(3)}, "found 3"
+    yield {"a\nb" * 1000: torch.ones(3)}, "unexpected a b"
+
+
+@pytest.mark.parametrize("change, said", list(odd_weights()), ids=lambda value: str(value)[:40].split("\n")[0])
+def test_odd_names_and_shapes_are_refused(tmp_path, change, said):
+    path = tmp_path / "x.pth"
+    torch.save(part(golden("01_vit_mlp"), "model.") | change, path)
+    refused(path, f"{path}.*{said}")
+
+
+@pytest.mark.parametrize(
+    "name, shape, said",
+    [("layer.1.attention.q_proj.weight", (3, 48), ""), ("layer.1.attention.k_proj.weight", (), ""),
+     ("layer.0.attention.q_proj.bias", (), ""), ("layer.0.attention.k_proj.bias", (48,), "a bias on keys"),
+     ("cls_token", (1, 1, 48), "there twice"), ("blocks.0.norm1.weight", (48,), "there twice"), ("layer", (1,), ""),
+     ("layer.0", (1,), ""), ("x.attention.q_proj.weight", (2,), "is missing"), ("embeddings.mask_token", (0,), "")],
+)  # fmt: skip
+def test_odd_tensors_of_the_hugging_face_layout_are_refused(tmp_path, name, shape, said):
+    folder = tmp_path / "hf"
+    shutil.copytree(GOLDEN / "03_hf_vit_mlp", folder)
+    state = safetensors.torch.load_file(folder / "model.safetensors")
+    safetensors.torch.save_file({**state, name: torch.ones(shape)}, folder / "model.safetensors")
+    refused(folder, f"{folder}.*{said}")
+
+
+def test_a_part_of_less_than_half_of_the_weights_is_no_part(tmp_path):
+    """A patch embedding of one pixel costs a file 8 MB; blocks of that width, made for a part, would take 50 TB."""
+    path, one = tmp_path / "x.pth", torch.ones(1 << 20)
+    state = {"cls_token": one[None, None], "patch_embed.proj.weight": one[:, None, None, None].clone()}
+    teacher = {"backbone.blocks.0.norm1.weight": one, "backbone.blocks.0.mlp.fc1.weight": one[:1].expand(1, 1 << 20)}
+    teacher = {k: v.clone() for k, v in (teacher | {f"backbone.{k}": v for k, v in state.items()}).items()}
+    options = dict(dim=1 << 20, depth=1, ffn_dim=1, in_chans=1, patch_size=1, registers=0, qkv_bias=False)
+    torch.save(our_checkpoint(teacher=teacher, arch={"name": "vit_test", "overrides": options}), path)
+    refused(path, "4 matched, .* missing", allow_partial=True)
+    most = {k: v for k, v in our_checkpoint()["teacher"].items() if "norm2" not in k}
+    torch.save(our_checkpoint(teacher=most), path)
+    assert not m.load_backbone(path, allow_partial=True).blocks[1].norm2.bias.any()
+
+
+def test_quiet_prints_nothing(capfd):
+    loud = m.load_backbone(GOLDEN / "03_hf_vit_mlp").state_dict()
+    assert capfd.readouterr().out.count("\n") == 1
+    quiet = m.load_backbone(GOLDEN / "03_hf_vit_mlp", quiet=True).state_dict()
+    assert capfd.readouterr() == ("", "") and all(torch.equal(quiet[k], v) for k, v in loud.items())
+
+
+def test_the_example_in_the_docstring_trains():
+    example = textwrap.dedent("\n".join(line for line in m.__doc__.splitlines() if line.startswith("    ")))
+    assert 5 <= len(example.splitlines()) <= 10
+    seen = {"torch": torch, "build_vit": lambda name: m.build_vit("vit_test"), "load_backbone": m.load_backbone}
+    seen |= {"images": torch.randn(2, 3, 32, 32), "labels": torch.tensor([0, 1])}
+    torch.manual_seed(0)
+    exec(example, seen)
+    first = seen["loss"].item()
+    loss = torch.nn.functional.cross_entropy(seen["head"](seen["vit"](seen["images"]).cls), seen["labels"])
+    assert loss.item() < first
+
+
+def test_no_other_file_of_ours_is_named():
+    assert not re.search(r"\b\w+\.py\b|\btools/|--[a-z]", inspect.getsource(m))
 
 
 def test_wrong_use_says_both_numbers():

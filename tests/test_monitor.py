@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,8 @@ import losses
 import monitor as m
 import train_ssl as t
 from model import build_vit
-from tools.lib import loop, sheet
+from tools.lib import loop, optim, runs, sheet
+from tools.lib.files import read_lines
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,18 +56,21 @@ def healthy(tmp_path_factory):
     """State of a run whose targets and features are spread, on 24 val_select slices of 6 patients."""
     root = make_ct(tmp_path_factory.mktemp("data"), series=12, size=64)
     make_split(root, {f"toy/P{i}": "train" if i < 5 else "val_select" for i in range(11)})
-    args = t.resolve(t.build_parser().parse_args(["--data", str(root), "--out", "unused", *FLAGS]), 1)
+    args = t.resolve(t.build_parser().parse_args(["--data", str(root), "--out", str(root), *FLAGS]), 1)
     student, teacher = t.build(args)
     for model in (student, teacher):
         model.dino_head.last_layer.weight.data *= 30  # sharp enough to be neither uniform nor one-hot
         for block in model.backbone.blocks:
             block.mlp.fc2.weight.data *= 4  # of random blocks: lets tokens differ as those of a trained one do
-    source = data.open_source(root, "train")
-    optimizer = torch.optim.AdamW(t.param_groups(student, 0.9, 0.2), lr=0.0)
+    source = data.open_for(root, "fit")
+    optimizer = torch.optim.AdamW(optim.param_groups(student, 0.9, 0.2), lr=0.0)
     recipes = t.make_recipes(args, source.encoding)
-    parts = t.pack_state(500, args, source, source.groups, recipes, student, teacher, None, optimizer, {})
-    t.write_config(args, root, source, recipes, student, 1, torch.device("cpu"))
-    return parts | {"step": 500}
+    seen = {"known": True, "seen": [data.provenance_of(source)]}
+    seen = {"trained_groups": source.groups, "provenance": seen}
+    cpu = torch.device("cpu")
+    run = t.Run(args, 0, 1, cpu, source, recipes, student, teacher, student, optimizer, trained=seen)
+    t.write_config(run)
+    return t.pack_state(run, 500) | {"step": 500}
 
 
 class Toy:
@@ -206,8 +211,8 @@ PLANTED = {
     "stale metrics": (stale, "stalled", 2, "minutes since metrics.jsonl grew: 16 > 15"),
     "slow data": (logged(data_wait=0.6), "starved", 1, "share of time waiting for data: 0.6 > 0.3 (--max-wait)"),
     "full disk in a save": (event("SAVE FAILED, training goes on: [Errno 28] No space left on device"), "disk full", 2,
-                            "the last save failed: SAVE FAILED"),
-    "failing save": (event("SAVE FAILED, training goes on: read-only"), "not saving", 2, "the last save failed"),
+                            r"the last save to .* failed: \[Errno 28\] No space"),
+    "failing save": (event("SAVE FAILED, training goes on: read-only"), "not saving", 2, "failed: read-only"),
     "heat": (hot, "hot", 1, "degrees C of the hottest sensor: 99 > 95 (--max-temp)"),
 }  # fmt: skip
 
@@ -338,12 +343,12 @@ def test_what_cannot_be_read_is_code_3_with_the_reason(toy, capsys):
     path.write_bytes(whole)
     root = Path(toy.state["args"]["data"])
     blind("is not a folder", "--data", toy.folder / "nowhere")
-    blind("is none of the 24 slices", "--image", "toy/1.2.0.npy:2", "--out", toy.out)  # a training slice
+    blind("is none of the 24 slices", "--image", "toy/1.2.0.npy#2", "--out", toy.out)  # a training slice
     moved = shutil.copytree(root, toy.folder / "data")
     make_split(moved, {f"toy/P{i}": "val_select" if i < 5 else "train" for i in range(11)})
     blind("the run trained on toy/P0", "--data", moved)
     make_split(moved, {f"toy/P{i}": "train" for i in range(11)})
-    blind("has no image in 'val_select'", "--data", moved)
+    blind("has no image in val_select", "--data", moved)
     (moved / "_splits" / "splits.json").unlink()
     blind("make_splits.py", "--data", moved)
     assert not (toy.folder / "nowhere").exists()
@@ -379,6 +384,383 @@ def test_a_look_after_a_killed_look_is_a_look(toy):
     assert toy.look() == 0
 
 
+# small files that are damaged: one sentence, or counted and left out; never a traceback
+
+
+def said_once(capsys, text):
+    said = capsys.readouterr()
+    assert text in said.out + said.err, said
+    assert "Traceback" not in said.err and "allow_pickle" not in said.out + said.err
+    return said
+
+
+def test_damaged_lines_of_the_history_are_skipped_counted_and_gone(toy, capsys):
+    toy.write().look()
+    good = past(1.0)
+    bad = ["{", "[1]", '{"step": 4}', json.dumps(good | {"step": "4"}), json.dumps(good | {"numbers": [1]})]
+    bad += [json.dumps(good | {"numbers": {"patch_rank": "9"}}), json.dumps(good | {"sensors": {"a (C)": "hot"}})]
+    bad += [json.dumps(good | {"pulse": {"images_s": [1]}}), json.dumps(good | {"numbers": {"patch_rank": 10**400}})]
+    bad += ["[" * 10**5, '{"step": 1' + "0" * 400 + "}", json.dumps(good | {"numbers": {"rankme": 1e300}})]
+    (toy.out / "history.jsonl").write_text("\n".join([*bad, json.dumps(good), ""]))
+    capsys.readouterr()
+    assert toy.look() == 0
+    said_once(capsys, f"note: {len(bad)} damaged lines of {toy.out / 'history.jsonl'} were skipped")
+    assert [json.loads(row)["step"] for row in (toy.out / "history.jsonl").read_text().splitlines()] == [100, 500]
+    assert toy.look() == 0 and "note: " not in capsys.readouterr().out
+
+
+def npz(**change):
+    """first.npz of the toy, [1, 16, 16] patches of 64 features, with other members."""
+    arrays = dict(mean=np.zeros(64, "f4"), axes=np.zeros((3, 64), "f4"), low=np.zeros(3), high=np.ones(3))
+    arrays |= dict(grams=np.zeros((1, 16, 16), "f2"), step=np.array(7))
+    file = io.BytesIO()
+    np.savez(file, **{name: value for name, value in (arrays | change).items() if value is not None})
+    return file.getvalue()
+
+
+def zipped(compression=zipfile.ZIP_STORED, **members):
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", compression) as archive:
+        for name, content in members.items():
+            archive.writestr(f"{name}.npy", content)
+    return file.getvalue()
+
+
+def header(shape, dtype="<f4"):
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, {"shape": shape, "fortran_order": False, "descr": dtype})
+    return file.getvalue()
+
+
+def bomb():
+    """30 kB that become 30 MB of zeros, and with more zeros as many as one likes."""
+    zeros = header((3, 2_500_000)) + bytes(30_000_000)
+    small = {name: header(shape) + bytes(4 * math.prod(shape)) for name, shape in
+             (("mean", (2_500_000,)), ("low", (3,)), ("high", (3,)), ("grams", (1, 16, 16)), ("step", ()))}  # fmt: skip
+    return zipped(zipfile.ZIP_DEFLATED, axes=zeros, **small)
+
+
+LONG_HEADER = b"\x93NUMPY\x01\x00\xff\xff" + b"(" * 65535  # numpy would advise to load it unsafely
+DAMAGED_FIRST = {
+    "empty": b"", "text": b"hello", "cut": npz()[:-300], "a pickle": b"\x80\x04N.", "one array": npz()[:200],
+    "an object": npz(mean=np.array([{}], object)), "a text": npz(low=np.array(["a", "b", "c"])),
+    "NaN": npz(axes=np.full((3, 64), np.nan)), "complex": npz(mean=np.zeros(64, complex)),
+    "two axes": npz(axes=np.zeros((2, 64))), "flat": npz(grams=np.zeros(16)),
+    "not square": npz(grams=np.zeros((1, 16, 17))), "no step": npz(step=None), "more": npz(more=np.zeros(1)),
+    "a step of its own": npz(step=np.array(-5)), "steps": npz(step=np.arange(2)), "a bomb": bomb(),
+    "a claim": zipped(mean=header((10**12,)), axes=header((3, 10**12)), low=header((3,)), high=header((3,)),
+                      grams=header((1, 16, 16)), step=header(())),
+    "a long header": zipped(**dict.fromkeys("mean axes low high grams step".split(), LONG_HEADER)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DAMAGED_FIRST)
+def test_a_damaged_first_look_is_made_anew_and_said(toy, capsys, name):
+    toy.write()
+    toy.out.mkdir()
+    (toy.out / "first.npz").write_bytes(DAMAGED_FIRST[name])
+    assert toy.look() == 0
+    said_once(capsys, f"note: {toy.out / 'first.npz'} is damaged (")
+    with np.load(toy.out / "first.npz") as file:
+        assert file["step"] == 500
+    assert toy.look() == 0 and "note: " not in capsys.readouterr().out
+    assert toy.status()["numbers"]["gram_drift"] < 1e-3
+
+
+IMAGES = ["", "[1]", "{}", "\x80", "[" * 10**5, '{"version": 2, "images": ["a"]}']
+IMAGES += [f'{{"version": 1, "images": {value}}}' for value in ("3", "[3]", "[]")]
+
+
+@pytest.mark.parametrize("text", IMAGES)
+def test_a_damaged_list_of_images_is_one_sentence(toy, capsys, text):
+    toy.write()
+    toy.out.mkdir()
+    (toy.out / "images.json").write_text(text, encoding="latin-1")
+    assert toy.look() == 3
+    said = said_once(capsys, f"could not look: {toy.out / 'images.json'}").err
+    assert len(said.splitlines()) == 1 and "remove it, and the test images are chosen anew" in said
+
+
+def test_odd_rows_of_the_log_are_skipped_and_counted(toy, capsys):
+    toy.lines += [line(501, loss="5.0"), line(502, dino=[1, [2]]), line(503, ibot=10**400), line(504, kl=True)]
+    toy.lines += [{"step": "505", "loss": 1.0}, {"loss": 1.0}, {"step": 506, "event": 7}, line(507, images_s=1e300)]
+    toy.lines += [{"step": 10**400, "loss": 1.0}, [1], "text", line(509, teacher_entropy={"a": 1})]
+    assert toy.write().look() == 0
+    said_once(capsys, f"note: 12 damaged lines of {toy.folder / 'metrics.jsonl'} were skipped")
+    assert toy.status()["pulse"]["last_step"] == 500
+
+
+RECIPES = [f'{{"recipes": {value}}}' for value in ("[]", "[3]", '{"kind": "ct"}', '[{"kind": "ct"}]')]
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", "\x80", "[" * 10**5, *RECIPES])
+def test_a_damaged_config_of_the_run_is_one_sentence(toy, capsys, text):
+    toy.write()
+    (toy.folder / "config.json").write_text(text, encoding="latin-1")
+    assert toy.look() == 3
+    assert len(said_once(capsys, "could not look: ").err.splitlines()) == 1
+
+
+ODD_RECIPE = [("global_size", "64"), ("global_size", 10**9), ("local_crops", [2]), ("field", 3), ("field", ["a", "b"])]
+
+
+@pytest.mark.parametrize("key, value", [*ODD_RECIPE, ("ratio", [1.0]), ("windows", 3), ("blur", None)])
+def test_a_recipe_of_odd_types_is_one_sentence(toy, capsys, key, value):
+    toy.write()
+    config = json.loads((toy.folder / "config.json").read_text())
+    config["recipes"][0][key] = value
+    (toy.folder / "config.json").write_text(json.dumps(config))
+    assert toy.look() == 3
+    said = said_once(capsys, f"config.json: {key} of a recipe is").err
+    assert len(said.splitlines()) == 1
+
+
+def change(*where, to):
+    """A plant: a field of the checkpoint is another."""
+
+    def apply(state):
+        for key in where[:-1]:
+            state = state[key]
+        state[where[-1]] = to
+
+    return apply
+
+
+ODD_STATES = {
+    "no args": lambda state: state.pop("args"), "no centers": lambda state: state.pop("centers"),
+    "no teacher": lambda state: state.pop("teacher"), "no flag": lambda state: state["args"].pop("prototypes"),
+    "step as text": change("step", to="500"), "args as list": change("args", to=[1]),
+    "data as number": change("args", "data", to=3), "no_split as text": change("args", "no_split", to="False"),
+    "one temperature": change("args", "teacher_temp", to=[0.04]),
+    "temperatures as text": change("args", "teacher_temp", to=["a", "b"]),
+    "huge heads": change("args", "prototypes", to=10**400), "other heads": change("args", "prototypes", to=31),
+    "view of no size": change("eval_view", "size", to=0), "a huge view": change("eval_view", "size", to=60_000),
+    "no window": change("eval_view", "window", to=None), "odd view": change("eval_view", to=3),
+    "unknown arch": change("arch", "name", to="vit_none"),
+    "unknown option": change("arch", "overrides", to={"dept": 3}),
+    "odd arch": change("arch", "overrides", to={"depth": "many"}),
+    "another arch": change("arch", "overrides", to={"depth": 3}),
+    "grace as text": change("args", "grace", to="0.1"), "a weight missing": lambda state: state["teacher"].popitem(),
+    "a weight too many": change("student", "more\x1b[2J", to=torch.zeros(1)),
+    "no tensor": change("teacher", "backbone.cls_token", to=3),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ODD_STATES)
+def test_a_checkpoint_of_odd_fields_is_one_sentence(toy, capsys, name):
+    toy.write()
+    state = {"format": "dinox", "version": 1} | toy.state
+    ODD_STATES[name](state)
+    file = io.BytesIO()  # checkpoint.save would refuse
+    torch.save(state, file)
+    (toy.folder / "last.pth").write_bytes(file.getvalue())
+    assert toy.look() == 3
+    said = said_once(capsys, "could not look: ").err
+    assert len(said.splitlines()) == 1 and len(said) < 1200 and said.strip().isprintable(), said
+
+
+def test_odd_places_in_a_table_of_labels_are_one_sentence(toy, tmp_path, capsys):
+    header = "id,path,z,y,x,label,group,diameter_mm,box_mm".split(",")
+    rows = [[s, f"toy/1.2.{s}.npy", 2, 30, 20, s % 2, "g", 5, 8] for s in range(6, 12)]
+    toy.write()
+    for column, value in ((2, "two"), (2, "9" * 5000), (3, "y" * 50_000), (4, "nan"), (4, "1e999"), (3, "")):
+        odd = [[value if k == column else cell for k, cell in enumerate(row)] for row in rows[:1]] + rows[1:]
+        write_table(tmp_path / "odd.csv", header, odd)
+        assert toy.look("--labels", tmp_path / "odd.csv") == 3
+        said = said_once(capsys, "expected pixels; write it anew").err
+        assert len(said.splitlines()) == 1 and len(said) < 600
+    write_table(tmp_path / "long.csv", header, [[*row[:5], f"{row[5]}{'x' * 100_000}", *row[6:]] for row in rows])
+    assert toy.look("--labels", tmp_path / "long.csv") == 0 and toy.status()["numbers"]["knn_slices"] == 6
+
+
+def test_pictures_of_earlier_looks_that_are_damaged_are_left_out_of_the_strips(toy, capsys):
+    toy.write().look()
+    (toy.out / "step_00000500" / "image_1.png").write_bytes(b"\x89PNG\r\n\x1a\n rubbish")
+    (toy.out / "step_other").mkdir()
+    shutil.copy(toy.out / "step_00000500" / "sheet.png", toy.out / "step_other" / "image_1.png")
+    (toy.out / "step_00000400").mkdir()
+    shutil.copy(toy.out / "step_00000500" / "sheet.png", toy.out / "step_00000400" / "image_1.png")  # of another size
+    toy.state["step"] = 600
+    toy.write()
+    capsys.readouterr()
+    assert toy.look() == 0
+    said_once(capsys, "note: 2 pictures of earlier looks cannot be read")
+
+
+# what a newcomer meets
+
+
+def test_the_folder_of_a_run_is_enough(toy, capsys):
+    toy.write()
+    assert m.main(["--ckpt", str(toy.folder), "--threads", "1", "--images", "1", "--sysfs", str(toy.sysfs)]) == 0
+    assert toy.status()["step"] == 500
+    (toy.folder / "last.pth").unlink()
+    assert m.main(["--ckpt", str(toy.folder)]) == 3
+    assert f"no checkpoint at {toy.folder / 'last.pth'}; has the run saved one yet" in capsys.readouterr().err
+    assert m.main(["--ckpt", str(toy.folder.with_name("other"))]) == 3
+    said = capsys.readouterr().err
+    assert "does not exist; name the folder of a run" in said and not (toy.folder.parent / "monitor").exists()
+
+
+def test_of_a_run_that_was_copied_from_elsewhere_the_data_is_asked_for(toy, capsys):
+    root = toy.write().state["args"]["data"]
+    toy.state["args"] = toy.state["args"] | {"data": "/mnt/elsewhere/processed"}
+    checkpoint.save(toy.folder / "last.pth", toy.state)
+    assert toy.look() == 3
+    said = capsys.readouterr().err
+    assert "/mnt/elsewhere/processed is not a folder" in said and "the run's flags name it; give --data" in said
+    assert toy.look("--data", root) == 0
+
+
+def history(toy):
+    return [json.loads(row) for row in (toy.out / "history.jsonl").read_text().splitlines()]
+
+
+def test_a_second_look_at_a_step_takes_the_place_of_the_first(toy, capsys):
+    toy.write()
+    for _ in range(3):
+        assert toy.look("--slices", 24) == 0
+    assert [h["step"] for h in history(toy)] == [500]
+    page = (toy.out / "report.html").read_text()
+    assert "rank of embeddings" not in page and "First look" not in page  # one point is no chart
+    assert toy.look("--slices", 12) == 0  # another setting: a point of its own, which no chart joins
+    assert [h["numbers"]["slices"] for h in history(toy)] == [24, 12]
+    assert "note: 1 looks with other --slices, --labels or images are not compared" in capsys.readouterr().out
+    toy.state["step"] = 600
+    assert toy.write().look("--slices", 24) == 0
+    page = (toy.out / "report.html").read_text()
+    assert "rank of embeddings" in page
+    svg = next(part for part in page.split("<svg")[1:] if "rank of embeddings" in part)
+    assert [len(points.split()) for points in re.findall(r'polyline points="([^"]+)"', svg)] == [2, 2]
+
+
+def test_a_look_with_other_slices_is_not_the_best_to_compare_with(toy):
+    toy.write().look("--slices", 24)
+    row = history(toy)[0]
+    row["numbers"]["patch_rank"] *= 9
+    (toy.out / "history.jsonl").write_text(json.dumps(row) + "\n")
+    toy.state["step"] = 600
+    toy.write()
+    assert toy.look("--slices", 12) == 0
+    assert toy.look("--slices", 24) == 1 and toy.status()["verdict"] == "dense features decaying"
+
+
+def test_a_finished_run_says_so_and_nothing_goes_on(toy, capsys):
+    toy.lines += [line(1000), {"step": 1000, "event": "SAVE FAILED, training goes on: disk: read-only"}]
+    toy.write().look()
+    said = capsys.readouterr().out
+    assert "note: the run is finished: 1000 of 1,000 updates are done" in said
+    assert "goes on" not in said + (toy.out / "report.html").read_text() + (toy.out / "status.json").read_text()
+    assert f"the last save to {toy.folder} failed: disk: read-only" in said
+
+
+def test_a_first_report_has_no_empty_parts_and_explains_each_number(toy):
+    toy.write().look()
+    page = (toy.out / "report.html").read_text()
+    for absent in ("First look to now", "rank of embeddings", "3 directions", "sensor</th>", "view_slices"):
+        assert absent not in page, absent
+    assert page.count("data:image/png") == 1 and '<a href="step_00000500/sheet.png"><img' in page
+    assert (toy.out / "step_00000500" / "sheet.png").is_file()
+    cells = re.findall(r"<tr><td>(\w+)</td><td>[^<]*</td><td>([^<]*)</td></tr>", page)
+    assert len(cells) > 40 and all(len(words.split()) > 1 for _, words in cells), cells
+    assert {key for key, _ in cells} == (toy.status()["numbers"].keys() | toy.status()["pulse"].keys()) - {
+        "view_slices"
+    }
+    assert "DINO loss" in page  # the log has many points
+
+
+def test_at_the_first_look_one_picture_of_colours_is_drawn_and_later_two(toy, monkeypatch):
+    drawn, real = [], sheet.maps
+
+    def maps(title, windows, base, attention, colours, *more):
+        drawn.append(list(colours))
+        return real(title, windows, base, attention, colours, *more)
+
+    monkeypatch.setattr(sheet, "maps", maps)
+    toy.write().look()
+    toy.look()
+    toy.state["step"] = 600
+    toy.write().look()
+    assert [[lines[0] for lines in names] for names in drawn] == [["PCA of step 500"]] * 2 + [
+        ["PCA of step 500", "PCA of step 600"]
+    ]
+
+
+def test_a_number_and_its_limit_are_told_apart():
+    assert m.told_apart(15.2, 15, 2) == "15.2" and m.told_apart(16.02, 15, 2) == "16"
+    assert m.told_apart(0.99500001, 0.995) == "0.99500001" and m.told_apart(0.999, 0.995) == "0.999"
+
+
+# the terminal, disks and clocks
+
+
+def test_escape_bytes_of_names_do_not_reach_the_terminal(toy, capsys):
+    toy.folder = toy.folder.with_name("li\x1b[2Jdc")
+    toy.out = toy.folder / "monitor"
+    toy.write().look()
+    toy.look("--image", "a\x1b[2Jb" * 10**5, "--out", toy.folder / "second")
+    stale(toy)
+    event("a\x1b[2Jb")(toy)
+    toy.write().look()
+    toy.look("--data", "/no\x1b[2Jwhere")
+    said = capsys.readouterr()
+    assert "\x1b" not in said.out + said.err and "li\\x1b[2Jdc step 500" in said.out and len(said.err) < 3000
+    for name in ("metrics.prom", "report.html"):
+        assert "\x1b" not in (toy.out / name).read_text()
+
+
+def test_only_the_disk_of_the_run_is_called_full(toy, capsys, monkeypatch):
+    toy.write()
+
+    def no_room(path, writer):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "atomic_write", no_room)
+    assert toy.look() == 2
+    said = capsys.readouterr().err
+    assert "disk full: [Errno 28] No space left on device" in said and str(toy.out) in said
+    other = Path("/dev/shm")
+    if not other.is_dir() or other.stat().st_dev == toy.folder.stat().st_dev:
+        pytest.skip("no second disk here")
+    folder = other / f"monitor-{os.getpid()}"
+    try:
+        assert toy.look("--out", folder) == 3
+        said = capsys.readouterr().err
+        assert said.startswith("could not look: [Errno 28] No space left") and str(folder) in said
+        assert "the disk of the run is another one" in said
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_clocks_that_jump_are_said_and_judged_as_now(toy, capsys):
+    toy.age_s = -3 * 3600
+    assert toy.write().look() == 0
+    said = capsys.readouterr().out
+    assert "metrics.jsonl is dated 180 minutes ahead of this machine's clock: no stall can be seen" in said
+    beat = toy.status()["pulse"]
+    assert beat["age_s"] == 0 and beat["eta_h"] == pytest.approx(1)
+
+
+# the one door
+
+
+def test_the_monitor_sees_leaks_by_hash_and_duplicates_that_cross(toy, capsys):
+    root = Path(toy.state["args"]["data"])
+    moved = shutil.copytree(root, toy.folder.with_name("data"))
+    source = data.open_source(moved)
+    sets = {"version": 1, "index_sha256": source.index_sha256, "groups": [["toy/P0", "toy/P9"], ["toy/P1", "toy/P2"]]}
+    (moved / "_splits" / "duplicates.json").write_text(json.dumps(sets))
+    assert toy.write().look("--data", moved) == 0
+    assert "note: 1 sets of duplicates lie in several splits" in capsys.readouterr().out
+    seen = data.provenance_of(data.open_for(moved, "select", allow_duplicates=True))
+    toy.state["provenance"] = {"known": True, "seen": [seen]}  # by hash alone: their names are not in trained_groups
+    assert toy.write().look() == 3
+    assert "leak: " in (said := capsys.readouterr().err) and "the run trained on toy/P10 (6 groups in all)" in said
+    toy.state["provenance"] = {"known": False, "seen": []}
+    assert toy.write().look() == 0
+    assert "note: what the weights that the run began with were trained on is unknown" in capsys.readouterr().out
+
+
 # the checkpoint, once
 
 
@@ -408,7 +790,7 @@ def read_while_replaced(tmp_path, state, times, in_place):
     try:
         for _ in range(times):
             try:
-                found, _ = m.read_checkpoint(path)
+                found, _ = runs.read_checkpoint(path)
             except ValueError:
                 refused += 1
                 continue
@@ -445,7 +827,7 @@ def test_a_name_that_goes_to_a_broken_or_no_file_in_mid_read_changes_nothing(tmp
             real(f, name)
 
         monkeypatch.setattr(checkpoint, "check", check)
-        state, _ = m.read_checkpoint(path)
+        state, _ = runs.read_checkpoint(path)
         monkeypatch.setattr(checkpoint, "check", real)
         assert state["step"] == 7
 
@@ -460,7 +842,7 @@ def test_a_file_that_is_written_to_in_place_is_refused(tmp_path, healthy, monkey
 
     monkeypatch.setattr(checkpoint, "load", load)
     with pytest.raises(ValueError, match="last.pth was overwritten in place while it was read; copy to another name"):
-        m.read_checkpoint(path)
+        runs.read_checkpoint(path)
 
 
 # numbers
@@ -569,7 +951,7 @@ def test_attention_is_weighed_against_body_and_lung(healthy, monkeypatch):
 
 
 def test_retrieval_is_that_of_the_training_log(healthy):
-    source = data.open_source(healthy["args"]["data"], "val_select")
+    source = data.open_for(healthy["args"]["data"], "select")
     recipe = t.make_recipes(t.build_parser().parse_args(["--data", "x", *FLAGS]), source.encoding)[0]
     recipe = dataclasses.replace(recipe, gram_size=0)
     rows = m.of_views(*models(healthy), m.training_views(source, recipe, 16))
@@ -645,7 +1027,7 @@ def test_day_1_and_day_15_show_the_same_images_in_the_same_colours(toy):
     toy.write()
     assert toy.look("--images", 2, "--seed", 5) == 0
     chosen = json.loads((toy.out / "images.json").read_text())["images"]
-    assert len(chosen) == 2 and len({name.split(":")[0] for name in chosen}) == 2  # of different series
+    assert len(chosen) == 2 and len({name.split("#")[0] for name in chosen}) == 2  # of different series
     kept = (toy.out / "first.npz").read_bytes()
     numbers = toy.status()["numbers"]
     assert numbers["gram_drift"] < 1e-3 and numbers["colours_kept"] == pytest.approx(1, abs=1e-3)
@@ -661,17 +1043,17 @@ def test_day_1_and_day_15_show_the_same_images_in_the_same_colours(toy):
     assert numbers["gram_drift"] > 0.01 and numbers["colours_kept"] < 0.999
     one, two = (Image.open(toy.out / f"step_00000{step}/strip_1.png").width for step in (500, 600))
     assert two > one or two == 480 + 2 * sheet.GAP
-    assert "First look" in (toy.out / "report.html").read_text()
+    assert "PCA" in (toy.out / "report.html").read_text()
     with pytest.raises(SystemExit):
         m.main(["--ckpt", "x", "--images", "0"])
 
 
 def test_named_images_are_shown_and_remembered(toy, capsys):
     toy.write()
-    assert toy.look("--image", "toy/1.2.8.npy:2", "--image", "toy/1.2.9.npy:3") == 0
-    assert json.loads((toy.out / "images.json").read_text())["images"] == ["toy/1.2.8.npy:2", "toy/1.2.9.npy:3"]
-    assert toy.look("--image", "toy/1.2.8.npy:3") == 3
-    assert "remembers toy/1.2.8.npy:2, toy/1.2.9.npy:3; leave --image away" in capsys.readouterr().err
+    assert toy.look("--image", "toy/1.2.8.npy#2", "--image", "toy/1.2.9.npy:3") == 0  # : as it was written once
+    assert json.loads((toy.out / "images.json").read_text())["images"] == ["toy/1.2.8.npy#2", "toy/1.2.9.npy#3"]
+    assert toy.look("--image", "toy/1.2.8.npy#3") == 3
+    assert "remembers toy/1.2.8.npy#2, toy/1.2.9.npy#3; leave --image away" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["rgb", "photo"])
@@ -753,26 +1135,26 @@ def test_the_pulse_reads_a_log_with_restarts_and_halves(tmp_path):
     rows += [line(30, loss=7.0), {"step": 30, "val_loss": 1.0}]
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 40, "loss": 5.')
-    found = m.pulse(m.read_lines(path), 3.0, ARGS)
+    found = runs.pulse(runs.read_log(path)[0], 3.0, ARGS)
     assert found["last_step"] == 30 and found["loss"] == 7.0 and found["age_s"] == 3.0 and not found["finished"]
     assert found["log_interval_s"] == pytest.approx(10 * 8 / 50) and found["last_event"].startswith("resumed")
-    assert m.pulse([], 3.0, ARGS) == {} and m.read_lines(tmp_path / "none") == []
+    assert runs.pulse([], 3.0, ARGS) == {} and runs.read_log(tmp_path / "none") == ([], 0)
 
 
 def test_trends_in_the_log():
     rows = [line(s, dino=3 - s / 1000, images_s=50 - s / 50, memory_gb=2 + s / 1000) for s in range(10, 1001, 10)]
-    found = m.pulse(rows, 0.0, ARGS)
+    found = runs.pulse(rows, 0.0, ARGS)
     assert found["slope_per_1000"] == pytest.approx(-1, abs=1e-6) and found["rise"] == pytest.approx(0)
     assert found["images_s_change"] == pytest.approx(31.9 / 47.7 - 1, abs=0.01)
     assert found["memory_change"] == pytest.approx(2.905 / 2.115 - 1, abs=0.01) and found["finished"]
     early = [line(s, dino=9.0) for s in range(10, 101, 10)] + [line(s, dino=1.0) for s in range(110, 201, 10)]
-    assert m.pulse(early, 0.0, ARGS)["rise"] == 0  # the fall out of warm-up is no rise, and warm-up sets no best
+    assert runs.pulse(early, 0.0, ARGS)["rise"] == 0  # the fall out of warm-up is no rise, and warm-up sets no best
     blip = [line(s, dino=9.0 if s == 500 else 3.0) for s in range(10, 1001, 10)]
-    assert m.pulse(blip, 0.0, ARGS)["rise"] == pytest.approx(0)
+    assert runs.pulse(blip, 0.0, ARGS)["rise"] == pytest.approx(0)
     broken = [line(s, dino=math.nan if s % 50 == 0 else 3.0) for s in range(10, 1001, 10)]
-    assert m.pulse(broken, 0.0, ARGS)["rise"] == pytest.approx(0)
+    assert runs.pulse(broken, 0.0, ARGS)["rise"] == pytest.approx(0)
     bare = [{"step": s, "loss": 1.0} for s in range(10, 200, 10)]  # what else a line holds is not taken for granted
-    found = m.pulse(bare, 0.0, ARGS)
+    found = runs.pulse(bare, 0.0, ARGS)
     assert found["images_s"] is None and found["log_interval_s"] == 0  # then --stall-minutes alone decides
     assert found["images_s_change"] is None
 
@@ -787,10 +1169,10 @@ def test_sensors_are_read_in_their_units_and_silent_ones_left_out(tmp_path, monk
         (chip / name).write_text(text)
     (zone / "temp").write_text("-4000")
     (zone / "type").write_text("acpitz")
-    found = m.sensors(tmp_path)
+    found = runs.sensors(tmp_path)
     assert found == {"hwmon3 amdgpu edge (C)": 61.5, "hwmon3 amdgpu power1 (W)": 95.0, "hwmon3 amdgpu fan1 (rpm)": 1200,
                      "thermal_zone0 acpitz temp (C)": -4.0}  # fmt: skip
-    assert m.hottest(found) == 61.5 and m.hottest({}) is None and m.sensors(tmp_path / "none") == {}
+    assert runs.hottest(found) == 61.5 and runs.hottest({}) is None and runs.sensors(tmp_path / "none") == {}
     programs = tmp_path / "bin"
     programs.mkdir()
     rocm = {"card0": {"Temperature (Sensor edge) (C)": "44.0", "Average Graphics Package Power (W)": "N/A"}}
@@ -798,12 +1180,12 @@ def test_sensors_are_read_in_their_units_and_silent_ones_left_out(tmp_path, monk
         (programs / name).write_text(f"#!/bin/sh\ncat <<'END'\n{text}\nEND\n")
         (programs / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
-    assert m.card_sensors() == {
+    assert runs.card_sensors() == {
         "nvidia 0 temperature (C)": 71.0, "nvidia 0 power (W)": 300.5, "nvidia 1 temperature (C)": 72.0,
         "nvidia 1 power (W)": 301.0, "nvidia 1 fan (%)": 40.0, "card0 Temperature (Sensor edge) (C)": 44.0,
     }  # fmt: skip
     (programs / "rocm-smi").write_text("#!/bin/sh\necho ERROR; exit 1\n")
-    assert "card0 Temperature (Sensor edge) (C)" not in m.card_sensors()
+    assert "card0 Temperature (Sensor edge) (C)" not in runs.card_sensors()
 
 
 def test_metrics_prom_is_what_prometheus_parses(toy):
@@ -882,8 +1264,8 @@ def test_two_monitors_at_once(toy):
     if codes == [0, 3]:
         assert any("is in use by process" in err for _, err in said)
     assert toy.status()["verdict"] == "healthy"
-    history = m.read_lines(toy.out / "history.jsonl")
-    assert len(history) == codes.count(0) == len((toy.out / "history.jsonl").read_text().splitlines())
+    history, skipped = read_lines(toy.out / "history.jsonl")
+    assert len(history) == 1 and skipped == 0  # one point per step
 
 
 # flags with which a phantom run leaves ln K within 40 updates (17 s on one core)
@@ -912,5 +1294,5 @@ def test_a_run_that_learns_raises_no_false_alarm(tmp_path, every):
     assert len(files) == 200 // every
     for path in files:
         assert m.main(["--ckpt", str(path), "--threads", "1", "--sysfs", str(tmp_path)]) == 0, path
-    words = [row["verdict"] for row in m.read_lines(tmp_path / "run" / "monitor" / "history.jsonl")]
+    words = [row["verdict"] for row in read_lines(tmp_path / "run" / "monitor" / "history.jsonl")[0]]
     assert set(words) <= {"healthy", "warming up"} and words[-3:] == ["healthy"] * 3

@@ -2,6 +2,14 @@
 
 import csv
 import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pydicom
@@ -122,7 +130,7 @@ def test_centres_lie_on_rows_of_the_index_and_hashed_ids_are_found(phantom):
 @pytest.mark.parametrize("indeterminate", ["drop", "benign"])
 @pytest.mark.parametrize("rule", n.RULES)
 def test_rules_on_ratings_by_hand(rule, indeterminate):
-    cases = {"5 4 4": 1, "1 2 2": 0, "3 3 3": None, "3 - 5": "few", "2 3 4 4": 1, "2 3 3 3": 0, "1 3 5": None}
+    cases = {"5 4 4": 1, "1 2 2": 0, "3 3 3": None, "3 ? 5": "few", "2 3 4 4": 1, "2 3 3 3": 0, "1 3 5": None}
     median = {"2 3 4 4": 1, "2 3 3 3": None}  # medians 3.5 and 3; means 3.25 and 2.75, which round to 3
     rounded = {"2 3 4 4": None, "2 3 3 3": None}
     cases |= {"median": median, "rint-mean": rounded}.get(rule, {})
@@ -218,7 +226,7 @@ def test_points_have_no_inside_and_their_readers_do_not_count(folder):
 def test_missing_characteristics_are_a_dash_and_not_a_rating(folder):
     write(folder, *([nodule(cube(5, 5, 6), malignancy)] for malignancy in (None, 5, 9, 4)))
     rows, binary, report = run(folder / "raw", folder / "data", "--readers", 2)
-    assert rows[0]["malignancy"] == "- 5 - 4" and rows[0]["readers"] == "4"  # 9 is no rating
+    assert rows[0]["malignancy"] == "? 5 ? 4" and rows[0]["readers"] == "4"  # 9 is no rating
     assert rows[0]["median_malignancy"] == "4.5" and binary[0]["label"] == "1"
     assert report["counts"]["marks without malignancy"] == 2
     assert run(folder / "raw", folder / "data", "--readers", 3)[1] == []
@@ -312,7 +320,7 @@ def test_what_cannot_be_read_is_an_error_that_names_the_file(folder):
     with pytest.raises(FileNotFoundError, match="no .xml file"):
         n.main(raw + data)
     (folder / "raw" / "1.xml").write_text("<LidcReadMessage><cut")
-    with pytest.raises(ValueError, match="1.xml is not whole XML"):
+    with pytest.raises(ValueError, match="1.xml is no XML of LIDC .*download it again"):
         n.main(raw + data)
     write(folder, [nodule([roi(3, square(5, 5, 6), sop="7.7")])])
     with pytest.raises(ValueError, match="is it another set"):
@@ -332,3 +340,220 @@ def test_overlap_is_that_of_whole_volumes(seed):
     marks = [n.Mark(k, {}, random.random((3, 5, 4)) < 0.7, random.integers(0, 4, 3)) for k in (1, 2)]
     a, b = (full(m.mask, m.origin, (8, 10, 10)) for m in marks)
     assert n.overlap(*marks) == pytest.approx((a & b).sum() / min(a.sum(), b.sum()))
+
+
+# damaged and hostile files
+
+
+def flags(folder):
+    return ["--raw", str(folder / "raw"), "--data", str(folder / "data")]
+
+
+def bad_xml(folder, content, name="0500.xml"):
+    """The error of a run on three readings, the second of which is `content`."""
+    write(folder, [nodule(cube(5, 5, 6))], name="0001.xml")
+    write(folder, [nodule([roi(3, square(5, 5, 6), sop="7.7")])], name="0999.xml", series="9")
+    (folder / "raw" / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises((ValueError, OSError)) as caught:
+        n.main(flags(folder))
+    assert len(str(caught.value)) < 1000 and "\x1b" not in str(caught.value)
+    return str(caught.value)
+
+
+READING = "<?xml version='1.0'{}?>\n{}<LidcReadMessage xmlns='http://www.nih.gov'>\n{}\n</LidcReadMessage>"
+
+
+def reading(body, encoding="", doctype=""):
+    nodule = f"<unblindedReadNodule>\n{body}</unblindedReadNodule>"
+    return READING.format(encoding, doctype, f"<readingSession>{nodule}</readingSession>")
+
+
+@pytest.mark.parametrize("text", ["", "12x", "nan", "inf", "1e308", "1_0", "\u0663", "9" * 5000, "\x85" + "y" * 10**6])
+@pytest.mark.parametrize("name", ["xCoord", "yCoord", "imageZposition"])
+def test_a_bad_number_names_file_line_and_element(folder, name, text):
+    good = {"xCoord": "5", "yCoord": "5", "imageZposition": "-94.0"} | {name: text}
+    z, edge = f"<imageZposition>{good.pop('imageZposition')}</imageZposition>", "<edgeMap>{}</edgeMap>\n"
+    points = edge.format("<xCoord>4</xCoord><yCoord>4</yCoord>")
+    points += edge.format("".join(f"<{key}>{value}</{key}>" for key, value in good.items()))
+    found = bad_xml(folder, reading(f"<roi>{z}<inclusion>TRUE</inclusion>\n{points}</roi>"))
+    line = 4 if name == "imageZposition" else 6
+    assert f"0500.xml, line {line}: {name} is " in found and "expected a number; download the file again" in found
+
+
+def test_a_bad_inclusion_is_shown_in_short_and_without_control_characters(folder):
+    text = "\x9b2J" + "y" * 100_000
+    point = "<edgeMap><xCoord>1</xCoord><yCoord>1</yCoord></edgeMap>"
+    found = bad_xml(folder, reading(f"<roi>{point}<inclusion>{text}</inclusion></roi>"))
+    assert "0500.xml, line 4: a roi without edgeMap, or inclusion " in found and "\x9b" not in found
+
+
+ENTITIES = "".join(f'<!ENTITY x{k} "{f"&x{k - 1};" * 10}">' for k in range(1, 12))
+HOSTILE = {
+    "unknown encoding": (lambda: reading("", " encoding='no-such'"), "unknown encoding"),
+    "multi-byte encoding": (lambda: reading("", " encoding='shift_jis'"), "multi-byte"),
+    "laughs": (lambda: reading("&x11;", "", f'<!DOCTYPE a [<!ENTITY x0 "ha">{ENTITIES}]>'), "line 2 declares an"),
+    "external": (lambda: reading("&e;", "", '<!DOCTYPE a [<!ENTITY e SYSTEM "/etc/passwd">]>'), "line 2 declares an"),
+    "100 MB": (lambda: reading(" " * 100_000_000), "it has 1000.* bytes, readings at most"),
+    "elements": (lambda: reading("<roi/>" * 100_000), "it has more than 30000 elements"),
+    "depth": (lambda: reading("<a>" * 100_000), "it has more than 30000 elements"),
+    "binary": (lambda: "\x00\x01" * 99, "0500.xml is no XML of LIDC"),
+    "empty": (lambda: "", "no element found"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_xml_is_refused_before_it_eats_memory(folder, monkeypatch, name):
+    monkeypatch.setattr(n, "MAX_ELEMENTS", 30_000)  # 524,288 take 190 MB
+    content, reason = HOSTILE[name][0]().encode(), HOSTILE[name][1]
+    write(folder, [nodule(cube(5, 5, 6))])
+    n.main(flags(folder))  # what the first run imports is not counted
+    tracemalloc.start()
+    found = bad_xml(folder, content)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert "0500.xml is no XML of LIDC" in found and found.endswith("; download it again")
+    assert re.search(reason, found) and peak < 32e6, (found, peak)
+
+
+def test_a_file_of_another_kind_is_counted_whatever_its_rest(folder):
+    write(folder, [nodule(cube(5, 5, 6))])
+    (folder / "raw" / "page.xml").write_text("<!DOCTYPE html><html>" + "x" * 20_000_000)  # neither whole nor small
+    rows, _, report = run(folder / "raw", folder / "data")
+    assert len(rows) == 1 and report["counts"]["XML that is no LIDC reading"] == 1
+
+
+def test_a_pipe_is_refused_and_not_waited_for(folder):
+    write(folder, [nodule(cube(5, 5, 6))])
+    os.mkfifo(folder / "raw" / "x.dcm")
+    (folder / "raw" / "zero").symlink_to("/dev/zero")
+    signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it waits"))
+    signal.alarm(20)
+    assert len(run(folder / "raw", folder / "data")[0]) == 1
+    os.mkfifo(folder / "raw" / "x.xml")
+    with pytest.raises(OSError, match="x.xml is a FIFO, not a file"):
+        n.main(flags(folder))
+    signal.alarm(0)
+
+
+def test_a_file_name_that_is_not_utf8_is_named_with_escapes(folder):
+    name = os.fsdecode(b"\xff\x1b.xml")
+    write(folder, [nodule(cube(5, 5, 6))], name=name)
+    assert len(run(folder / "raw", folder / "data")[0]) == 1
+    (folder / "raw" / name).write_text("<LidcReadMessage><cut")
+    program = Path(n.__file__)
+    done = subprocess.run([sys.executable, program, *flags(folder)], capture_output=True, text=True)
+    assert done.returncode == 2 and "\x1b" not in done.stderr
+    assert "/\\udcff\\x1b.xml is no XML of LIDC" in done.stderr.splitlines()[-1]
+
+
+def test_ratings_that_are_no_ratings_do_not_count(folder):
+    write(folder, *([nodule(cube(5, 5, 6), text)] for text in ("9" * 6000, "\u0663", "-1", "4")))
+    rows, _, report = run(folder / "raw", folder / "data")
+    assert rows[0]["malignancy"] == "? ? ? 4" and report["counts"]["marks without malignancy"] == 3
+
+
+def test_no_cell_of_the_tables_is_a_formula(folder):
+    write(folder, [nodule(cube(5, 5, 6), None)], [nodule(cube(5, 5, 6), 4)])
+    run(folder / "raw", folder / "data")
+    for name in ("nodules.csv", "malignancy.csv"):
+        for row in read(folder / "data" / "_labels" / name):
+            assert not [cell for cell in row.values() if re.match("[=+@']|-(?![0-9.]+$)", cell)]
+
+
+def test_a_nodule_is_in_the_tables_once(folder):
+    write(folder, [nodule(cube(5, 5, 6)), nodule(cube(5, 5, 6), 2)], [nodule(cube(5, 5, 6))])
+    rows, _, report = run(folder / "raw", folder / "data")
+    assert len(rows) == 1 and rows[0]["sessions"] == "1 2" and report["counts"]["marks that a reader drew twice"] == 1
+    write(folder, [nodule(cube(5, 5, 6))], name="again.xml", series="another")
+    with pytest.raises(ValueError, match="again.xml and .*1.xml are readings of one series; remove one of them"):
+        n.main(flags(folder))
+
+
+def test_readings_without_a_series_uid_are_told_apart(folder):
+    write(folder, [nodule(cube(5, 5, 6))], series="")
+    write(folder, [nodule([roi(3, square(5, 5, 6), sop="7.7")])], name="2.xml", series="")
+    assert len(run(folder / "raw", folder / "data")[0]) == 1
+
+
+def test_two_series_whose_names_end_alike_have_ids_of_their_own(folder):
+    lines = []
+    for k, series in enumerate(("1.2.12345678", "1.3.12345678")):
+        for z in range(1, 7):
+            ids = [f"toy/{series}.npy", "hu16-v1", "toy", "P0", f"s{k}", series, f"{series}.{z}"]
+            lines.append([*ids, z, -100 + 2.0 * z, 0.5, 0.5, 2.0, 40, 40, 0, 40, 0, 40])
+        write(folder, [nodule([roi(3, square(5, 5, 6), sop=f"{series}.3")])], name=f"{k}.xml", series=series)
+    write_index(folder / "data", lines)
+    assert [row["id"] for row in run(folder / "raw", folder / "data")[0]] == ["P0_12345678_01", "P0_12345678_02"]
+
+
+NONSENSE = {
+    "a spacing": (",0.5,0.5,2.0,", ",500,0.5,2.0,"),
+    "a size": (",40,40,", ",99999,99999,"),
+    "an id": (",P0,", ",../P0,"),
+    "a z": ("1.2.0.3,3,", "1.2.0.3,0,"),
+}
+
+
+@pytest.mark.parametrize("name", NONSENSE)
+def test_an_index_that_would_spoil_the_tables_is_refused(folder, name):
+    path = folder / "data" / "_index" / "index.csv"
+    path.write_text(path.read_text().replace(*NONSENSE[name]))
+    write(folder, [nodule(cube(5, 5, 6))])
+    with pytest.raises(ValueError, match="index.csv, line 2: series 1.2.0 of patient .*P0 has a spacing, a size, a z"):
+        n.main(flags(folder))
+    assert not (folder / "data" / "_labels").exists()
+
+
+@pytest.mark.parametrize("key, value", [("diameter_mm", v) for v in ("nan", "1e308", "-3")] + [("y1", 41), ("x0", -1)])
+def test_a_nodule_that_cannot_be_is_not_written(key, value):
+    series = n.Series({"rows": 40, "cols": 40}, {}, {})
+    row = {"group": "d/P", "series": "1.2", "z": 3, "y": "5", "x": "5", "diameter_mm": "6.0"}
+    row |= dict(z0=2, z1=4, y0=3, y1=40, x0=0, x1=9)
+    masks = {"majority": np.ones((2, 37, 9), bool)}
+    n.check([(series, row, masks)])
+    with pytest.raises(ValueError, match="series 1.2, nodule at z 3, y 5, x 5: box .* cannot be"):
+        n.check([(series, row | {key: value}, masks)])
+    with pytest.raises(ValueError, match="it is there twice"):
+        n.check([(series, row, masks), (series, row | {"diameter_mm": "7"}, masks)])
+
+
+def test_a_dicom_file_that_lost_its_position_is_named(phantom, tmp_path):
+    raw, data = phantom
+    path = sorted((raw / "PHANTOM-0001").rglob("*.dcm"))[5]
+    for change, message in (
+        ({"ImagePositionPatient": None}, "is in the index and now damaged: ImagePositionPatient missing"),
+        ({"ImagePositionPatient": [0, 0, 1e308]}, "ImagePositionPatient is not where the index has this slice"),
+        ({"ImagePositionPatient": [0, 0, 4321]}, "ImagePositionPatient is not where the index has this slice"),
+    ):
+        (tmp_path / "raw").mkdir(exist_ok=True)
+        for xml in raw.rglob("*.xml"):
+            (tmp_path / "raw" / xml.name).write_bytes(xml.read_bytes())
+        ds = pydicom.dcmread(path)
+        for keyword, value in change.items():
+            setattr(ds, keyword, value)
+        ds.save_as(tmp_path / "raw" / "one.dcm")
+        with pytest.raises(ValueError, match=f"one.dcm.*{message}.*; restore it, or preprocess again"):
+            n.main(["--raw", str(tmp_path / "raw"), "--data", str(data)])
+
+
+def test_nothing_that_identifies_reaches_the_labels(phantom, tmp_path, capfd):
+    """Names in XML and DICOM, and the id of the patient whose ids are hashed; ZZ marks what must not get out."""
+    raw, data = phantom
+    shutil.copytree(raw, tmp_path / "raw")
+    shutil.copytree(data, tmp_path / "data")
+    (tmp_path / "dinox_id_key").write_bytes((data.parent / "dinox_id_key").read_bytes())
+    for path in (tmp_path / "raw" / HIDDEN).rglob("*.dcm"):
+        ds = pydicom.dcmread(path)
+        ds.PatientName, ds.InstitutionName, ds.AccessionNumber, ds.PatientBirthDate = "ZZ^A", "ZZ B", "ZZ1", "19331224"
+        ds.save_as(path)
+    for path in (tmp_path / "raw").rglob("*.xml"):
+        said = "<readingSession><servicingRadiologistID>ZZ-19331224</servicingRadiologistID>"
+        text = path.read_text().replace("<readingSession>", said)
+        path.write_text(re.sub("<noduleID>[^<]*<", "<noduleID>ZZ^DOE<", text))
+    shutil.rmtree(tmp_path / "data" / "_labels", ignore_errors=True)
+    assert run(tmp_path / "raw", tmp_path / "data")[0]
+    labels = tmp_path / "data" / "_labels"
+    contents = [str(path.read_bytes()) for path in labels.glob("*.*")]
+    written = "\n".join([*capfd.readouterr(), *map(str, labels.rglob("*")), *contents])
+    for secret in ("ZZ", "19331224", HIDDEN):
+        assert secret not in written.replace(str(tmp_path), "")

@@ -111,10 +111,53 @@ def test_ticks_are_round_inside_and_told_apart(ends):
     assert np.allclose([float(t) for t in texts], ticks, atol=step[0] / 10)
 
 
-def test_lines_that_count_are_those_of_the_last_try():
-    lines = [{"step": s, "loss": s} for s in (1, 2, 3, 4)] + [{"step": 2, "event": "resumed"}, {"step": 3, "loss": 30}]
-    assert [r["loss"] for r in page.counted(lines, "loss")] == [1, 2, 30]
-    assert page.counted(lines, "val_loss") == []
+@pytest.mark.parametrize(
+    "xs, ys",
+    [
+        ([1, 2], [1e308, -1e308]),
+        ([2**62, 2**62 + 1], [1, 2]),
+        ([0, 1], [1e20, 1e20 + 16384]),
+        ([1, 2], [5e-324, 1e-323]),
+        ([0, 10**15], [1e99, -1e99]),
+        ([0, 1], [-math.inf, math.nan]),
+    ],
+)
+@pytest.mark.parametrize("log_y", [False, True])
+def test_no_number_that_a_log_can_hold_breaks_a_plot(xs, ys, log_y):
+    svg = page.line_plot("t", {"a": (xs, ys)}, log_y=log_y)
+    ET.fromstring(svg)
+    assert "nan" not in svg and "inf" not in svg
+
+
+def test_a_trend_needs_two_steps():
+    rows = [{"step": 1, "a": 3.0}, {"step": 1, "a": 4.0}, {"step": 2, "b": 1.0}, {"step": 3, "b": None}]
+    assert page.trend("t", rows, ("a", "b", "c")) is None and page.trend("t", [], ("a",)) is None
+    assert "polyline" in page.trend("t", [*rows, {"step": 2, "a": 5.0}], ("a",))
+
+
+def test_a_picture_links_to_its_file():
+    html = page.image(png("red"), "now", 'a "b"/c.png')
+    assert html.startswith('<figure><a href="a%20%22b%22/c.png"><img ') and "</a><figcaption>now" in html
+    assert "<a " not in page.image(png("red"), "now")
+
+
+def test_numbers_stand_beside_what_they_mean():
+    table = page.explained("of it", {"slices": 24, "view_slices": 24, "loss": 1.5, "new": 2})
+    assert "<td>slices</td><td>24</td><td>images behind these numbers</td>" in table
+    assert "view_slices" not in table and "<td>new</td><td>2</td><td></td>" in table  # equal numbers stand there once
+    assert "view_slices" in page.explained("of it", {"slices": 24, "view_slices": 12})
+    assert page.explained("of it", {}) is None
+
+
+def test_prometheus_labels_hold_no_quote_and_no_control_character():
+    status = dict(run='a"b\\c\x1b[2J\n', code=0, time=1.0, step=3, numbers={}, pulse={}, verdict="healthy")
+    text = page.prometheus(status | {"sensors": {'fan "1"\n': 3.0}}, ["healthy"])
+    assert all(
+        re.fullmatch(r'# TYPE \w+ gauge|\w+\{(\w+="[^"\\\x00-\x1f]*",?)+\} \S+', row) for row in text.splitlines()
+    )
+
+
+def test_many_rows_are_thinned_to_few():
     rows = list(range(5000))
     few = page.thin(rows, 400)
     assert len(few) == 400 and few[0] == 0 and few[-1] == 4999 and sorted(set(few)) == few

@@ -1,6 +1,7 @@
 """Claims about preprocess_dicom.py, dicom_series.py and write_manifest.py. The truth is a volume in HU that the test
 itself writes as DICOM, in every lawful and unlawful way."""
 
+import contextlib
 import copy
 import csv
 import io
@@ -9,10 +10,12 @@ import os
 import random
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
 import time
+import tracemalloc
 import warnings
 from pathlib import Path
 
@@ -470,6 +473,46 @@ def test_links_are_followed_once_and_unreadable_entries_are_recorded(tmp_path):
     assert [e["reason"] for e in found["rejected"]] == ["unreadable", "unreadable"]
 
 
+def test_devices_and_sockets_are_recorded_and_not_waited_for(tmp_path, monkeypatch, impatient):
+    raw = write_tree(tmp_path / "raw", a_series())
+    os.mkfifo(raw / "pipe.dcm")
+    (raw / "zero.dcm").symlink_to("/dev/zero")
+    monkeypatch.chdir(raw)  # the path of a socket may have 107 bytes
+    with socket.socket(socket.AF_UNIX) as s:
+        s.bind("socket.dcm")
+    assert preprocess(raw, tmp_path / "p") == 1
+    assert [e["reason"] for e in manifest(tmp_path / "p")["rejected"]] == ["unreadable"] * 3
+    os.mkfifo(tmp_path / "key")
+    hidden = write_tree(tmp_path / "hidden", a_series(PatientIdentityRemoved=None))
+    with pytest.raises(OSError, match="key is a FIFO, not a file"):
+        preprocess(hidden, tmp_path / "q/p", "--key-file", tmp_path / "key")
+
+
+def test_paths_of_rejects_are_shown_without_control_characters(tmp_path, capsys):
+    raw = write_tree(tmp_path / "raw", a_series())
+    (raw / "a\x1b[2J\u202e.txt").write_bytes(b"x")
+    Path(os.fsdecode(os.fsencode(raw) + b"/b\xff.txt")).write_bytes(b"x")
+    assert preprocess(raw, tmp_path / "p", "--list-rejects") == 0
+    said = capsys.readouterr().out
+    assert "/a\\x1b[2J\\u202e.txt\n" in said and "/b\\udcff.txt\n" in said and "\x1b" not in said
+
+
+def test_a_dicomdir_is_called_one(tmp_path, capsys):
+    raw, entry = write_tree(tmp_path / "raw", a_series()), Dataset()
+    entry.DirectoryRecordType, entry.SeriesInstanceUID, entry.PatientName = "IMAGE", uid(1, 1), "ZZDOE"
+    for count in (0, 1, 300):  # 300: beyond the first 16 KiB
+        ds = Dataset()
+        ds.file_meta = FileMetaDataset()
+        ds.file_meta.MediaStorageSOPClassUID, ds.file_meta.MediaStorageSOPInstanceUID = dicom.DICOMDIR, uid(count)
+        ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+        ds.FileSetID, ds.DirectoryRecordSequence = "ZZDOE", [copy.deepcopy(entry) for _ in range(count)]
+        ds.save_as(raw / f"DICOMDIR{count}", enforce_file_format=True)
+    assert (raw / "DICOMDIR300").stat().st_size > 1 << 14
+    assert preprocess(raw, tmp_path / "p") == 1
+    assert [e["reason"] for e in manifest(tmp_path / "p")["rejected"]] == ["dicomdir"] * 3
+    assert "a DICOMDIR: the list of the files of a disc, no image" in capsys.readouterr().out
+
+
 def test_a_missing_decoder_is_named_with_the_package_to_install(tmp_path, capsys):
     if dicom.get_decoder(JPEGLSLossless).is_available:
         pytest.skip("this machine decodes JPEG-LS")
@@ -484,7 +527,7 @@ def test_a_missing_decoder_is_named_with_the_package_to_install(tmp_path, capsys
 def test_nothing_that_identifies_leaves_the_raw_folder(tmp_path, capsys):
     """Names, dates, free text and ids are in every header and in every path; outputs hold none of them."""
     raw = tmp_path / "raw" / "ZZDOE_JOHN_19331224"
-    changes = {"PatientIdentityRemoved": None, "PatientID": "ZZID-7", "StudyInstanceUID": uid("77777")} | IDENTIFYING
+    changes = {"PatientIdentityRemoved": None, "PatientID": "ZZID-7", "StudyInstanceUID": uid("7" * 10)} | IDENTIFYING
     write_tree(raw, a_series(**changes))
     bad = [*a_series(series=2, **changes | {"Modality": "ZZ"}), *a_series(series=3, **changes)[:4]]
     write_tree(raw, bad + a_series(series=4, **changes | {"RescaleType": "ZZ"}), seed=1)
@@ -496,12 +539,59 @@ def test_nothing_that_identifies_leaves_the_raw_folder(tmp_path, capsys):
             [*tree(out), *map(str, tree(out).values()), *map(str, out.rglob("*")), capsys.readouterr().out]
         )
         written = written.replace(str(tmp_path), "")
-        for secret in ("ZZ", "19331224", "19991231", uid(1), "77777"):
+        for secret in ("ZZ", "19331224", "19991231", uid(1), "7" * 10):
             assert secret not in written
         (row,) = {(row["patient"], row["study"], row["series"]) for row in index(out)}
         key = dicom.load_key(tmp_path / "dinox_id_key")
         assert row[0] == dicom.public_id("patient", "ZZID-7", key)
         assert index(out)[0]["sop"] == dicom.public_id("sop", uid(1, 1, 101), key)
+
+
+def test_what_identifies_is_in_nested_and_private_elements_too_and_stays_there(tmp_path, capfd):
+    """Every output, both streams, kept and rejected series, hashed ids; ZZ marks what must not get out."""
+    more = {"OtherPatientIDs": "ZZ1", "PatientComments": "ZZ2", "ImageComments": "ZZ3", "OperatorsName": "ZZ^4"}
+    more |= {"StudyID": "ZZ5", "StationName": "ZZ6", "ProtocolName": "ZZ7", "PatientBirthTime": "191919.202020"}
+    hidden = IDENTIFYING | more | {"PatientIdentityRemoved": None, "PatientID": "ZZ-77 of ZZ"}
+    slices = a_series(**hidden) + a_series(series=2, RescaleType="ZZ", **hidden) + a_series(series=3, **hidden)[:4]
+    for ds in slices:
+        request = Dataset()
+        request.AccessionNumber, request.RequestedProcedureDescription = "ZZ8", "ZZ9"
+        ds.RequestAttributesSequence = [request]
+        block = ds.private_block(0x0011, "ZZ MAKER", create=True)
+        block.add_new(1, "LO", "ZZ10")
+        block.add_new(2, "SQ", [copy.deepcopy(request)])
+    slices[2 * DEPTH + 1].ImageOrientationPatient = None
+    files = [encode(ds) for ds in slices]
+    files[0] = files[0].replace(b"ISO", b"ZZ!")
+    files.append(files[3].replace(b"\x28\x00\x30\x00DS", b"\x28\x00\x30\x00ZZ"))  # a type that does not exist
+    assert preprocess(write_tree(tmp_path / "raw", files), tmp_path / "o/p", workers=2) == 1
+    assert write_manifest.main(["--data", str(tmp_path / "o/p"), "--verify"]) == 0
+    found = tree(tmp_path / "o/p")
+    written = "\n".join([*found, *map(str, found.values()), *capfd.readouterr()]).replace(str(tmp_path), "")
+    for secret in ("ZZ", "19331224", "19991231", "191919.202020", uid(1)):
+        assert secret not in written
+    assert len(manifest(tmp_path / "o/p")["rejected"]) >= 2 and index(tmp_path / "o/p")
+
+
+def test_spellings_of_a_patient_id_become_one_patient(tmp_path, capsys):
+    for name, said in (("kept", "YES"), ("hashed", None)):
+        raw = tmp_path / name
+        for series, patient in enumerate(("Pat-1", "PAT-1", "Pat-2")):
+            slices = a_series(series=series, PatientID=patient, PatientIdentityRemoved=said if series else None)
+            write_tree(raw, slices, seed=series)
+        assert preprocess(raw, tmp_path / f"{name}out/p") == 0
+        assert "2 PatientIDs differ from others in case or outer spaces only" in capsys.readouterr().out
+        patients = {row["series"]: row["patient"] for row in index(tmp_path / f"{name}out/p")}
+        assert len(patients) == 3 and len(set(patients.values())) == 2
+        assert ("Pat-2" in patients.values()) == (name == "kept") and "PAT-1" not in str(patients)
+        key = dicom.load_key(tmp_path / f"{name}out" / "dinox_id_key")
+        assert dicom.public_id("patient", "PAT-1", key) in patients.values()  # one file of Pat-1 does not say YES
+
+
+def test_a_missing_study_is_no_id_that_patients_share(tmp_path):
+    slices = [ds for p in (1, 2) for ds in a_series(patient=p, StudyInstanceUID=None, PatientIdentityRemoved=None)]
+    assert preprocess(write_tree(tmp_path / "raw", slices), tmp_path / "o/p") == 0
+    assert {row["study"] for row in index(tmp_path / "o/p")} == {""}
 
 
 def test_ids_are_kept_only_when_all_files_say_that_identity_is_removed(tmp_path):
@@ -689,8 +779,105 @@ def test_verify_names_what_changed_and_writing_accepts_it(tmp_path, capsys):
     (out / "_index/index.csv").unlink()
     capsys.readouterr()
     assert write_manifest.main(verify[:5]) == 1 and "missing: _index/index.csv" in capsys.readouterr().out
-    with pytest.raises(FileNotFoundError, match="no manifest"):
+    with pytest.raises(FileNotFoundError, match="other.json does not exist; make it again with tools/preprocess"):
         write_manifest.main(["--data", str(out), "--dataset", "other"])
+
+
+def series_record(out):
+    (path,) = (out / "_manifests" / "d").glob("*.json")
+    return path
+
+
+DAMAGED = [b"", b"[]", b"{", b"\xff\xfe", b"[" * 100_000, b'{"version": 1}']
+
+
+@pytest.mark.parametrize("damaged", [*DAMAGED, {"series": []}, {"series": {"s": {"files": "3"}}}, {"rejected": 3}])
+def test_a_damaged_manifest_is_one_sentence_and_is_made_again(tmp_path, monkeypatch, damaged):
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "0")
+    raw, out = write_tree(tmp_path / "raw", a_series()), tmp_path / "o/p"
+    preprocess(raw, out)
+    path, before, found = out / "_manifests" / "d.json", tree(out), manifest(out)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert write_manifest.main(["--data", str(out), "--verify"]) == 0  # a byte order mark is harmless
+    path.write_bytes(json.dumps(found | damaged).encode() if isinstance(damaged, dict) else damaged)
+    for flags in ([], ["--verify"]):
+        with pytest.raises(ValueError, match="d.json.*; make it again with tools/preprocess_dicom.py") as caught:
+            write_manifest.main(["--data", str(out), *flags])
+        assert str(caught.value).isprintable()
+    with pytest.raises(ValueError, match="d.json.*; make it again"):  # of another dataset: not ours to make
+        preprocess(write_tree(tmp_path / "raw2", a_series(patient=2)), out, dataset="e")
+    shutil.rmtree(out / "_manifests" / "e")
+    shutil.rmtree(out / "e")
+    assert preprocess(raw, out) == 0 and tree(out) == before
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [*DAMAGED, {"files": [1]}, {"files": {"d/x": ["3", 4]}}, {"rows": [[1]]}, {"rows": "x"}, {"handled": []}]
+    + [{"rejected": [["9.9", "header", ""]]}, {"rejected": [3]}, {"inputs": 3}],
+)
+def test_a_damaged_record_is_named_and_its_series_made_again(tmp_path, monkeypatch, capsys, damaged):
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "0")
+    raw, out = write_tree(tmp_path / "raw", a_series()), tmp_path / "o/p"
+    preprocess(raw, out)
+    path, before = series_record(out), tree(out)
+    content = json.loads(path.read_bytes()) | damaged if isinstance(damaged, dict) else damaged
+    path.write_bytes(json.dumps(content).encode() if isinstance(damaged, dict) else damaged)
+    (out / "d" / path.stem / "0002.png").write_bytes(b"x")
+    assert write_manifest.main(["--data", str(out), "--verify"]) == 1
+    assert f"changed: d/{path.stem}" in capsys.readouterr().out
+    assert preprocess(raw, out) == 0 and tree(out) == before
+    if damaged != {"rejected": [["9.9", "header", ""]]}:  # this one has the right form
+        path.write_bytes(json.dumps(content).encode() if isinstance(damaged, dict) else damaged)
+        with pytest.raises(ValueError, match=f"{path.stem}.json.*; preprocess d again"):
+            preprocess(write_tree(tmp_path / "raw2", a_series(patient=2)), out, dataset="e")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda text: text.replace("2.5,40", "x,40"), "index.csv: spacing_z of d/.*/0001.png is x; preprocess again"),
+        (lambda text: text.replace("2.5,40", "nan,40"), "index.csv: spacing_z of .* is nan; preprocess again"),
+        (lambda text: text + "d/1,2\n", "index.csv, row 10: 2 cells of 18; preprocess again"),
+        (lambda text: text.replace("path", "x" * 10**5, 1), "index.csv: columns are x.* characters"),
+        (lambda text: text.encode()[:-1] + b"\xff", "index.csv is not a UTF-8 CSV file"),
+    ],
+)
+def test_a_damaged_index_is_named_with_its_row(tmp_path, capsys, change, message):
+    raw, out = write_tree(tmp_path / "raw", a_series()), tmp_path / "o/p"
+    preprocess(raw, out)
+    path = out / "_index" / "index.csv"
+    content = change(path.read_text())
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=message) as caught:
+        write_manifest.main(["--data", str(out)])
+    assert len(str(caught.value)) < 500
+    capsys.readouterr()
+    assert write_manifest.main(["--data", str(out), "--verify"]) == 1
+    assert "changed: _index/index.csv" in capsys.readouterr().out
+
+
+@pytest.fixture
+def impatient():
+    """Fails a test that waits, for a pipe say."""
+    signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it waits"))
+    signal.alarm(20)
+    yield
+    signal.alarm(0)
+
+
+def test_pipes_and_names_with_escapes_in_the_output_are_named_and_not_waited_for(tmp_path, capsys, impatient):
+    raw, out = write_tree(tmp_path / "raw", a_series()), tmp_path / "o/p"
+    preprocess(raw, out)
+    folder = (out / index(out)[0]["path"]).parent
+    os.mkfifo(folder / "pipe")
+    (folder / "x\x1b[2J\u202e").write_bytes(b"x")
+    capsys.readouterr()
+    assert write_manifest.main(["--data", str(out), "--verify"]) == 1
+    said = capsys.readouterr().out
+    assert f"extra: d/{folder.name}/pipe" in said and "/x\\x1b[2J\\u202e\n" in said and "\x1b" not in said
+    with pytest.raises(ValueError, match="pipe is no regular file, or cannot be read; remove it"):
+        write_manifest.main(["--data", str(out)])
 
 
 BAD_FLAGS = [
@@ -844,6 +1031,75 @@ def test_a_file_that_ends_inside_a_sequence():
         opened = struct.pack("<HH2sHL", 0x5200, 0x9229, b"SQ", 0, 0xFFFFFFFF) + rest
         with pytest.raises(dicom.Reject):
             dicom.read_slices(data + opened)
+
+
+def nested(n):
+    """n private sequences of undefined length, each inside the one before."""
+    begin = struct.pack("<HH2sHLHHL", 9, 0x1001, b"SQ", 0, 0xFFFFFFFF, 0xFFFE, 0xE000, 0xFFFFFFFF)
+    return begin * n + struct.pack("<HHLHHL", 0xFFFE, 0xE00D, 0, 0xFFFE, 0xE0DD, 0) * n
+
+
+def flat(n):
+    """A private sequence of n empty items."""
+    item = struct.pack("<HHL", 0xFFFE, 0xE000, 0)
+    return struct.pack("<HH2sHL", 9, 0x1001, b"SQ", 0, 0xFFFFFFFF) + item * n + struct.pack("<HHL", 0xFFFE, 0xE0DD, 0)
+
+
+def with_private(elements):
+    data = encode(ct_slice(truth()[0], 0))
+    at = data.index(b"\x10\x00\x20\x00LO")
+    return data[:at] + struct.pack("<HH2sH4s", 9, 0x10, b"LO", 4, b"ACME") + elements + data[at:]
+
+
+def deflated(n):
+    """A deflated file of a few kB with n zeros behind its pixels."""
+    ds = ct_slice(truth()[0], 0)
+    ds.add_new(0xFFFCFFFC, "OB", bytes(n))
+    return encode(ds, DeflatedExplicitVRLittleEndian)
+
+
+def many_frames():
+    ds = enhanced(truth(), range(DEPTH))
+    ds.NumberOfFrames = 10**9
+    return ds
+
+
+HUGE = {
+    "frames": lambda: encode(ct_slice(truth()[0], 0, NumberOfFrames=10**9)),
+    "frames with groups": lambda: encode(many_frames()),
+    "rows": lambda: encode(ct_slice(truth()[0], 0, Rows=65535, Columns=65535)),
+    "depth": lambda: with_private(nested(10_000)),
+    "items": lambda: with_private(flat(10**6)),
+    "items, big endian": lambda: with_private(flat(10**6).replace(b"\xfe\xff\x00\xe0", b"\xff\xfe\xe0\x00")),
+    "deflated": lambda: deflated(200 << 20),
+}
+
+
+@pytest.mark.parametrize("name", HUGE)
+def test_huge_counts_take_no_memory(name):
+    data = HUGE[name]()
+    for reader in (dicom.read_scan, dicom.read_slices):
+        tracemalloc.start()
+        with contextlib.suppress(dicom.Reject):
+            reader(data)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < (32 << 20) + 3 * len(data), (reader, peak)
+
+
+def test_a_few_private_sequences_and_a_deflated_file_are_read():
+    assert len(dicom.read_slices(with_private(nested(10)))) == len(dicom.read_slices(with_private(flat(1000)))) == 1
+    assert len(dicom.read_slices(deflated(1 << 20))) == 1
+
+
+def test_a_file_of_gigabytes_is_recorded_and_not_read(tmp_path):
+    raw = write_tree(tmp_path / "raw", a_series())
+    with open(raw / "zz", "wb") as f:
+        f.write(encode(ct_slice(truth()[0], DEPTH)))
+        f.truncate(1 << 40)  # sparse: takes no room on the disk
+    assert preprocess(raw, tmp_path / "p") == 1
+    (entry,) = manifest(tmp_path / "p")["rejected"]
+    assert entry["reason"] == "unreadable" and manifest(tmp_path / "p")["counts"]["slices"] == DEPTH - 2
 
 
 def test_60_damaged_files_are_rejected_or_harmless(tmp_path):

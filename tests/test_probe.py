@@ -2,7 +2,11 @@
 
 import csv
 import json
+import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,166 +19,9 @@ import data
 import train_probe as t
 from data import NODULE
 from model import build_vit
-from tools.lib import metrics
+from tools.lib import fits, judge, metrics
 
 torch.set_num_threads(1)
-
-# classifiers
-
-
-def newton(X, y, C, classes, steps=15):
-    """Brute force: full Newton steps on 1/2 |w|^2 + C * sum of log losses, bias free -> probabilities of every row."""
-    outputs = 1 if classes == 2 else classes
-    d = X.shape[1]
-    A = np.concatenate([X, np.ones((len(X), 1))], 1)
-
-    def objective(theta):
-        logits = torch.as_tensor(A) @ theta.view(d + 1, outputs)
-        logits = torch.cat([torch.zeros_like(logits), logits], 1) if outputs == 1 else logits
-        loss = -logits.log_softmax(1)[torch.arange(len(y)), torch.as_tensor(y)].sum()
-        return C * loss + theta.view(d + 1, outputs)[:-1].square().sum() / 2
-
-    theta = torch.zeros((d + 1) * outputs, dtype=torch.float64)
-    for _ in range(steps):
-        hessian = torch.autograd.functional.hessian(objective, theta)
-        gradient = torch.autograd.functional.jacobian(objective, theta)
-        theta = theta - torch.linalg.lstsq(hessian, gradient[:, None]).solution[:, 0]  # several biases: one is free
-    logits = A @ theta.view(d + 1, outputs).numpy()
-    logits = np.concatenate([np.zeros_like(logits), logits], 1) if outputs == 1 else logits
-    p = np.exp(logits - logits.max(1, keepdims=True))
-    return p / p.sum(1, keepdims=True)
-
-
-@pytest.mark.parametrize("classes, d", [(2, 5), (2, 60), (3, 4)])
-def test_logistic_regression_is_the_minimum_that_newton_finds(classes, d):
-    """Also with more features than rows; scaled and shifted columns, a constant one, rows that are not fitted."""
-    random = np.random.default_rng(0)
-    X = random.normal(size=(48, d)) * random.uniform(0.1, 10, d) + random.normal(size=d)
-    y = (X[:, 0] / X[:, 0].std() + random.normal(size=48) > 0).astype(int) + (random.random(48) < 0.3) * (classes - 2)
-    X[:, -1] = 7.0
-    masks = np.stack([random.random(48) < 0.7 for _ in range(2)])
-    tensors = [torch.as_tensor(a) for a in (np.stack([X] * 2), masks, y)]
-    found = t.logistic(*t.decompose(*tensors[:2]), tensors[1], tensors[2], classes).exp().numpy()
-    for b, mask in enumerate(masks):
-        scaled = (X - X[mask].mean(0)) / np.where(X[mask].std(0) > 1e-9, X[mask].std(0), np.inf)
-        for c, C in list(enumerate(t.CS))[b::2]:
-            p = newton(scaled[mask], y[mask], C, classes)
-            np.testing.assert_allclose(found[c, b][mask], p, atol=5e-4)
-    assert np.abs(found[0] - found[-1]).max() > 0.2
-
-
-def test_neighbours_match_a_loop():
-    random = np.random.default_rng(1)
-    X, y = random.normal(size=(30, 6)), random.integers(0, 3, 30)
-    mask = np.arange(30) < 20
-    args = [torch.as_tensor(a) for a in (X[None], mask[None], y)]
-    found = t.nearest(*t.decompose(*args[:2]), args[1], args[2], 3).exp()[:, 0]
-    scaled = (X - X[mask].mean(0)) / X[mask].std(0)
-    for i in range(20, 30):
-        cosine = [scaled[i] @ scaled[j] / np.linalg.norm(scaled[i]) / np.linalg.norm(scaled[j]) for j in range(20)]
-        order = np.argsort(cosine)[::-1]
-        for k, p in zip(t.KS, found[:, i]):
-            k = min(k, 20)
-            votes = [(sum(y[order[:k]] == c) + np.mean(y[:20] == c)) / (k + 1) for c in range(3)]
-            np.testing.assert_allclose(p, votes, atol=1e-9)
-
-
-def grouped(seed, n=120, per=2, shift=1.5):
-    """Features with one informative direction, labels, patients of `per` samples."""
-    random = np.random.default_rng(seed)
-    y = random.integers(0, 2, n)
-    X = random.normal(size=(n, 12))
-    X[:, 0] += shift * y
-    return X, y, np.array([f"p{i // per}" for i in range(n)])
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_folds_keep_patients_whole_and_classes_even(seed):
-    random = np.random.default_rng(seed)
-    y, groups = random.integers(0, 2, 150), random.integers(0, 60, 150).astype(str)
-    folds = t.group_folds(y, groups, 5, seed)
-    assert all(len(set(folds[groups == g])) == 1 for g in groups) and set(folds) == set(range(5))
-    for k in range(5):
-        assert abs((y[folds == k] == 1).sum() - y.sum() / 5) <= 3 and abs((folds == k).sum() - 30) <= 5
-    assert (folds != t.group_folds(y, groups, 5, seed + 1)).any()
-
-
-def test_nothing_about_held_out_rows_reaches_a_fit_or_its_choice():
-    X, y, groups = grouped(0)
-    fold = t.group_folds(y, groups, 4, 0)
-    masks = np.stack([fold != 0, fold != 1])
-    before, chosen = t.choose(t.logistic, X, y, groups, masks, 3)
-    other, moved = y.copy(), X.copy()
-    other[fold == 0] = 1 - other[fold == 0]
-    moved[fold == 0] += 100 * np.random.default_rng(1).normal(size=(sum(fold == 0), 12))
-    after, chosen_after = t.choose(t.logistic, moved, other, groups, masks[:1], 3)
-    assert chosen[0] == chosen_after[0]
-    np.testing.assert_allclose(before[0][fold != 0], after[0][fold != 0], atol=1e-4)
-    flipped, _ = t.choose(t.logistic, X, other, groups, masks[:1], 3)
-    np.testing.assert_allclose(before[0], flipped[0], atol=1e-4)  # their own scores too do not know their labels
-
-
-def test_training_rows_get_scores_of_folds_that_held_them_out():
-    """On noise the fit itself ranks its rows far above chance; what a second stage sees must not."""
-    X, y, groups = grouped(1, shift=0.0)
-    X = np.concatenate([X, np.random.default_rng(0).normal(size=(120, 300))], 1)
-    log_p, _ = t.choose(t.logistic, X, y, groups, np.ones((1, 120), bool), 0)
-    args = [torch.as_tensor(a) for a in (X[None], np.ones((1, 120), bool), y)]
-    fitted = t.logistic(*t.decompose(*args[:2]), args[1], args[2], 2)
-    assert metrics.auc(y, fitted[-1, 0, :, 1].numpy()) > 0.95 and metrics.auc(y, log_p[0, :, 1]) < 0.65
-
-
-def test_a_patient_cannot_be_on_both_sides_and_too_few_are_refused():
-    y, groups = np.array([0, 0, 1, 1]), np.array(["a", "a", "a", "b"])
-    with pytest.raises(ValueError, match="at least 2 of each class"):
-        t.group_folds(y, groups, 2, 0)
-
-
-# planted labels: what only size knows, what only texture knows
-
-
-def simulate(seed, kind, folds=1, patients=110, n_train=60):
-    """Features that see size and texture through noise, labels planted on one of them -> judgement of held-out ones."""
-    random = np.random.default_rng(seed)
-    n = 2 * (patients + n_train)
-    groups, sizes = np.array([f"p{i // 2}" for i in range(n)]), np.exp(random.normal(2.4, 0.4, n))
-    size, texture = (np.log(sizes) - 2.4) / 0.4, random.normal(size=n)
-    signal = size if kind == "size" else texture
-    y = (signal + 0.7 * random.normal(size=n) > 0).astype(int)
-    mix = random.normal(size=(2, 30))
-    X = np.stack([size, texture], 1) @ mix + 1.5 * random.normal(size=(n, 30))
-    test = (np.arange(n) >= 2 * n_train)[None]
-    predictors = {"probe": (t.logistic, [X]), "size": (t.ruler, [np.log(sizes)[:, None]])}
-    if folds > 1:
-        fold = t.group_folds(y, groups, folds, seed)
-        test = np.stack([fold == k for k in range(folds)])
-    p, _ = t.held_out(predictors, y, groups, [(~test, test)])
-    keep = test.any(0)
-    p = {name: q[:, keep] for name, q in p.items()}
-    return metrics.judge(y[keep], groups[keep], p, test[:, keep].argmax(0)[None], sizes[keep], repeats=400)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("folds", [1, 5])
-def test_a_label_of_size_alone_never_makes_the_backbone_better_than_the_ruler(folds):
-    """20 seeds: probe minus size never proven above 0; size + features minus size contains 0 in at least 18."""
-    results = [simulate(seed, "size", folds) for seed in range(20)]
-    assert all(r["differences"]["probe - size"]["low"] <= 0 for r in results)
-    both = [r["differences"]["size + features - size"] for r in results]
-    assert sum(d["low"] <= 0 <= d["high"] for d in both) >= 18
-    assert np.mean([r["predictors"]["size"]["auc"]["value"] for r in results]) > 0.85
-    assert abs(np.mean([r["matched"]["size"]["value"] for r in results]) - 0.5) < 0.1
-
-
-@pytest.mark.parametrize("folds", [1, 5])
-def test_a_label_of_texture_alone_leaves_the_ruler_at_chance_and_the_probe_above(folds):
-    for seed in range(3):
-        r = simulate(seed, "texture", folds)
-        auc = {name: item["auc"]["value"] for name, item in r["predictors"].items()}
-        assert abs(auc["size"] - 0.5) < 0.12 and auc["probe"] > 0.7
-        assert r["differences"]["probe - size"]["low"] > 0 and r["differences"]["size + features - size"]["low"] > 0
-        assert r["matched"]["probe"]["value"] > 0.7 and all(line["probe"]["value"] > 0.6 for line in r["terciles"])
-
 
 # crops and features
 
@@ -193,6 +40,10 @@ def ramp(root, spacing=0.7, size=64, slices=6):
     return data.open_source(root)
 
 
+def framing_of(crop_mm, size=64, batch=4, workers=1):
+    return t.Framing(data.eval_view("hu16-v1", size), crop_mm, batch, workers)
+
+
 def table_of(centre, box_mm, row=1):
     ids, rows, text = ["a"], np.array([row]), np.array(["toy/P0"])
     return t.Table(ids, rows, np.array([0]), ["0", "1"], text, text, np.array([centre]), np.array([[box_mm, box_mm]]))
@@ -202,7 +53,7 @@ def table_of(centre, box_mm, row=1):
 def test_a_crop_has_its_side_in_millimetres_and_three_true_neighbours(tmp_path, spacing):
     source = ramp(tmp_path, spacing)
     table = table_of((30.3, 33.8), 8.0)
-    pixels, boxes, inside = t.read_sample(source, table, 0, (10.0, 20.0), 4)
+    pixels, boxes, inside = t.read_sample(source, table, 0, framing_of((10.0, 20.0)), 4)
     assert np.allclose((boxes[:, 2:] - boxes[:, :2]) * spacing, [[10, 10], [20, 20]])
     low = np.array([30.3, 33.8]) - 20 / spacing / 2
     corner = np.floor(np.floor(low))  # the first pixel that was kept
@@ -225,7 +76,7 @@ def test_a_crop_has_its_side_in_millimetres_and_three_true_neighbours(tmp_path, 
 def test_a_nodule_at_the_border_keeps_its_patch_and_a_small_image_its_crop(tmp_path):
     source = ramp(tmp_path)
     for centre in ((0.0, 0.0), (63.0, 1.0), (32.0, 63.4)):
-        pixels, boxes, inside = t.read_sample(source, table_of(centre, 3.0), 0, (20.0, 500.0), 8)
+        pixels, boxes, inside = t.read_sample(source, table_of(centre, 3.0), 0, framing_of((20.0, 500.0)), 8)
         assert (inside > 0).any(1).all() and (boxes >= 0).all() and (boxes[:, 2:] <= pixels.shape[1:]).all()
 
 
@@ -235,37 +86,37 @@ def test_features_are_those_of_the_forward_one_by_one(tmp_path):
                     *[np.array(["toy/P0"] * 5)] * 2, np.random.default_rng(0).uniform(10, 50, (5, 2)),
                     np.full((5, 2), 9.0))  # fmt: skip
     vit = build_vit("vit_test", layerscale=1.0).eval()
-    view = data.eval_view("hu16-v1", 32)
-    features, pixels = t.extract(vit, source, table, t.Recipe(view, (12.0, 24.0), 5, 2), "cpu", "x")
+    framing = framing_of((12.0, 24.0), 32, 5, 2)
+    features, pixels = t.extract(vit, source, table, framing, "cpu", "x")
     assert features.shape == (5, 2, 3, 64) and pixels.shape == (5, 2, 3 * 16 * 16)
     for k in range(5):
-        image, boxes, inside = t.read_sample(source, table, k, (12.0, 24.0), 2)
+        image, boxes, inside = t.read_sample(source, table, k, framing, 2)
         for s in range(2):
-            x = data.render_eval(image[None], view, boxes[s : s + 1])
+            x = data.render_eval(image[None], framing.view, boxes[s : s + 1])
             tokens = vit(x)
             box = (tokens.patches[0] * torch.from_numpy(inside[s])[:, None]).sum(0)
             expected = torch.stack([tokens.cls[0], tokens.patches[0].mean(0), box])
             np.testing.assert_allclose(features[k, s], expected.detach().numpy(), atol=1e-5)
             np.testing.assert_allclose(pixels[k, s], torch.nn.functional.avg_pool2d(x, 2).flatten(), atol=1e-5)
-    assert t.flatten(features, "average", [0, 2]).shape == (5, 128)
-    np.testing.assert_allclose(t.flatten(features, "concat", [0])[0], features[0, :, 0].ravel())
 
 
 def test_the_cache_holds_until_weights_images_or_recipe_change(tmp_path):
     source = ramp(tmp_path / "data")
-    table, recipe = table_of((30, 30), 5.0), t.Recipe(data.eval_view("hu16-v1", 32), (12.0,), 4, 1)
+    table, framing = table_of((30, 30), 5.0), framing_of((12.0,), 32)
     made = []
 
     def make():
         made.append(1)
         return np.full((1, 1, 3, 4), len(made), np.float32), np.zeros((1, 1, 768), np.float32)
 
-    def ask(weights="w", recipe=recipe, table=table):
-        return t.cached(tmp_path / "cache", weights, t.images_sha256(source, table, recipe), make)[0].max()
+    def ask(weights="w", framing=framing, table=table):
+        return t.cached(tmp_path / "cache", weights, t.images_sha256(source, table, framing), make)[0].max()
 
     assert ask() == 1 and ask() == 1
     assert ask(weights="other") == 2
-    assert ask(recipe=recipe._replace(crop_mm=(13.0,))) == 3 and ask(recipe=recipe._replace(batch=9, workers=3)) == 1
+    assert (
+        ask(framing=framing._replace(crop_mm=(13.0,))) == 3 and ask(framing=framing._replace(batch=9, workers=3)) == 1
+    )
     assert ask(table=table_of((30, 31), 5.0)) == 4
     for path in (tmp_path / "cache").glob("*.npz"):
         path.write_bytes(path.read_bytes()[:-30])
@@ -273,6 +124,86 @@ def test_the_cache_holds_until_weights_images_or_recipe_change(tmp_path):
     volume = tmp_path / "data" / "toy" / "1.2.0.npy"
     np.save(volume, np.load(volume) + 1)
     assert ask() == 6
+    fewer = source.take(np.arange(1, len(source)))  # row 1 of another choice of slices is another slice
+    assert t.images_sha256(fewer, table, framing) != t.images_sha256(source, table, framing)
+    same = table._replace(rows=table.rows - 1)
+    assert t.images_sha256(fewer, same, framing) == t.images_sha256(source, table, framing)
+
+
+@pytest.mark.parametrize("crop_mm", [(12.0, 24.0), ()])
+def test_views_do_not_depend_on_how_many_are_rendered_at_once(tmp_path, monkeypatch, crop_mm):
+    source = ramp(tmp_path)
+    random = np.random.default_rng(1)
+    table = t.Table(
+        list("abcdefg"),
+        random.integers(0, 4, 7),
+        np.zeros(7, int),
+        ["0", "1"],
+        *[np.array(["toy/P0"] * 7)] * 2,
+        *(random.uniform(10, 50, (2, 7, 2)) if crop_mm else (None, None)),
+    )
+    framing = framing_of(crop_mm, 48)
+    whole = t.make_views(source, table, range(7), framing, 3, "cpu")
+    rendered = []
+    render = t.render
+    monkeypatch.setattr(t, "render", lambda images, *rest: rendered.append(len(images)) or render(images, *rest))
+    for values, most in ((1, 1), (13_000, 3)):
+        monkeypatch.setattr(t, "VALUES", values)
+        parts = t.make_views(source, table, range(7), framing, 3, "cpu")
+        assert all(torch.equal(a, b) for a, b in zip(whole, parts))
+        assert sum(rendered) == 7 and max(rendered) <= most
+        rendered.clear()
+
+
+def photographs(root, count, size, exif=None, kind="JPEG"):
+    """Smooth pictures, two a group, a and b in turn; b is brighter on top. exif: stored turned, readers turn them."""
+    root.mkdir()
+    rows = []
+    for i in range(count):
+        coarse = np.random.default_rng(i).integers(40, 120, (6, 8, 3)).astype(np.uint8)
+        coarse[:3] += 90 * (i % 2)
+        image = Image.fromarray(coarse).resize(size[::-1], Image.BICUBIC)
+        more = {}
+        if exif:
+            more["exif"] = Image.Exif()
+            more["exif"][0x0112] = 6
+            image = image.transpose(Image.Transpose.ROTATE_90)  # 6: to be turned back by 270 degrees
+        image.save(root / f"{i}.{kind.lower()}", quality=95, **more)
+        rows.append([f"{i}.{kind.lower()}", "ab"[i % 2], f"g{i // 2}"])
+    write_table(root / "labels.csv", rows, ["path", "label", "group"])
+    return root
+
+
+def test_a_large_photograph_is_cut_to_its_view_and_upright_before_it_is_rendered(tmp_path, monkeypatch):
+    size = 32
+    most, render = [], t.render
+    monkeypatch.setattr(t, "render", lambda images, *rest: most.append(images) or render(images, *rest))
+    views = []
+    for name, exif in (("plain", None), ("turned", 6)):
+        source = data.open_source(photographs(tmp_path / name, 2, (600, 800), exif))
+        table = t.read_table(source.root / "labels.csv", source)
+        framing = t.Framing(data.eval_view("photo", size), (), 96, 2)
+        views.append(t.make_views(source, table, range(2), framing, 2, "cpu")[0])
+    assert all(max(image.shape) <= 4 * size for images in most for image in images)
+    assert (views[0] - views[1]).abs().max() < 0.1  # JPEG, in another direction
+    whole = source.read(0)
+    plain = data.render_eval(whole[None], framing.view)
+    assert (plain[0] - views[1][0]).abs().max() < 0.1
+
+
+@pytest.mark.slow
+def test_memory_is_bounded_by_the_view_not_by_the_picture(tmp_path):
+    """ViT-S, batch 96, 96 pictures of 12 megapixels: below 1.5 GB in all, where whole pictures took 24 GB."""
+    photographs(tmp_path / "data", 96, (3024, 4032))
+    torch.save(build_vit("vit_small").state_dict(), tmp_path / "w.pth")
+    code = "import resource, sys, train_probe as t\nt.main(sys.argv[1:])\n"
+    code += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
+    flags = f"--ckpt {tmp_path}/w.pth --data {tmp_path}/data --labels labels.csv --out {tmp_path}/probe --protocol cv"
+    flags += " --seeds 1 --bootstrap 50 --device cpu --batch-size 96"
+    root = Path(t.__file__).parent
+    done = subprocess.run([sys.executable, "-c", code, *flags.split()], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[-1]) < 1.5e9, done.stdout
 
 
 # the program
@@ -313,6 +244,7 @@ def make_checkpoint(path, trained, encoding="hu16-v1", **overrides):
     state = {f"backbone.{k}": v for k, v in vit.state_dict().items()}
     view = data.eval_view(encoding, 32)
     facts = dict(step=7, images=70, arch=vit.arch, encoding=encoding, eval_view=view, trained_groups=trained)
+    facts["provenance"] = {"known": True, "seen": []}
     checkpoint.save(path, facts | dict(student=state, teacher=state, split_sha256=None) | overrides)
     return path
 
@@ -345,13 +277,15 @@ def test_the_whole_report(study, tmp_path, capsys):
     for protocol, patients in (("test", 22), ("cv", 22)):
         judged = result[protocol]
         assert judged["patients"] == patients and set(judged["predictors"]) == names
-        assert judged["seen_in_pretraining"] == [] and t.SEEN not in judged["title"]
+        assert judged["seen_in_pretraining"] == judged["caveats"] == [] and judged["title"] == t.TITLES[protocol]
         assert judged["verdict"] in said and sum(judged["balance"].values()) == judged["samples"] == 44
         assert {"probe - size", "size + features - size", "probe - random weights"} <= set(judged["differences"])
         assert judged["matched"]["pairs"] > 0 and len(judged["terciles"]) == 3
         auc = judged["predictors"]["probe"]["auc"]
         assert auc["low"] <= auc["value"] <= auc["high"] and auc["value"] > 0.85  # the bright ones
         assert judged["differences"]["probe - size"]["low"] > 0
+        alone, count = judged["settings"]["size + features"].count(fits.ALONE), {"test": 2, "cv": 25}[protocol]
+        assert f"size + features (size alone in {alone} of {count} fits) AUC" in said
     assert "spread over repeats" in said
     assert result["test"]["label_efficiency"]["shares"] == [0.1, 0.2, 0.5, 1.0]
     assert result["labels"]["sha256"] == data.file_sha256(root / "data" / "_labels" / "malignancy.csv")
@@ -383,22 +317,111 @@ def test_the_whole_report(study, tmp_path, capsys):
     assert again["test"]["predictors"] == result["test"]["predictors"]
 
 
+def looks(root):
+    path = root / "data" / "_splits" / "test_uses.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+SEEN = "backbone has seen these patients"
+
+
 def test_a_leaked_patient_is_refused_or_named_in_every_title(study, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(t, "REPEATS", 2)
     root, _ = study
     make_checkpoint(root / "leaky.pth", [f"toy/P{p}" for p in (0, 1, 20, 30)])
-    with pytest.raises(ValueError, match="leak: 2 patients of val_test .*toy/P20, toy/P30.*--allow-seen"):
+    before = looks(root)
+    with pytest.raises(ValueError, match="leak: 2 groups of val_test .*toy/P20, toy/P30.*--allow-seen"):
         probe(root, tmp_path / "a", ckpt="leaky.pth")
-    assert not (tmp_path / "a").exists()
+    assert not (tmp_path / "a").exists() and looks(root) == before  # no score, and so no look
     result = probe(root, tmp_path / "b", "--allow-seen", "--seeds", "1", ckpt="leaky.pth")
     assert result["test"]["seen_in_pretraining"] == ["toy/P20", "toy/P30"] and result["cv"]["patients"] == 36
     assert len(result["cv"]["seen_in_pretraining"]) == 4
     page = (tmp_path / "b" / "report.html").read_text()
-    for name in ("test", "cv"):
-        assert t.SEEN in result[name]["title"] and result[name]["title"] in page
-    assert t.SEEN in result["verdict"] and t.SEEN in capsys.readouterr().out
+    for name, count in (("test", "(2 of 22)"), ("cv", "(4 of 36)")):
+        assert f"{SEEN} {count}" in result[name]["title"] and result[name]["title"] in page
+        assert SEEN.capitalize() in result[name]["verdict"]
+    assert SEEN in result["verdict"] and SEEN in capsys.readouterr().out
     clean = probe(root, tmp_path / "c", "--protocol", "cv", "--seeds", "1", ckpt="leaky.pth")
     assert clean["cv"]["patients"] == 32 and clean["cv"]["seen_in_pretraining"] == []
+
+
+def test_a_series_is_recognised_under_another_name_of_its_patient(study, tmp_path):
+    root, _ = study
+    source = data.open_source(root / "data")
+    groups = source.rows.column("group")
+    entry = data.provenance_of(source.take(np.flatnonzero(groups == "toy/P25"))) | {"groups": []}
+    make_checkpoint(root / "renamed.pth", ["other/A"], provenance={"known": True, "seen": [entry]})
+    before = looks(root)
+    with pytest.raises(ValueError, match="leak: 1 groups of val_test .*toy/P25"):
+        probe(root, tmp_path / "a", ckpt="renamed.pth")
+    assert looks(root) == before
+    result = probe(root, tmp_path / "b", "--protocol", "cv", "--seeds", "1", ckpt="renamed.pth")
+    assert result["cv"]["patients"] == 35 and SEEN not in result["cv"]["title"]
+
+
+def test_every_look_at_val_test_is_recorded_that_of_cross_validation_too(study, tmp_path, capsys):
+    root, rows = study
+    before, weights = looks(root), data.file_sha256(root / "w.pth")
+    labels = data.file_sha256(root / "data" / "_labels" / "malignancy.csv")
+    for protocol in ("test", "cv"):
+        probe(root, tmp_path / protocol, "--protocol", protocol, "--seeds", "1")
+        look = looks(root)[len(before)]
+        assert (look["program"], look["weights_sha256"], look["labels_sha256"]) == ("train_probe.py", weights, labels)
+        assert look["policy_sha256"] is None and protocol in look["why"]
+        before = before + [look]
+    assert looks(root) == before
+    make_checkpoint(root / "other.pth", ["toy/P0"])
+    capsys.readouterr()
+    probe(root, tmp_path / "o", "--protocol", "test", "--seeds", "1", ckpt="other.pth")
+    assert "val_test was looked at before by" in capsys.readouterr().out
+    before = looks(root)
+    write_table(tmp_path / "l" / "train.csv", [row for row in rows if int(row[6][5:]) < 14])
+    probe(root, tmp_path / "t", "--protocol", "cv", "--allow-seen", "--seeds", "1", labels=tmp_path / "l" / "train.csv")
+    assert looks(root) == before  # patients of train alone
+
+
+def test_images_that_no_protocol_needs_are_not_opened(tmp_path):
+    """The door gives the test protocol train and val_test: a broken slice of val_select is not even read."""
+    make_nodules(tmp_path / "data")
+    make_split(tmp_path / "data", {f"toy/P{p}": ("val_select", "train", "val_test")[p % 3] for p in range(36)})
+    make_checkpoint(tmp_path / "w.pth", ["toy/P1"])
+    (tmp_path / "data" / "toy" / "1.2.0.npy").write_bytes(b"no volume")
+    result = probe(tmp_path, tmp_path / "a", "--protocol", "test", "--seeds", "1")
+    assert result["test"]["patients"] == 12
+    with open(tmp_path / "a" / "predictions.csv", newline="") as f:
+        table = list(csv.DictReader(f))
+    assert len(table) == 72 and {r["split"] for r in table if r["score_test0"]} == {"val_test"}
+    with pytest.raises(OSError, match="1.2.0.npy cannot be read"):
+        probe(tmp_path, tmp_path / "b", "--protocol", "cv", "--seeds", "1")
+
+
+def test_near_duplicates_across_splits_are_refused_or_stand_in_every_title(tmp_path, monkeypatch):
+    monkeypatch.setattr(t, "REPEATS", 2)
+    make_nodules(tmp_path / "data")
+    make_split(tmp_path / "data", {f"toy/P{p}": "train" if p < 14 else "val_test" for p in range(36)})
+    make_checkpoint(tmp_path / "w.pth", ["toy/P0"])
+    sha = data.file_sha256(tmp_path / "data" / "_index" / "index.csv")
+    sets = {"version": 1, "index_sha256": sha, "groups": [["toy/P1", "toy/P30"], ["toy/P2", "toy/P3"]]}
+    (tmp_path / "data" / "_splits" / "duplicates.json").write_text(json.dumps(sets))
+    with pytest.raises(ValueError, match="1 sets of duplicate pictures lie in several splits.*--allow-duplicates"):
+        probe(tmp_path, tmp_path / "a")
+    assert not looks(tmp_path)
+    result = probe(tmp_path, tmp_path / "b", "--allow-duplicates", "--seeds", "1")
+    for name in ("test", "cv"):
+        assert result[name]["title"] == f"{t.TITLES[name]}: near-duplicates cross the splits (1 sets)"
+        assert result[name]["verdict"].endswith("Near-duplicates cross the splits (1 sets).")
+
+
+def test_weights_of_unknown_origin_are_called_so_in_title_and_verdict(study, tmp_path, capsys):
+    root, _ = study
+    torch.manual_seed(0)
+    torch.save(build_vit("vit_test", layerscale=0.5).state_dict(), root / "bare.pth")
+    make_checkpoint(root / "from_bare.pth", ["toy/P0"], provenance={"known": False, "seen": []})
+    for k, ckpt in enumerate(("bare.pth", "from_bare.pth")):
+        flags = ["--protocol", "test", "--seeds", "1", "--size", "32"]
+        result = probe(root, tmp_path / str(k), *flags, ckpt=ckpt)["test"]
+        assert judge.UNKNOWN in result["title"] and judge.UNKNOWN.capitalize() in result["verdict"]
+        assert judge.UNKNOWN in capsys.readouterr().out
 
 
 def change(rows, column, value, at=slice(None)):
@@ -411,18 +434,23 @@ def change(rows, column, value, at=slice(None)):
 REFUSED = {
     "all 72 labels are .*needs two classes": lambda rows: (change(rows, 5, 1), NODULE),
     "unknown columns id,path,zz": lambda rows: (rows, ["id", "path", "zz", *NODULE[3:]]),
-    "unknown columns path,label,colour": lambda rows: ([[r[1], r[5], "x"] for r in rows], ["path", "label", "colour"]),
-    "2 images are not in .*toy/nowhere.npy": lambda rows: (
+    "row 2: 2 images are not in .*toy/nowhere.npy": lambda rows: (
         change(change(rows, 1, "toy/nowhere.npy", slice(3)), 1, "toy/9.npy", slice(3, 5)),
         NODULE,
     ),
-    "1 images are not in .*z 40": lambda rows: (change(rows, 2, 40, slice(1)), NODULE),
-    "1 ids appear twice": lambda rows: (change(rows, 0, "same", slice(2)), NODULE),
-    "the group of toy/P0": lambda rows: (change(rows, 6, "toy/P1", slice(2)), NODULE),
-    "no label": lambda rows: (change(rows, 5, " ", slice(1)), NODULE),
-    "outside its image": lambda rows: (change(rows, 3, 480, slice(1)), NODULE),
-    "no size above 0": lambda rows: (change(rows, 7, -1, slice(1)), NODULE),
-    "must be numbers": lambda rows: (change(rows, 8, "wide", slice(1)), NODULE),
+    "row 4: 1 images are not in .*z 40": lambda rows: (change(rows, 2, 40, slice(2, 3)), NODULE),
+    "row 3: z is 'nan', expected the number of a slice": lambda rows: (change(rows, 2, "nan", slice(1, 2)), NODULE),
+    "row 5: same stands in row 4 already": lambda rows: (change(rows, 0, "same", slice(2, 4)), NODULE),
+    "row 74: a nodule at slice .* stands in row 2 already": lambda rows: ([*rows, ["new", *rows[0][1:]]], NODULE),
+    "row 2: the group of toy/P0": lambda rows: (change(rows, 6, "toy/P1", slice(2)), NODULE),
+    "row 2: no label": lambda rows: (change(rows, 5, " ", slice(1)), NODULE),
+    "row 2: y 480, x 14 of 1.2.0_0 must lie inside its image": lambda rows: (change(rows, 3, 480, slice(1)), NODULE),
+    "row 3: y -1, x 33 of .* must lie inside": lambda rows: (change(rows, 3, -1, slice(1, 2)), NODULE),
+    "row 4: diameter_mm -1, .* must be above 0 mm": lambda rows: (change(rows, 7, -1, slice(2, 3)), NODULE),
+    "row 4: diameter_mm 1e.308, .* no larger than its": lambda rows: (change(rows, 7, 1e308, slice(2, 3)), NODULE),
+    "row 2: .*box_mm 60 .* no larger than its image": lambda rows: (change(rows, 8, 60, slice(1)), NODULE),
+    "row 73: .*diameter_mm nan, .* must be numbers": lambda rows: (change(rows, 7, "nan", slice(71, 72)), NODULE),
+    "row 2: .*box_mm wide of 1.2.0_0 must be numbers": lambda rows: (change(rows, 8, "wide", slice(1)), NODULE),
     "one-class labels: val_test has no sample of class 1": lambda rows: (change(rows, 5, 0, slice(28, 72)), NODULE),
     "one-class labels: train has no sample of class 0": lambda rows: (change(rows, 5, 1, slice(28)), NODULE),
 }
@@ -433,9 +461,38 @@ def test_labels_that_cannot_be_judged_are_refused(study, tmp_path, message):
     root, rows = study
     rows, header = REFUSED[message](rows)
     write_table(tmp_path / "l" / "labels.csv", rows, header)
-    with pytest.raises(ValueError, match=message):
+    before = looks(root)
+    with pytest.raises(ValueError, match=message) as error:
         probe(root, tmp_path / "probe", labels=tmp_path / "l" / "labels.csv")
-    assert not (tmp_path / "probe").exists()
+    assert (
+        str(error.value).startswith((f"{tmp_path / 'l' / 'labels.csv'}", "one-class")) and len(str(error.value)) < 400
+    )
+    assert not (tmp_path / "probe").exists() and looks(root) == before
+
+
+def test_long_texts_are_not_echoed_whole_and_a_pipe_is_not_waited_for(study, tmp_path, capsys):
+    root, rows = study
+    long = "m" * 100_000
+    for column, message in ((0, "y 480"), (1, "1 images are not in"), (5, "needs two classes"), (6, "the group of")):
+        changed = change(rows, column, long, slice(None) if column == 5 else slice(1))
+        changed = change(changed, 3, 480, slice(1)) if column == 0 else changed
+        write_table(tmp_path / "l" / "long.csv", changed)
+        with pytest.raises(ValueError, match=message) as error:
+            probe(root, tmp_path / "a", labels=tmp_path / "l" / "long.csv")
+        assert len(str(error.value)) < 500
+    doubled = change(change(rows, 0, long, slice(2)), 5, long, slice(5))
+    write_table(tmp_path / "l" / "long.csv", doubled)
+    with pytest.raises(ValueError, match="already") as error:
+        probe(root, tmp_path / "a", labels=tmp_path / "l" / "long.csv")
+    assert len(str(error.value)) < 500
+    labels = [long if row[5] else "benign" for row in rows]
+    write_table(tmp_path / "l" / "long.csv", [[*row[:5], name, *row[6:]] for row, name in zip(rows, labels)])
+    capsys.readouterr()
+    probe(root, tmp_path / "b", "--protocol", "test", "--seeds", "1", labels=tmp_path / "l" / "long.csv")
+    assert len(capsys.readouterr().out) < 6000
+    os.mkfifo(tmp_path / "l" / "pipe.csv")
+    with pytest.raises((ValueError, OSError), match="pipe.csv is a FIFO"):
+        probe(root, tmp_path / "c", labels=tmp_path / "l" / "pipe.csv")
 
 
 def test_weights_that_cannot_be_judged_are_refused(study, tmp_path, monkeypatch):
@@ -453,8 +510,10 @@ def test_weights_that_cannot_be_judged_are_refused(study, tmp_path, monkeypatch)
     checkpoint.save(root / "dead.pth", state | {"teacher": teacher})
     with pytest.raises(ValueError, match="predictions are constant"):
         probe(root, tmp_path / "c", ckpt="dead.pth")
+    before = looks(root)
     with pytest.raises(ValueError, match="patch size"):
         probe(root, tmp_path / "d", "--size", "40")
+    assert looks(root) == before
     with pytest.raises(FileNotFoundError, match="does not exist; tools/lidc_nodules.py"):
         probe(root, tmp_path / "e", labels="nowhere.csv")
     with pytest.raises(SystemExit):
@@ -507,8 +566,8 @@ def test_extraction_keeps_up_with_the_forward(tmp_path):
     make_nodules(tmp_path / "data", patients=4)
     source = data.open_source(tmp_path / "data")
     table = t.read_table(tmp_path / "data" / "_labels" / "malignancy.csv", source)
-    vit, recipe = build_vit("vit_small").eval(), t.Recipe(data.eval_view("hu16-v1", 224), (16.0, 24.0, 32.0), 12, 2)
-    views, _ = t.make_views(source, table, range(4), recipe, 14, "cpu")
+    vit, framing = build_vit("vit_small").eval(), t.Framing(data.eval_view("hu16-v1", 224), (16.0, 24.0, 32.0), 12, 2)
+    views, _ = t.make_views(source, table, range(4), framing, 14, "cpu")
     ratios = []
     for _ in range(3):
         start = time.perf_counter()
@@ -516,6 +575,6 @@ def test_extraction_keeps_up_with_the_forward(tmp_path):
             for _ in range(2):
                 vit(views)
         middle = time.perf_counter()
-        t.extract(vit, source, table, recipe, "cpu", "x")
+        t.extract(vit, source, table, framing, "cpu", "x")
         ratios.append((time.perf_counter() - middle) / (middle - start))
     assert min(ratios) < 1.1, ratios

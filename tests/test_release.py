@@ -15,11 +15,11 @@ from test_data import make_ct, make_photos, make_split
 
 import checkpoint
 import data as d
-from model import build_vit, load_backbone, state_to_hf
+from model import build_vit, load_backbone, read_facts, state_to_hf
 from tools import release
 
 torch.set_num_threads(1)
-FILES = ["LICENSE", "README.md", "SHA256SUMS", "config.json", "model.safetensors", "preprocessor_config.json"]
+FILES = "LICENSE README.md SHA256SUMS config.json model.safetensors preprocessor_config.json provenance.json".split()
 PATHS = dict(data="/home/anna/ct/processed", out="/mnt/disk7/runs/secret-run", comment="C:\\Users\\anna", host="box/7")
 PATIENTS = [f"lidc/LIDC-IDRI-{k:04d}" for k in (78, 79, 80)] + ["nlst/100012"]
 FLAGS = dict(arch="vit_test", lr=3e-4, batch_size=8, steps=3, schedule="cosine", sizes=None, teacher_temp=(0.04, 0.07))
@@ -57,8 +57,17 @@ def save_results(path, ckpt, seen=(), **more):
     results = dict(
         version=1, verdict="all", test=judged, notes=[PATHS["data"]], weights=dict(file=str(ckpt), sha256=sha)
     )
+    results |= dict(index_sha256="1" * 64, split_sha256="5" * 64)
     path.write_text(json.dumps(results | dict(labels=dict(file="/home/anna/m.csv", sha256="a" * 64)) | more))
     return path
+
+
+def provenance(out):
+    return json.loads((out / "provenance.json").read_text())
+
+
+def hashes(salt, names):
+    return sorted(d.fingerprint(salt, d.plain_name(name)) for name in names)
 
 
 @pytest.fixture
@@ -158,6 +167,103 @@ def test_groups_of_photographs_are_names_of_files_and_stay_behind(tmp_path):
     assert "| all | 2 |" in card and "holiday" not in card and "photographs" in card and "def to_image" not in card
 
 
+# what the weights were trained on, as hashes
+
+
+def test_the_release_says_in_hashes_what_the_weights_have_seen(ckpt, tmp_path):
+    out = export(ckpt)
+    assert provenance(out) == {"version": 1, "known": True, "seen": [
+        {"salt": "1" * 64, "groups": hashes("1" * 64, PATIENTS), "series": [], "files": []}]}  # fmt: skip
+    card = (out / "README.md").read_text()
+    assert "(4 groups)" in card and "unknown" not in card and "never seen" not in card
+    own = {"salt": "1" * 64, "groups": ["0" * 16], "series": ["1" * 16], "files": []}
+    earlier = {"salt": "2" * 64, "groups": ["3" * 16, "4" * 16]}  # of the weights that the run was given
+    ckpt = save(tmp_path / "run" / "next.pth", provenance={"known": True, "seen": [own, earlier]},
+                flags=dict(init="/home/anna/first"))  # fmt: skip
+    out = export(ckpt, "--license", out / "LICENSE", name="next")
+    assert provenance(out)["known"] and provenance(out)["seen"] == [own, earlier | {"series": [], "files": []}]
+    assert "(3 groups, 1 series)" in (out / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "flags, groups", [(dict(init="x.pth"), PATIENTS), (dict(gram_teacher="x.pth"), PATIENTS), ({}, None)]
+)
+def test_weights_of_unknown_origin_stay_unknown(tmp_path, flags, groups):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "licence").write_text("Theirs")
+    ckpt = save(tmp_path / "run" / "last.pth", flags=flags, trained_groups=groups)
+    results = save_results(tmp_path / "results.json", ckpt)
+    out = export(ckpt, "--license", tmp_path / "licence", "--probe", results)
+    card = (out / "README.md").read_text()
+    assert provenance(out)["known"] is False and len(provenance(out)["seen"][0]["groups"]) == len(groups or ())
+    assert "**What the backbone was pretrained on is unknown**: " in card
+    assert "**What the backbone was pretrained on is unknown: it may have met these patients.**" in card
+    assert "found none of these patients" not in card
+
+
+def test_a_release_does_not_launder_a_leak(tmp_path):
+    """Trained under one split, released, judged under another: what it saw is refused, under new names too."""
+    root = make_ct(tmp_path / "ct", series=8)
+    make_split(root, {f"toy/P{k}": "train" if k < 5 else "val_test" for k in range(7)})
+    source = d.open_for(root, "fit")
+    (tmp_path / "run").mkdir()
+    facts = dict(index_sha256=source.index_sha256, split_sha256=source.split_sha256, trained_groups=source.groups)
+    out = export(save(tmp_path / "run" / "last.pth", **facts), "--data", root)
+    assert len(provenance(out)["seen"][0]["series"]) == 6
+    make_split(root, {f"toy/P{k}": "train" if k > 5 else "val_select" for k in range(7)})
+    for found in ({"provenance": provenance(out)}, read_facts(out)):
+        exposure = d.refuse_leak(found, d.open_for(root, "select"), "val_select", allow=True)
+        assert exposure.groups == [f"toy/P{k}" for k in range(5)] and exposure.known
+    index = root / "_index" / "index.csv"
+    index.write_text(index.read_text().replace(",P", ",renamed"))
+    make_split(root, {f"toy/renamed{k}": "val_select" for k in range(7)})
+    with pytest.raises(ValueError, match="leak: 5 groups"):
+        d.refuse_leak(read_facts(out), d.open_for(root, "select"), "val_select")
+
+
+def test_copies_of_photographs_are_recognised_by_their_bytes(tmp_path, capsys):
+    make_photos(tmp_path / "photos")
+    photos = d.open_source(tmp_path / "photos")
+    (tmp_path / "run").mkdir()
+    facts = dict(index_sha256=photos.index_sha256, split_sha256=None, trained_groups=photos.groups)
+    ckpt = save(tmp_path / "run" / "last.pth", "photo", flags=dict(no_split=True), **facts)
+    assert provenance(export(ckpt))["seen"][0]["files"] == []
+    assert "copies of these photographs will not be recognised" in capsys.readouterr().out
+    out = export(ckpt, "--data", tmp_path / "photos", name="with-data")
+    assert len(provenance(out)["seen"][0]["files"]) == 6 and "6 files" in (out / "README.md").read_text()
+    (tmp_path / "copies").mkdir()
+    shutil.copy(photos.path(2), tmp_path / "copies" / f"renamed{photos.path(2).suffix}")
+    with pytest.raises(ValueError, match="leak: 1 groups of them"):
+        d.refuse_leak({"provenance": provenance(out)}, d.open_source(tmp_path / "copies"), "them")
+
+
+BAD_PROVENANCE = [[], {"known": 1, "seen": []}, {"known": True, "seen": {}}, {"known": True, "seen": [3]},
+                  {"known": True, "seen": [{"salt": "1" * 64, "groups": ["lidc/LIDC-IDRI-0079"]}]},
+                  {"known": True, "seen": [{"salt": "LIDC-IDRI-0079", "groups": []}]},
+                  {"known": True, "seen": [{"salt": "1" * 64, "groups": [], "LIDC-IDRI-0079": []}]}]  # fmt: skip
+
+
+@pytest.mark.parametrize("found", BAD_PROVENANCE)
+def test_a_provenance_that_holds_more_than_hashes_is_refused(tmp_path, found):
+    (tmp_path / "run").mkdir()
+    path = tmp_path / "run" / "last.pth"
+    try:
+        save(path, provenance=found)
+    except ValueError:
+        return  # a checkpoint cannot even be written so
+    refused("provenance", path)
+
+
+def test_other_data_than_that_of_the_run_is_refused(tmp_path):
+    root = make_ct(tmp_path / "ct", series=8)
+    make_split(root, {f"toy/P{k}": "train" if k < 5 else "val_test" for k in range(7)})
+    source = d.open_for(root, "fit")
+    (tmp_path / "run").mkdir()
+    facts = dict(index_sha256=source.index_sha256, split_sha256=source.split_sha256)
+    ckpt = save(tmp_path / "run" / "last.pth", trained_groups=source.groups[1:], **facts)
+    refused("1 of its groups are not those of the run", ckpt, "--data", root)
+
+
 # a wrong export never leaves
 
 
@@ -195,7 +301,8 @@ def test_wrong_input_is_named(ckpt, tmp_path):
     refused("not a whole and safe checkpoint", tmp_path / "run" / "cut.pth")
     torch.save(make_vit().state_dict(), tmp_path / "run" / "bare.pth")
     refused("expected 'dinox'; only a checkpoint", tmp_path / "run" / "bare.pth")
-    checkpoint.save(tmp_path / "run" / "old.pth", {"step": 1, "args": {}, "arch": {}, "teacher": {}})
+    old = {"step": 1, "args": {}, "arch": {"name": "vit_test", "overrides": {}}, "teacher": {}}
+    checkpoint.save(tmp_path / "run" / "old.pth", old)
     refused("lacks images, encoding", tmp_path / "run" / "old.pth")
     refused("does not exist", ckpt, "--probe", tmp_path / "none.json", error=FileNotFoundError)
     refused("does not exist", ckpt, "--license", tmp_path / "none.txt", error=FileNotFoundError)
@@ -257,6 +364,99 @@ def test_probe_numbers_come_with_intervals_baselines_and_their_own_weights(ckpt,
         refused("is no results.json of this train_probe.py", ckpt, "--probe", other)
 
 
+def test_the_card_says_of_whom_the_numbers_are_as_the_probe_found_it(ckpt, tmp_path):
+    card = (export(ckpt, name="no-probe") / "README.md").read_text()
+    assert "never seen" not in card and "Numbers above" not in card
+    card = (export(ckpt, "--probe", save_results(tmp_path / "a.json", ckpt), name="a") / "README.md").read_text()
+    assert "The probe found none of these patients among those that the weights were trained on." in card
+    assert "Numbers above come from the data named above and no other." in card and "never seen" not in card
+    results = save_results(tmp_path / "b.json", ckpt, split_sha256="6" * 64)
+    card = (export(ckpt, "--probe", results, name="b") / "README.md").read_text()
+    assert f"run under another split than the training: split sha256 `{'6' * 64}`" in card
+    results = save_results(tmp_path / "c.json", ckpt, index_sha256="7" * 64)
+    card = (export(ckpt, "--probe", results, name="c") / "README.md").read_text()
+    assert f"run on other data than the training: index sha256 `{'7' * 64}`" in card
+    assert "Numbers above come from other data than the training." in card
+    text = save_results(tmp_path / "d.json", ckpt).read_text()
+    text = text.replace("Fit on train, ", f"{release.UNKNOWN}: fit on train, ")
+    (tmp_path / "d.json").write_text(text)
+    card = (export(ckpt, "--probe", tmp_path / "d.json", name="d") / "README.md").read_text()
+    assert "it may have met these patients" in card and "found none of these" not in card
+
+
+def put(where, value):
+    """A change of results.json: `where` is a path of keys."""
+
+    def change(results):
+        for key in where[:-1]:
+            results = results[key]
+        results[where[-1]] = value
+
+    return change
+
+
+IMPOSSIBLE = {
+    "no samples": (put(["test", "samples"], 0), "0 samples of 22 patients"),
+    "fewer samples than patients": (put(["test", "samples"], 21), "21 samples of 22 patients"),
+    "more samples than people": (put(["test", "samples"], 10**12), "1000000000000 samples"),
+    "samples as text": (put(["test", "samples"], "40"), "'samples' is \"40\", expected int"),
+    "samples as bool": (put(["test", "samples"], True), "'samples' is true, expected int"),
+    "AUC above 1": (put(["test", "predictors", "probe", "auc", "value"], 1.7), "auc of probe is 1.7"),
+    "AUC of nothing": (put(["test", "predictors", "probe", "auc"], None), "auc of probe is no object"),
+    "AUC of a baseline": (put(["test", "predictors", "size", "auc", "value"], -0.2), "auc of size is -0.2"),
+    "missing of a baseline": (put(["test", "predictors", "size"], {}), "auc of size is no object"),
+    "interval as text": (put(["test", "predictors", "probe", "auc", "low"], "x" * 10**7), "field 'low' is \"xxx"),
+    "huge": (put(["test", "predictors", "probe", "auc", "high"], 10**400), "field 'high' is 1000"),
+    "NaN": (put(["test", "predictors", "probe", "auc", "value"], float("nan")), "auc of probe is nan"),
+    "no probe": (put(["test", "predictors"], {}), "has no numbers of the probe"),
+    "predictors as list": (put(["test", "predictors"], [1]), "'predictors' is a list"),
+    "escape bytes": (put(["test", "verdict"], "fine\x1b[2J"), "a text is 'fine"),
+    "two lines": (put(["test", "title"], "fine\n# More"), "a text is 'fine"),
+    "a long text": (put(["test", "title"], "x" * 10**7), "a text is 'xxx"),
+    "seen as number": (put(["test", "seen_in_pretraining"], 0), "'seen_in_pretraining' is 0, expected list"),
+    "p above 1": (put(["test", "differences", "probe - size", "p"], 2), "p of probe - size is 2"),
+    "difference above 1": (put(["test", "differences", "probe - size", "high"], 1.5), "probe - size is 0.055"),
+    "test as text": (put(["test"], "good"), "test is no object"),
+    "neither test nor cv": (lambda results: results.pop("test"), "neither test nor cv"),
+    "another version": (put(["version"], 2), "version is 2, this code reads 1"),
+    "a digest that is none": (put(["labels", "sha256"], "`; rm -rf"), "is missing or none"),
+}
+
+
+@pytest.mark.parametrize("name", IMPOSSIBLE)
+def test_impossible_results_are_refused_in_one_sentence(ckpt, tmp_path, name):
+    change, reason = IMPOSSIBLE[name]
+    path = save_results(tmp_path / "results.json", ckpt)
+    results = json.loads(path.read_text())
+    change(results)
+    path.write_text(json.dumps(results))
+    with pytest.raises(ValueError, match="is no results.json of this train_probe.py") as caught:
+        export(ckpt, "--probe", path)
+    said = str(caught.value)
+    assert reason in said and len(said) < 1200 and said.isprintable()
+
+
+def test_fields_of_a_checkpoint_that_the_card_repeats_are_checked(tmp_path):
+    (tmp_path / "run").mkdir()
+    path = tmp_path / "run" / "last.pth"
+    for more, reason in (
+        (dict(index_sha256="LIDC-IDRI-0079"), "is no sha256"),
+        (dict(encoding="xyz\x1b[2J"), "encoding is"),
+        (dict(flags=dict(limit="many")), "'limit' is \"many\", expected int or null"),
+        (dict(flags=dict(no_split=1)), "'no_split' is 1, expected bool"),
+        (dict(eval_view={"size": 60000, "window": None}), "eval_view is 60000 pixels wide"),
+    ):
+        refused(re.escape(reason), save(path, **more))
+    card = (export(save(path, flags={"aug": "a\x1b[2Jb", "x\x1b": 3, "LIDC-IDRI-0079": 1})) / "README.md").read_text()
+    assert "\x1b" not in card and "| aug | a\\x1b[2Jb |" in card
+
+
+def test_a_licence_is_text_and_a_name_is_plain(ckpt, tmp_path, capsys):
+    (tmp_path / "licence").write_bytes(b"caf\xe9")
+    refused("is not UTF-8 text", ckpt, "--license", tmp_path / "licence")
+    refused("its name titles the card", ckpt, name="a\x1b[2Jb")
+
+
 def test_weights_that_began_as_others_need_a_licence(tmp_path):
     (tmp_path / "run").mkdir()
     ckpt = save(tmp_path / "run" / "last.pth", flags=dict(init="/home/anna/dinov3.pth"))
@@ -272,7 +472,7 @@ def test_weights_that_began_as_others_need_a_licence(tmp_path):
 def test_data_adds_counts_of_what_was_trained_on(tmp_path):
     root = make_ct(tmp_path / "ct", series=8)
     make_split(root, {f"toy/P{k}": "train" if k < 5 else "val_test" for k in range(7)})
-    source = d.open_source(root, "train")
+    source = d.open_for(root, "fit")
     (tmp_path / "run").mkdir()
     facts = dict(index_sha256=source.index_sha256, split_sha256=source.split_sha256, trained_groups=source.groups)
     ckpt = save(tmp_path / "run" / "last.pth", **facts)

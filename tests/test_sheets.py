@@ -31,7 +31,7 @@ def chest(size=96):
     return np.array(slices).astype(np.int16)
 
 
-def make_slice(root, encoding, hu, body=(12, 84, 2, 94), spacing=3.5):
+def make_slice(root, encoding, hu, body=(12, 84, 2, 94)):
     """A processed folder of one slice with two neighbours; body is y0, y1, x0, x1, as in the index."""
     root.mkdir(exist_ok=True)
     path = "s.npy" if encoding == "hu16-v1" else "s.png"
@@ -41,11 +41,12 @@ def make_slice(root, encoding, hu, body=(12, 84, 2, 94), spacing=3.5):
         codes = [d.window_codes(h, *d.WINDOWS_HU[name]) for h, name in zip(hu, ("lung", "soft", "bone"))]
         Image.fromarray(np.stack(codes, -1)).save(root / path)
     ids = [path, encoding, "toy", "P0", "s0", "s", "s.1"]
-    write_index(root, [[*ids, 1, 2.5, spacing, spacing, 2.5, *hu.shape[1:], *body]])
+    write_index(root, [[*ids, 1, 2.5, 3.5, 3.5, 2.5, *hu.shape[1:], *body]])
     return root
 
 
 def validate(root, capsys, *flags):
+    """-> (exit code, what was printed)"""
     code = validate_samples.main(["--data", str(root), *flags])
     return code, capsys.readouterr().out
 
@@ -62,8 +63,8 @@ def locate(picture, patch):
         for y in range(k, len(picture) - len(patch) + k + 1):
             at = lines[y].find(row)
             if at >= 0 and at % 3 == 0:
-                found = picture[y - k :, at // 3 :][: len(patch), : patch.shape[1]].astype(int)
-                if np.abs(found - patch).max() <= 1:
+                there = picture[y - k :, at // 3 :][: len(patch), : patch.shape[1]].astype(int)
+                if there.shape == patch.shape and np.abs(there - patch).max() <= 1:
                     return y - k, at // 3
     return None
 
@@ -74,32 +75,35 @@ def locate(picture, patch):
 @pytest.mark.parametrize("encoding", ["hu16-v1", "rgb-v1"])
 def test_a_chest_passes_and_its_numbers_are_right(tmp_path, capsys, encoding):
     hu = chest()
-    code, said = validate(make_slice(tmp_path / "ct", encoding, hu), capsys)
-    first, last = said.strip().split("\n")
-    assert code == 0 and first.startswith("pass  s.") and last.startswith("1 of 1 pass; wrote ")
-    assert pixels(tmp_path / "ct" / "_validation" / "samples_all_0.png").shape[1] > 6 * 300
+    code, printed = validate(make_slice(tmp_path / "ct", encoding, hu), capsys)
+    first, last = printed.strip().split("\n")
+    name = "s.npy#1" if encoding == "hu16-v1" else "s.png"
+    assert code == 0 and first.startswith(f"pass  {name}, patient toy/P0: lung ")
+    assert last.startswith("1 of 1 pass; wrote ")
+    width = pixels(tmp_path / "ct" / "_validation" / "samples_all_0.png").shape[1]
+    assert 6 * validate_samples.SIDE < width <= 1800  # a screen, and the picture of tools/demo.py
     source = d.open_source(tmp_path / "ct")
-    found = validate_samples.measure(validate_samples.as_rgb(source.read(0).numpy(), encoding), source.body(0))
+    measured = validate_samples.measure(validate_samples.as_rgb(source.read(0).numpy(), encoding), source.body(0))
     box = hu[:, 12:84, 2:94]  # the truth, without any code
-    assert found["lung"] == pytest.approx(((box[0] > -950) & (box[0] < -500)).mean(), abs=0.003)
+    assert measured["lung"] == pytest.approx(((box[0] > -950) & (box[0] < -500)).mean(), abs=0.003)
     inside = [(b > low) & (b < high) for b, low, high in zip(box, (-1350, -160, -450), (150, 240, 1050))]
-    assert found["saturated"] == pytest.approx([1 - share.mean() for share in inside], abs=0.01)
+    assert measured["saturated"] == pytest.approx([1 - share.mean() for share in inside], abs=0.01)
     for k in (0, 1):
         apart = np.abs(box[k] - 1.0 * box[k + 1])[inside[k] & inside[k + 1]].mean()
-        assert found["differences"][k] == pytest.approx(apart, abs=1)
-    assert abs(found["tissue_hu"] - 30) < 2
+        assert measured["differences"][k] == pytest.approx(apart, abs=1)
+    assert abs(measured["tissue_hu"] - 30) < 2
 
 
 def test_the_sheet_shows_the_windows_of_the_slice(tmp_path, capsys):
-    hu = chest(320)  # drawn pixel by pixel
+    hu = chest(validate_samples.SIDE)  # drawn pixel by pixel
     for encoding in ("hu16-v1", "rgb-v1"):
-        root = make_slice(tmp_path / encoding, encoding, hu, (40, 280, 6, 314))
+        root = make_slice(tmp_path / encoding, encoding, hu, (40, 256, 6, 282))
         validate(root, capsys, "--out", str(tmp_path / "sheet.png"))
-        picture, shown = pixels(tmp_path / "sheet.png"), hu[[1, 1, 1]] if encoding == "hu16-v1" else hu
-        codes = {name: d.window_codes(h, *d.WINDOWS_HU[name]) for h, name in zip(shown, ("lung", "soft", "bone"))}
+        picture, slices = pixels(tmp_path / "sheet.png"), hu[[1, 1, 1]] if encoding == "hu16-v1" else hu
+        codes = {name: d.window_codes(h, *d.WINDOWS_HU[name]) for h, name in zip(slices, ("lung", "soft", "bone"))}
         rgb = [d.window_codes(h, *d.WINDOWS_HU[name]) for h, name in zip(hu, ("lung", "soft", "bone"))]
         tiles = [np.stack([c] * 3, -1) for c in codes.values()] + [np.stack(rgb, -1)]
-        columns = [locate(picture, tile[50:270, 10:310])[1] for tile in tiles]  # inside box and scale bar
+        columns = [locate(picture, tile[50:240, 10:278])[1] for tile in tiles]  # inside box and scale bar
         assert columns == sorted(columns) and len(set(columns)) == 4
 
 
@@ -123,50 +127,73 @@ PLANTED = {
 @pytest.mark.parametrize("name", PLANTED)
 def test_a_planted_fault_fails_in_words(tmp_path, capsys, encoding, name):
     change, reason = PLANTED[name]
-    code, said = validate(make_slice(tmp_path / "ct", encoding, change(chest())), capsys)
-    assert code == 1 and said.startswith("FAIL  s.") and "0 of 1 pass" in said
-    assert re.search(reason, said), said
+    code, printed = validate(make_slice(tmp_path / "ct", encoding, change(chest())), capsys)
+    assert code == 1 and printed.startswith("FAIL  s.") and "0 of 1 pass" in printed
+    assert re.search(reason, printed), printed
 
 
-def test_identical_channels_broken_files_and_wrong_boxes_fail(tmp_path, capsys):
+def test_identical_channels_and_broken_files_fail(tmp_path, capsys):
     root = make_slice(tmp_path / "ct", "rgb-v1", chest())
     grey = np.asarray(Image.open(root / "s.png"))[..., :1].repeat(3, 2)
     Image.fromarray(grey).save(root / "s.png")
     assert "all three channels are identical" in validate(root, capsys)[1]
     (root / "s.png").write_bytes((root / "s.png").read_bytes()[:900])
-    code, said = validate(root, capsys)
-    assert code == 1 and "s.png cannot be read" in said
-    code, said = validate(make_slice(tmp_path / "box", "rgb-v1", chest(), (50, 50, 2, 94)), capsys)
-    assert code == 1 and "body box [50, 2, 50, 94] (y0, x0, y1, x1) is empty" in said
-    code, said = validate(make_slice(tmp_path / "box", "rgb-v1", chest(), spacing=0), capsys)
-    assert code == 1 and "spacing [0.0, 0.0, 2.5] mm is not positive" in said
+    code, printed = validate(root, capsys)
+    assert code == 1 and "s.png cannot be read" in printed
 
 
 def test_photographs_are_judged_too(tmp_path, capsys):
     make_photos(tmp_path)
-    code, said = validate(tmp_path, capsys)
-    assert code == 0 and said.count("pass  c") == 6
+    code, printed = validate(tmp_path, capsys)
+    assert code == 0 and printed.count("pass  c") == 6
+    assert "patient" not in printed
     Image.new("RGB", (30, 20), (90, 80, 70)).save(tmp_path / "flat.png")
     Image.fromarray((np.random.default_rng(0).random((50, 50, 3)) < 0.5).astype(np.uint8) * 255).save(
         tmp_path / "x.png"
     )
-    code, said = validate(tmp_path, capsys)
-    assert code == 1 and "6 of 8 pass" in said
-    assert "flat.png: constant image" in said and "x.png: saturated: 100% of a channel" in said
+    code, printed = validate(tmp_path, capsys)
+    assert code == 1 and "6 of 8 pass" in printed
+    assert "flat.png: constant image" in printed and "x.png: saturated: 100% of a channel" in printed
+
+
+def test_a_photograph_is_shown_upright(tmp_path, capsys):
+    """Stored lying on its side, with the EXIF word that says so; the sheet shows it as its camera was held."""
+    values = np.random.default_rng(0).integers(0, 255, (validate_samples.SIDE, 200, 3)).astype(np.uint8)
+    exif = Image.Exif()
+    exif[274] = 6  # stored rows are columns from the right
+    (tmp_path / "photos").mkdir()
+    Image.fromarray(np.rot90(values)).save(tmp_path / "photos" / "a.png", exif=exif)
+    assert validate(tmp_path / "photos", capsys, "--out", str(tmp_path / "x.png"))[0] == 0
+    assert locate(pixels(tmp_path / "x.png"), values)
 
 
 def test_samples_are_a_function_of_the_seed_and_of_the_split(tmp_path, capsys):
     root = make_ct(tmp_path)
     names = [set(validate(root, capsys, "--seed", str(seed), "--n", "2")[1].split("\n")[:-2]) for seed in (0, 0, 1)]
     assert names[0] == names[1] != names[2] and len(names[0]) == 2
-    make_split(root, {f"toy/P{i}": "train" if i else "val_select" for i in range(7)})
-    said = validate(root, capsys, "--split", "val_select", "--n", "8")[1]
-    assert said.count(" patient P0 ") == 8 and " patient P1 " not in said and "samples_val_select_0.png" in said
+    splits = {0: "val_select", 1: "val_calib", 2: "val_test"}
+    make_split(root, {f"toy/P{i}": splits.get(i, "train") for i in range(7)})
+    for split, inside, outside in (("val_select", "P0", "P1"), ("val_calib", "P1", "P0"), ("train", "P3", "P2")):
+        printed = validate(root, capsys, "--split", split, "--n", "8")[1]
+        assert f" patient toy/{inside}: " in printed and f" patient toy/{outside}: " not in printed
+        assert f"samples_{split}_0.png" in printed
+    with pytest.raises(ValueError, match="--split val_test gives the final number once.*use one of train, val_select"):
+        validate(root, capsys, "--split", "val_test")
+    assert not (root / "_splits" / "test_uses.jsonl").exists()
+    with pytest.raises(ValueError, match="--split tea: use one of train, val_select, val_calib, or leave"):
+        validate(root, capsys, "--split", "tea")
     for flags in (["--n", "0"], ["--n", "101"], ["--seed", "-1"]):
         with pytest.raises(SystemExit, match="2"):
             validate(root, capsys, *flags)
     with pytest.raises(FileNotFoundError, match="is not a folder"):
         validate(root / "nowhere", capsys)
+
+
+def test_a_file_name_cannot_command_the_terminal(tmp_path, capsys):
+    make_photos(tmp_path)
+    Image.new("RGB", (30, 20), (90, 80, 70)).save(tmp_path / "a\x1b[31mred.png")
+    printed = validate(tmp_path, capsys)[1]
+    assert "\x1b" not in printed and "a\\x1b[31mred.png: constant image" in printed
 
 
 # inspect_step
@@ -177,7 +204,7 @@ def make_run(root, folder, recipes, split=None, **flags):
     args = dict(data=str(root), seed=3, steps=100, extend=0, batch_size=6, micro_batch=2, limit=None, z_stride=1)
     args |= dict(overfit=False, gram_start=0)
     config = dict(args=args | flags, recipes=[asdict(r) for r in recipes], masking=[0.5, [0.3, 0.6]], patch_size=8)
-    source = d.open_source(root, split)
+    source = d.open_for(root, "fit") if split else d.open_source(root)
     config |= dict(split=split, index_sha256=source.index_sha256, split_sha256=source.split_sha256)
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
@@ -251,7 +278,7 @@ def test_split_subset_sizes_and_overfit_are_those_of_the_run(tmp_path):
     root, recipes = make_ct(tmp_path / "data"), [SMALL, replace(SMALL, global_size=48, local_size=24)]
     make_split(root, {f"toy/P{i}": "train" if i else "val_select" for i in range(7)})
     config = make_run(root, tmp_path / "run", recipes, "train", limit=9, z_stride=2, overfit=True)
-    source, drawn = d.open_source(root, "train", 9, 2), set()
+    source, drawn = d.open_for(root, "fit", limit=9, z_stride=2), set()
     source.path(source.order(3, 0, 6)[5]).write_bytes(b"rubbish")  # replaced from within its micro-batch
     how = dict(micro_batch=2, patch_size=8, masking=(0.5, (0.3, 0.6)), skip_bad=9, fixed=True)
     for step in (1, 2, 3):
@@ -290,13 +317,13 @@ def test_what_a_run_did_not_see_is_refused(tmp_path, capsys):
     index.write_text(index.read_text().replace("2.5", "2.6", 1))
     refused("its index is not the one this run was trained with")
     (folder / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="config.json is not JSON"):
+    with pytest.raises(ValueError, match="config.json is damaged, or no JSON"):
         inspect(folder, 1)
     (folder / "config.json").write_text('{"args": {}}')
-    with pytest.raises(ValueError, match="lacks recipes, masking, patch_size, split, index_sha256, split_sha256"):
+    with pytest.raises(ValueError, match="has no field 'recipes'"):
         inspect(folder, 1)
     (folder / "config.json").write_text(json.dumps(config | {"args": {"data": "x", "seed": 0}}))
-    with pytest.raises(ValueError, match="lacks steps, batch_size, micro_batch.*use the code that trained this run"):
+    with pytest.raises(ValueError, match="has no field 'steps'; use the code that trained this run"):
         inspect(folder, 1)
     with pytest.raises(FileNotFoundError, match="config.json does not exist"):
         inspect(root, 1)

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import random
+import signal
 from collections import Counter
 from fractions import Fraction
 
@@ -17,16 +18,22 @@ FOUR = {"train": 0.60, "val_select": 0.15, "val_calib": 0.15, "val_test": 0.10}
 THREE = {"train": 0.85, "val_select": 0.05, "val_test": 0.10}
 
 
-def processed(root, groups, slices=2, shuffle=0):
-    """A processed folder with an index only: `slices` rgb slices for each dataset/patient."""
+def processed(root, groups, slices=2, shuffle=0, **ids):
+    """A processed folder with an index only: `slices` rgb slices for each dataset/patient.
+
+    ids: study={group: id} or series={group: id} instead of ids of their own; shuffle None: rows in the given order.
+    """
     rows = []
     for group in groups:
         dataset, patient = group.split("/")
+        own = {kind: ids.get(kind, {}).get(group, f"{kind}.{group}") for kind in ("study", "series")}
         for z in range(1, slices + 1):
             path = f"{dataset}/s{patient}/{z:04d}.png"
-            known = dict(path=path, encoding="rgb-v1", dataset=dataset, patient=patient, series=f"s{patient}", z=z)
+            known = dict(path=path, encoding="rgb-v1", dataset=dataset, patient=patient, z=z, **own)
+            known |= dict.fromkeys("spacing_z spacing_y spacing_x rows cols body_y1 body_x1".split(), 1)
             rows.append({name: known.get(name, 0) for name in INDEX_COLUMNS})
-    random.Random(shuffle).shuffle(rows)
+    if shuffle is not None:
+        random.Random(shuffle).shuffle(rows)
     (root / "_index").mkdir(parents=True, exist_ok=True)
     with open(root / "_index" / "index.csv", "w", newline="") as f:
         writer = csv.DictWriter(f, INDEX_COLUMNS)
@@ -54,6 +61,11 @@ def table(path, lines, header="path,label"):
 def split(root, *flags):
     assert make_splits.main(["--data", str(root), *map(str, flags)]) == 0
     return json.loads((root / "_splits" / "splits.json").read_text())
+
+
+def found_copies(root, sets):
+    """What check_duplicates.py would write."""
+    return {"version": 1, "groups": sets, "index_sha256": file_sha256(root / "_index" / "index.csv")}
 
 
 def sizes(splits):
@@ -134,15 +146,14 @@ def test_nodule_tables_are_recognised_and_counted_by_row(tmp_path):
 def test_joined_groups_stay_together_through_chains(tmp_path):
     root, names = processed(tmp_path, patients(40)), patients(40)
     chains = [names[0:2], names[1:3], names[10:16]]
-    found = {"groups": chains, "index_sha256": file_sha256(root / "_index" / "index.csv")}
-    (root / "d.json").write_text(json.dumps(found))
+    (root / "d.json").write_text(json.dumps(found_copies(root, chains)))
     for seed in range(20):
         got = split(root, "--duplicates", root / "d.json", "--seed", seed, "--force")
         assert len({got["groups"][n] for n in names[0:3]}) == 1 and len({got["groups"][n] for n in names[10:16]}) == 1
         assert list(got["groups"]) == names
         assert sizes(got) == {"train": 34, "val_select": 2, "val_test": 4}  # single groups fill what large ones left
     processed(root, patients(41))
-    with pytest.raises(ValueError, match="run tools/check_duplicates.py again"):
+    with pytest.raises(ValueError, match="d.json was made for another index; run python tools/check_duplicates.py"):
         split(root, "--duplicates", root / "d.json", "--force")
 
 
@@ -263,3 +274,137 @@ def test_too_few_groups_and_a_missing_index_are_errors(tmp_path):
         split(tmp_path / "b")
     with pytest.raises(ValueError, match="without dataset or patient"):
         split(processed(tmp_path / "c", [*patients(4), "lidc/"]))
+
+
+# one patient under several names
+
+
+def together(root, *names):
+    """Whether these groups lie in one split whatever the seed."""
+    groups = [split(root, "--seed", seed, "--force")["groups"] for seed in range(20)]
+    return all(len({g[name] for name in names}) == 1 for g in groups)
+
+
+def test_a_patient_whose_name_differs_in_case_or_outer_spaces_is_one_patient(tmp_path, capsys):
+    names = ["lidc/P1", "lidc/a", "lidc/b", "lidc/p1 ", "lidc/c", "LIDC/ P1", "lidc/P11", *patients(13)]
+    root = processed(tmp_path, names, shuffle=None)
+    assert together(root, "lidc/P1", "lidc/p1 ", "LIDC/ P1")
+    assert not together(root, "lidc/P1", "lidc/P11")
+    assert list(split(root, "--force")["groups"]) == sorted(names)
+    said = capsys.readouterr().out
+    assert "joined 3 groups: their names differ in case or outer spaces only, " in said
+    assert "first lidc/P1 (row 2 of index.csv) and lidc/p1  (row 8 of index.csv)" in said
+    assert "40 slices in 20 groups, 18 of them independent" in said
+
+
+def test_a_collection_that_was_preprocessed_twice_is_joined_by_its_series(tmp_path, capsys):
+    names = [f"{dataset}/{i:02d}" for dataset in ("a", "b") for i in range(30)]
+    root = processed(tmp_path, names, series={name: f"1.2.{name[2:]}" for name in names})
+    groups = split(root)["groups"]
+    assert all(groups[f"a/{i:02d}"] == groups[f"b/{i:02d}"] for i in range(30)) and sizes(split(root))["val_test"] == 6
+    assert "joined 60 groups: one series stands under several patients or datasets" in capsys.readouterr().out
+
+
+def test_patients_that_share_a_study_are_joined_and_a_placeholder_joins_nobody(tmp_path, capsys):
+    names = patients(30)
+    shared = {"lidc/0003": "1.2.9", "lidc/0017": "1.2.9"}
+    root = processed(tmp_path / "a", names, shuffle=None, study=shared)
+    assert together(root, "lidc/0003", "lidc/0017")
+    said = capsys.readouterr().out
+    assert "joined 2 groups: one study stands under several patients, first lidc/0003 (row 8 of index.csv) and " in said
+    for empty in ("", "0", " "):
+        root = processed(tmp_path / f"b{empty}", names, study=dict.fromkeys(names, empty))
+        assert "30 of them independent" in (split(root), capsys.readouterr().out)[1]
+    root = processed(tmp_path / "c", names, shuffle=None, study=shared | dict.fromkeys(names[18:], "1.2.3"))
+    with pytest.raises(ValueError, match=r"under 12 patients, so it is no id: lidc/0018 \(row 38 of index.csv\) and"):
+        split(root)
+    assert not (root / "_splits").exists()
+
+
+def test_photographs_are_joined_by_name_too(tmp_path, capsys):
+    root = photographs(tmp_path, [f"{i}.png" for i in range(12)])
+    table(root / "labels.csv", [f"{i}.png,x,{g}" for i, g in enumerate(["S1", "s1 ", "0", "0 "])], "path,label,group")
+    assert together(root, "S1", "s1 ") and together(root, "0", "0 ")
+    assert "first S1 and s1 \n" in capsys.readouterr().out
+
+
+def test_a_patient_of_spaces_is_no_patient(tmp_path):
+    with pytest.raises(ValueError, match="without dataset or patient"):
+        split(processed(tmp_path, [*patients(4), "lidc/ "]))
+
+
+# what check_duplicates.py found
+
+
+def test_the_duplicates_that_were_found_are_used_without_a_flag(tmp_path, capsys):
+    root, names = processed(tmp_path, patients(20)), patients(20)
+    (root / "_splits").mkdir()
+    path = root / "_splits" / "duplicates.json"
+    path.write_text(json.dumps(found_copies(root, [names[2:5]])))
+    assert together(root, *names[2:5])
+    assert "duplicates.json: 1 sets of groups share pictures and stay together" in capsys.readouterr().out
+    (root / "d.json").write_text(json.dumps(found_copies(root, [])))
+    split(root, "--duplicates", root / "d.json", "--force")  # the flag names another file, which is used instead
+    assert "0 sets of groups" in capsys.readouterr().out
+    processed(root, patients(21))
+    with pytest.raises(ValueError, match="duplicates.json was made for another index; run python tools/check_dup"):
+        split(root, "--force")
+    with pytest.raises(FileNotFoundError, match="none.json does not exist; run python tools/check_duplicates.py"):
+        split(root, "--duplicates", root / "none.json", "--force")
+
+
+DAMAGED = {
+    "empty": b"",
+    "a list": b"[]",
+    "cut": b'{"version": 1, "gro',
+    "not UTF-8": b"\xff\xfe{}",
+    "nested": b"[" * 100_000,
+    "no version": b'{"groups": [], "index_sha256": "x"}',
+    "groups null": b'{"version": 1, "index_sha256": "SHA", "groups": null}',
+    "groups of numbers": b'{"version": 1, "index_sha256": "SHA", "groups": [[1, 2]]}',
+    "an empty group": b'{"version": 1, "index_sha256": "SHA", "groups": [[]]}',
+    "groups a text": b'{"version": 1, "index_sha256": "SHA", "groups": ["lidc/0001"]}',
+    "an unknown group": b'{"version": 1, "index_sha256": "SHA", "groups": [["lidc/0001", "lidc/9"]]}',
+    "a number as hash": b'{"version": 1, "index_sha256": 3, "groups": []}',
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_duplicates_file_is_one_sentence(tmp_path, name):
+    root = processed(tmp_path, patients(9))
+    path = root / "_splits" / "duplicates.json"
+    path.parent.mkdir()
+    path.write_bytes(DAMAGED[name].replace(b"SHA", file_sha256(root / "_index" / "index.csv").encode()))
+    with pytest.raises(ValueError, match="s/duplicates.json.*run python tools/check_duplicates.py --data") as caught:
+        split(root)
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 500
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(found_copies(root, [])).encode())  # a byte order mark is harmless
+    split(root)
+
+
+# what tables say to a terminal
+
+
+def test_labels_are_shown_in_short_and_without_control_characters(tmp_path, capsys):
+    names = patients(9)
+    long = "\x1b[2J" + "y" * 100_000
+    root = processed(tmp_path, names)
+    lines = [f"lidc/s{i:04d}/0001.png,{long if i else 'x'}" for i in range(9)]
+    counts = split(root, "--labels", table(tmp_path / "l.csv", lines))["counts"]
+    assert sum(c["labels"][long] for c in counts.values()) == 8
+    said = capsys.readouterr().out
+    assert "\x1b" not in said and len(said) < 3000 and "\\x1b[2Jyyy" in said
+    lines[3] = f"{long},x"
+    with pytest.raises(ValueError, match="row 5: no image") as caught:
+        split(root, "--force", "--labels", table(tmp_path / "l.csv", lines))
+    assert len(str(caught.value)) < 500 and "\x1b" not in str(caught.value)
+
+
+def test_a_pipe_as_label_table_is_refused_and_not_waited_for(tmp_path):
+    root = processed(tmp_path, patients(9))
+    os.mkfifo(tmp_path / "l.csv")
+    signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it waits"))
+    signal.alarm(10)
+    with pytest.raises(OSError, match="l.csv is a FIFO, not a file"):
+        split(root, "--labels", tmp_path / "l.csv")
+    signal.alarm(0)

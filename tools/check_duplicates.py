@@ -1,7 +1,7 @@
 """Find pictures that occur in more than one group (patient), so that no copy of a training picture is tested on.
 
 Reads a processed CT folder or a folder tree of photographs; writes DATA/_splits/duplicates.json, whose groups
-make_splits.py keeps together. Exit code 1 if a duplicate crosses the splits that are there, 0 otherwise.
+make_splits.py then keeps together. Exit code 1 if a duplicate crosses the splits that are there, 0 otherwise.
 
     python tools/check_duplicates.py --data data/processed --workers 16
 """
@@ -23,7 +23,9 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from checkpoint import write_text
-from tools.lib.cli import Parser, positive, run
+from data import slice_name
+from tools.lib.cli import Parser, positive, run, shown
+from tools.lib.files import read_json_file
 from tools.lib.groups import join, open_data
 
 VERSION = 1
@@ -139,20 +141,20 @@ def look_alikes(digests, thumbs, owners, distance, least):
     return np.array(sorted(found), np.int64).reshape(-1, 2), len(thumbs) - len(textured)
 
 
-def name_of(source, i):
-    """Path of a slice below the data folder; of a volume, with #z."""
-    row = source.rows[i]
-    return f"{row['path']}#{row['z']}" if source.encoding == "hu16-v1" else row["path"]
-
-
 def read_splits(path):
     """{group: split} of a splits.json, empty where there is none yet."""
     if not path.exists():
         return {}
-    try:
-        return dict(json.loads(path.read_bytes())["groups"])
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{path}: not a splits file; make it with tools/make_splits.py --force") from None
+    again = "make it again with tools/make_splits.py --force"
+    split_of = read_json_file(path, {"groups": dict}, again, VERSION)["groups"]
+    if not all(isinstance(split, str) for split in split_of.values()):
+        raise ValueError(f"{path} field 'groups' must name one split for each group; {again}")
+    return split_of
+
+
+def say(title, members):
+    """Print a list of groups, at most six."""
+    print(title, *map(shown, members[:6]), *["..."][: len(members) > 6])
 
 
 def build_parser():
@@ -197,7 +199,7 @@ def main(argv=None):
         "crossing": len(crossing),
     }
     listed = pairs[: args.max_pairs]
-    title = {i: name_of(source, order[i]) for i in set(listed.ravel().tolist())}
+    title = {i: slice_name(source, order[i]) for i in set(listed.ravel().tolist())}
     distances = hamming(phash(thumbs[listed[:, 0]]), phash(thumbs[listed[:, 1]])).tolist()
     payload = {
         "version": VERSION,
@@ -213,14 +215,14 @@ def main(argv=None):
     write_text(path, json.dumps(payload, indent=1) + "\n")
     print("wrote", path, *(f"{key}={n}" for key, n in counts.items()))
     for members in sets[:10]:
-        print("same pictures in", *members[:6], *["..."][: len(members) > 6])
+        say("same pictures in", members)
     for members in crossing[:10]:
-        print("CROSSES SPLITS:", *members[:6], *["..."][: len(members) > 6])
+        say("CROSSES SPLITS:", members)
     if split_of and (unknown := set(names.tolist()) - set(split_of)):
-        print(f"note: {splits} does not know {len(unknown)} groups, e.g. {min(unknown)}; make it anew")
+        print(f"note: {splits} does not know {len(unknown)} groups, e.g. {shown(min(unknown))}; make it again")
     if crossing:
-        again = f"python tools/make_splits.py --data {args.data} --duplicates {path} --force"
-        print(f"make the split anew, with the --ratios and --labels of before: {again}")
+        again = f"python tools/make_splits.py --data {args.data} --force"
+        print(f"make the split again, with the --ratios and --labels of before: {again}")
     return 1 if crossing else 0
 
 

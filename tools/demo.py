@@ -1,7 +1,8 @@
 """The main job from end to end on a drawn chest: DICOM in, malignancy AUC out. No GPU, no data, no network needed.
 
 Runs the programs of this repository by the commands that a user types, printed before each; pretraining is killed once
-on purpose and resumes. Writes runs/demo/report.html and report.png. At most 6 minutes on 2 CPU cores.
+on purpose and resumes. Writes runs/demo/report.html and report.png. At most 6 minutes on 2 CPU cores: on a slow or
+busy machine pretraining makes fewer updates.
 
     python tools/demo.py
     python tools/demo.py --stage probe report      # these stages again, on what is there
@@ -21,11 +22,14 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from checkpoint import atomic_write, write_text
+from tools.lib import judge, page, sheet
 from tools.lib.cli import ROOT, Parser, pick_device, run
+from tools.lib.files import last_per_step, read_json_file, read_lines
 
 PHANTOM = "--patients 60 --slices 32 --size 256"  # 2,112 slices, 0.3 GB as DICOM and as much again in HU
 # Phantom patients cost nothing and the test needs many: 27 of them leave 47 rated by 3 readers or more.
@@ -38,14 +42,24 @@ LEARN = (
 )
 PROBE = "--protocol test --crop-mm 24,32 --bootstrap 1000"  # mm of the crops that the views of LEARN come closest to
 HEATMAPS = "--n 12 --size 192"  # twice the pixels of training: patches of 8 mm
-MINUTES = {"cpu": 3.0, "cuda": 1.0}  # of pretraining; the rest takes 2 minutes on 2 CPU cores
+PROMISE_S = 350  # of the whole demo: 6 minutes, less what no plan foresees
+MINUTES = {"cpu": 3.0, "cuda": 1.0}  # of pretraining on a quiet machine; the rest takes 2 minutes on 2 CPU cores
+STARTS_S = 12  # of the two starts of pretraining, on 2 quiet cores
 LEAST = 40  # updates, on however slow a machine
+# Threads of OpenMP that wait by spinning make training beside a busy neighbour 20 times slower (2 cores, 2026-11).
+PATIENT = {"GOMP_SPINCOUNT": "1000"}
 HONEST = "A phantom is a drawing of a chest, not a patient: these numbers say that the code works, nothing about CT."
-ROWS = {"probe": "frozen probe", "random weights": "random weights", "size": "size alone", "raw pixels": "raw pixels"}
+BASELINES = {  # predictor: how it is called here, and what is compared with what
+    "probe": ("frozen probe", ()),
+    "random weights": ("random weights", ("probe", "random weights")),
+    "size": ("size alone", ("probe", "size")),
+    "raw pixels": ("raw pixels", ("probe", "raw pixels")),
+    "size + features": ("size + features", ("size + features", "size")),
+}
 
 
 class Stage(NamedTuple):
-    """One step of the way; `seconds` on 2 quiet cores only shape the bar."""
+    """One step of the way; `seconds` are those of 2 quiet cores."""
 
     name: str
     seconds: float
@@ -67,21 +81,21 @@ def plan(out, device, minutes, steps):
               [f"python tools/preprocess_dicom.py --raw {raw} --out {data} --dataset phantom --format hu16"], (0, 1)),
         Stage("manifest", 2, "is every file still what the manifest says?",
               [f"python tools/write_manifest.py --data {data} --verify"]),
-        Stage("samples", 5, "look at random slices before training on them",
-              [f"python tools/validate_samples.py --data {data} --n 4"]),
+        Stage("samples", 8, "look at random slices before training on them",
+              [f"python tools/validate_samples.py --data {data} --n 4",
+               f"python tools/validate_samples.py --data {data} --n 1 --out {out}/sample.png"]),
         Stage("duplicates", 5, "pictures that occur in more than one patient",
               [f"python tools/check_duplicates.py --data {data}"]),
-        Stage("split", 2, "patients to train, choose and test on",
-              [f"python tools/make_splits.py --data {data} --ratios {RATIOS} --duplicates "
-               f"{data}/_splits/duplicates.json --force"]),
+        Stage("split", 2, "patients to train, choose and test on; duplicates stay together",
+              [f"python tools/make_splits.py --data {data} --ratios {RATIOS} --force"]),
         Stage("speed", 16, "how many updates fit the time?",
               [f"python {train} --out {out}/speed --steps 100000 --time-limit 0.15 --log-every 1 --eval-every 0"],
               clears=(f"{out}/speed",)),
-        Stage("train", 60 * minutes + 12, "pretrain; killed half-way on purpose, then the same command again",
+        Stage("train", 60 * minutes + STARTS_S, "pretrain; killed half-way on purpose, then the same command again",
               [f"torchrun --nproc-per-node=1 {train} --out {go} --steps {steps} --log-every {every} --save-every "
                f"{4 * every} --eval-every {20 * every}"], clears=(go,)),
         Stage("monitor", 12, "is it healthy, and what does it look at?",
-              [f"python monitor.py --ckpt {ckpt} --images 2 --slices 64 --device {device}"], (0, 1, 2)),
+              [f"python monitor.py --ckpt {ckpt} --images 1 --slices 64 --device {device}"], (0, 1, 2)),
         Stage("labels", 3, "what the four readers said about each nodule",
               [f"python tools/lidc_nodules.py --raw {raw} --data {data}"]),
         Stage("probe", 20, "malignant or benign, from frozen features, on patients never seen",
@@ -99,6 +113,45 @@ def plan(out, device, minutes, steps):
 NAMES = [stage.name for stage in plan("", "", 0, 0)]
 
 
+# ----- how long pretraining may take
+
+
+def pace(stages, seconds):
+    """How many times longer than on a quiet machine a stage takes here: the median of those that ran, at least 1.
+
+    Stages that keep all cores busy suffer most from a neighbour (2 cores, load 8: 6 times; most others 1.3 to 3).
+    """
+    ratios = [seconds[stage.name] / stage.seconds for stage in stages if stage.name in seconds]
+    return max(1.0, statistics.median(ratios or [1.0]))
+
+
+def budget(stages, notes):
+    """(updates to plan, seconds that the stage `train` may take), for the speed and the seconds noted so far.
+
+    notes["minutes"]: that the user asked for; None: what PROMISE_S leaves when the rest goes on at the pace of the
+    stages so far, at most what it takes on a quiet machine. LEAST updates are made in any case.
+    """
+    k, seconds, rate = NAMES.index("train"), notes["seconds"], notes.get("updates_per_minute", 0) / 60
+    slow = pace(stages[:k], seconds)
+    starts, usual = slow * STARTS_S, stages[k].seconds - STARTS_S
+    if notes["minutes"]:
+        updating = 60 * notes["minutes"]
+    else:
+        spent = sum(seconds.get(stage.name, 0) for stage in stages[:k])
+        updating = min(usual, PROMISE_S - spent - starts - slow * sum(stage.seconds for stage in stages[k + 1 :]))
+    steps = max(LEAST, int(rate * updating) // 10 * 10)
+    return steps, starts + max(updating, LEAST / rate if rate else 0)
+
+
+def updates_per_minute(speed_dir):
+    """Median of the trial run, whose first half is warming up."""
+    lines = last_per_step(read_lines(speed_dir / "metrics.jsonl", {"step": int})[0], "images_s")
+    if not lines:
+        raise ValueError(f"{speed_dir} logged no speed within its time limit: run tools/demo.py --stage speed again")
+    batch = read_part(speed_dir / "config.json", {"args": dict})["args"]["batch_size"]
+    return 60 / batch * statistics.median(line["images_s"] for line in lines[len(lines) // 2 :])
+
+
 # ----- running commands
 
 
@@ -112,14 +165,12 @@ def to_run(command):
 def call(command):
     """Print and run one command -> exit code."""
     print(f"$ {command}", flush=True)
-    return subprocess.run(to_run(command), cwd=ROOT).returncode
+    return subprocess.run(to_run(command), cwd=ROOT, env={**PATIENT, **os.environ}).returncode
 
 
 def last_step(run_dir):
     """Newest step in metrics.jsonl, 0 before the first line."""
-    path = run_dir / "metrics.jsonl"
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []  # the last one may be half written
-    return max((json.loads(line)["step"] for line in lines), default=0)
+    return max((line["step"] for line in read_lines(run_dir / "metrics.jsonl", {"step": int})[0]), default=0)
 
 
 def pass_on(stream, killed, kept):
@@ -132,14 +183,18 @@ def pass_on(stream, killed, kept):
             sys.stderr.flush()
 
 
-def call_and_kill(command, run_dir, at_step):
-    """Run a training command and end it with SIGTERM, as a scheduler does, once it has reached a step."""
+def call_and_kill(command, run_dir, at_step, seconds):
+    """Run a training command and end it with SIGTERM, as a scheduler does, at a step or when its time is up."""
     print(f"$ {command}", flush=True)
-    process, killed, kept = subprocess.Popen(to_run(command), cwd=ROOT, stderr=subprocess.PIPE), threading.Event(), []
+    end, killed, kept = time.monotonic() + seconds, threading.Event(), []
+    process = subprocess.Popen(to_run(command), cwd=ROOT, stderr=subprocess.PIPE, env={**PATIENT, **os.environ})
     reader = threading.Thread(target=pass_on, args=(process.stderr, killed, kept))
     reader.start()
     try:
-        while process.poll() is None and last_step(run_dir) < at_step:
+        while process.poll() is None:
+            step = last_step(run_dir)
+            if step >= at_step or step and time.monotonic() > end:
+                break
             time.sleep(0.2)
         if process.poll() is None:
             killed.set()
@@ -151,49 +206,39 @@ def call_and_kill(command, run_dir, at_step):
     if not (run_dir / "last.pth").exists():
         sys.stderr.write(b"".join(kept).decode(errors="replace"))
         raise ValueError(f"the killed run left no checkpoint in {run_dir} (exit code {code}); see above")
-    print(f"it ended with exit code {code} and left {run_dir / 'last.pth'}; the same command goes on:", flush=True)
+    print(f"it ended with exit code {code} and left {run_dir / 'last.pth'}", flush=True)
 
 
-def perform(stage, out, steps):
+def train(command, run_dir, steps, seconds):
+    """Pretraining in two halves; the second may take what the first left of `seconds` -> exit code."""
+    end = time.monotonic() + seconds
+    call_and_kill(command, run_dir, steps // 2, seconds / 2)
+    minutes = max(end - time.monotonic(), 6) / 60  # the run stops after any update, so it makes one at least
+    print(f"the same command goes on; it may take the {minutes:.1f} minutes that are left", flush=True)
+    return call(f"{command} --time-limit {minutes:.2f}")
+
+
+def perform(stage, out, steps, seconds):
+    """Run the commands of a stage; `seconds`: what pretraining may take."""
     for path in stage.clears:
         if (ROOT / path).exists():
             print(f"$ rm -r {path}", flush=True)
             shutil.rmtree(ROOT / path)
     for command in stage.commands:
-        if stage.name == "train":
-            call_and_kill(command, out / "run", steps // 2)
-        code = call(command)
+        code = train(command, out / "run", steps, seconds) if stage.name == "train" else call(command)
         if code not in stage.fine:
             again = f"python tools/demo.py --out {shlex.quote(str(out))} --stage {stage.name}"
             raise ValueError(f"stage {stage.name} ended with exit code {code}, see above; it alone again: {again}")
 
 
-# ----- what was found
+# ----- what came out
 
 
-def read_json(path):
-    return json.loads(path.read_text())
-
-
-def read_lines(run_dir, key):
-    """Lines of metrics.jsonl that hold `key`, one per step: the last, as a resumed run may repeat some."""
-    rows = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
-    return [row for _, row in sorted({row["step"]: row for row in rows if key in row}.items())]
-
-
-def updates_per_minute(speed_dir):
-    """Median of the trial run, whose first half is warming up."""
-    lines = read_lines(speed_dir, "images_s")
-    if not lines:
-        raise ValueError(f"{speed_dir} logged no speed within its time limit: run tools/demo.py --stage speed again")
-    batch = read_json(speed_dir / "config.json")["args"]["batch_size"]
-    return 60 / batch * statistics.median(line["images_s"] for line in lines[len(lines) // 2 :])
-
-
-class Findings(NamedTuple):
+class Results(NamedTuple):
     """What the stages wrote, read again."""
 
     losses: list  # lines of metrics.jsonl
+    steps: int  # that were planned
     chance: float  # ln K: the cls loss of a net that knows nothing
     status: dict  # of the monitor
     judged: dict  # of the probe, protocol test
@@ -201,205 +246,144 @@ class Findings(NamedTuple):
     resumed_at: list  # steps
 
 
+def read_part(path, fields):
+    return read_json_file(path, fields, "run all stages first: python tools/demo.py")
+
+
 def collect(out):
     run_dir = out / "run"
-    try:
-        return Findings(
-            losses=read_lines(run_dir, "loss"),
-            chance=math.log(read_json(run_dir / "config.json")["args"]["prototypes"]),
-            status=read_json(run_dir / "monitor" / "status.json"),
-            judged=read_json(run_dir / "probe" / "results.json")["test"],
-            heat=read_json(run_dir / "heatmaps" / "heatmaps.json")["verdict"],
-            resumed_at=[row["step"] for row in read_lines(run_dir, "event") if row["event"].startswith("resumed")],
-        )
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error.filename} is missing: run all stages first, python tools/demo.py") from None
+    config = read_part(run_dir / "config.json", {"args": dict})["args"]
+    lines, skipped = read_lines(run_dir / "metrics.jsonl", {"step": int})
+    if skipped:
+        print(f"{run_dir / 'metrics.jsonl'}: {skipped} lines are damaged and were skipped")
+    events = [line for line in lines if str(line.get("event")).startswith("resumed")]
+    return Results(
+        losses=last_per_step(lines, "loss"),
+        steps=config["steps"],
+        chance=math.log(config["prototypes"]),
+        status=read_part(run_dir / "monitor" / "status.json", {"verdict": str, "code": int, "findings": list}),
+        judged=read_part(run_dir / "probe" / "results.json", {"test": dict})["test"],
+        heat=read_part(run_dir / "heatmaps" / "heatmaps.json", {"verdict": list})["verdict"],
+        resumed_at=[line["step"] for line in events],
+    )
 
 
 def aucs(judged):
-    """[(name, AUC with low and high)] of the predictors that belong together."""
-    return [(name, judged["predictors"][name]["auc"]) for name in ROWS if name in judged["predictors"]]
+    """(name, AUC and what it proves) of the probe and of what needs no pretraining."""
+    for name, (title, pair) in BASELINES.items():
+        if name in judged["predictors"]:
+            aside = judge.row_name(judged, name).removeprefix(name)
+            proof = judge.compared(judged, *pair) if pair else ""
+            yield title, judge.in_words(judged["predictors"][name]["auc"]) + aside + f"; {proof}" * bool(proof)
 
 
-def compared(judged, name):
-    """How the probe stands to a baseline, in words; to beat one that fails is no merit."""
-    d = judged["differences"].get(f"probe - {name}")
-    if d is None or d["low"] is None:
-        return ""
-    proven = d["low"] > 0 and d["p"] < 0.05 and judged["predictors"]["probe"]["auc"]["low"] > 0.5
-    said = "better" if proven else "worse" if d["high"] < 0 else "not shown to be better"
-    if judged["predictors"][name]["auc"]["value"] < 0.5:
-        said += ", by less than that: below 0.5 is chance"
-    return f"; probe minus this {d['value']:+.3f} ({d['low']:+.3f} to {d['high']:+.3f}): {said}"
-
-
-def summary(found):
+def summary(results):
     """The honest end as (what, text)."""
-    from tools.lib.metrics import in_words  # slow to import
-
-    first, last = found.losses[0], found.losses[-1]
-    said = "; ".join(f["text"] for f in found.status["findings"])
-    yield "data", HONEST
-    resumed = " and ".join(map(str, found.resumed_at)) or "no step"
-    yield "pretraining", f"{last['step']} updates; killed, and resumed at {resumed}"
-    yield "cls loss", f"{first['dino']:.2f} -> {last['dino']:.2f}; a net that knows nothing has {found.chance:.2f}"
+    first, last = results.losses[0], results.losses[-1]
+    findings = "; ".join(finding["text"] for finding in results.status["findings"])
+    resumed = " and ".join(map(str, results.resumed_at)) or "no step"
+    updates = f"{last['step']} updates"
+    if last["step"] < results.steps:
+        updates += f" of {results.steps}: the machine became slower and time was up"
+    elif results.steps <= LEAST:
+        updates += ", the least: this machine is slow or busy"
+    yield "pretraining", f"{updates}; killed, and resumed at {resumed}"
+    yield "cls loss", f"{first['dino']:.2f} -> {last['dino']:.2f}; a net that knows nothing has {results.chance:.2f}"
     yield "patch loss", f"{first['ibot']:.2f} -> {last['ibot']:.2f}"
-    yield "collapse", f"monitor says {found.status['verdict']}" + (f": {said}" if said else "")
-    yield "AUC", f"{found.judged['samples']} nodules of {found.judged['patients']} patients never seen, 95% intervals"
-    for name, item in aucs(found.judged):
-        yield ROWS[name], in_words(item) + compared(found.judged, name)
-    for sentence in found.heat[:2]:
+    yield "collapse", f"monitor says {results.status['verdict']}" + f": {findings}" * bool(findings)
+    size = f"{results.judged['samples']} nodules of {results.judged['patients']} patients never seen"
+    yield "malignancy", f"AUC of {size}, with 95% intervals"
+    yield from aucs(results.judged)
+    for sentence in results.heat[:2]:
         yield "heatmaps", re.split(r": (?=share|auroc)", sentence)[0]
-
-
-# ----- the page and the picture
-
-
-def tones(found):
-    from tools.lib import metrics
-
-    return ("good", "warn", "bad", "bad")[found.status["code"]], metrics.tone(found.judged)
-
-
-def write_page(found, out, notes, commands):
-    from tools.lib import page
-
-    steps = [row["step"] for row in found.losses]
-    curves = {name: (steps, [row[key] for row in found.losses]) for name, key in (("cls", "dino"), ("patch", "ibot"))}
-    rank = {"rank": (steps, [row["rankme"] for row in found.losses])}
-    cuts = [("x", step, "killed, resumed") for step in found.resumed_at]
-    monitor, probe = tones(found)
-    pictures = {
-        "What goes in": next((out / "processed" / "_validation").glob("samples_*.png")),
-        "What the backbone looks at": sorted((out / "run" / "monitor").glob("step_*/sheet.png"))[-1],
-        "Do nodules light up?": out / "run" / "heatmaps" / "heatmaps.png",
-    }
-    page = page.page(
-        f"DINO-X demo: {took(notes)}",
-        page.paragraph(f"Monitor: {found.status['verdict']}", monitor),
-        page.paragraph(found.judged["verdict"], probe),
-        page.table(["what", "found"], summary(found)),
-        page.row(
-            page.line_plot("losses", curves, "step", marks=[*cuts, ("y", found.chance, "cls, knowing nothing")]),
-            page.line_plot("rank of the teacher's features", rank, "step", "dimensions", cuts),
-        ),
-        *(page.section(title, page.image(path, path.name)) for title, path in pictures.items()),
-        page.section("Every command", page.table(["stage", "seconds", "command"], [
-            (name, notes["seconds"].get(name), command) for name, command in commands])),
-    )  # fmt: skip
-    write_text(out / "report.html", page)
 
 
 def took(notes):
     return f"{sum(notes['seconds'].values()) / 60:.1f} minutes on {notes['machine']}"
 
 
-WIDTH, TALL = 1240, 230  # pixels of the picture, and of its plots
+# ----- the page and the picture
 
 
-def axes(title, low, high, size):
-    """An empty plot -> (image, pen, function from (x in 0..1, y) to pixels)."""
-    from PIL import Image, ImageDraw
-
-    from tools.lib import sheet
-
-    image = Image.new("RGB", size, "#1c2126")
-    pen = ImageDraw.Draw(image)
-    pen.text((10, 5), title, fill=sheet.INK, font=sheet.font(14))
-    left, top, width, height = 44, 34, size[0] - 60, size[1] - 50
-    return image, pen, lambda x, y: (left + x * width, top + (high - y) / (high - low) * height)
+def monitor_sheet(out):
+    return max((out / "run" / "monitor").glob("step_*/sheet.png"))
 
 
-def dashed(pen, start, end, colour):
-    for k in range(0, 40, 2):
-        ends = [tuple(a + (b - a) * share / 39 for a, b in zip(start, end)) for share in (k, k + 1)]
-        pen.line(ends, fill=colour)
+def plots(results):
+    """The course of pretraining."""
+    losses, cuts = results.losses, [("x", step, "killed, resumed") for step in results.resumed_at]
+    steps = [line["step"] for line in losses]
+    chance = [("x", step, "") for step in results.resumed_at] + [("y", results.chance, "knows nothing")]
+    for title, key, unit, marks in (
+        ("cls loss", "dino", "nats", chance),
+        ("patch loss", "ibot", "nats", cuts),
+        ("rank of the teacher's features", "rankme", "dimensions", cuts),
+    ):
+        yield page.line_plot(title, {key: (steps, [line[key] for line in losses])}, "step", unit, marks)
 
 
-def draw_losses(found, size):
-    """Both losses over the updates, the kill, and the level of knowing nothing."""
-    from tools.lib import sheet
-
-    rows, last = found.losses, found.losses[-1]["step"]
-    values = [found.chance, *(row[key] for row in rows for key in ("dino", "ibot"))]
-    room = 0.1 * (max(values) - min(values))
-    low, high = min(values) - room, max(values) + room
-    image, pen, at = axes("losses over the updates", low, high, size)
-    for step in found.resumed_at:
-        dashed(pen, at(step / last, low), at(step / last, high), sheet.BAD)
-        pen.text(at(step / last + 0.01, (high + low) / 2), "killed, resumed", fill=sheet.BAD, font=sheet.font(12))
-    dashed(pen, at(0, found.chance), at(1, found.chance), sheet.DIM)
-    for k, (key, name) in enumerate((("dino", "cls"), ("ibot", "patch"))):
-        pen.line([at(row["step"] / last, row[key]) for row in rows], fill=sheet.COLOURS[k], width=2)
-        text = f"{name} {rows[0][key]:.2f} to {rows[-1][key]:.2f}"
-        pen.text((size[0] - 320 + 110 * k, 6), text, fill=sheet.COLOURS[k], font=sheet.font(12))
-    pen.text((size[0] - 94, 6), f"chance {found.chance:.2f}", fill=sheet.DIM, font=sheet.font(12))
-    for share in (0, 1):
-        x, y = at(share, low)
-        pen.text((x, y + 2), f"{share * last}", fill=sheet.DIM, font=sheet.font(11), anchor="ma")
-    return image
-
-
-def draw_aucs(found, size):
-    """A dot with its 95% interval for the probe and for what needs no pretraining."""
-    from tools.lib import sheet
-
-    rows = aucs(found.judged)
-    title = f"malignant or benign: AUC, {found.judged['samples']} nodules of patients never seen"
-    image, pen, at = axes(title, -0.6, len(rows) - 0.2, size)
-    for value in (0.25, 0.5, 0.75, 1.0):
-        x = 0.28 + 0.7 * value
-        dashed(pen, at(x, -0.6), at(x, len(rows) - 0.4), sheet.BAD if value == 0.5 else "#48525c")
-        place = at(x, -0.6)
-        pen.text((place[0], place[1] + 2), f"{value:g}", fill=sheet.DIM, font=sheet.font(11), anchor="ma")
-    for k, (name, item) in enumerate(rows):
-        y, colour = len(rows) - 1 - k, sheet.COLOURS[0] if k == 0 else sheet.INK
-        x0, y0 = at(0.28 + 0.7 * item["value"], y)
-        if item["low"] is not None:
-            pen.line([at(0.28 + 0.7 * item[end], y) for end in ("low", "high")], fill=colour, width=2)
-        pen.ellipse([x0 - 5, y0 - 5, x0 + 5, y0 + 5], fill=colour)
-        pen.text((12, y0), f"{ROWS[name]}  {item['value']:.2f}", fill=colour, font=sheet.font(13), anchor="lm")
-    return image
-
-
-def write_picture(found, out, notes):
-    """report.png: what goes in, what the backbone looks at, what came out."""
-    from PIL import Image, ImageOps
-
-    from data import open_source
-    from tools import nodule_heatmaps, validate_samples
-    from tools.lib import sheet
-
-    source, frame = open_source(out / "processed", "val_test"), sheet.GAP
-    sample = validate_samples.inspect_sample(source, len(source) // 2)[2]
-    look = Image.open(sorted((out / "run" / "monitor").glob("step_*/sheet.png"))[-1]).convert("RGB")
-    look = look.crop((frame, frame, look.width - frame, frame + sheet.TILE + 71))  # the first image, without its heads
-    heat = Image.open(out / "run" / "heatmaps" / "heatmaps.png").convert("RGB")
-    top = heat.height - frame - nodule_heatmaps.TILE - 66  # the last row: heading, two lines of text, tiles
-    heat = heat.crop((frame, top, heat.width - frame, heat.height - frame))
-    half = (WIDTH - frame) // 2
-    parts = [
-        sheet.heading(f"DINO-X demo: DICOM in, AUC out, {took(notes)}", WIDTH, size=20),
-        sheet.heading(HONEST, WIDTH, sheet.DIM, size=14),
-        *(sheet.fit(part, WIDTH) for part in (sample, look, heat)),
-        sheet.row([draw_losses(found, (half, TALL)), draw_aucs(found, (half, TALL))]),
+def write_page(results, out, notes, stages):
+    status, judged = results.status, results.judged
+    pictures = {
+        "What goes in": max((out / "processed" / "_validation").glob("samples_*.png")),
+        "What the backbone looks at": monitor_sheet(out),
+        "Do nodules light up?": out / "run" / "heatmaps" / "heatmaps.png",
+    }
+    auc = f"Frozen probe: AUC {judge.in_words(judged['predictors']['probe']['auc'])}"
+    commands = [
+        (stage.name if k == 0 else "", notes["seconds"].get(stage.name) if k == 0 else "", command)
+        for stage in stages
+        for k, command in enumerate(stage.commands)
     ]
-    framed = ImageOps.expand(sheet.stack(parts), frame, sheet.BACK)
-    framed = framed.quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)  # half of the bytes
-    atomic_write(out / "report.png", lambda f: framed.save(f, format="PNG", optimize=True))
+    html = page.page(
+        f"DINO-X demo: {took(notes)}",
+        HONEST,
+        page.paragraph(f"Monitor: {status['verdict']}", ("good", "warn", "bad", "bad")[status["code"]]),
+        page.paragraph(f"{auc}; {judge.compared(judged, 'probe', 'random weights')}", judge.tone(judged)),
+        page.table(["what", "result"], summary(results)),
+        page.row(*plots(results)),
+        *(
+            page.section(title, page.image(path, f"{path.name} (click for its full size)", str(path.relative_to(out))))
+            for title, path in pictures.items()
+        ),
+        page.section("Every command", page.table(["stage", "seconds", "command"], commands)),
+    )
+    write_text(out / "report.html", html)
+
+
+def in_columns(pairs, width, size=15, left=130):
+    """(what, text) as two columns of a picture."""
+    rows = [
+        sheet.row([sheet.paragraphs([(what, sheet.DIM)], left, size), sheet.paragraphs([text], width - left, size)], 0)
+        for what, text in pairs
+    ]
+    return sheet.stack(rows, 2)
+
+
+def write_picture(results, out, notes):
+    """report.png: whole pictures as the programs wrote them (each with its margin), and in words what came out."""
+    read = [Image.open(path).convert("RGB") for path in (out / "sample.png", monitor_sheet(out))]
+    nodule = [Image.open(path) for path in sorted((out / "run" / "heatmaps").glob("nodule_*.png"))[:1]]
+    width = read[0].width - 2 * sheet.GAP
+    words = in_columns(summary(results), width - sum(image.width for image in nodule))
+    top = [sheet.heading(f"DINO-X demo: DICOM in, AUC out, {took(notes)}", width, size=22)]
+    top.append(sheet.heading(HONEST, width, sheet.DIM, size=16))
+    titles, words = (ImageOps.expand(part, sheet.GAP, sheet.BACK) for part in (sheet.stack(top), words))
+    whole = sheet.stack([titles, *read, sheet.row([*nodule, words], 0)], 0)
+    whole = whole.quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)  # half of the bytes
+    atomic_write(out / "report.png", lambda f: whole.save(f, format="PNG", optimize=True))
 
 
 def report_all(out, stages, notes):
     """Summary, report.html and report.png out of what the stages left."""
-    found = collect(out)
-    commands = [(stage.name, command) for stage in stages for command in stage.commands]
-    write_page(found, out, notes, commands)
-    write_picture(found, out, notes)
-    print(f"\nDINO-X demo, {took(notes)}")
-    for what, text in summary(found):
-        print(f"  {what:<15}{text}")
+    results = collect(out)
+    write_page(results, out, notes, stages)
+    write_picture(results, out, notes)
+    print(f"\nDINO-X demo, {took(notes)}\n{HONEST}")
+    for what, text in summary(results):
+        print(f"  {what:<17}{text}")
     for name in ("report.html", "report.png", "run/monitor/report.html", "run/probe/report.html", "release/README.md"):
-        print(f"  {'see':<15}{out / name}")
+        print(f"  {'see':<17}{out / name}")
 
 
 # ----- the program
@@ -409,8 +393,8 @@ def build_parser():
     parser = Parser(__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for everything")
     parser.add_argument("--device", default="auto", help="auto (CUDA/ROCm if there, else CPU), cpu, cuda")
-    parser.add_argument("--minutes", type=float, help=f"of pretraining; default: {MINUTES['cpu']:g}, on a GPU "
-                        f"{MINUTES['cuda']:g}")  # fmt: skip
+    parser.add_argument("--minutes", type=float, help="of pretraining, however long the rest takes; default: up to "
+                        f"{MINUTES['cpu']:g}, on a GPU {MINUTES['cuda']:g}, within 6 minutes of the whole")  # fmt: skip
     parser.add_argument("--keep", action="store_true", help="go on where an earlier demo stopped; default: start anew")
     parser.add_argument("--stage", nargs="+", choices=NAMES, help="only these, on what is there", metavar="NAME")
     return parser
@@ -425,7 +409,31 @@ def prepare(out, fresh):
         print(f"$ rm -r {out}      # of an earlier demo; --keep goes on with it")
         shutil.rmtree(out)
     out.mkdir(parents=True, exist_ok=True)
-    return read_json(path) if path.exists() else {"version": 1, "seconds": {}}
+    if not path.exists():
+        return {"version": 1, "seconds": {}}
+    return read_json_file(path, {"seconds": dict}, f"remove {out} and start anew", version=1)
+
+
+def run_stage(k, device, folder, out, notes):
+    """One stage, with what it adds to the notes."""
+    usual, began = notes["minutes"] or MINUTES[device], time.perf_counter()
+    steps, seconds = budget(plan(folder, device, usual, 0), notes)
+    stages = plan(folder, device, usual, steps)
+    stage = stages[k]
+    print(f"\n===== {k + 1} of {len(NAMES)}, {stage.name}: {stage.about}", flush=True)
+    if stage.name == "train":
+        if "updates_per_minute" not in notes:
+            raise ValueError("how many updates fit is not known yet: run tools/demo.py --stage speed first")
+        print(f"{steps} updates are planned, in at most {seconds / 60:.1f} minutes", flush=True)
+    perform(stage, out, steps, seconds)
+    if stage.name == "speed":
+        notes["updates_per_minute"] = updates_per_minute(out / "speed")
+        print(f"{notes['updates_per_minute']:.0f} updates a minute")
+    if stage.name == "report":
+        report_all(out, stages, notes)
+    notes["seconds"][stage.name] = round(time.perf_counter() - began, 1)
+    write_text(out / "demo.json", json.dumps(notes, indent=1))
+    progress(stages[: k + 1], stages, sum(notes["seconds"].values()))
 
 
 def main(argv=None):
@@ -434,32 +442,18 @@ def main(argv=None):
     if args.minutes is not None and not args.minutes > 0:
         parser.error(f"--minutes {args.minutes:g} must be positive")
     out, card = args.out.resolve(), pick_device(args.device)
-    device, machine = card.type, f"{os.cpu_count()} CPU cores"
-    if device == "cuda":
+    machine = f"{os.cpu_count()} CPU cores"
+    if card.type == "cuda":
         import torch  # slow to import
 
         machine = torch.cuda.get_device_name(card)
     notes = prepare(out, fresh=not (args.keep or args.stage))
-    notes |= {"machine": machine, "minutes": args.minutes or notes.get("minutes", MINUTES[device])}
-    shown = os.path.relpath(out, ROOT) if out.is_relative_to(ROOT) else shlex.quote(str(out))
+    notes |= {"machine": machine, "minutes": args.minutes or notes.get("minutes")}
+    folder = os.path.relpath(out, ROOT) if out.is_relative_to(ROOT) else shlex.quote(str(out))
     wanted = args.stage or [name for name in NAMES if not (args.keep and name in notes["seconds"])]
     for k, name in enumerate(NAMES):
-        if name not in wanted:
-            continue
-        steps = max(LEAST, int(notes["minutes"] * notes.get("updates_per_minute", 0)) // 10 * 10)
-        stages, began = plan(shown, device, notes["minutes"], steps), time.perf_counter()
-        print(f"\n===== {k + 1} of {len(NAMES)}, {name}: {stages[k].about}", flush=True)
-        if name == "train" and "updates_per_minute" not in notes:
-            raise ValueError("how many updates fit is not known yet: run tools/demo.py --stage speed first")
-        perform(stages[k], out, steps)
-        if name == "speed":
-            notes["updates_per_minute"] = updates_per_minute(out / "speed")
-            print(f"{notes['updates_per_minute']:.0f} updates a minute; {notes['minutes']:g} minutes are given")
-        if name == "report":
-            report_all(out, stages, notes)
-        notes["seconds"][name] = round(time.perf_counter() - began, 1)
-        write_text(out / "demo.json", json.dumps(notes, indent=1))
-        progress(stages[: k + 1], stages, sum(notes["seconds"].values()))
+        if name in wanted:
+            run_stage(k, card.type, folder, out, notes)
     return 0
 
 

@@ -12,6 +12,7 @@ import errno
 import hashlib
 import http.client
 import json
+import math
 import os
 import random
 import re
@@ -27,7 +28,7 @@ from contextlib import contextmanager
 from email.utils import parsedate_to_datetime
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
-from urllib.error import HTTPError
+from urllib.error import HTTPError, URLError
 from urllib.parse import urlencode
 from urllib.request import Request, urlopen
 
@@ -36,7 +37,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from checkpoint import atomic_write, fsync_folder
-from tools.lib.cli import Parser, positive, run
+from tools.lib.cli import Parser, positive, run, shown
 
 VERSION = 1
 BASE_URL = "https://services.cancerimagingarchive.net/nbia-api/services/v4"  # public, no token
@@ -81,23 +82,42 @@ def retry_after_s(headers):
     return min(max(wait, 0.0), 600.0)
 
 
-def retried(service, attempt):
-    """attempt(), again after network errors with exponential back-off, or after as long as the server asks for."""
+def wait(service, seconds, what, sign):
+    """Sleep before the next try, and say so: on a terminal as a count-down where nothing else is drawn, else once."""
+    if sign or not sys.stderr.isatty():
+        tqdm.write(f"{what} in {seconds:.0f} s", file=sys.stderr)
+        return service.stop.wait(seconds)
+    end = time.monotonic() + seconds
+    while (left := end - time.monotonic()) > 0 and not service.stop.is_set():
+        print(f"\r{what} in {math.ceil(left)} s ", end="", file=sys.stderr, flush=True)
+        service.stop.wait(min(left, 1))
+    print(file=sys.stderr)
+    return service.stop.is_set()
+
+
+def retried(service, attempt, sign=""):
+    """attempt(), again after network errors with exponential back-off, or after as long as the server asks for.
+
+    sign: the series this is about; several are tried at once, below a progress bar.
+    """
     for n in range(service.retries + 1):
         asked = 0.0
         try:
             return attempt()
         except HTTPError as error:
-            reason, asked = f"HTTP {error.code} {error.reason}", retry_after_s(error.headers)
+            reason, asked = f"HTTP {error.code} {shown(error.reason)}", retry_after_s(error.headers)
             if error.code not in TRANSIENT:
                 raise Failed(reason) from None
         except (OSError, http.client.HTTPException) as error:  # refused, reset, timed out, cut off, damaged
             if getattr(error, "errno", None) in OUR_DISK:
                 service.stop.set()
                 raise
-            reason = str(error) or type(error).__name__
+            reason = shown(getattr(error, "reason", "") or error, 200) or type(error).__name__
+            if isinstance(error, URLError):
+                reason = f"no connection to {service.base_url} ({reason}), is there a network?"
         backoff = min(60.0, service.backoff_s * 2**n * random.uniform(0.5, 1))  # random: threads must not march in step
-        if n < service.retries and service.stop.wait(asked or backoff):
+        what = f"{sign}{reason}; Ctrl+C stops; try {n + 2} of {service.retries + 1}"
+        if n < service.retries and wait(service, asked or backoff, what, sign):
             raise Failed("stopped")
     raise Failed(f"{reason} ({service.retries + 1} tries)")
 
@@ -122,7 +142,7 @@ def list_series(service, collection):
     for row in ask(service, "getSeries", Collection=collection, Modality="CT", format="json"):
         uid = str(row.get("SeriesInstanceUID"))
         if not re.fullmatch(r"[0-9][0-9.]{0,63}", uid):  # it becomes a folder name
-            raise ValueError(f"{service.base_url} lists a series without a proper SeriesInstanceUID: {uid[:80]!r}")
+            raise ValueError(f"{service.base_url} lists a series without a proper SeriesInstanceUID: {shown(uid)!r}")
         found[uid] = Series(uid, int(float(row.get("ImageCount") or 0)), int(float(row.get("FileSize") or 0)))
     return [found[uid] for uid in sorted(found)]
 
@@ -206,7 +226,7 @@ def unpack(part, folder, series):
                 f.flush()
                 os.fsync(f.fileno())
             if md5s.get(name, digest.hexdigest()) != digest.hexdigest():
-                raise zipfile.BadZipFile(f"the MD5 of {name} is not {md5s[name]}")
+                raise zipfile.BadZipFile(f"the MD5 of {shown(name)} is not {shown(md5s[name])}")
     return bool(md5s)
 
 
@@ -227,7 +247,7 @@ def fetch(service, series, folder, bar):
             part.unlink()  # or every further try would stop at the same place
             raise http.client.HTTPException(f"damaged zip: {error}") from None
 
-    answer = retried(service, attempt)
+    answer = retried(service, attempt, f"{series.uid}: ")
     os.replace(files, folder / series.uid)
     fsync_folder(folder)
     part.unlink()
@@ -312,10 +332,11 @@ def main(argv=None):
         parser.error("--retries, --max-series, --backoff, --free-gb: at least 0; --timeout: above 0")
     url, stop, no_md5 = args.base_url.rstrip("/"), threading.Event(), threading.Event()
     service = Service(url, args.retries, args.backoff, args.timeout, stop, no_md5)
+    print(f"asking {url} for the series of {args.collection}", file=sys.stderr)
     try:
         listed = list_series(service, args.collection)
     except Failed as error:
-        raise ValueError(f"{url}: cannot list {args.collection}: {error}") from None
+        raise ValueError(f"cannot list {args.collection}: {error}") from None
     wanted = [series for series in listed if series.images >= args.min_images][: args.max_series or None]
     if not wanted:
         raise ValueError(

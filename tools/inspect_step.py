@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import denormalise, eval_view, look_windows, make_loader, open_source, render, select
+from data import denormalise, eval_view, look_windows, make_loader, open_for, open_source, render, select, slice_name
 from tools.lib import sheet
 from tools.lib.cli import Parser, positive, run
 from tools.lib.loop import read_config, read_recipes
@@ -24,10 +24,14 @@ from tools.lib.loop import read_config, read_recipes
 SIDE = 448  # pixels, about, of a slice and of a global crop; crops are enlarged by whole factors only
 
 
-def open_data(config, data):
-    """The source as the run had it; other data than that is refused."""
+def open_data(config, root):
+    """The images of the run, opened as train_ssl.py opens them; other data than the run's is refused."""
     args = config["args"]
-    source = open_source(data or args["data"], config["split"], args["limit"], args["z_stride"])
+    root, kept = root or args["data"], {"limit": args["limit"], "z_stride": args["z_stride"]}
+    if config["split"] == "train":  # duplicates.json may be younger than the run, and says nothing of what it saw
+        source = open_for(root, "fit", allow_duplicates=True, **kept)
+    else:
+        source = open_source(root, **kept)
     for key in ("index_sha256", "split_sha256"):
         if config[key] != getattr(source, key):
             raise ValueError(
@@ -134,11 +138,9 @@ def colour_of(view):
     return sheet.COLOURS[view % len(sheet.COLOURS)]
 
 
-def name_of(source, batch, j):
-    row = source.rows[batch.ids[j]]
-    if source.encoding == "photo":
-        return f"sample {batch.ids[j]}   {row['path']}"
-    return f"sample {batch.ids[j]}   patient {row['dataset']}/{row['patient']}   z {row['z']}   {row['path']}"
+def name_of(source, i):
+    patient = "" if source.encoding == "photo" else f", patient {source.rows[i]['group']}"
+    return f"sample {i}: {slice_name(source, i)}{patient}"
 
 
 def build_parser():
@@ -162,19 +164,19 @@ def main(argv=None):
     batches = read_update(source, config, args.step, args.images)
     with_gram = args.step > flags["gram_start"]  # before that, training renders no Gram crops
     picked = [(batch, j) for batch in batches for j in range(len(batch.ids))][: args.images]
-    rows = [
-        (name_of(source, batch, j), draw_image(source, batch, j, config["patch_size"], with_gram))
+    pictures = [
+        (name_of(source, batch.ids[j]), draw_image(source, batch, j, config["patch_size"], with_gram))
         for batch, j in picked
     ]
-    recipe, width = batches[0].plan.recipe, max(picture.width for _, picture in rows)
+    recipe, width = batches[0].plan.recipe, max(picture.width for _, picture in pictures)
     title = (
-        f"{args.run}, step {args.step}: {len(rows)} of {flags['batch_size']} images, seed {flags['seed']}, recipe"
+        f"{args.run}, step {args.step}: {len(pictures)} of {flags['batch_size']} images, seed {flags['seed']}, recipe"
         f" {recipe.kind} {recipe.global_size}/{recipe.local_size}, split {config['split'] or 'none'}"
     )
     if args.step > flags["steps"]:  # a run may have been extended later
         title += f"; NOT among the {flags['steps']} updates that this run was started with"
     parts = [sheet.heading(title, width, size=20)]
-    for name, picture in rows:
+    for name, picture in pictures:
         parts += [sheet.heading(name, width), picture]
     out = args.out or args.run / "inspect" / f"step_{args.step:08d}.png"
     sheet.save(out, sheet.stack(parts))

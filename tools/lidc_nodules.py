@@ -8,14 +8,16 @@ box and size are those of its majority mask (at least half of its readers). Mark
 3 mm, non-nodules) are counted and left out, as is every file and mark that does not fit, with its reason.
 """
 
-import hashlib
 import io
 import json
+import os
+import re
 import sys
 import xml.etree.ElementTree as ET
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import NamedTuple
+from xml.parsers import expat
 
 import numpy as np
 from pydicom import dcmread
@@ -23,9 +25,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from checkpoint import atomic_write, write_text
-from data import file_sha256, read_index
-from tools.lib.cli import Parser, positive, run
-from tools.lib.dicom import default_key_file, load_key, parsing, public_id, scan_file, value_of
+from data import file_sha256, read_index, regular
+from tools.lib.cli import Parser, positive, run, shown
+from tools.lib.dicom import MAX_PIXELS, Reject, default_key_file, load_key, parsing, public_id, scan_file, value_of
 from tools.lib.files import csv_text, walk_files, write_json
 from tools.lib.manifest import index_path
 
@@ -39,6 +41,9 @@ COLUMNS = (
 ).split() + [*RATINGS, "mean_malignancy", "median_malignancy"]
 BINARY_COLUMNS = [*COLUMNS[:9], "readers", "mean_malignancy", "median_malignancy"]
 RULES = {"median": np.median, "mean": np.mean, "rint-mean": lambda values: np.rint(np.mean(values))}  # 3: undecided
+UNRATED = "?"  # a rating that a reader left out
+MAX_XML, MAX_ELEMENTS = 1 << 23, 1 << 19  # bytes and elements of one file; 180 contours of 80 points: 850 kB, 44,000
+NUMBERED = ("roi", "edgeMap")  # elements whose line an error names
 MIN_OVERLAP = 0.1  # of the smaller mark: outlines of neighbours that touch are two nodules
 
 
@@ -71,6 +76,28 @@ class Series(NamedTuple):
 # The XML.
 
 
+class Tree:
+    """Builds the elements of one file, piece by piece. Entities are refused: a few lines of them make gigabytes."""
+
+    def __init__(self):
+        self.parser, self.root, self.count = expat.ParserCreate(namespace_separator="}"), None, 0
+        builder = ET.TreeBuilder()
+        self.parser.buffer_text, self.begin = True, builder.start
+        self.parser.StartElementHandler, self.parser.EndElementHandler = self.start, builder.end
+        self.parser.CharacterDataHandler, self.parser.EntityDeclHandler = builder.data, self.entity
+
+    def start(self, tag, attributes):
+        element = self.begin(tag, {"line": self.parser.CurrentLineNumber} if tag.endswith(NUMBERED) else {})
+        self.count += 1
+        if self.count == 1:
+            self.root = element
+        elif self.count > MAX_ELEMENTS:
+            raise ValueError(f"it has more than {MAX_ELEMENTS} elements")
+
+    def entity(self, *_):
+        raise ValueError(f"line {self.parser.CurrentLineNumber} declares an entity, which LIDC's files never do")
+
+
 def name_of(element):
     return element.tag.rsplit("}", 1)[-1]  # without the namespace
 
@@ -84,26 +111,42 @@ def text_at(element, name):
     return (found[0].text or "").strip() if found else ""
 
 
+def number_at(path, element, name, kind=int):
+    """The number that a child of the element holds, below a million; int and float themselves take 1_0 and 1e308."""
+    text = text_at(element, name)
+    if re.fullmatch(r"[+-]?[0-9]{1,6}" if kind is int else r"[+-]?[0-9]{1,6}(\.[0-9]{0,20})?([eE]-[0-9]{1,2})?", text):
+        return kind(text)
+    line = element.get("line")
+    raise ValueError(f"{path}, line {line}: {name} is {shown(text)!r}, expected a number; download the file again")
+
+
 def read_xml(path):
-    """-> (series uid, [session elements]), or (None, reason) for a file of another kind."""
+    """-> (series uid, [session elements]), or (None, reason) for a file of another kind, whose rest is not read."""
+    tree = Tree()
     try:
-        root = ET.parse(path).getroot()
-    except ET.ParseError as error:
-        raise ValueError(f"{path} is not whole XML ({error}); download it again") from None
-    if name_of(root) == "IdriReadMessage":
-        return None, "XML of a chest radiograph"
-    if name_of(root) != "LidcReadMessage":
-        return None, "XML that is no LIDC reading"
-    (header, *_) = children(root, "ResponseHeader") or [root]
-    return text_at(header, "SeriesInstanceUid"), children(root, "readingSession")
+        with open(regular(path), "rb") as f:
+            tree.parser.Parse(f.read(1 << 16), False)
+            root = tree.root
+            if root is not None and name_of(root) == "IdriReadMessage":
+                return None, "XML of a chest radiograph"
+            if root is not None and name_of(root) != "LidcReadMessage":
+                return None, "XML that is no LIDC reading"
+            if (size := os.fstat(f.fileno()).st_size) > MAX_XML:
+                raise ValueError(f"it has {size} bytes, readings at most {MAX_XML}")
+            tree.parser.Parse(f.read(), True)
+    except (expat.ExpatError, LookupError, ValueError) as error:  # LookupError, ValueError: of unknown encodings
+        raise ValueError(f"{path} is no XML of LIDC ({shown(error, 200)}); download it again") from None
+    (header, *_) = children(tree.root, "ResponseHeader") or [tree.root]
+    return text_at(header, "SeriesInstanceUid"), children(tree.root, "readingSession")
 
 
 def read_roi(path, element):
-    points = [[int(text_at(e, "yCoord")), int(text_at(e, "xCoord"))] for e in children(element, "edgeMap")]
+    points = [[number_at(path, e, "yCoord"), number_at(path, e, "xCoord")] for e in children(element, "edgeMap")]
     inclusion = text_at(element, "inclusion").upper()
     if not points or inclusion not in ("TRUE", "FALSE"):
-        raise ValueError(f"{path}: a roi without edgeMap, or inclusion {inclusion!r}; download the file again")
-    z_mm = float(text_at(element, "imageZposition"))
+        what = f"a roi without edgeMap, or inclusion {shown(inclusion)!r}"
+        raise ValueError(f"{path}, line {element.get('line')}: {what}; download the file again")
+    z_mm = number_at(path, element, "imageZposition", float)
     return Roi(text_at(element, "imageSOP_UID"), z_mm, inclusion == "TRUE", np.array(points))
 
 
@@ -113,8 +156,7 @@ def read_ratings(nodule):
     ratings = {}
     for name in RATINGS:
         text = "" if element is None else text_at(element, name)
-        most = 6 if name == "calcification" else 5
-        ratings[name] = int(text) if text.isdecimal() and 1 <= int(text) <= most else None
+        ratings[name] = int(text) if re.fullmatch("[1-6]" if name == "calcification" else "[1-5]", text) else None
     return ratings
 
 
@@ -186,10 +228,11 @@ class Places:
     """SOPInstanceUIDs of the index, as they are or as preprocess_dicom.py hashed them."""
 
     def __init__(self, data, key):
-        self.rows, self.key = read_index(index_path(data)), key
+        self.path, self.key = index_path(data), key
+        self.rows = read_index(self.path)
         self.row_of = {sop.decode(): i for i, sop in enumerate(self.rows.column("sop").tolist())}
         if len(self.row_of) < len(self.rows):
-            raise ValueError(f"{index_path(data)} has slices twice, in two datasets; keep one of them")
+            raise ValueError(f"{self.path} has slices twice, in two datasets; keep one of them")
         self.z, self.z_mm = self.rows.column("z"), self.rows.column("z_mm")
         self.code, self.members = self.rows.columns["series"].tolist(), defaultdict(list)
         for i, code in enumerate(self.code):
@@ -200,10 +243,18 @@ class Places:
         return self.row_of.get(sop, self.row_of.get(public_id("sop", sop, self.key)))
 
     def series(self, i):
-        """The series of a row."""
+        """The series of a row. What its numbers and names could spoil is refused: sizes of nodules, names of files."""
         members = self.members[self.code[i]]
-        z, paths = self.z[members].tolist(), [path.decode() for path in self.rows.column("path")[members]]
-        return Series(self.rows[members[0]], dict(zip(z, self.z_mm[members].tolist())), dict(zip(z, paths)))
+        row, z = self.rows[members[0]], self.z[members].tolist()
+        sound = all(0.01 < row[f"spacing_{axis}"] < 100 for axis in "zyx") and min(z) >= 1
+        sound &= 0 < row["rows"] * row["cols"] <= MAX_PIXELS and min(row["rows"], row["cols"]) > 0
+        if not sound or not all(re.fullmatch("[A-Za-z0-9][A-Za-z0-9_.-]*", row[key]) for key in ("patient", "series")):
+            raise ValueError(
+                f"{self.path}, line {members[0] + 2}: series {shown(row['series'])} of patient {shown(row['patient'])} "
+                "has a spacing, a size, a z or an id that preprocessing never writes; preprocess again"
+            )
+        paths = [path.decode() for path in self.rows.column("path")[members]]
+        return Series(row, dict(zip(z, self.z_mm[members].tolist())), dict(zip(z, paths)))
 
 
 def direction(rois, rows, places):
@@ -242,10 +293,10 @@ def read_marks(path, sessions, places, counts):
         counts["files whose slices are not in the index" if rois else "files without a nodule"] += 1
         return None, []
     if len({places.code[i] for i in known}) > 1:
-        raise ValueError(f"{path}: its slices belong to several series of the index; preprocess anew without copies")
+        raise ValueError(f"{path}: its slices belong to several series of the index; preprocess again without copies")
     series = places.series(known[0])
     sign = direction(rois, [rows[roi.sop] for roi in rois], places)
-    marks = []
+    marks, drawn = [], set()
     for number, nodule, mine in found:
         slices = [locate(roi, rows[roi.sop], series, sign, places) for roi in mine]
         reasons = [z for z in slices if isinstance(z, str)]
@@ -253,7 +304,12 @@ def read_marks(path, sessions, places, counts):
         if outline is None:
             counts[reasons[0] if reasons else "marks without outline (below 3 mm)"] += 1
             continue
-        marks.append(Mark(number, read_ratings(nodule), *outline))
+        mask, origin = outline
+        if (mark := (number, *origin.tolist(), mask.shape, mask.tobytes())) in drawn:
+            counts["marks that a reader drew twice"] += 1
+            continue
+        drawn.add(mark)
+        marks.append(Mark(number, read_ratings(nodule), mask, origin))
         counts["marks with outline"] += 1
         counts["marks without malignancy"] += marks[-1].ratings["malignancy"] is None
     return series, marks
@@ -316,7 +372,7 @@ def describe(marks, series, affine):
     row |= dict(zip(("z_mm", "y_mm", "x_mm"), mm))
     row |= {f"{axis}{end}": int(side[k]) for k, axis in enumerate("zyx") for end, side in enumerate((low, high))}
     row |= {"readers": len(marks), "sessions": " ".join(str(m.session) for m in marks)}
-    row |= {name: " ".join(str(m.ratings[name] or "-") for m in marks) for name in RATINGS}
+    row |= {name: " ".join(str(m.ratings[name] or UNRATED) for m in marks) for name in RATINGS}
     row |= {"mean_malignancy": f"{np.mean(rated):.4g}", "median_malignancy": f"{np.median(rated):g}"} if rated else {}
     return row, {"union": union, "majority": majority, "origin": origin}
 
@@ -326,11 +382,18 @@ def describe(marks, series, affine):
 
 def read_affine(path, row):
     """-> function voxel (z, y, x) -> mm (z, y, x) of the patient, from the file that a row of the index names."""
-    with parsing("header"):
-        ds = dcmread(path, stop_before_pixels=True)
-        position = np.array(value_of(ds, "ImagePositionPatient", 3))
-        cosines = np.array(value_of(ds, "ImageOrientationPatient", 6))
-    axes = np.stack([np.cross(cosines[:3], cosines[3:]), cosines[3:], cosines[:3]])  # of z, y, x
+    again = "restore it, or preprocess again"
+    try:
+        with parsing("header"):
+            ds = dcmread(path, stop_before_pixels=True)
+            position = np.array(value_of(ds, "ImagePositionPatient", 3))
+            cosines = np.array(value_of(ds, "ImageOrientationPatient", 6))
+    except Reject as reject:
+        raise ValueError(f"{path} is in the index and now damaged: {reject.detail}; {again}") from None
+    normal = np.cross(cosines[:3], cosines[3:])
+    if not (np.abs(position).max() < 1e4 and abs(position @ normal - row["z_mm"]) < 1 + 1e-3 * np.abs(position).max()):
+        raise ValueError(f"{path}: ImagePositionPatient is not where the index has this slice; {again}")
+    axes = np.stack([normal, cosines[3:], cosines[:3]])  # of z, y, x
     steps = axes * [[row[f"spacing_{axis}"]] for axis in "zyx"]
     return lambda voxel: (position + (voxel - [row["z"], 0, 0]) @ steps)[::-1]
 
@@ -358,7 +421,7 @@ def find_affines(paths, places, wanted):
 
 def verdict(row, readers, rule):
     """1 malignant, 0 benign, None indeterminate, or "few" with too few ratings."""
-    rated = [int(text) for text in row["malignancy"].split() if text != "-"]
+    rated = [int(text) for text in row["malignancy"].split() if text != UNRATED]
     if len(rated) < readers:
         return "few"
     value = RULES[rule](rated)
@@ -408,21 +471,21 @@ def write_masks(folder, masks):
 
 def read_all(paths, places, counts):
     """XML files -> [(Series, marks of one nodule)]."""
-    nodules, readings = [], {}
+    nodules, readings = [], {}  # readings: {series uid of the XML, and name of the series in the index: (path, sha256)}
     for path in tqdm(paths, "readings", unit="file", disable=None):
         uid, sessions = read_xml(path)
         if uid is None:
             counts[sessions] += 1
             continue
-        digest = hashlib.sha256(Path(path).read_bytes()).digest()
-        if uid in readings:
-            if readings[uid][1] != digest:
-                raise ValueError(f"{path} and {readings[uid][0]} are readings of one series; remove one of them")
+        digest = file_sha256(path)
+        if readings.get(uid or digest, ("", ""))[1] == digest:
             counts["copies of a reading"] += 1
             continue
-        readings[uid] = path, digest
         counts["readings"] += 1
         series, marks = read_marks(path, sessions, places, counts)
+        for name in (uid or digest, series and ("index", series.row["series"])):
+            if name and (other := readings.setdefault(name, (path, digest))[0]) != path:
+                raise ValueError(f"{path} and {other} are readings of one series; remove one of them")
         nodules += [(series, group) for group in cluster(marks)]
     return nodules
 
@@ -432,12 +495,28 @@ def number_nodules(described):
     described = sorted(described, key=lambda item: (item[0]["group"], item[0]["series"], item[0]["z"], item[0]["y0"]))
     number, rows, masks = Counter(), [], {}
     for row, arrays in described:
-        number[row["series"]] += 1
-        row["id"] = f"{row['patient']}_{row['series'][-8:]}_{number[row['series']]:02d}"
+        name = f"{row['patient']}_{row['series'][-8:]}"
+        number[name] += 1
+        row["id"] = f"{name}_{number[name]:02d}"
         rows.append(row)
         masks[row["id"]] = arrays
     assert len(masks) == len(rows), "two nodules of one id"
     return rows, masks
+
+
+def check(described):
+    """Refuse what would spoil a table without a word: a nodule twice, a box outside its image, a size of no nodule."""
+    seen = set()
+    for series, row, masks in described:
+        low, high = ([row[f"{axis}{end}"] for axis in "zyx"] for end in "01")
+        where = f"series {row['series']}, nodule at z {row['z']}, y {row['y']}, x {row['x']}"
+        if (nodule := (row["group"], row["series"], *low, *high, masks["majority"].tobytes())) in seen:
+            raise ValueError(f"{where}: it is there twice; look for a doubled reading in the XML file of this series")
+        seen.add(nodule)
+        inside = min(low) >= 0 and high[1] <= series.row["rows"] and high[2] <= series.row["cols"]
+        if not inside or not 0 < float(row["diameter_mm"]) < 500:
+            size = f"box {low} to {high} or diameter {shown(row['diameter_mm'])} mm"
+            raise ValueError(f"{where}: {size} cannot be; preprocess again")
 
 
 def build_parser():
@@ -473,6 +552,7 @@ def main(argv=None):
     others = [path for path in files if not path.lower().endswith(".xml")]
     affines = find_affines(others, places, {series.row["series"] for series, _ in found})
     described = [describe(marks, series, affines.get(series.row["series"])) for series, marks in found]
+    check([(series, *item) for (series, _), item in zip(found, described)])
     counts["nodules without position in mm (no DICOM file below --raw)"] = sum(not row["z_mm"] for row, _ in described)
     rows, masks = number_nodules(described)
 

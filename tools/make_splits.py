@@ -3,7 +3,10 @@
 DATA is a processed CT folder (with _index/index.csv; group = dataset/patient) or any folder tree of PNG/JPEG
 photographs (group = the group column of DATA/labels.csv, else the file itself). A group never straddles two splits.
 
-    python tools/make_splits.py --data data/processed --duplicates data/processed/_splits/duplicates.json
+    python tools/make_splits.py --data data/processed --ratios train=0.7,val_select=0.1,val_test=0.2
+
+Groups are kept together that are one patient by another name, study or series, and those that check_duplicates.py
+found to share pictures, if it was run.
 """
 
 import hashlib
@@ -18,9 +21,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from checkpoint import write_text
-from data import file_sha256, find_table, read_labels
-from tools.lib.cli import Parser, run
-from tools.lib.groups import join, open_data
+from data import file_sha256, find_table, plain_name, read_labels
+from tools.lib.cli import Parser, run, shown
+from tools.lib.files import read_json_file
+from tools.lib.groups import join, open_data, same_patients
 
 VERSION = 1
 SPLITS = ("train", "val_select", "val_calib", "val_test")
@@ -33,7 +37,7 @@ def read_table(table, known):
     rows, _ = read_labels(table)
     for number, row in enumerate(rows, 2):
         if row["path"] not in known:
-            raise ValueError(f"{table}, row {number}: no image {row['path']!r} in the data; leave the row out")
+            raise ValueError(f"{table}, row {number}: no image {shown(row['path'])!r} in the data; leave the row out")
     return [(row["path"], row["label"].strip(), row.get("group", "").strip()) for row in rows]
 
 
@@ -148,13 +152,14 @@ def verify(groups, counts, slices, sets):
 def show(counts):
     """Print the table of counts; at most six labels, since photographs may have a thousand."""
     labels = list(counts["train"]["labels"])
-    lines = [["split", "groups", "slices", *labels[:6], *["..."][: len(labels) > 6]]]
+    names = [shown(label, 40) for label in labels[:6]]
+    lines = [["split", "groups", "slices", *names, *["..."][: len(labels) > 6]]]
     lines += [[split, c["groups"], c["slices"], *list(c["labels"].values())[:6]] for split, c in counts.items()]
     for line in lines:
         print(" ".join(f"{cell!s:>11}" for cell in line))
     for split, c in counts.items():
         if absent := [label for label, n in c["labels"].items() if not n]:
-            print(f"note: {split} has no {', '.join(absent[:6])}")
+            print(f"note: {split} has no {', '.join(shown(label) for label in absent[:6])}")
 
 
 def write(path, payload, force):
@@ -170,16 +175,16 @@ def write(path, payload, force):
     print("wrote", path)
 
 
-def read_duplicates(path, digest, names):
-    """Lists of groups that check_duplicates.py found to share pictures."""
-    try:
-        found = json.loads(Path(path).read_bytes())
-        sets, made_for = [list(members) for members in found["groups"]], found["index_sha256"]
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"--duplicates {path}: not a file of tools/check_duplicates.py") from None
-    if made_for != digest or not {name for members in sets for name in members} <= set(names):
-        raise ValueError(f"--duplicates {path}: made for another set of slices; run tools/check_duplicates.py again")
-    return sets
+def read_duplicates(path, digest, names, data):
+    """Lists of groups that check_duplicates.py found to share pictures of this index."""
+    again = f"run python tools/check_duplicates.py --data {data} again"
+    found = read_json_file(path, {"index_sha256": str, "groups": list}, again, VERSION)
+    if found["index_sha256"] != digest:
+        raise ValueError(f"{path} was made for another index; {again}, or delete the file")
+    for members in found["groups"]:
+        if not (isinstance(members, list) and members and all(isinstance(n, str) and n in names for n in members)):
+            raise ValueError(f"{path} field 'groups' must be lists of groups of the index; {again}")
+    return found["groups"]
 
 
 def build_parser():
@@ -191,7 +196,9 @@ def build_parser():
     p.add_argument(
         "--labels", type=Path, help="label table to stratify by, also sought in --data; photographs: labels.csv there"
     )
-    p.add_argument("--duplicates", type=Path, help="file of tools/check_duplicates.py; its groups stay together")
+    p.add_argument(
+        "--duplicates", type=Path, help="file of tools/check_duplicates.py; default: _splits/duplicates.json, if there"
+    )
     p.add_argument("--group-by", choices=("patient", "dataset"), default="patient", help="what never straddles")
     p.add_argument("--seed", type=int, default=0, help="another seed, another division")
     p.add_argument("--stable", action="store_true", help="by hash: new patients move nobody; not stratified")
@@ -216,15 +223,15 @@ def main(argv=None):
     labels = read_table(table, group_of) if table else []
     together = defaultdict(set)  # groups that share a dataset (if asked), or a value in the table's group column
     for name in slices if args.group_by == "dataset" else ():
-        together["dataset", name.split("/")[0]].add(name)
+        together["dataset", plain_name(name.split("/")[0])].add(name)
     for path, _, group in labels:
-        together["label group", group or group_of[path]].add(group_of[path])
-    sets = [sorted(members) for members in together.values()]
-    found = args.data / "_splits" / "duplicates.json"
-    if args.duplicates:
-        sets += read_duplicates(args.duplicates, source.index_sha256, slices)
-    elif found.exists():
-        print(f"note: groups that share pictures may part; --duplicates {found} keeps them together")
+        together["label group", plain_name(group or group_of[path])].add(group_of[path])
+    sets = [sorted(members) for members in together.values()] + same_patients(source)
+    duplicates = args.duplicates or args.data / "_splits" / "duplicates.json"
+    if args.duplicates or duplicates.exists():
+        copies = read_duplicates(duplicates, source.index_sha256, slices, args.data)
+        sets += copies
+        print(f"{duplicates}: {len(copies)} sets of groups share pictures and stay together")
 
     units = join(slices, sets)
     if len(units) < len(ratios):

@@ -17,6 +17,7 @@ Intervals are 95%, from resampling patients. The same for random weights of the 
     python tools/nodule_heatmaps.py --ckpt runs/lidc/last.pth --data data/processed --n 50    # ViT-S, 1 core: 4 min
 """
 
+import re
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -28,10 +29,10 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import WINDOWS_HU, cut, eval_view, file_sha256, find_table, open_source, read_labels, render_eval
-from model import build_vit, load_backbone, read_weights
-from tools.lib import sheet
-from tools.lib.cli import Parser, pick_device, positive, run
+import data
+from model import load_backbone, read_facts
+from tools.lib import judge, sheet
+from tools.lib.cli import Parser, natural, pick_device, positive, run, shown
 from tools.lib.files import write_json
 from tools.lib.metrics import auc, interval, ratio, resample
 
@@ -62,11 +63,15 @@ class Target(NamedTuple):
 
 def read_nodules(path, groups):
     """Rows of a label table that belong to these groups."""
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"--labels {path} does not exist; make it with tools/lidc_nodules.py")
-    rows, nodules = read_labels(path)
+    rows, nodules = data.read_labels(path)
     if not nodules:
         raise ValueError(f"{path} is no table of nodules; make it with tools/lidc_nodules.py")
+    for number, row in enumerate(rows, 2):
+        for key, pattern in (("z", r"\d{1,9}"), ("diameter_mm", r"\d{1,9}(\.\d*)?")):
+            if not re.fullmatch(pattern, row[key], re.ASCII):
+                raise ValueError(f"{path}, row {number}: {key} is {shown(row[key])!r}, expected a number from 0 on")
     kept = [row for row in rows if row["group"] in groups]
     if not kept:
         raise ValueError(f"{path}: none of its {len(rows)} nodules is in the chosen split; see --split")
@@ -136,8 +141,7 @@ def aim(source, image, row, masks, crop_mm, patches, seed):
     mask, origin = read_mask(masks, row)
     if mask is None:
         return "the majority of its readers marks nothing on its centre slice"
-    facts = source.rows[image]
-    spacing = np.array([facts["spacing_y"], facts["spacing_x"]])
+    spacing = np.array([source.rows.columns[f"spacing_{axis}"][image] for axis in "yx"])
     radius = np.sqrt(mask.sum() * spacing.prod() / np.pi)  # mm, of a disc of this area
     gap = np.sqrt(2)  # patches: no patch that the nodule touches reaches into the ring
     margin = np.hypot(radius + gap * crop_mm / patches, radius) - radius  # mm: outer edge of that disc's ring
@@ -164,18 +168,17 @@ def make_target(row, image, box, mask, ring):
 
 def choose(source, rows, n, masks, crop_mm, patches, seed):
     """-> (n random Targets, or fewer, [{id, reason}] of nodules passed over)."""
-    at = {(path.decode(), int(z)): i for i, (path, z) in enumerate(zip(*map(source.rows.column, ("path", "z"))))}
     targets, skipped = [], []
     for k in np.random.default_rng(seed).permutation(len(rows)):
-        row = rows[k]
-        image = at.get((row["path"], int(row["z"])))
-        found = "its slice is not in the index"
-        if image is not None:
-            found = aim(source, image, row, masks, crop_mm, patches, seed)
-        if isinstance(found, str):
-            skipped.append({"id": row["id"], "reason": found})
+        row, target = rows[k], "its slice is not in the index"
+        z = row["z"] if source.encoding == "hu16-v1" else None
+        image = data.find_slice(source, row["path"], z)
+        if image is not None and source.rows.columns["z"][image] == int(row["z"]):
+            target = aim(source, image, row, masks, crop_mm, patches, seed)
+        if isinstance(target, str):
+            skipped.append({"id": row["id"], "reason": target})
         else:
-            targets.append(found)
+            targets.append(target)
         if len(targets) == n:
             break
     return targets, skipped
@@ -186,7 +189,7 @@ def choose(source, rows, n, masks, crop_mm, patches, seed):
 
 def crops_of(source, targets, view):
     """Normalised crops [B, 3, size, size]."""
-    return torch.cat([render_eval(source.read(t.image)[None], view, t.box[None]) for t in targets])
+    return torch.cat([data.render_eval(source.read(t.image)[None], view, t.box[None]) for t in targets])
 
 
 def look(vit, images, centres, layer):
@@ -205,10 +208,10 @@ def look_at_all(nets, source, targets, view, layer, device, batch=8):
     with torch.no_grad(), tqdm(total=len(targets) * len(nets), unit="crop", desc="look", disable=None) as bar:
         for some in (targets[start : start + batch] for start in starts):
             images = crops_of(source, some, view).to(device)
-            for found, vit in zip(maps, nets):
-                found.append(look(vit, images, torch.tensor([t.centre for t in some]), layer))
+            for own, vit in zip(maps, nets):
+                own.append(look(vit, images, torch.tensor([t.centre for t in some]), layer))
                 bar.update(len(some))
-    return np.stack([np.concatenate(found) for found in maps])
+    return np.stack([np.concatenate(own) for own in maps])
 
 
 # Numbers.
@@ -225,11 +228,11 @@ def score(heat, target, anchored=False):
             return [np.nan] * len(STATS)
     hit = inside[heat == heat.max()].mean()
     known = inside | outside
-    found = [hit, auc(inside[known], heat[known])]
+    auroc = auc(inside[known], heat[known])
     if anchored:
-        return [*found, np.nan, np.nan, np.nan]
+        return [hit, auroc, np.nan, np.nan, np.nan]
     on, around = ((heat * per_patch(samples)).sum() / heat.sum() for samples in (target.mask, target.ring))
-    return [*found, on, around, on / (on + around) if on + around > 0 else 0.5]
+    return [hit, auroc, on, around, on / (on + around) if on + around > 0 else 0.5]
 
 
 def score_all(maps, targets):
@@ -297,27 +300,35 @@ def bare(number):
     return f"{number['value']:.3f}" if number else "-"
 
 
+TELLING = ("share", "auroc", "hit")  # what a verdict rests on; a similarity has no share
+
+
 def verdict(numbers, name):
-    """Does this map light up, in one sentence; decided by share (of attention) or auroc (of a similarity)."""
+    """Does this map light up, in one sentence: by all of TELLING, or by which and by which not."""
     own, chance, above = (numbers["trained"][key][name] for key in ("own", "chance", "above_chance"))
     random, gain = numbers["random"]["own"][name], numbers["trained_minus_random"][name]
     words = {"mean": "Attention (mean of heads)", "similarity": "Similarity to the nodule's centre"}
     who = words.get(name, f"Attention of {name}")
     if not gain:
         return f"{who}: no nodule is larger than one patch, so there is nothing to compare."
-    by, said = "share" if "share" in own else "auroc", "does not light up"
-    if min(above[by]["low"], own[by]["low"] - 0.5) > 0:  # above any habit of place, and above the surroundings
-        more = gain[by]["low"] > 0
-        said = f"lights up, {'more' if more else 'but not surely more'} than with random weights"
-    elif own[by]["high"] < 0.5:
-        said = "goes dark: nodules get less than what is around them"
+    stats = [stat for stat in TELLING if stat in own]
+    even = {stat: own[stat]["low"] - 0.5 if stat != "hit" else 1 for stat in stats}  # above the surroundings
+    lit = [stat for stat in stats if min(above[stat]["low"], even[stat]) > 0]  # and above any habit of place
+    more = [stat for stat in lit if gain[stat]["low"] > 0]
+    text = "does not light up"
+    if lit:
+        text = "lights up" + f" by {' and '.join(lit)}" * (lit != stats)
+        text += f", {'more' if more else 'but not surely more'} than with random weights"
+        text += f" by {' and '.join(more)} alone" * (0 < len(more) < len(lit))
+        text += f"; not by {' and '.join(stat for stat in stats if stat not in lit)}" * (lit != stats)
+    elif all(own[stat]["high"] < 0.5 for stat in stats if stat != "hit"):
+        text = "goes dark: nodules get less than what is around them"
     compared = (
         f"{stat} {brief(own[stat])} (chance {bare(chance[stat])}, random weights {bare(random[stat])}, difference "
         f"{brief(gain[stat])})"
-        for stat in ("share", "auroc", "hit")
-        if stat in own
+        for stat in stats
     )
-    return f"{who} {said}: {', '.join(compared)}."
+    return f"{who} {text}: {', '.join(compared)}."
 
 
 # The sheet.
@@ -346,9 +357,9 @@ def heat_tile(grey, heat, target, title, mm):
 def grey_crop(source, target):
     """What a reader looks at, [TILE, TILE]: lung window of slice z where HU are known, else its soft tissue."""
     image, none = source.read(target.image)[None], np.zeros((1, 1))
-    codes = cut(image, target.box[None, None], none > 0, none, TILE)[0, 0, 1].numpy()
+    codes = data.cut(image, target.box[None, None], none > 0, none, TILE)[0, 0, 1].numpy()
     if source.encoding == "hu16-v1":
-        level, width = WINDOWS_HU["lung"]
+        level, width = data.WINDOWS_HU["lung"]
         return sheet.picture((codes - level) / width + 0.5)
     return sheet.picture(codes / 255)
 
@@ -366,12 +377,12 @@ def draw(source, target, maps, values, crop_mm):
     window = "lung window" if source.encoding == "hu16-v1" else "soft tissue"
     plain = sheet.scale_bar(paint(paint(grey, target.ring, RING), target.mask, NODULE), mm)
     share, alike = values[0, STATS.index("share")], values[-1, STATS.index("auroc")]
-    said = [f"share {share:.2f}, {peak(maps[0, 0])}", peak(maps[1, 0])]
+    captions = [f"share {share:.2f}, {peak(maps[0, 0])}", peak(maps[1, 0])]
     auroc = f"auroc {alike:.2f}" if np.isfinite(alike) else "no larger than one patch"
     tiles = [
         sheet.titled(plain, [f"CT, {window}", "nodule; ring of equal area"]),
-        heat_tile(grey, maps[0, 0], target, ["attention, mean of heads", said[0]], mm),
-        heat_tile(grey, maps[1, 0], target, ["the same, random weights", said[1]], mm),
+        heat_tile(grey, maps[0, 0], target, ["attention, mean of heads", captions[0]], mm),
+        heat_tile(grey, maps[1, 0], target, ["the same, random weights", captions[1]], mm),
         heat_tile(grey, np.clip(maps[0, -1], 0, 1), target, ["similarity to its centre", auroc], mm),
     ]
     picture, row = sheet.row(tiles), target.row
@@ -384,12 +395,12 @@ def draw_table(numbers):
     trained, random, gain = numbers["trained"], numbers["random"], numbers["trained_minus_random"]
     columns = [(80, "map", list(trained["own"]))]
     for stat in STATS:
-        columns.append((142, f"{stat} [95%]", [brief(of.get(stat)) for of in trained["own"].values()]))
+        columns.append((142, f"{stat} [95%]", [brief(one.get(stat)) for one in trained["own"].values()]))
         if stat in ("hit", "auroc", "share"):
-            columns.append((52, "chance", [bare(of.get(stat)) for of in trained["chance"].values()]))
-        columns.append((56, "random", [bare(of.get(stat)) for of in random["own"].values()]))
+            columns.append((52, "chance", [bare(one.get(stat)) for one in trained["chance"].values()]))
+        columns.append((56, "random", [bare(one.get(stat)) for one in random["own"].values()]))
     for stat in ("auroc", "share"):
-        columns.append((172, f"{stat} minus random [95%]", [brief(of.get(stat)) for of in gain.values()]))
+        columns.append((172, f"{stat} minus random [95%]", [brief(one.get(stat)) for one in gain.values()]))
     return sheet.row([sheet.paragraphs([(top, sheet.DIM), *rest], width) for width, top, rest in columns])
 
 
@@ -409,36 +420,12 @@ def draw_sheet(title, warning, sentences, numbers, pictures):
 # The program.
 
 
-def read_backbone(path, encoding, groups, allow_seen):
-    """-> (backbone, its eval view, the patients it was trained on or None if unknown); refuses those among `groups`."""
-    content, _ = read_weights(path)
-    vit = load_backbone(path)
-    if content.get("format") != "dinox":
-        return vit, eval_view(encoding), None
-    if content["encoding"] != encoding:
-        raise ValueError(f"{path} knows {content['encoding']} and --data holds {encoding}: preprocess it alike")
-    seen = sorted(set(content["trained_groups"]) & groups)
-    if seen and not allow_seen:
-        raise ValueError(
-            f"{path} was trained on {len(seen)} of the {len(groups)} patients, first {seen[0]}: choose a held-out "
-            "--split, or say --allow-seen and read the numbers as what they are"
-        )
-    return vit, content["eval_view"], set(content["trained_groups"])
-
-
-def warn(trained, patients):
-    """What to say in red above numbers about these patients."""
-    if trained is None:
-        return "weights without a list of training patients: they may have seen these"
-    seen = len(trained & patients)
-    return f"BACKBONE HAS SEEN {seen} OF THESE {len(patients)} PATIENTS" if seen else ""
-
-
-def random_nets(vit, seed):
-    """The architecture of `vit` with fresh weights, RANDOM_DRAWS times."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return [build_vit(vit.arch["name"], **vit.arch["overrides"]).eval() for _ in range(RANDOM_DRAWS)]
+def open_split(source, split, used_by, allow_duplicates):
+    """The slices of a split through the door; all: of every split, or of everything where there is no contract."""
+    if split == "all" and not data.split_path(source.root).exists():
+        return source
+    purposes = [purpose for purpose, name in data.PURPOSES.items() if split in (name, "all")]
+    return data.open_for(source, purposes, used_by, allow_duplicates=allow_duplicates)
 
 
 def build_parser():
@@ -447,75 +434,18 @@ def build_parser():
     parser.add_argument("--data", type=Path, default=Path("data/processed"), help="processed CT folder")
     parser.add_argument("--labels", type=Path, help="table of nodules; default: DATA/_labels/nodules.csv")
     parser.add_argument("--n", type=positive, default=50, help="nodules to look at, drawn by --seed")
-    parser.add_argument("--split", default="val_test", help="whose nodules; all: every patient, whatever the split")
+    parser.add_argument("--split", default="val_test", choices=(*data.PURPOSES.values(), "all"), help="whose nodules; "
+                        "all: every patient, whatever the split")  # fmt: skip
     parser.add_argument("--allow-seen", action="store_true", help="look at training patients too; said in the titles")
+    parser.add_argument("--allow-duplicates", action="store_true", help="also where near-duplicates cross the splits; "
+                        "said in the titles")  # fmt: skip
     parser.add_argument("--crop-mm", type=float, default=96, help="side of a crop")
     parser.add_argument("--size", type=positive, default=448, help="pixels of a crop; 448 of 96 mm: patches of 3.4 mm")
     parser.add_argument("--layer", type=int, default=-1, help="block whose attention is drawn; -1: the last")
-    parser.add_argument("--seed", type=int, default=0, help="of nodules, crops, random weights and resamples")
+    parser.add_argument("--seed", type=natural, default=0, help="of nodules, crops, random weights and resamples")
     parser.add_argument("--device", default="auto", help="auto (CUDA/ROCm if there, else CPU), cpu, cuda")
     parser.add_argument("--out", type=Path, help="folder to write to; default: heatmaps beside --ckpt")
     return parser
-
-
-def check_flags(parser, args):
-    if args.seed < 0:
-        parser.error(f"--seed {args.seed} must not be negative")
-    if not args.crop_mm > 0:
-        parser.error(f"--crop-mm {args.crop_mm:g} must be positive")
-    if args.n < 2:
-        parser.error("--n 1: chance is measured on other nodules, so at least 2 are needed")
-
-
-def main(argv=None):
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    check_flags(parser, args)
-    source = open_source(args.data, None if args.split == "all" else args.split)
-    if source.encoding == "photo":
-        raise ValueError(f"--data {args.data} holds photographs; nodules need a processed CT folder")
-    labels = find_table(args.data, args.labels) if args.labels else args.data / "_labels" / "nodules.csv"
-    rows = read_nodules(labels, set(source.groups))
-    vit, view, trained = read_backbone(args.ckpt, source.encoding, {row["group"] for row in rows}, args.allow_seen)
-    if args.size % vit.patch_size:
-        raise ValueError(f"--size {args.size} is not a multiple of the patch size {vit.patch_size}")
-    patches = args.size // vit.patch_size
-    masks = args.data / "_labels" / "masks"
-    targets, skipped = choose(source, rows, args.n, masks, args.crop_mm, patches, args.seed)
-    for item in skipped:
-        print(f"passed over {item['id']}: {item['reason']}")
-    if len(targets) < 2:
-        raise ValueError(f"{labels}: {len(targets)} usable nodules in split {args.split}, at least 2 are needed")
-
-    device = pick_device(args.device)
-    nets = [net.to(device) for net in (vit, *random_nets(vit, args.seed))]
-    maps = look_at_all(nets, source, targets, {**view, "size": args.size}, args.layer, device)
-    numbers, own = measure(maps, targets, args.seed)
-    heads = [name for name in numbers["trained"]["own"] if name.startswith("head")]
-    best = max(heads, key=lambda name: numbers["trained"]["own"][name]["share"]["value"])
-    sentences = [verdict(numbers, "mean"), verdict(numbers, "similarity")]
-    sentences.append(f"Best of {len(heads)} heads, chosen on these very nodules: {verdict(numbers, best)}")
-    patients = {t.row["group"] for t in targets}
-    warning = warn(trained, patients)
-    shown = f"{len(targets)} nodules of {len(patients)} patients"
-    title = (
-        f"{args.ckpt.name}, {vit.arch['name']}: {shown}, split {args.split}, crops of {args.crop_mm:g} mm, patches of "
-        f"{args.crop_mm / patches:.1f} mm, attention of block {args.layer}"
-    )
-    weights = args.ckpt if args.ckpt.is_file() else args.ckpt / "model.safetensors"
-    report = dict(version=1, title=title, warning=warning, verdict=sentences, weights_sha256=file_sha256(weights),
-                  labels_sha256=file_sha256(labels), index_sha256=source.index_sha256, split_sha256=source.split_sha256,
-                  arch=vit.arch, seed=args.seed, layer=args.layer, crop_mm=args.crop_mm, size=args.size,
-                  patients=len(patients), numbers=numbers, skipped=skipped,
-                  nodules=list_nodules(targets, own))  # fmt: skip
-    out = args.out or args.ckpt.parent / "heatmaps"
-    write_json(out / "heatmaps.json", report, indent=1)
-    drawn = tqdm(zip(targets, maps.swapaxes(0, 1), own), "draw", len(targets), unit="nodule", disable=None)
-    pictures = [draw(source, target, some, values, args.crop_mm) for target, some, values in drawn]
-    sheet.save(out / "heatmaps.png", draw_sheet(title, warning, sentences, numbers, pictures))
-    files = [str(out / f"heatmaps.{ending}") for ending in ("json", "png")]
-    print("\n".join([title, *[warning] * bool(warning), *sentences, *files]))
-    return 0
 
 
 def list_nodules(targets, own):
@@ -527,6 +457,68 @@ def list_nodules(targets, own):
         kept |= {"box": target.box.round(2).tolist(), "patches_inside": int(target.inside.sum())}
         rows.append(kept)
     return rows
+
+
+def main(argv=None):
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if not args.crop_mm > 0:
+        parser.error(f"--crop-mm {args.crop_mm:g} must be positive")
+    if args.n < 2:
+        parser.error("--n 1: chance is measured on other nodules, so at least 2 are needed")
+    source, facts = data.open_source(args.data), read_facts(args.ckpt)
+    if source.encoding == "photo":
+        raise ValueError(f"--data {args.data} holds photographs; nodules need a processed CT folder")
+    labels = data.find_table(args.data, args.labels) if args.labels else args.data / "_labels" / "nodules.csv"
+    groups = source.rows.column("group")
+    inside = args.split == "all" or data.split_names(source) == args.split
+    rows = read_nodules(labels, set(groups[inside].ravel().tolist()))
+    judged = np.flatnonzero(np.isin(groups, [row["group"] for row in rows]))
+    exposure = data.refuse_leak(facts, source.take(judged), f"split {args.split}", args.allow_seen)
+    vit = load_backbone(args.ckpt)
+    view, patches = judge.choose_view(facts, source.encoding, args.size, vit.patch_size), args.size // vit.patch_size
+    why = f"heatmaps of {args.n} nodules, --split {args.split}"
+    used_by = judge.used_by("tools/nodule_heatmaps.py", args.ckpt, labels, why)
+    source = open_split(source, args.split, used_by, args.allow_duplicates)
+    masks = args.data / "_labels" / "masks"
+    targets, skipped = choose(source, rows, args.n, masks, args.crop_mm, patches, args.seed)
+    for item in skipped:
+        print(f"passed over {shown(item['id'])}: {item['reason']}")
+    if len(targets) < 2:
+        raise ValueError(f"{labels}: {len(targets)} usable nodules in split {args.split}, at least 2 are needed")
+
+    device = pick_device(args.device)
+    nets = [net.to(device) for net in (vit, *judge.random_backbones(vit.arch, args.seed, RANDOM_DRAWS))]
+    maps = look_at_all(nets, source, targets, view, args.layer, device)
+    numbers, own = measure(maps, targets, args.seed)
+    heads = [name for name in numbers["trained"]["own"] if name.startswith("head")]
+    best = max(heads, key=lambda name: numbers["trained"]["own"][name]["share"]["value"])
+    sentences = [verdict(numbers, "mean"), verdict(numbers, "similarity")]
+    sentences.append(f"Best of {len(heads)} heads, chosen on these very nodules: {verdict(numbers, best)}")
+    patients = {t.row["group"] for t in targets}
+    seen = patients & set(exposure.groups)
+    caveats = judge.caveats(seen, len(patients), exposure.known, source.crossing)
+    sentences += [f"{text[0].upper()}{text[1:]}." for text in caveats]
+    title = (
+        f"{args.ckpt.name}, {vit.arch['name']}: {len(targets)} nodules of {len(patients)} patients, split "
+        f"{args.split}, crops of {args.crop_mm:g} mm, patches of {args.crop_mm / patches:.1f} mm, attention of block "
+        f"{args.layer}"
+    )
+    title, warning = judge.titled(title, caveats), "; ".join(caveats)
+    report = dict(version=1, title=title, warning=warning, verdict=sentences,
+                  weights_sha256=used_by["weights_sha256"], labels_sha256=used_by["labels_sha256"],
+                  index_sha256=source.index_sha256, split_sha256=source.split_sha256,
+                  arch=vit.arch, seed=args.seed, layer=args.layer, crop_mm=args.crop_mm, size=args.size,
+                  patients=len(patients), numbers=numbers, skipped=skipped,
+                  nodules=list_nodules(targets, own))  # fmt: skip
+    out = args.out or args.ckpt.parent / "heatmaps"
+    write_json(out / "heatmaps.json", report, indent=1)
+    drawn = tqdm(zip(targets, maps.swapaxes(0, 1), own), "draw", len(targets), unit="nodule", disable=None)
+    pictures = [draw(source, target, some, values, args.crop_mm) for target, some, values in drawn]
+    sheet.save(out / "heatmaps.png", draw_sheet(title, warning, sentences, numbers, pictures))
+    files = [str(out / f"heatmaps.{ending}") for ending in ("json", "png")]
+    print("\n".join([title, *[warning] * bool(warning), *sentences, *files]))
+    return 0
 
 
 if __name__ == "__main__":

@@ -35,9 +35,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from checkpoint import atomic_write, fsync_folder
-from data import RGB_WINDOWS, WINDOWS_HU, file_sha256, window_codes
+from data import RGB_WINDOWS, WINDOWS_HU, file_sha256, plain_name, window_codes
 from tools.lib import manifest as manifests
-from tools.lib.cli import Parser, positive, run
+from tools.lib.cli import Parser, positive, run, shown
 from tools.lib.dicom import (
     REASONS,
     Reject,
@@ -49,10 +49,11 @@ from tools.lib.dicom import (
     read_slices,
     scan_file,
 )
-from tools.lib.files import read_json, walk_files, write_json
+from tools.lib.files import walk_files, write_json
 
 VERSION = 1  # part of every series' input hash: raise it when the same files would give other pixels or rows
 ENCODINGS = {"rgb": "rgb-v1", "hu16": "hu16-v1"}
+MAX_BYTES = 1 << 32  # of one file: 8,000 slices of 512 x 512
 BODY_HU = -500
 BODY_GRID = 128  # the body is found on about this many points along the shorter side
 
@@ -66,6 +67,7 @@ class Job(NamedTuple):
     series: str  # as written
     files: tuple  # of (path, sop as written)
     kept_patients: tuple  # PatientIDs of its files that need no hash
+    spelling: str  # of its PatientID, where the dataset has several that differ in case only; "" elsewhere
     uids_kept: bool
     key: bytes | None  # of the hashes; None where nothing is hashed
     min_slices: int
@@ -187,8 +189,9 @@ def number(value):
 def index_rows(job, folder, volume):
     """One row per inner slice, in the order of data.INDEX_COLUMNS."""
     uid_key = None if job.uids_kept else job.key
-    patient = public_id("patient", volume.patient, None if volume.patient in job.kept_patients else job.key)
-    study = public_id("study", volume.study, uid_key)
+    patient_key = None if volume.patient in job.kept_patients else job.key
+    patient = public_id("patient", job.spelling or volume.patient, patient_key)
+    study = volume.study and public_id("study", volume.study, uid_key)  # a hash of nothing would look like an id
     spacing_z, *spacing_yx = map(number, volume.spacing)
     rows = []
     for z in range(1, len(volume.hu) - 1):
@@ -212,12 +215,15 @@ def discard(root, dataset, series):
 def inputs_hash(job, digests):
     """Of the bytes of the files, in any order and under any name, and of all that shapes the output."""
     ids = [job.kept_patients, job.uids_kept, job.key and public_id("sop", "", job.key)]
+    ids += [job.spelling] if job.spelling else []
     recipe = [VERSION, job.encoding, job.min_slices, job.allow_gaps, ids, sorted(digests)]
     return hashlib.sha256(json.dumps(recipe).encode()).hexdigest()
 
 
 def is_finished(job, record):
     root = Path(job.root)
+    if not {sop for sop, *_ in record["rejected"]} <= {sop for _, sop in job.files}:
+        return False
     for path, (size, _) in record["files"].items():
         if not (root / path).is_file() or (root / path).stat().st_size != size:
             return False
@@ -232,6 +238,8 @@ def read_series(job):
     slices, rejected, digests = [], [], []
     for path, sop in job.files:
         try:
+            if os.path.getsize(path) > MAX_BYTES:
+                raise OSError("larger than any CT file: its beginning may lie")
             data = Path(path).read_bytes()
         except OSError:
             rejected.append((sop, "unreadable", ""))
@@ -248,7 +256,7 @@ def process_series(job):
     """Write one series and its record -> (job, reason or "" if kept, detail, rejected files)."""
     root, folder = Path(job.root), f"{job.dataset}/{job.series}"
     record_file = manifests.record_path(root, job.dataset, job.series)
-    record = read_json(record_file)
+    record = manifests.find(manifests.read_record, root, job.dataset, job.series)
     if record and is_finished(job, record):
         return job, "", "", record["rejected"]
     slices, rejected, digests = read_series(job)
@@ -318,17 +326,31 @@ def scan_tree(paths, workers):
 
 
 def kept_ids(scans, field, keep_ids):
-    """The values of a field whose files say PatientIdentityRemoved YES, none of them NO."""
+    """The values of a field whose files say PatientIdentityRemoved YES, none of them NO; all spellings or none."""
     said = defaultdict(set)
     for scan in scans:
         said[getattr(scan, field)].add("YES" if keep_ids else scan.identity.upper())
-    return {value for value, words in said.items() if "YES" in words and "NO" not in words}
+    hidden = {plain_name(value) for value, words in said.items() if "YES" not in words or "NO" in words}
+    return {value for value in said if plain_name(value) not in hidden}
+
+
+def spellings(scans):
+    """{PatientID: the first in order} of those that differ in case or outer spaces only.
+
+    Hashed, they would be patients that nobody could recognise as one.
+    """
+    found = defaultdict(set)
+    for scan in scans:
+        found[plain_name(scan.patient)].add(scan.patient)
+    return {name: min(names) for names in found.values() if len(names) > 1 for name in names}
 
 
 def plan_jobs(scans, key_file, keep_ids, **common):
     """-> {series as written: [(path, sop as written, reason or "", detail)]}, and jobs for what has no reason."""
     patients, series = (kept_ids(scans, field, keep_ids) for field in ("patient", "series"))
-    by_uid, members, jobs = defaultdict(list), {}, []
+    by_uid, members, jobs, spelling = defaultdict(list), {}, [], spellings(scans)
+    if spelling:
+        print(f"{len(spelling)} PatientIDs differ from others in case or outer spaces only: spellings of one patient")
     for scan in scans:
         if scan.series:
             by_uid[scan.series].append(scan)
@@ -340,6 +362,7 @@ def plan_jobs(scans, key_file, keep_ids, **common):
         members[name] = [(s.path, public_id("sop", s.sop, uid_key), s.reason, s.detail) for s in found]
         files = tuple((path, sop) for path, sop, reason, _ in members[name] if not reason)
         ids = {"series": name, "kept_patients": tuple(sorted(kept_patients)), "uids_kept": uids_kept, "key": key}
+        ids["spelling"] = next((spelling[scan.patient] for scan in found if scan.patient in spelling), "")
         if files:
             jobs.append(Job(files=files, **ids, **common))
     return members, sorted(jobs, key=lambda job: (-len(job.files), job.series))
@@ -409,7 +432,7 @@ def finish(root, dataset, kept, origin):
 
 def check_target(root, dataset, encoding, jobs):
     """A dataset has one encoding and one source; clear the leftovers of killed runs."""
-    manifest = read_json(manifests.manifest_path(root, dataset))
+    manifest = manifests.find(manifests.read_manifest, root, dataset)
     if manifest and manifest["series"] and manifest["encoding"] != encoding:
         raise ValueError(f"{root / dataset} is {manifest['encoding']}: give another --dataset or --out for {encoding}")
     done = {path.stem for path in (root / "_manifests" / dataset).glob("*.json")}
@@ -484,7 +507,7 @@ def main(argv=None):
     print(f"{manifests.index_path(args.out)}\n{manifests.manifest_path(args.out, args.dataset)}")
     print(summary(rejects))
     if args.list_rejects:
-        print("\n".join(f"{entry['reason']:20} {path}" for entry, paths in rejects for path in paths))
+        print("\n".join(f"{entry['reason']:20} {shown(path, 4096)}" for entry, paths in rejects for path in paths))
     if not kept:
         print("nothing usable", file=sys.stderr)
         return 2

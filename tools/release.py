@@ -1,9 +1,10 @@
 """Turn a checkpoint into a folder for other people: the EMA teacher in the Hugging Face DINOv3 layout, with its papers.
 
 In: a checkpoint of train_ssl.py and, with --probe, the results.json that train_probe.py wrote about it. Out: OUT/ with
-model.safetensors, config.json, preprocessor_config.json, README.md (model card), LICENSE and SHA256SUMS. The folder
-appears only when what is in it was loaded again and gives the teacher's outputs to 1e-5. No path of this machine and no
-patient id gets in.
+model.safetensors, config.json, preprocessor_config.json, README.md (model card), provenance.json, LICENSE and
+SHA256SUMS. provenance.json holds salted hashes of what the weights were trained on, so that whoever evaluates them can
+refuse a leak. The folder appears only when what is in it was loaded again and gives the teacher's outputs to 1e-5. No
+path of this machine and no patient id in clear gets in.
 
     python tools/release.py --ckpt runs/lidc/last.pth --data data/processed --probe runs/lidc/probe/results.json \\
         --out release/dinox-lidc-vit-small
@@ -24,30 +25,33 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import checkpoint
+import data
 from checkpoint import atomic_write, write_text
-from data import MEAN, STD, file_sha256, open_source
+from data import MEAN, STD, file_sha256
 from model import load_backbone, read_weights, state_to_hf
-from tools.lib.cli import ROOT, Parser, run
-from tools.lib.files import created_utc
-from tools.lib.metrics import in_words
+from tools.lib.cli import ROOT, Parser, run, shown
+from tools.lib.files import created_utc, read_json_file, write_json, wrong_field
+from tools.lib.judge import UNKNOWN, in_words
+from tools.lib.loop import LARGEST_VIEW
 
 TOLERANCE = 1e-5  # of reloaded outputs, absolute; they are layer-normalised, so of order 1
 # what a stranger may read of the flags: numbers, and of texts only these, which name choices and never files
 WORDS = "arch aug schedule centering precision sizes".split()
-# how the run was housed, not what it learned from
+# flags of machine, disk and clock: they change nothing that was learned
 PLUMBING = (
     "workers log_every save_every keep_last keep_every eval_every time_limit grace skip_bad resume device compile "
     "fsdp checkpointing deterministic micro_batch"
 ).split()
-METRICS = {  # of results.json
-    "auc": "AUC",
-    "average_precision": "average precision",
-    "accuracy": "accuracy",
-    "sensitivity_at_90": "sensitivity at 90% specificity",
-    "mcc": "MCC",
-    "brier": "Brier",
-    "ece": "calibration error",
+METRICS = {  # of results.json: name on the card, least and most
+    "auc": ("AUC", 0, 1),
+    "average_precision": ("average precision", 0, 1),
+    "accuracy": ("accuracy", 0, 1),
+    "sensitivity_at_90": ("sensitivity at 90% specificity", 0, 1),
+    "mcc": ("MCC", -1, 1),
+    "brier": ("Brier", 0, 2),
+    "ece": ("calibration error", 0, 1),
 }
+LONGEST = 4000  # letters of a text from results.json
 BORROWED = ("init", "gram_teacher")  # flags that bring in weights, which may be somebody else's
 INPUTS = {
     "hu16-v1": """The three channels are the slices z-1, z, z+1 of one volume in HU, through one window:
@@ -86,7 +90,7 @@ tags: [dinov3, self-supervised{tags}]
 
 A DINOv3 vision transformer ({arch}, {millions:.1f} million parameters, patches of {patch} pixels) pretrained by
 self-supervision on {what}: {images:,} images in {step:,} updates.
-These are the weights of the EMA teacher, without projection heads. No label was used.
+These are the weights of the EMA teacher, without projection heads. This run used no label.
 
 ## Use
 
@@ -118,7 +122,7 @@ standard deviation of ImageNet. Sides that are other multiples of {patch} work a
 | index sha256 | `{index_sha256}` |
 | split sha256 | `{split_sha256}` |
 
-{split}
+{split} {lineage}
 
 ## Training
 
@@ -139,8 +143,8 @@ Research: frozen features, or a start for fine-tuning, on images like those abov
 
 Not a medical device: not for diagnosis, triage or any decision about a patient. The features carry whatever
 told the training images apart, scanner, dose and reconstruction included; nothing here shows that they hold on other
-scanners, regions, ages or diseases. Numbers above come from the data named above and no other. {ruler}The ids of
-the training groups are not in this folder: to keep a test honest, use the split whose sha256 is given above.
+scanners, regions, ages or diseases. {origin}{ruler}The ids of the training groups are not in this folder, only their
+hashes (`provenance.json`): to keep a test honest, use the split whose sha256 is given above.
 
 ## Licence
 
@@ -155,21 +159,97 @@ output {difference:.1e}.
 
 
 def read_facts(path):
-    """Everything a checkpoint of ours says but its tensors."""
+    """Everything a checkpoint of ours says but its tensors, checked as far as the card repeats it."""
+    name = shown(path, 400)
     if not path.is_file():
-        raise FileNotFoundError(f"--ckpt {path} is no file; name a checkpoint such as runs/x/last.pth")
+        raise FileNotFoundError(f"--ckpt {name} is no file; name a checkpoint such as runs/x/last.pth")
     if reason := checkpoint.broken(path):
-        raise ValueError(f"--ckpt {path}: {reason}; only a checkpoint that train_ssl.py wrote can be released")
+        raise ValueError(f"--ckpt {name}: {reason}; only a checkpoint that train_ssl.py wrote can be released")
     content, _ = read_weights(path)
-    keys = "step images args arch encoding eval_view trained_groups index_sha256 split_sha256".split()
-    if missing := [key for key in keys if key not in content]:
-        raise ValueError(f"--ckpt {path} lacks {', '.join(missing)}: release it with the code that trained it")
-    return {key: content[key] for key in keys}
+    fields = dict(step=int, images=int, args=dict, arch=dict, encoding=str, eval_view=dict, index_sha256=str)
+    fields |= dict(trained_groups=(list, tuple, type(None)), split_sha256=(str, type(None)))
+    flags = dict(no_split=bool, limit=(int, type(None)), z_stride=int, aug=str)
+    # a field that was never there is named apart: it is another version and no damage
+    if missing := [key for key in fields if key not in content] or [key for key in flags if key not in content["args"]]:
+        raise ValueError(f"--ckpt {name} lacks {', '.join(missing)}: release it with the code that trained it")
+    wrong = wrong_field(content, fields) or wrong_field(content["args"], flags)
+    sums = [content["index_sha256"], content["split_sha256"] or "0" * 64]
+    if not wrong and not all(re.fullmatch("[0-9a-f]{64}", text) for text in sums):
+        wrong = "index_sha256 or split_sha256 is no sha256"
+    if not wrong and content["encoding"] not in INPUTS:
+        wrong = f"encoding is {shown(content['encoding'])}, known are {', '.join(INPUTS)}"
+    if not wrong and content["eval_view"]["size"] > LARGEST_VIEW:
+        wrong = f"eval_view is {content['eval_view']['size']} pixels wide, more than {LARGEST_VIEW}"
+    wrong = wrong or wrong_provenance(content.get("provenance"))
+    if wrong:
+        raise ValueError(f"--ckpt {name}: {wrong}; use another checkpoint of the same run")
+    return {key: content.get(key) for key in (*fields, "provenance")}
+
+
+# What the weights were trained on, as hashes: data.refuse_leak compares them with what is to be judged.
+
+
+def wrong_provenance(found):
+    """What is wrong with the provenance of a checkpoint, or None; nothing but hashes may be in it."""
+    if found is None:
+        return None
+    if not isinstance(found, dict) or wrong_field(found, dict(known=bool, seen=list)):
+        return "provenance needs known and seen"
+    lists = "groups series files".split()
+    for entry in found["seen"]:
+        if not isinstance(entry, dict) or not {"salt", "groups"} <= entry.keys() <= {"salt", *lists}:
+            return "an entry of provenance needs salt, groups, series and files, and nothing else"
+        hashes = [text for key in lists for text in entry.get(key) or ()]
+        if not all(isinstance(text, str) and re.fullmatch("[0-9a-f]{16}", text) for text in hashes):
+            return "provenance holds what is no hash of 16 hex digits"
+        if not isinstance(entry["salt"], str) or not re.fullmatch("[0-9a-f]{64}", entry["salt"]):
+            return "a salt of provenance is no sha256"
+    return None
+
+
+def provenance_of(facts, source):
+    """{version, known, seen}: that of the checkpoint; of an older one made from its trained_groups.
+
+    source: the images of the run, or None; adds hashes of series, and of photographs hashes of the bytes of each file.
+    """
+    found = facts["provenance"]
+    if found is None:
+        salt, groups = facts["index_sha256"], facts["trained_groups"]
+        hashes = sorted({data.fingerprint(salt, data.plain_name(name)) for name in groups or ()})
+        borrowed = any(facts["args"].get(flag) for flag in BORROWED)  # and nobody noted what those had seen
+        found = {"known": groups is not None and not borrowed, "seen": [{"salt": salt, "groups": hashes}]}
+    seen = [*found["seen"]]
+    if source is not None:
+        seen.append(data.provenance_of(source, files=source.encoding == "photo"))
+    merged = {}
+    for entry in seen:
+        own = merged.setdefault(entry["salt"], {key: set() for key in ("groups", "series", "files")})
+        for key, hashes in own.items():
+            hashes.update(entry.get(key) or ())
+    seen = [{"salt": salt} | {key: sorted(own) for key, own in sets.items()} for salt, sets in merged.items()]
+    return {"version": 1, "known": found["known"], "seen": seen}
+
+
+def lineage(provenance):
+    """The card's sentence about what the weights say they were trained on."""
+    counts = {key: sum(len(entry[key]) for entry in provenance["seen"]) for key in ("groups", "series", "files")}
+    text = ", ".join(f"{count:,} {key}" for key, count in counts.items() if count) or "nothing"
+    if provenance["known"]:
+        return (
+            f"`provenance.json` holds salted hashes of everything that these weights were trained on ({text}), other "
+            "weights that the run was given included. DINO-X compares them with what is judged and refuses a leak."
+        )
+    return (
+        f"**{UNKNOWN[0].upper()}{UNKNOWN[1:]}**: the run was given weights that do not say what they had seen, so any "
+        f"patient of a test may be among it. `provenance.json` holds salted hashes of what is known ({text})."
+    )
 
 
 def secrets_of(facts, *paths):
     """Texts that must not be in the folder: ids of the training patients, and every path that is known here."""
-    ids = {text for group in facts["trained_groups"] for text in (group, group.partition("/")[2]) if len(text) > 5}
+    ids = {
+        text for group in facts["trained_groups"] or () for text in (group, group.partition("/")[2]) if len(text) > 5
+    }
     named = {value for value in facts["args"].values() if isinstance(value, str) and re.search(r"[/\\]", value)}
     named -= {facts["args"].get("sizes")}
     here = {str(Path(p).resolve()) for p in (Path.home(), ROOT, *paths)}
@@ -177,13 +257,18 @@ def secrets_of(facts, *paths):
 
 
 def refuse_secrets(folder, secrets):
-    """Look for every secret in every file of the folder, in the weights too; whole words only."""
-    for path in sorted(folder.iterdir()):
+    """Look for every secret in every file of the folder, in the weights too; whole words only.
+
+    Not in provenance.json: its texts are hashes, checked one by one, and 500,000 names in it would take hours.
+    """
+    for path in sorted(path for path in folder.iterdir() if path.name != "provenance.json"):
         with open(path, "rb") as f:  # of the weights the names and shapes; the rest is numbers
             content = f.read(int.from_bytes(f.read(8), "little")) if path.suffix == ".safetensors" else f.read()
         for text in sorted(secrets, key=len, reverse=True):  # no one pattern: 500,000 names take 4 s
             if text.encode() in content and re.search(rf"(?<![\w.-]){re.escape(text)}(?![\w-])".encode(), content):
-                raise ValueError(f"{path.name} would say {text!r}, a patient id or a path: rename what brings it")
+                raise ValueError(
+                    f"{path.name} would say {shown(repr(text))}, a patient id or a path: rename its source"
+                )
 
 
 def public_flags(args):
@@ -191,8 +276,9 @@ def public_flags(args):
     kept = {}
     for name, value in sorted(args.items()):
         values = value if isinstance(value, (list, tuple)) else [value]
-        if name not in PLUMBING and all(isinstance(v, (int, float)) or name in WORDS and v is not None for v in values):
-            kept[name] = " ".join(map(str, values))
+        allowed = all(isinstance(v, (int, float)) or name in WORDS and isinstance(v, str) for v in values)
+        if name not in PLUMBING and allowed and re.fullmatch("[a-z0-9_]{1,40}", name):
+            kept[name] = shown(" ".join(map(str, values)))
     return kept
 
 
@@ -201,13 +287,14 @@ def table(header, rows):
     return "\n".join("| " + " | ".join(str(cell).replace("|", "/") for cell in line) + " |" for line in lines)
 
 
-def datasets(facts, root):
-    """What the teacher learned from, as a table: patients by dataset, with --data also series and slices."""
+def datasets(facts, source):
+    """What the teacher learned from, as a table: patients by dataset, of a known source also series and slices."""
     photos = facts["encoding"] == "photo"  # their groups are names of files: only counted
-    of = Counter("all" if photos else group.partition("/")[0] for group in facts["trained_groups"])
-    if root is None:
+    of = Counter("all" if photos else shown(g.partition("/")[0]) for g in facts["trained_groups"] or ())
+    if not of:
+        return "The checkpoint does not say what it was trained on."
+    if source is None:
         return table(["dataset", "groups" if photos else "patients"], sorted(of.items()))
-    source = open_trained(facts, root)
     if photos:
         return table(["dataset", "groups", "images"], [["all", len(source.groups), len(source)]])
     names, series = source.rows.column("dataset"), source.rows.column("series")
@@ -216,12 +303,21 @@ def datasets(facts, root):
 
 
 def open_trained(facts, root):
-    """The images the teacher learned from; refuses other data."""
+    """The images that the run learned from, or None without --data; refuses other data."""
+    if root is None:
+        if facts["encoding"] == "photo":
+            print("no --data: files are not hashed, so copies of these photographs will not be recognised as seen")
+        return None
     flags = facts["args"]
-    source = open_source(root, None if flags["no_split"] else "train", flags["limit"], flags["z_stride"])
-    for key in ("index_sha256", "split_sha256"):
+    if flags["no_split"]:
+        source = data.open_source(root, flags["limit"], flags["z_stride"])
+    else:  # duplicates across splits concern who judges; here they are told
+        source = data.open_for(root, "fit", None, flags["limit"], flags["z_stride"], allow_duplicates=True)
+    for key in ("encoding", "index_sha256", "split_sha256"):
         if facts[key] != getattr(source, key):
             raise ValueError(f"--data {root}: {key} is not that of the checkpoint; name the data it was trained on")
+    if others := set(source.groups) - set(facts["trained_groups"] or source.groups):
+        raise ValueError(f"--data {root}: {len(others)} of its groups are not those of the run; name the run's data")
     return source
 
 
@@ -235,7 +331,10 @@ def licence_of(facts, path):
     path = path or ROOT / "LICENSE"
     if not path.is_file():
         raise FileNotFoundError(f"licence {path} does not exist; name a text with --license")
-    return path.read_text()
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError(f"licence {path} is not UTF-8 text; save it as such") from None
 
 
 def write_card(facts, config, name, texts):
@@ -243,8 +342,9 @@ def write_card(facts, config, name, texts):
     photos, size = facts["encoding"] == "photo", facts["eval_view"]["size"]
     aug = "ct" if facts["args"]["aug"] == "auto" else facts["args"]["aug"]
     level, width = facts["eval_view"]["window"] or (0, 1)
-    unsplit = "The run was made without a split: it saw all of the data, so no number on it is a held-out one."
-    split = "Trained on the split `train` alone; the other splits hold patients it has never seen."
+    split = "The run fitted the groups of the split `train`; what else its weights have seen follows."
+    if facts["split_sha256"] is None:
+        split = "The run was made without a split: it saw all of the data, so no number on it is a held-out one."
     begun = [f"`--{name.replace('_', '-')}`" for name in BORROWED if facts["args"].get(name)]
     start = f"other weights, given with {' and '.join(begun)}" if begun else "random weights"
     return CARD.format(
@@ -256,7 +356,7 @@ def write_card(facts, config, name, texts):
         images=facts["images"], step=facts["step"],
         inputs=INPUTS[facts["encoding"]].format(low=level - width / 2, width=width, training=WINDOWS.get(aug, "")),
         index_sha256=facts["index_sha256"], split_sha256=facts["split_sha256"] or "no split",
-        split=unsplit if facts["split_sha256"] is None else split,
+        split=split,
         ruler="" if photos else "A score on nodules means little unless it beats the nodule's size, so that baseline "
         "stands beside it. ",
         start=start, recipe=table(["flag", "value"], public_flags(facts["args"]).items()),
@@ -301,7 +401,7 @@ def write_sums(folder):
     write_text(folder / "SHA256SUMS", "".join(f"{file_sha256(path)}  {path.name}\n" for path in files))
 
 
-def fill(folder, ckpt, facts, name, texts):
+def fill(folder, ckpt, facts, name, texts, provenance):
     """Write everything into a folder that nobody sees yet; raises when what is there is not the teacher."""
     vit = load_backbone(ckpt)
     config = write_weights(vit, facts, folder)
@@ -311,42 +411,118 @@ def fill(folder, ckpt, facts, name, texts):
     print(f"reloaded: largest difference of any output {difference:.1e}")
     numbers = dict(difference=difference, millions=sum(p.numel() for p in vit.parameters()) / 1e6)
     numbers |= dict(weights_sha256=file_sha256(folder / "model.safetensors"), checkpoint_sha256=file_sha256(ckpt))
+    write_json(folder / "provenance.json", provenance)
     write_text(folder / "LICENSE", texts["licence"])
     write_text(folder / "README.md", write_card(facts, config, name, texts | numbers))
     write_sums(folder)
 
 
-def protocol_numbers(judged):
+# Numbers of a probe. results.json may come from anywhere: what the card repeats must be possible.
+
+
+def check_number(where, item, least, most):
+    """{value, low, high} inside what the metric can be; low and high may be null together (too few patients)."""
+    optional = (float, type(None))
+    if wrong := "is no object" if not isinstance(item, dict) else wrong_field(
+        item, dict(value=float, low=optional, high=optional)
+    ):  # fmt: skip
+        raise ValueError(f"{where} {wrong}")
+    values = [item[key] for key in ("value", "low", "high") if item[key] is not None]
+    if len(values) == 2 or not all(least - 1e-6 <= v <= most + 1e-6 for v in values):
+        raise ValueError(f"{where} is {', '.join(f'{v:.6g}' for v in values)}: not all inside {least} to {most}")
+
+
+def check_text(where, text):
+    if not isinstance(text, str) or shown(text, LONGEST) != text:
+        raise ValueError(f"{where} is {shown(repr(text))}: not a text of one line with at most {LONGEST} letters")
+
+
+def check_protocol(where, judged):
+    """One protocol of results.json, as far as protocol_numbers shows it."""
+    if not isinstance(judged, dict):
+        raise ValueError(f"{where} is no object")
+    fields = dict(title=str, verdict=str, samples=int, patients=int, predictors=dict, differences=dict)
+    if wrong := wrong_field(judged, fields | dict(seen_in_pretraining=list)):
+        raise ValueError(f"{where} {wrong}")
+    if not 1 <= judged["patients"] <= judged["samples"] <= 1e9:
+        counts = f"{judged['samples']} samples of {judged['patients']} patients"
+        raise ValueError(f"{where} has {shown(counts)}")
+    for text in (judged["title"], judged["verdict"], *judged["predictors"], *judged["differences"]):
+        check_text(f"{where}: a text", text)
+    if not isinstance(judged["predictors"].get("probe"), dict):
+        raise ValueError(f"{where} has no numbers of the probe")
+    shared = METRICS.keys() & judged["predictors"]["probe"].keys()
+    for name, of in judged["predictors"].items():
+        for key in sorted(shared):
+            item = of.get(key) if isinstance(of, dict) else None
+            check_number(f"{where}: {key} of {name}", item, *METRICS[key][1:])
+    for name, item in judged["differences"].items():
+        check_number(f"{where}: {name}", item, -1, 1)
+        if wrong := wrong_field(item, {"p": (float, type(None))}):
+            raise ValueError(f"{where}: {name} {wrong}")
+        if not 0 <= (item["p"] or 0) <= 1:
+            raise ValueError(f"{where}: p of {name} is {item['p']:.6g}, not inside 0 to 1")
+
+
+def protocol_numbers(judged, known):
     """One protocol of results.json as Markdown: numbers, names of predictors, sentences; no list of patients."""
     found = [name for name in METRICS if name in judged["predictors"]["probe"]]
     rows = [[name, *(in_words(of[key]) for key in found)] for name, of in judged["predictors"].items()]
-    gains = [[name, in_words(d), f"{d['p']:.2g}"] for name, d in judged["differences"].items()]
+    gains = [
+        [name, in_words(d), "-" if d["p"] is None else f"{d['p']:.2g}"] for name, d in judged["differences"].items()
+    ]
     parts = [f"**{judged['title']}.** {judged['samples']} samples of {judged['patients']} patients."]
     if seen := len(judged["seen_in_pretraining"]):
         parts.append(f"**The backbone has seen {seen} of these patients in pretraining: these numbers are too good.**")
-    parts += [table(["", *(METRICS[key] for key in found)], rows), table(["difference of AUC", "", "p"], gains)]
+    elif not known or "unknown" in judged["title"]:
+        parts.append(f"**{UNKNOWN[0].upper()}{UNKNOWN[1:]}: it may have met these patients.**")
+    else:
+        parts.append("The probe found none of these patients among those that the weights were trained on.")
+    parts += [table(["", *(METRICS[key][0] for key in found)], rows), table(["difference of AUC", "", "p"], gains)]
     return "\n\n".join([*parts, judged["verdict"]])
 
 
-def probe_numbers(path, ckpt):
-    """The card's section of results, out of the results.json of train_probe.py; refuses those of other weights."""
+def read_results(path, ckpt):
+    """results.json of train_probe.py, checked; refuses that of other weights. None without --probe."""
     if path is None:
-        return "No probe was run for this card."
-    if not path.is_file():
-        raise FileNotFoundError(f"--probe {path} does not exist; it is the results.json that train_probe.py writes")
+        return None
+    remedy = "name the results.json that train_probe.py writes"
     try:
-        results = json.loads(path.read_text())
-        digest, labels = results["weights"]["sha256"], results["labels"]["sha256"]
-        parts = [protocol_numbers(results[name]) for name in ("test", "cv") if name in results]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"--probe {path} is no results.json of this train_probe.py: {error!r}") from None
-    if digest != file_sha256(ckpt):
+        results = read_json_file(path, {"weights": dict, "labels": dict}, remedy, version=1)
+        digests = [results[key].get("sha256") for key in ("weights", "labels")]
+        digests += [value for key in ("index_sha256", "split_sha256") if (value := results.get(key)) is not None]
+        if not all(isinstance(text, str) and re.fullmatch("[0-9a-f]{64}", text) for text in digests):
+            raise ValueError("a sha256 of weights, labels, index or split is missing or none")
+        protocols = [name for name in ("test", "cv") if name in results]
+        if not protocols:
+            raise ValueError("it holds neither test nor cv")
+        for name in protocols:
+            check_protocol(name, results[name])
+    except ValueError as error:
+        raise ValueError(f"--probe {path} is no results.json of this train_probe.py: {shown(error, 600)}") from None
+    if digests[0] != file_sha256(ckpt):
         raise ValueError(f"--probe {path} is about other weights than --ckpt {ckpt}: run train_probe.py on these")
-    head = (
-        f"A frozen probe on labels (sha256 `{labels}`), each number with its 95% interval from resampling groups "
-        "(patients), beside what needs no pretraining: random weights, raw pixels, and of nodules their size."
-    )
-    return "\n\n".join([head, *parts])
+    return results
+
+
+def probe_numbers(results, facts, known):
+    """The card's section of results, and where its numbers come from; all from the probe's own facts."""
+    if results is None:
+        return dict(numbers="No probe was run for this card.", origin="")
+    parts = [
+        f"A frozen probe on labels (sha256 `{results['labels']['sha256']}`), each number with its 95% interval from "
+        "resampling groups (patients), beside what needs no pretraining: random weights, raw pixels, and of nodules "
+        "their size."
+    ]
+    origin = "Numbers above come from the data named above and no other. "
+    index, split = results.get("index_sha256"), results.get("split_sha256")
+    if index not in (None, facts["index_sha256"]):
+        parts.append(f"It was run on other data than the training: index sha256 `{index}`.")
+        origin = "Numbers above come from other data than the training. "
+    elif split not in (None, facts["split_sha256"]):
+        parts.append(f"It was run under another split than the training: split sha256 `{split}`.")
+    parts += [protocol_numbers(results[name], known) for name in ("test", "cv") if name in results]
+    return dict(numbers="\n\n".join(parts), origin=origin)
 
 
 def push(folder, repo):
@@ -377,23 +553,31 @@ def main(argv=None):
     args = build_parser().parse_args(argv)
     if args.push and find_spec("huggingface_hub") is None:
         raise ValueError("--push needs huggingface_hub: pip install huggingface_hub")
+    if shown(args.out.name) != args.out.name:
+        raise ValueError(f"--out {shown(args.out, 400)}: its name titles the card; choose a short one of plain letters")
     if args.out.exists() and (args.out.is_file() or any(args.out.iterdir())):
         raise FileExistsError(f"--out {args.out} exists and is not empty: name a new folder, or delete it first")
-    facts = read_facts(args.ckpt)
-    texts = dict(licence=licence_of(facts, args.license), data=datasets(facts, args.data), created=created_utc())
-    texts |= dict(numbers=probe_numbers(args.probe, args.ckpt))
+    facts, results = read_facts(args.ckpt), read_results(args.probe, args.ckpt)
+    texts = dict(licence=licence_of(facts, args.license), created=created_utc())
+    source = open_trained(facts, args.data)
+    provenance = provenance_of(facts, source)
+    texts |= dict(data=datasets(facts, source), lineage=lineage(provenance))
+    texts |= probe_numbers(results, facts, provenance["known"])
+    if source is not None and source.crossing:
+        crossing = f"{source.crossing} sets of duplicate pictures lie in several splits of this data"
+        texts["lineage"] += f" {crossing}, so held-out numbers on it are too good."
     staging = args.out.resolve().with_name(f".{args.out.name}.tmp")  # half a release never has its final name
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     try:
-        fill(staging, args.ckpt, facts, args.out.name, texts)
+        fill(staging, args.ckpt, facts, args.out.name, texts, provenance)
         refuse_secrets(staging, secrets_of(facts, args.ckpt.parent, args.out.parent))
         os.replace(staging, args.out)
         checkpoint.fsync_folder(staging.parent)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     for path in sorted(args.out.iterdir()):
-        print(f"{args.out / path.name}: {path.stat().st_size:,} bytes")
+        print(f"{shown(args.out / path.name, 400)}: {path.stat().st_size:,} bytes")
     if args.push:
         push(args.out, args.push)
     return 0

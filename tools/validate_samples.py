@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import RGB_WINDOWS, WINDOWS_HU, open_source, window_codes
+from data import PURPOSES, RGB_WINDOWS, WINDOWS_HU, open_for, open_source, slice_name, window_codes
 from tools.lib import sheet
-from tools.lib.cli import Parser, positive, run
+from tools.lib.cli import Parser, natural, positive, run, shown
 
-SIDE = 320  # pixels of a tile
+SIDE = 288  # pixels of a tile: six of them make a sheet of 1,784
 LUNG_HU = (-950, -500)  # aerated lung; air is below, tissue above
 SLICES = ("z-1", "z", "z+1")
 RED_GREEN_BLUE = ("#ff5050", "#50d060", "#6090ff")
@@ -29,6 +29,21 @@ TISSUE, AIR_OR_LUNG = 0.05, 0.005
 TISSUE_HU = 150  # soft tissue lies within +- this, also with fat or contrast medium
 SAME_HU = 2  # codes of one slice through two windows agree to 1.5 HU on average; neighbours differ by their noise
 PHOTO_SATURATED, PHOTO_SPREAD = 0.95, 2  # share of pixels at 0 or 255; standard deviation in codes
+
+
+def open_split(root, split):
+    """The images to draw samples from: all of them, or those of one split but val_test."""
+    if split is None:
+        return open_source(root)
+    purposes = {name: purpose for purpose, name in PURPOSES.items() if purpose != "test"}
+    if split == PURPOSES["test"]:
+        raise ValueError(
+            f"--split {split} gives the final number once, and no picture of it is needed to choose anything; "
+            f"use one of {', '.join(purposes)}, or leave --split away"
+        )
+    if split not in purposes:
+        raise ValueError(f"--split {split}: use one of {', '.join(purposes)}, or leave --split away")
+    return open_for(root, purposes[split], allow_duplicates=True)  # a picture of a duplicate misleads nobody
 
 
 def as_rgb(image, encoding):
@@ -132,22 +147,19 @@ def window_in_words(name):
 def windows(image, rgb, source):
     """(title, picture) of the lung, soft and bone windows: of slice z where HU are known, else the three channels."""
     if source.encoding == "hu16-v1":
-        shown = [window_codes(image[1], *WINDOWS_HU[name]) for name in RGB_WINDOWS]
+        channels = [window_codes(image[1], *WINDOWS_HU[name]) for name in RGB_WINDOWS]
         titles = [f"{window_in_words(name)}, slice z" for name in RGB_WINDOWS]
     else:
-        shown = rgb
+        channels = rgb
         titles = [f"{c}: {window_in_words(name)}, slice {z}" for c, name, z in zip("RGB", RGB_WINDOWS, SLICES)]
-    return [(title, sheet.picture(codes)) for title, codes in zip(titles, shown)]
+    return [(title, sheet.picture(codes)) for title, codes in zip(titles, channels)]
 
 
 def inspect_ct(image, source, i):
     """One CT slice -> (reasons, short numbers for the line, long ones for the sheet, tiles)."""
     row, box, rgb = source.rows[i], source.body(i), as_rgb(image, source.encoding)
-    if not (0 <= box[0] < box[2] <= rgb.shape[1] and 0 <= box[1] < box[3] <= rgb.shape[2]):
-        return [f"body box {box} (y0, x0, y1, x1) is empty or outside the slice"], "", [], []
     m = measure(rgb, box)
     spacing = [row[f"spacing_{axis}"] for axis in "yxz"]
-    reasons = judge(m) + [f"spacing {spacing} mm is not positive"] * (not min(spacing) > 0)
     shares = " / ".join(f"{share:.0%}" for share in m["saturated"])
     apart = " / ".join("unknown" if np.isnan(hu) else f"{hu:.0f}" for hu in m["differences"])
     numbers = [
@@ -169,7 +181,7 @@ def inspect_ct(image, source, i):
     codes = rgb[:, box[0] : box[2], box[1] : box[3]]
     pictures.append(("HU of channels R, G, B inside their windows", histogram(codes, True)))
     line = f"lung {m['lung']:.0%}, saturated {shares}, channels apart {apart} HU"
-    return reasons, line, numbers, [sheet.titled(p, [title]) for title, p in pictures]
+    return judge(m), line, numbers, [sheet.titled(p, [title]) for title, p in pictures]
 
 
 def inspect_photo(rgb):
@@ -186,9 +198,10 @@ def inspect_photo(rgb):
 
 
 def inspect_sample(source, i):
-    """-> (reasons, printed line, picture of one row). A slice that cannot be read fails like any other."""
-    row = source.rows[i]
-    ids = row["path"] if source.encoding == "photo" else f"{row['path']} patient {row['patient']} z {row['z']}"
+    """-> (reasons to fail, printed line, picture of the slice). A slice that cannot be read fails like any other."""
+    name = slice_name(source, i)
+    if source.encoding != "photo":
+        name += f", patient {source.rows[i]['group']}"
     try:
         image = source.read(i).numpy()
         reasons, line, numbers, tiles = (
@@ -197,19 +210,19 @@ def inspect_sample(source, i):
     except OSError as error:
         reasons, line, numbers, tiles = [str(error)], "", [], []
     verdict, colour = ("FAIL", sheet.BAD) if reasons else ("pass", sheet.GOOD)
-    said = [(reason, sheet.BAD) for reason in reasons]
+    failures = [(reason, sheet.BAD) for reason in reasons]
     width = (3 if source.encoding == "photo" else 6) * (SIDE + sheet.GAP) - sheet.GAP
-    tiles.append(sheet.paragraphs([*said, *numbers], SIDE if tiles else width))
-    text = f"{verdict}  {ids}" + (f": {'; '.join(reasons)}" if reasons else f"  {line}")
-    return reasons, text, sheet.stack([sheet.heading(f"{verdict}   {ids}", width, colour), sheet.row(tiles)], 4)
+    tiles.append(sheet.paragraphs([*failures, *numbers], SIDE if tiles else width))
+    text = f"{verdict}  {shown(name, 400)}: {'; '.join(reasons) or line}"
+    return reasons, text, sheet.stack([sheet.heading(f"{verdict}   {name}", width, colour), sheet.row(tiles)], 4)
 
 
 def build_parser():
     parser = Parser(__doc__)
     parser.add_argument("--data", required=True, type=Path, help="processed CT folder, or folder tree of photographs")
     parser.add_argument("--n", type=positive, default=10, help="slices to look at, at most 100")
-    parser.add_argument("--seed", type=int, default=0, help="another seed, other slices")
-    parser.add_argument("--split", help="only slices of this split of _splits/splits.json; default: of all")
+    parser.add_argument("--seed", type=natural, default=0, help="another seed draws other slices")
+    parser.add_argument("--split", help="only slices of train, val_select or val_calib; default: of everything")
     parser.add_argument("--out", type=Path, help="PNG to write; default: DATA/_validation/samples_<split>_<seed>.png")
     return parser
 
@@ -219,9 +232,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.n > 100:
         parser.error(f"--n {args.n}: a sheet of more than 100 rows is unreadable; use several --seed")
-    if args.seed < 0:
-        parser.error(f"--seed {args.seed} must not be negative")
-    source = open_source(args.data, args.split)
+    source = open_split(args.data, args.split)
     chosen = np.random.default_rng(args.seed).permutation(len(source))[: args.n]
     failed, pictures = 0, []
     for i in chosen:

@@ -16,15 +16,16 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import file_sha256
-from tools.lib.cli import Parser, positive, run
-from tools.lib.files import read_json, walk_files
+from tools.lib.cli import Parser, positive, run, shown
+from tools.lib.files import walk_files
 from tools.lib.manifest import (
     describe_index,
     describe_series,
+    find,
     manifest_path,
     read_manifest,
+    read_record,
     read_rows,
-    record_path,
     write_manifest,
 )  # fmt: skip
 
@@ -38,12 +39,20 @@ def files_on_disk(root, dataset):
     return found
 
 
+def hash_file(path):
+    """sha256, or "" of what is no regular file (a pipe would be waited for) or cannot be read."""
+    try:
+        return file_sha256(path)
+    except OSError:
+        return ""
+
+
 def hash_files(root, sizes, workers):
     """{series: {path: bytes}} -> {series: {path: [bytes, sha256]}}, hashing every file, with a progress bar."""
     paths = [(series, path) for series in sorted(sizes) for path in sorted(sizes[series])]
     hashed = {series: {} for series in sizes}
     with ThreadPoolExecutor(workers) as pool:  # hashlib works outside the interpreter lock
-        digests = pool.map(lambda item: file_sha256(Path(root) / item[1]), paths)
+        digests = pool.map(lambda item: hash_file(Path(root) / item[1]), paths)
         for (series, path), digest in tqdm(zip(paths, digests), "hash", len(paths), unit="file", disable=None):
             hashed[series][path] = [sizes[series][path], digest]
     return hashed
@@ -57,7 +66,7 @@ def changed_files(root, dataset, manifest, workers):
         files, line = now.get(series, {}), manifest["series"].get(series)
         if line == describe_series(files):
             continue
-        record = read_json(record_path(root, dataset, series)) if line else {"files": {}}
+        record = find(read_record, root, dataset, series) if line else {"files": {}}
         if record is None or line and describe_series(record["files"]) != line:
             problems.append(f"changed: {dataset}/{series} (its record is missing or changed too, so no file is named)")
             continue
@@ -83,7 +92,8 @@ def verify(root, dataset, workers=4, raw=None):
         found["raw"] = count_files(raw)
     for field, value in found.items():
         if value != manifest.get(field):
-            problems.append(f"changed: {field} is {value}, the manifest says {manifest.get(field)}")
+            said = shown(manifest.get(field), 200)
+            problems.append(f"changed: {field} is {value}, the manifest says {said}")
     return problems
 
 
@@ -101,6 +111,8 @@ def recompute(root, dataset, workers, raw=None):
     if gone := sorted(indexed - set(sizes)):
         raise ValueError(f"{len(gone)} series of {dataset} in the index are gone, first {gone[0]}; preprocess it again")
     files = hash_files(root, {series: sizes[series] for series in indexed}, workers)
+    if bad := [path for of in files.values() for path, (_, digest) in sorted(of.items()) if not digest]:
+        raise ValueError(f"{root / shown(bad[0])} is no regular file, or cannot be read; remove it")
     return write_manifest(root, dataset, origin, files)
 
 
@@ -126,7 +138,7 @@ def main(argv=None):
     for dataset in datasets:
         if args.verify:
             problems = verify(args.data, dataset, args.workers, args.raw)
-            print("\n".join([f"{dataset}: {len(problems)} changes", *problems]))
+            print("\n".join([f"{dataset}: {len(problems)} changes", *(shown(line, 1000) for line in problems)]))
             changed += len(problems)
         else:
             manifest = recompute(args.data, dataset, args.workers, args.raw)

@@ -25,20 +25,25 @@ import numpy as np
 import pydicom
 from pydicom.datadict import dictionary_VR, tag_for_keyword
 from pydicom.errors import BytesLengthException, InvalidDicomError
-from pydicom.filereader import read_partial
+from pydicom.filereader import read_dataset, read_partial
 from pydicom.pixels import get_decoder
 from pydicom.uid import UID
 
 from checkpoint import atomic_write
+from data import regular
 
 PADDING_HU = -1024  # what PixelPaddingValue becomes: the lowest value of a 12-bit scanner
 SAME_POSITION_MM = 0.01
 COSINE_TOLERANCE = 1e-3
 MAX_PIXELS = 1 << 24  # of one slice; a larger matrix is a damaged header, not a scanner
+MAX_FILE_PIXELS = 1 << 31  # of all frames of one file: 8,000 of 512 x 512
+MAX_ITEMS = 1 << 17  # of sequences in one file; 4,000 frames have about 40,000
+ITEM = (b"\xfe\xff\x00\xe0", b"\xff\xfe\xe0\x00")  # begins one, in either byte order
 
 CT, ENHANCED_CT = "1.2.840.10008.5.1.4.1.1.2", ("1.2.840.10008.5.1.4.1.1.2.1", "1.2.840.10008.5.1.4.1.1.2.2")
-SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
-NATIVE = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.2")
+SECONDARY_CAPTURE, DICOMDIR = "1.2.840.10008.5.1.4.1.1.7", "1.2.840.10008.1.3.10"
+DEFLATED = "1.2.840.10008.1.2.1.99"
+NATIVE = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1", DEFLATED, "1.2.840.10008.1.2.2")
 # What may follow the pixels: trailing padding (FFFC,FFFC), digital signatures (FFFA,FFFA), in both byte orders.
 TRAILING = (b"\xfc\xff\xfc\xff", b"\xff\xfc\xff\xfc", b"\xfa\xff\xfa\xff", b"\xff\xfa\xff\xfa")
 DECODER_PACKAGES = {  # transfer syntaxes below 1.2.840.10008.1.2 -> what decodes them
@@ -73,7 +78,8 @@ READ_TAGS = (
 REASONS = {  # code -> what it means and, where there is something to do, what
     "not_dicom": "not a DICOM file",
     "unreadable": "cannot be opened or read: check permissions, links and the disk",
-    "no_series": "DICOM without SeriesInstanceUID (a DICOMDIR, or damaged)",
+    "dicomdir": "a DICOMDIR: the list of the files of a disc, no image",
+    "no_series": "DICOM without SeriesInstanceUID",
     "not_ct": "another object or modality than a CT image",
     "secondary_capture": "secondary capture: a screenshot, not measured HU",
     "localizer": "scout view",
@@ -196,7 +202,7 @@ def load_key(path):
             f.write(secrets.token_hex(32).encode())
 
         atomic_write(path, write)
-    text = path.read_text(errors="replace").strip()
+    text = regular(path).read_text(errors="replace").strip()
     if not re.fullmatch("[0-9a-f]{64}", text):
         raise ValueError(f"{path}: a key file holds 64 hex digits; restore it or name another with --key-file")
     return bytes.fromhex(text)
@@ -262,6 +268,32 @@ def check_kind(ds):
     check_image_type(ds.get("ImageType"))
 
 
+def unpacked(data):
+    """The bytes of a file and, if it is deflated, what it unpacks to, in pieces."""
+    yield data
+    if DEFLATED.encode() not in data:
+        return
+    file = io.BytesIO(data)
+    file.seek(132 if data[128:132] == b"DICM" else 0)
+    meta = read_dataset(file, False, True, stop_when=lambda tag, *_: tag >> 16 != 2)
+    inflate = zlib.decompressobj(-zlib.MAX_WBITS)
+    rest = file.read() if text_of(meta, "TransferSyntaxUID") == DEFLATED else b""
+    while rest and not inflate.eof:
+        yield inflate.decompress(rest, 1 << 20)
+        rest = inflate.unconsumed_tail
+
+
+def check_size(data):
+    """Refuse what is small on the disk and large in memory: pydicom needs 1.4 GB for a million empty items (8 MB)."""
+    size = items = 0
+    for piece in unpacked(data):
+        size, items = size + len(piece), items + max(map(piece.count, ITEM))
+        if size > max(1 << 27, 20 * len(data)):
+            raise Reject("header", f"{len(data)} bytes that unpack to more than {size}")
+        if items > MAX_ITEMS:
+            raise Reject("header", f"more than {MAX_ITEMS} items of sequences")
+
+
 def read_scan(data):
     """The beginning of a file -> fields of Scan; raises when it ends before its SeriesInstanceUID is complete."""
     passed = []
@@ -272,7 +304,10 @@ def read_scan(data):
         return bool(passed)
 
     with parsing("header"):
+        check_size(data)
         ds = read_partial(io.BytesIO(data), beyond_series, force=True, specific_tags=SCAN_TAGS)
+        if text_of(ds.file_meta, "MediaStorageSOPClassUID") == DICOMDIR:
+            raise Reject("dicomdir")
         if not passed:
             raise Reject("header", "the file ends early")
         fields = {name: text_of(ds, keyword) for name, keyword in SCAN_FIELDS.items()}
@@ -334,6 +369,8 @@ def layout_of(ds):
     if not 0 < rows * cols <= MAX_PIXELS:
         raise Reject("pixel_format", f"{rows} x {cols} pixels")
     frames, groups = int(ds.get("NumberOfFrames") or 1), ds.get("PerFrameFunctionalGroupsSequence") or []
+    if not 0 < frames * rows * cols <= MAX_FILE_PIXELS:
+        raise Reject("pixel_format", f"{frames} frames of {rows} x {cols} pixels")
     if len(groups) != (frames if text_of(ds, "SOPClassUID") in ENHANCED_CT else 0) or frames > max(len(groups), 1):
         raise Reject("header", f"{frames} frames, {len(groups)} functional groups")
     return frames, rows, cols, (stored, high_bit, bool(signed))
@@ -421,6 +458,7 @@ def notes_of(plane, layout_bits, padding, **facts):
 def read_slices(data):
     """The bytes of one file -> its slices: one, or one per frame."""
     with parsing("header"):
+        check_size(data)
         ds = pydicom.dcmread(io.BytesIO(data), force=True, specific_tags=READ_TAGS)
         check_kind(ds)
         frames, rows, cols, bits = layout_of(ds)

@@ -1,6 +1,6 @@
 """Fits on few samples: folds of whole patients, logistic regression, neighbours, a ruler; many fits at once.
 
-Imports numpy and torch only, and is copied alone. X [n, d] are the features of n samples, labels 0..K-1, groups their
+Imports numpy and torch only. X [n, d] are the features of n samples, labels 0..K-1, groups their
 patients. A fit is given by a mask [n] of the rows that it may see, a test by a mask of those that it predicts.
 
     folds = group_folds(labels, groups, 5, seed=0)
@@ -43,6 +43,20 @@ def group_folds(labels, groups, folds, seed):
 def fold_count(labels, groups, most=FOLDS):
     """As many as the rarest class has patients, at most `most`."""
     return min(most, *(len(np.unique(groups[labels == k])) for k in np.unique(labels)))
+
+
+def plan_cv(labels, groups, classes, repeats):
+    """Per repeat a draw of up to FOLDS stratified folds of whole patients: (fit masks [B, n], test masks [B, n]).
+
+    None where a class has too few patients.
+    """
+    plans, count = [], fold_count(labels, groups) if set(labels.tolist()) == set(range(classes)) else 0
+    for r in range(repeats if count > 1 else 0):
+        folds = group_folds(labels, groups, count, 100 + r)
+        tests = np.stack([folds == k for k in range(count)])
+        if min(fold_count(labels[~test], groups[~test]) for test in tests) > 1:
+            plans.append((~tests, tests))
+    return plans if len(plans) == repeats else None
 
 
 # ----- classifiers: many fits at once  <- change the head here
@@ -220,3 +234,30 @@ def held_out(predictors, labels, groups, plans):
             out.setdefault(name, []).append(p)
             settings.setdefault(name, []).extend(chosen)
     return {name: np.stack(parts) for name, parts in out.items()}, settings
+
+
+# ----- the probe and what stands beside it  <- change the probe task here
+
+
+def flatten(features, scales, parts):
+    """[n, S, P, D] -> [n, d] float64: scales averaged or side by side, chosen parts side by side."""
+    chosen = features[:, :, parts].astype(np.float64)
+    return (chosen.mean(1) if scales == "average" else chosen).reshape(len(features), -1)
+
+
+def predictors(X, untrained, pixels, sizes=None):
+    """{name: (classifier, [X per repeat])}: the probe on X, the same on features of random nets, pixels, and a ruler.
+
+    sizes [n, 2]: diameter and box in mm, of nodules.
+    """
+    rows = {
+        "probe": (logistic, [X]),
+        "k-NN": (nearest, [X]),
+        "random weights": (logistic, untrained),
+        "raw pixels": (logistic, [pixels]),
+    }
+    if sizes is not None:
+        diameter, box = np.log(sizes).T[:, :, None]
+        rulers = {"size": (diameter + box) / 2, "diameter": diameter, "box": box}
+        rows |= {name: (ruler, [X]) for name, X in rulers.items()}
+    return rows

@@ -41,20 +41,25 @@ def same_patients(source):
     Refused is an id of more than MANY patients, which would join strangers; an empty id or 0 says nothing.
     """
     photos, sets = source.encoding == "photo", []
+
+    def first_two(rows_of):
+        pair = [*rows_of.items()][:2]
+        pair = [shown(name) if photos else f"{shown(name)} (row {row + 2} of index.csv)" for name, row in pair]
+        return " and ".join(pair)
+
     for column in ["group"] if photos else SHARED:
         found = first_rows(source.rows, column)
         found = [rows_of for key, rows_of in found.items() if column == "group" or key.strip("0.")]
         if not found:
             continue
-        rows_of = min(found, key=lambda rows_of: sorted(rows_of.values())[1])  # the first to stand under a second name
-        pair = [shown(name) if photos else f"{shown(name)} (row {row + 2})" for name, row in [*rows_of.items()][:2]]
-        if column != "group" and (most := max(map(len, found))) > MANY:
+        if column != "group" and len(most := max(found, key=len)) > MANY:
             raise ValueError(
-                f"{source.root}/_index/index.csv: one {column} id stands under {most} patients, so it is no id; see "
-                f"{pair[0]} and {pair[1]}. Empty or correct it in the DICOM files and preprocess into a new folder"
+                f"{source.root}: one {column} id stands under {len(most)} patients, so it is no id: "
+                f"{first_two(most)}; correct or empty it in the DICOM files and preprocess them into a new folder"
             )
         joined = len({name for rows_of in found for name in rows_of})
-        print(f"joined {joined} groups: {SHARED[column]}, first {pair[0]} and {pair[1]}", "" if photos else "of index.csv")
+        earliest = min(found, key=lambda rows_of: list(rows_of.values())[1])
+        print(f"joined {joined} groups: {SHARED[column]}, first {first_two(earliest)}")
         sets += map(list, found)
     return sets
 

@@ -1,14 +1,20 @@
 """What a processed CT folder says about itself: records of series, manifests of datasets, the index made of both."""
 
-import csv
 import hashlib
+import math
 import statistics
 from pathlib import Path
 
 from checkpoint import atomic_write
-from data import INDEX_COLUMNS, file_sha256
-from tools.lib.files import VERSION, created_utc, csv_text, read_json, write_json
+from data import INDEX_COLUMNS, file_sha256, read_csv
+from tools.lib.cli import shown
+from tools.lib.files import VERSION, created_utc, csv_text, is_a, read_json_file, write_json, wrong_field
 
+SERIES = {"files": int, "bytes": int, "sha256": str}  # fields of one series in a manifest
+MANIFEST = {"encoding": str, "index_sha256": str, "series": dict, "rejected": list, "handled": dict}
+MANIFEST |= {"options": dict, "tool": dict, "raw": dict}
+RECORD = {"inputs": str, "rejected": list, "handled": dict, "files": dict, "rows": list}
+ENTRY = {"rejected": [str] * 3, "files": [int, str], "rows": [(str, int, float)] * len(INDEX_COLUMNS)}  # in a record
 ORIGIN = ("encoding", "options", "tool", "raw", "handled", "rejected")  # known to preprocessing alone
 
 
@@ -26,17 +32,30 @@ def index_path(root):
 
 
 def read_manifest(root, dataset):
-    manifest = read_json(manifest_path(root, dataset))
-    if manifest is None:
-        raise FileNotFoundError(f"{manifest_path(root, dataset)}: no manifest; make it with tools/preprocess_dicom.py")
+    path, again = manifest_path(root, dataset), "make it again with tools/preprocess_dicom.py"
+    manifest = read_json_file(path, MANIFEST, again, VERSION)
+    for name, line in manifest["series"].items():
+        if wrong := "is no object" if not isinstance(line, dict) else wrong_field(line, SERIES):
+            raise ValueError(f"{path}: series {shown(name)} {wrong}; {again}")
     return manifest
 
 
 def read_record(root, dataset, series):
-    record = read_json(record_path(root, dataset, series))
-    if record is None:
-        raise FileNotFoundError(f"{record_path(root, dataset, series)}: record missing; preprocess {dataset} again")
+    path, again = record_path(root, dataset, series), f"preprocess {dataset} again"
+    record = read_json_file(path, RECORD, again, VERSION)
+    for field, kinds in ENTRY.items():
+        for entry in record[field].values() if field == "files" else record[field]:
+            if not (isinstance(entry, list) and len(entry) == len(kinds) and all(map(is_a, entry, kinds))):
+                raise ValueError(f"{path} field {field!r} has an entry of the wrong form; {again}")
     return record
+
+
+def find(reader, *args):
+    """What read_manifest or read_record gives; None if there is none, or a damaged one that will be made again."""
+    try:
+        return reader(*args)
+    except (ValueError, OSError):
+        return None
 
 
 def write_index(root, series_of):
@@ -55,11 +74,27 @@ def write_index(root, series_of):
 def read_rows(root, dataset):
     """Rows of one dataset in index.csv, one dict after the other."""
     path = index_path(root)
-    with open(path, newline="") as f:
-        reader = csv.DictReader(f)
-        if tuple(reader.fieldnames or ()) != tuple(INDEX_COLUMNS):
-            raise ValueError(f"{path}: columns are {reader.fieldnames}, expected {INDEX_COLUMNS}; preprocess again")
-        yield from (row for row in reader if row["dataset"] == dataset)
+    pieces = read_csv(path)
+    header = next(pieces)
+    if header != INDEX_COLUMNS:
+        wanted = ",".join(INDEX_COLUMNS)
+        raise ValueError(f"{path}: columns are {shown(','.join(header))}, expected {wanted}; preprocess again")
+    for number, row in enumerate((row for piece in pieces for row in piece if row), 2):
+        if len(row) != len(header):
+            raise ValueError(f"{path}, row {number}: {len(row)} cells of {len(header)}; preprocess again")
+        row = dict(zip(header, row))
+        if row["dataset"] == dataset:
+            yield row
+
+
+def millimetres(root, row, name):
+    try:
+        value = float(row[name])
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise ValueError(f"{index_path(root)}: {name} of {shown(row['path'])} is {shown(row[name])}; preprocess again")
+    return value
 
 
 def describe_index(root, dataset):
@@ -67,14 +102,13 @@ def describe_index(root, dataset):
     digest, slices, spacing_of = hashlib.sha256(), 0, {}
     found = {name: set() for name in ("patient", "study", "series")}
     for row in read_rows(root, dataset):
-        digest.update((",".join(map(str, row.values())) + "\n").encode())
+        digest.update((",".join(row.values()) + "\n").encode())
         slices += 1
         for name, values in found.items():
             values.add(row[name])
-        spacing_of[row["series"]] = {axis: row[f"spacing_{axis}"] for axis in "zyx"}
+        spacing_of[row["series"]] = [millimetres(root, row, f"spacing_{axis}") for axis in "zyx"]
     spacing = {}
-    for axis in "zyx" if spacing_of else "":
-        values = [float(of[axis]) for of in spacing_of.values()]
+    for axis, values in zip("zyx", zip(*spacing_of.values())):
         numbers = (min(values), statistics.median(values), statistics.fmean(values), max(values))
         spacing[axis] = dict(zip(("min", "median", "mean", "max"), (round(v, 6) for v in numbers)))
     return {
@@ -112,6 +146,6 @@ def refresh_index_hash(root):
     """After the index changed: every other manifest names its new hash; the rows of its dataset are as they were."""
     digest = file_sha256(index_path(root))
     for path in sorted((Path(root) / "_manifests").glob("*.json")):
-        manifest = read_json(path)
-        if manifest and manifest["index_sha256"] != digest:
+        manifest = read_manifest(root, path.stem)
+        if manifest["index_sha256"] != digest:
             write_json(path, manifest | {"index_sha256": digest}, indent=1)

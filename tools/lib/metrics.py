@@ -9,8 +9,6 @@ error for the data as given, NaN for a resample.
     values = resample(lambda w: auc(labels, scores, w), groups)                         # the same, fast: [repeats]
 """
 
-import functools
-
 import numpy as np
 
 
@@ -51,11 +49,11 @@ def counts_above(labels, scores, weights=None):
     labels, scores, weights = check(labels, scores, weights)
     order = np.argsort(-scores, kind="stable")
     ends = np.flatnonzero(np.append(np.diff(scores[order]) != 0, True))  # ties are passed together
-    found = []
+    counts = []
     for positive in (1, 0):
         above = np.cumsum(weights[..., order] * (labels[order] == positive), -1)[..., ends]
-        found.append(np.concatenate([np.zeros_like(above[..., :1]), above], -1))
-    return found
+        counts.append(np.concatenate([np.zeros_like(above[..., :1]), above], -1))
+    return counts
 
 
 def auc(labels, scores, weights=None, folds=None):
@@ -82,16 +80,16 @@ def average_precision(labels, scores, weights=None):
         return each_class(average_precision, *check(labels, scores, weights))
     tp, fp = counts_above(labels, scores, weights)
     precision = tp[..., 1:] / np.maximum(tp[..., 1:] + fp[..., 1:], 1e-300)  # nothing gained where both are 0
-    found = ratio((np.diff(tp) * precision).sum(-1), tp[..., -1])
-    return np.where(fp[..., -1] > 0, found, np.nan)[()]
+    area = ratio((np.diff(tp) * precision).sum(-1), tp[..., -1])
+    return np.where(fp[..., -1] > 0, area, np.nan)[()]
 
 
 def sensitivity_at(labels, scores, specificity=0.9, weights=None):
     """Largest sensitivity of a threshold whose specificity is at least this."""
     tp, fp = counts_above(labels, scores, weights)
     allowed = fp <= (1 - specificity + 1e-12) * fp[..., -1:]
-    found = ratio(np.where(allowed, tp, 0).max(-1), tp[..., -1])
-    return np.where(fp[..., -1] > 0, found, np.nan)[()]
+    sensitivity = ratio(np.where(allowed, tp, 0).max(-1), tp[..., -1])
+    return np.where(fp[..., -1] > 0, sensitivity, np.nan)[()]
 
 
 def roc_curve(labels, scores):
@@ -121,11 +119,11 @@ def mcc(labels, predictions, weights=None):
     """Matthews correlation of labels and predicted classes (several classes: Gorodkin's R_K); 0 if one is constant."""
     labels, predictions, weights = check(labels, predictions, weights)
     classes = np.union1d(labels, predictions)
-    truth, said = ((values[:, None] == classes).astype(float) for values in (labels, predictions))  # [n, K]
+    truth, guess = ((values[:, None] == classes).astype(float) for values in (labels, predictions))  # [n, K]
     total, hits = weights.sum(-1), weights @ (labels == predictions)
-    in_truth, in_said = weights @ truth, weights @ said
-    above = hits * total - (in_truth * in_said).sum(-1)
-    below = (total**2 - (in_truth**2).sum(-1)) * (total**2 - (in_said**2).sum(-1))
+    in_truth, in_guess = weights @ truth, weights @ guess
+    above = hits * total - (in_truth * in_guess).sum(-1)
+    below = (total**2 - (in_truth**2).sum(-1)) * (total**2 - (in_guess**2).sum(-1))
     return np.where(below > 0, above / np.sqrt(np.maximum(below, 1e-300)), 0.0)[()]
 
 
@@ -237,129 +235,9 @@ def score_of(probabilities):
 def all_metrics(labels, probabilities, weights=None, folds=None):
     """{name: value or [repeats]} of probabilities [n, K]; sensitivity at a specificity is for two classes alone."""
     p = score_of(np.asarray(probabilities))
-    said = decisions(p)
-    found = {"auc": auc(labels, p, weights, folds), "average_precision": average_precision(labels, p, weights)}
+    classes = decisions(p)
+    values = {"auc": auc(labels, p, weights, folds), "average_precision": average_precision(labels, p, weights)}
     if p.ndim == 1:
-        found["sensitivity_at_90"] = sensitivity_at(labels, p, 0.9, weights)
-    found |= {"accuracy": accuracy(labels, said, weights), "mcc": mcc(labels, said, weights)}
-    return found | {"brier": brier(labels, p, weights), "ece": calibration_error(labels, p, 10, weights)}
-
-
-def estimate(statistic, predictions, groups, repeats=2000):
-    """statistic(p, weights) -> {name: value}, over R repeated predictions -> {name: {value, low, high, spread}}, draws.
-
-    value: mean over the R; low, high: 95% interval over resampled groups; spread: standard deviation over the R;
-    draws {name: [repeats]}: resampled means, of the same resamples for the same groups, so that they can be paired.
-    """
-    points = [statistic(p, None) for p in predictions]
-    names = list(points[0])
-
-    def means(weights):
-        found = [statistic(p, weights) for p in predictions]
-        return np.stack([np.mean([one[name] for one in found], 0) for name in names], 1)
-
-    drawn, out = resample(means, groups, repeats), {}
-    for name, low, high in zip(names, *interval(drawn)):
-        values = [point[name] for point in points]
-        out[name] = {"value": np.mean(values), "low": low, "high": high, "spread": np.std(values)}
-    return {name: {k: float(v) for k, v in item.items()} for name, item in out.items()}, dict(zip(names, drawn.T))
-
-
-def difference(values, draws):
-    """Two values and their paired draws -> {value, low, high, p}."""
-    apart = draws[0] - draws[1]
-    low, high = interval(apart)
-    return {"value": float(values[0] - values[1]), "low": float(low), "high": float(high), "p": p_value(apart)}
-
-
-# Judgement of a probe beside its baselines: predictions {name: probabilities [R, n, K]}, the first named "probe".
-
-CLAIMS = {  # pair whose AUCs are compared: what a proven gain means, a proven loss, neither
-    ("probe", "size"): (
-        "the backbone tells more than a ruler", "the ruler is better", "not shown to tell more than a ruler"
-    ),
-    ("size + features", "size"): ("features add to size", "features harm", "features are not shown to add to size"),
-    ("probe", "random weights"): ("pretraining helps", "pretraining harms", "pretraining is not shown to help"),
-    ("probe", "raw pixels"): ("more than pixels", "less than pixels", "not shown to tell more than pixels"),
-}  # fmt: skip
-
-
-def judge(labels, groups, predictions, folds, sizes=None, repeats=2000):
-    """-> {samples, patients, predictors, differences of AUC, and with sizes [n] in mm: matched, terciles}.
-
-    folds [R, n]: by which fit each sample was predicted (see auc).
-    """
-
-    def everything(item, weights):
-        return all_metrics(labels, item[0], weights, item[1])
-
-    found = {name: estimate(everything, list(zip(p, folds)), groups, repeats) for name, p in predictions.items()}
-    result = {"samples": len(labels), "patients": len(np.unique(groups)), "differences": {}}
-    result["predictors"] = {name: values for name, (values, _) in found.items()}
-    for pair in CLAIMS:
-        if set(pair) <= set(found):
-            values, draws = zip(*((found[name][0]["auc"]["value"], found[name][1]["auc"]) for name in pair))
-            result["differences"][" - ".join(pair)] = difference(values, draws)
-    return result if sizes is None else result | judge_by_size(labels, groups, predictions, folds, sizes, repeats)
-
-
-def judge_by_size(labels, groups, predictions, folds, sizes, repeats):
-    """AUC over pairs whose sizes differ by at most 10%, and within thirds of the sizes (none where one class is)."""
-    edges = np.quantile(sizes, [0, 1 / 3, 2 / 3, 1])
-    third = np.searchsorted(edges[1:3], sizes, "right")
-    parts = [np.flatnonzero(third == k) for k in range(3)]
-    result = {"matched": {"pairs": int(matched_pairs(labels, sizes).sum()), "tolerance": 0.1}}
-    result["terciles"] = [{"mm": edges[k : k + 2].tolist(), "samples": len(part)} for k, part in enumerate(parts)]
-
-    def matched(item, weights):
-        return {"auc": matched_auc(labels, item[0], sizes, weights=weights, folds=item[1])}
-
-    def within(item, weights, part):
-        return {"auc": auc(labels[part], item[0][part], weights, item[1][part])}
-
-    for name in (name for name in ("probe", "size", "random weights") if name in predictions):
-        items = list(zip(map(score_of, predictions[name]), folds))
-        if result["matched"]["pairs"]:
-            result["matched"][name] = estimate(matched, items, groups, repeats)[0]["auc"]
-        for line, part in zip(result["terciles"], parts):
-            if len(np.unique(labels[part])) == 2:
-                found, _ = estimate(functools.partial(within, part=part), items, groups[part], repeats)
-                line[name] = found["auc"]
-    return result
-
-
-def in_words(item):
-    """0.870 (0.801 to 0.925)"""
-    if item["low"] is None or not np.isfinite(item["low"]):  # None: NaN that went through JSON
-        return f"{item['value']:.3f} (too few patients for an interval)"
-    return f"{item['value']:.3f} ({item['low']:.3f} to {item['high']:.3f})"
-
-
-def verdict(result):
-    """What a judgement says, in one paragraph."""
-    auc = {name: item["auc"] for name, item in result["predictors"].items()}
-    text = f"On {result['samples']} samples of {result['patients']} patients the frozen probe has AUC "
-    text += in_words(auc["probe"])
-    for (name, other), (gain, loss, neither) in CLAIMS.items():
-        if d := result["differences"].get(f"{name} - {other}"):
-            proven = d["low"] > 0 and d["p"] < 0.05 and auc[name]["low"] > 0.5  # to beat what fails is no merit
-            said = gain if proven else loss if d["high"] < 0 else neither
-            text += f". {other.capitalize()}: {in_words(auc[other])}; {name} minus {other} {in_words(d)}, "
-            text += f"p = {d['p']:.2g}: {said}"
-    if result.get("matched", {}).get("pairs"):
-        both = [in_words(result["matched"][name]) for name in ("probe", "size")]
-        text += f". On {result['matched']['pairs']} pairs of one size the probe has {both[0]}, the ruler {both[1]}"
-    if below := [other for _, other in CLAIMS if other in auc and auc[other]["value"] < 0.5]:
-        text += (
-            f". Below 0.5 is chance: differences to {', '.join(dict.fromkeys(below))} are overstated by what is missing"
-        )
-    return f"{text}."
-
-
-def tone(result):
-    """good: more than a ruler and more than random weights, proven; bad: proven worse than one of them; else warn."""
-    found = [d for pair, d in result["differences"].items() if pair in ("probe - size", "probe - random weights")]
-    if any(d["high"] < 0 for d in found):
-        return "bad"
-    proven = all(d["low"] > 0 and d["p"] < 0.05 for d in found) and result["predictors"]["probe"]["auc"]["low"] > 0.5
-    return "good" if proven else "warn"
+        values["sensitivity_at_90"] = sensitivity_at(labels, p, 0.9, weights)
+    values |= {"accuracy": accuracy(labels, classes, weights), "mcc": mcc(labels, classes, weights)}
+    return values | {"brier": brier(labels, p, weights), "ece": calibration_error(labels, p, 10, weights)}

@@ -9,9 +9,13 @@ Plain strings are text and are escaped; markup is what these functions return (H
 import base64
 import html
 import math
-import re
 from pathlib import Path
+from urllib.parse import quote
 
+from tools.lib.cli import shown
+from tools.lib.files import last_per_step
+
+LARGEST = 1e100  # beyond it a value is damage, and differences overflow
 COLOURS = "#0868ac #d94801 #238b45 #88419d #b8860b #cb181d #2b8cbe #777777".split()
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 460, 280, 62, 14, 44, 42  # of a plot, in units of its view box
 STYLE = """
@@ -81,11 +85,13 @@ def table(header, rows):
     return Html(f'<div class="scroll"><table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>')
 
 
-def image(png, caption=""):
-    """A PNG (its bytes, or the path of a file) inside the page."""
+def image(png, caption="", link=""):
+    """A PNG (its bytes, or the path of a file) inside the page; link: address of a file that a click opens."""
     data = png if isinstance(png, bytes) else Path(png).read_bytes()
     code = base64.b64encode(data).decode()
     picture = f'<img alt="{escape(caption or "picture")}" src="data:image/png;base64,{code}">'
+    if link:
+        picture = f'<a href="{escape(quote(link))}">{picture}</a>'
     return Html(f"<figure>{picture}<figcaption>{escape(caption)}</figcaption></figure>")
 
 
@@ -114,14 +120,15 @@ def limits(values, margin=0.04):
     """Ends of an axis, a little beyond the values; of equal values, around them."""
     low, high = min(values, default=0.0), max(values, default=1.0)
     room = margin * (high - low) or max(abs(high) * 0.1, 1e-9)
+    room = max(room, 1e-9 * max(abs(low), abs(high)))  # numbers of 16 digits have no finer ticks
     return low - room, high + room
 
 
 def drawable(xs, ys, log_y):
-    """Points as lists of runs: what is not finite (or not positive on a log axis) leaves a gap."""
+    """Points as lists of runs: what is not finite, or huge (or not positive on a log axis), leaves a gap."""
     runs = [[]]
     for x, y in zip(map(float, xs), map(float, ys)):
-        if math.isfinite(x) and math.isfinite(y) and (y > 0 or not log_y):
+        if abs(x) < LARGEST and abs(y) < LARGEST and (y > 0 or not log_y):
             runs[-1].append((x, math.log10(y) if log_y else y))
         elif runs[-1]:
             runs.append([])
@@ -234,31 +241,93 @@ def thin(rows, most=400):
     return [rows[round(k * stride)] for k in range(min(len(rows), most))]
 
 
-def counted(lines, key):
-    """Lines of metrics.jsonl with this key; what a resume did again replaces the line of its step and all beyond it."""
-    kept = []
-    for line in lines:
-        if key in line:
-            while kept and kept[-1]["step"] >= line["step"]:
-                kept.pop()
-            kept.append(line)
-    return kept
+# what each number of a look means, in a clause
+EXPLAINED = {
+    # of the look
+    "teacher_entropy": "of the teacher's targets, share of ln K: 0 one prototype each, 1 no preference",
+    "sharp_entropy": "the same of the centred logits, without Sinkhorn, which spreads one-hot targets",
+    "marginal_entropy": "of the mean target, share of ln K: 1 when all prototypes are used alike",
+    "perplexity": "prototypes in use",
+    "dead_prototypes": "share of prototypes that get less than 1% of an equal part",
+    "kl": "nats from the teacher's to the student's targets; 0: both say the same",
+    "cosine": "mean over pairs of slices; 1: all features point one way",
+    "feature_std": "spread of the normalised embeddings; 1 even, 0 collapsed",
+    "rankme": "effective number of dimensions of the embeddings",
+    "effective_rank": "the same around their mean",
+    "retrieval_top1": "share of slices whose other view is the nearest of all views",
+    "retrieval_top5": "share of slices whose other view is among the five nearest",
+    "uniformity": "spread over the sphere (arXiv:2005.10242); 0 when all embeddings are one point, lower is wider",
+    "patch_rank": "effective number of dimensions of the patch features",
+    "cls_patch_cosine": "mean cosine of the cls token and the patches of its slice",
+    "norm_outliers": "share of patches with more than 4 times the usual norm",
+    "attention_body": "share of the attention that falls on the body",
+    "attention_lung": "share of the attention that falls on the lung",
+    "area_body": "share of the picture that is body: even attention would give this",
+    "area_lung": "share of the picture that is lung: even attention would give this",
+    "nonfinite": "share of numbers that are NaN or infinite",
+    "slices": "images behind these numbers",
+    "view_slices": "images whose training views are behind targets and retrieval",
+    "gram_drift": "change of patch similarities since the first look; 0 none",
+    "colours_kept": "share of the variance, of the best three directions, that the first look's colours still show",
+    "knn": "balanced accuracy of the nearest neighbours from other patients",
+    "knn_chance": "what guessing gives",
+    "knn_slices": "labelled images behind it",
+    # of the run's log
+    "loss": "of the last logged update",
+    "dino": "its part from cls tokens, in nats",
+    "ibot": "its part from masked patches, in nats",
+    "excess": "DINO + iBOT above the entropy of their targets, which no student can beat",
+    "lr": "learning rate of the last logged update",
+    "images_s": "images per second, median of the last 5 lines",
+    "data_wait": "share of time that waits for data, median of the last 5 lines",
+    "memory_gb": "GB, median of the last 5 lines",
+    "rise": "of DINO + iBOT over their best since warm-up, as a share",
+    "slope_per_1000": "change of DINO + iBOT in 1000 updates",
+    "last_step": "updates done by the newest line of metrics.jsonl",
+    "finished": "whether all updates are done",
+    "age_s": "seconds since metrics.jsonl grew",
+    "log_interval_s": "seconds between its lines",
+    "eta_h": "hours until the end",
+    "nonfinite_loss": "1: the last loss is NaN or infinite",
+    "spikes": "of the last 20 lines, how many lie half above the usual loss",
+    "skipped": "updates skipped in the last 20 intervals, because a gradient was not finite",
+    "images_s_change": "of images per second since the start, as a share",
+    "memory_change": "of memory since the start, as a share",
+    "failed_save": "why the last save failed",
+    "last_event": "newest event of metrics.jsonl",
+    "disk_free_gb": "GB free where the run saves",
+    "checkpoint_gb": "GB of this checkpoint",
+    "saves_that_fit": "checkpoints that still fit on that disk",
+}
 
 
 def trend(title, rows, keys, y_label="", marks=(), log_y=False):
-    """Keys of rows ({"step": ..., key: ...}) over steps; absent values are left out."""
+    """Keys of rows ({"step": ..., key: ...}) over steps, absent values left out; None where no two steps have one."""
     curves = {k: [(r["step"], r[k]) for r in rows if isinstance(r.get(k), (int, float))] for k in keys}
+    if not any(len({x for x, _ in xy}) > 1 for xy in curves.values()):
+        return None
     return line_plot(title, {k: tuple(zip(*xy)) for k, xy in curves.items() if xy}, "step", y_label, marks, log_y)
 
 
+def explained(title, values):
+    """A table of named numbers, each with what it means; None without numbers."""
+    same = values.get("slices") == values.get("view_slices")
+    plain = {True: "yes", False: "no"}
+    values = {
+        k: plain[v] if isinstance(v, bool) else shown(v, 600) if isinstance(v, str) else v for k, v in values.items()
+    }
+    rows = [(shown(k), v, EXPLAINED.get(k, "")) for k, v in values.items() if not (same and k == "view_slices")]
+    return table((title, "value", "what it is"), rows) if rows else None
+
+
 def run_page(status, looks, lines, limits, pictures):
-    """Verdict, trends, pictures {title: paths}. looks: numbers of each look; lines: those of metrics.jsonl."""
-    held, rows = thin(counted(lines, "val_loss")), thin(counted(lines, "loss"))
+    """Verdict, trends, pictures {title: paths}. looks: numbers of looks of one kind; lines: those of metrics.jsonl."""
+    held_out, rows = thin(last_per_step(lines, "val_loss")), thin(last_per_step(lines, "loss"))
     at = {name: [("y", value, name.replace("_", " "))] for name, value in limits.items()}
     plots = [
         trend("DINO loss", rows, ("dino",), "nats"),
         trend("iBOT loss", rows, ("ibot",), "nats"),
-        trend("held-out DINO loss", held, ("val_dino",), "nats"),
+        trend("held-out DINO loss", held_out, ("val_dino",), "nats"),
         trend("teacher entropy", rows, ("teacher_entropy",), "share of ln K", at["max_entropy"] + at["min_entropy"]),
         trend("rank of embeddings", looks, ("effective_rank", "rankme"), "dimensions", at["min_rank"]),
         trend("spread of embeddings", looks, ("feature_std",), "1: even", at["min_std"], log_y=True),
@@ -271,21 +340,34 @@ def run_page(status, looks, lines, limits, pictures):
         trend("memory", rows, ("memory_gb",), "GB"),
         trend("hottest sensor", looks, ("temperature",), "degrees C", at["max_temp"]),
     ]
+    plots = [plot for plot in plots if plot]
     said = f"{status['verdict']}, exit code {status['code']}, step {status['step']}, looked at {status['when']}"
-    parts = ("numbers", "pulse", "sensors")
+    names = {"numbers": "of this look", "pulse": "of the run's log", "sensors": "sensor"}
+    tables = [explained(title, status[part]) for part, title in names.items()]
     return page(
-        f"{status['run']}: {status['verdict']}",
+        f"{shown(status['run'])}: {status['verdict']}",
         paragraph(said, ("good", "warn", "bad", "bad")[status["code"]]),
-        *(f"{f['word']}: {f['text']}" for f in status["findings"]),
-        section("Trends", row(*(plot for plot in plots if "no data" not in plot))),
-        *(section(name, row(*(image(p, "/".join(p.parts[-2:])) for p in paths))) for name, paths in pictures.items()),
-        section("Numbers", row(*(table((part, "value"), status[part].items()) for part in parts))),
+        *(f"{f['word']}: {shown(f['text'], 600)}" for f in status["findings"]),
+        *(f"Note: {text}" for text in status["notes"]),
+        section("Trends", row(*plots)) if plots else "Charts are drawn from the second look on.",
+        *(section(title, row(*map(linked, paths))) for title, paths in pictures.items()),
+        section("Numbers", *(part for part in tables if part)),
     )
+
+
+def linked(path):
+    """A picture of a folder beside the page, which a click opens at its full size."""
+    name = "/".join(path.parts[-2:])
+    return image(path, f"{name} (click for its full size)", name)
 
 
 def prometheus(status, words):
     """The same for machines: the text format that node_exporter's textfile collector reads."""
-    name = 'run="{}"'.format(re.sub(r'[\\"\n]', "_", status["run"]))
+
+    def label(text):
+        return shown(text, 200).translate(str.maketrans('\\"', "__"))
+
+    name = f'run="{label(status["run"])}"'
     flat = {"exit_code": status["code"], "look_time_seconds": status["time"], "step": status["step"]}
     flat |= status["numbers"] | {f"run_{key}": value for key, value in status["pulse"].items()}
     flat = {key: value for key, value in flat.items() if isinstance(value, (int, float))}
@@ -293,5 +375,5 @@ def prometheus(status, words):
     lines.append("# TYPE dinox_verdict gauge")
     lines += [f'dinox_verdict{{{name},verdict="{word}"}} {int(word == status["verdict"])}' for word in words]
     lines += ["# TYPE dinox_sensor gauge"] * bool(status["sensors"])
-    lines += [f'dinox_sensor{{{name},sensor="{key}"}} {value:.10g}' for key, value in status["sensors"].items()]
+    lines += [f'dinox_sensor{{{name},sensor="{label(key)}"}} {value:.10g}' for key, value in status["sensors"].items()]
     return "\n".join(lines) + "\n"

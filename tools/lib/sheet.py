@@ -6,7 +6,11 @@ Every function takes and gives RGB images of Pillow, so that sheets are put toge
     save("sheet.png", stack([row([tile, other]), row([third])]))
 """
 
+import contextlib
 import functools
+import io
+import math
+import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +18,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from checkpoint import atomic_write
-from data import RGB_WINDOWS, WINDOWS_HU, window_codes
+from data import BROKEN, RGB_WINDOWS, WINDOWS_HU, regular, window_codes
 
 BACK, INK, DIM, GOOD, BAD = "#14171a", "#f0f0f0", "#a0a8b0", "#58d080", "#ff6a5a"
 COLOURS = "#ffa030 #40c8ff #f4e04d #ff70b0 #70e070 #b090ff #ff7050 #50e0c8 #c8a070 #9ab0ff #d0d0d0 #c0e040".split()
@@ -278,7 +282,7 @@ def marked_patch(grey, inside, grid):
 
 
 def maps(title, windows, base, attention, colours, similarity, point, mm):
-    """All maps of one image -> (a block of tiles, a column of three small ones).
+    """All maps of one image -> (a block of tiles, a column of three small ones for the strip).
 
     windows: what inputs() gives; base: codes under overlays; attention: {"1x": [H, h, w], ...}; colours: {lines: map},
     the lasting ones first; point: the patch that similarity is to; mm: width of the view, None where unknown.
@@ -296,11 +300,12 @@ def maps(title, windows, base, attention, colours, similarity, point, mm):
     lines = "similarity to the marked patch", f"mean cosine {similarity.mean():.2f}"
     tiles.append(titled(similarity_over(base, similarity, point, TILE), lines))
     heads = [(f"head {k}, {name}", m) for name, own in attention.items() for k, m in enumerate(own, 1)]
-    small = [titled(attention_over(base, m, SMALL), [name], size=12) for name, m in heads]
+    several = len(next(iter(attention.values()))) > 1  # one head is its own mean, drawn above
+    small = [titled(attention_over(base, m, SMALL), [name], size=12) for name, m in heads if several]
     per_row = (len(tiles) * (TILE + GAP)) // (SMALL + GAP)
     block = stack([row(tiles), *(row(small[k : k + per_row]) for k in range(0, len(small), per_row))])
     lasting = {"attention": attention_over(base, next(iter(attention.values())).mean(0), SMALL)}
-    lasting |= {"3 directions": coloured(next(iter(colours.values())), SMALL)}
+    lasting |= {"PCA": coloured(next(iter(colours.values())), SMALL)}
     lasting |= {"similarity": similarity_over(base, similarity, point, SMALL)}
     column = stack([titled(image, [name], DIM, size=11) for name, image in lasting.items()], gap=2)
     return stack([heading(title, block.width, size=15), block]), column
@@ -322,15 +327,71 @@ def save(path, image):
     return atomic_write(path, lambda f: framed.save(f, format="PNG"))
 
 
+def earlier_columns(folder, k, like):
+    """Columns of image k in the folders step_XXXXXXXX of all looks, the first, the last and eight between them.
+
+    -> ({text: picture}, how many files were left out, because they cannot be read or are of another size).
+    """
+    files = [f for f in folder.parent.glob(f"step_*/image_{k}.png") if f.parent.name[5:].isdecimal()]
+    files.sort(key=lambda f: int(f.parent.name[5:]))
+    files = [files[j] for j in np.unique(np.linspace(0, len(files) - 1, 10).round().astype(int))]
+    columns = {}
+    for file in files:
+        with contextlib.suppress(*BROKEN), Image.open(regular(file)) as column:
+            if column.size == like.size:  # known before a pixel is read
+                columns[f"step {int(file.parent.name[5:])}"] = column.convert("RGB")
+    return columns, len(files) - len(columns)
+
+
 def save_look(folder, drawn):
     """{image: (block, column, codes)} -> sheet.png, image_1.png ..., strip_1.png ... in a folder step_XXXXXXXX.
 
-    Strips show the first and the last of the folders beside it and eight between them.
+    -> (strips that show more than one look, how many pictures of earlier looks could not be read).
     """
     save(folder / "sheet.png", stack([block for block, _, _ in drawn.values()], gap=18))
+    strips, unread = [], 0
     for k, (title, (_, column, base)) in enumerate(drawn.items(), 1):
         atomic_write(folder / f"image_{k}.png", lambda f, column=column: column.save(f, format="PNG"))
-        files = sorted(folder.parent.glob(f"step_*/image_{k}.png"))
-        files = [files[j] for j in np.unique(np.linspace(0, len(files) - 1, 10).round().astype(int))]
-        columns = {f"step {int(f.parent.name[5:])}": Image.open(f) for f in files}
+        columns, left_out = earlier_columns(folder, k, column)
         save(folder / f"strip_{k}.png", time_strip(f"first look to now: {title}", base, columns))
+        strips += [folder / f"strip_{k}.png"] if len(columns) > 1 else []
+        unread += left_out
+    return strips, unread
+
+
+# What the first look leaves for later ones: its colours, and the similarities of its patches.
+
+FIRST = {"mean": "D", "axes": "3D", "low": "3", "high": "3", "grams": "nNN", "step": ""}  # D features, N patches
+
+
+def read_first(path):
+    """first.npz -> {name: array}; ValueError with the reason where it is not a file that a look wrote.
+
+    Read member by member, each only after its size is known to be that of its numbers: numpy would reserve whatever a
+    header claims, and unpickle what it is told to.
+    """
+    found, sides = {}, {"3": 3}
+    try:
+        with zipfile.ZipFile(regular(path)) as archive:
+            items = {item.filename.removesuffix(".npy"): item for item in archive.infolist()}
+            if items.keys() != FIRST.keys():
+                raise ValueError("it holds other arrays")
+            for name, letters in FIRST.items():
+                with archive.open(items[name]) as f:
+                    head = io.BytesIO(f.read(4096))
+                if np.lib.format.read_magic(head) != (1, 0):
+                    raise ValueError(f"{name} is of another version")
+                shape, fortran, dtype = np.lib.format.read_array_header_1_0(head)
+                known = all(sides.setdefault(letter, side) == side for letter, side in zip(letters, shape))
+                if dtype.kind not in "fi" or len(shape) != len(letters) or not known:
+                    raise ValueError(f"{name} is {dtype} {shape}")
+                size = head.tell() + dtype.itemsize * math.prod(shape)
+                if items[name].compress_type or items[name].file_size != size:
+                    raise ValueError(f"{name} is not as long as its numbers")
+                values = np.frombuffer(archive.read(items[name]), dtype, offset=head.tell())
+                found[name] = values.reshape(shape, order="F" if fortran else "C")
+    except (*BROKEN, zipfile.BadZipFile, NotImplementedError, MemoryError, RuntimeError) as error:
+        raise ValueError(" ".join(str(error).split())[:200] or type(error).__name__) from None
+    if not all(np.isfinite(values).all() for values in found.values()) or not 0 <= found["step"] < 1e12:
+        raise ValueError("its numbers are not finite, or its step is none")
+    return found

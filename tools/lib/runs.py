@@ -1,0 +1,198 @@
+"""A run as it lies on disk, read with care: its checkpoint, recipe, log and earlier looks; its pulse, and the sensors.
+
+    state, size = read_checkpoint(run / "last.pth")
+    rows, skipped = read_log(run / "metrics.jsonl")
+    beat = pulse(rows, seconds_since_it_grew, state["args"])
+    heat = hottest(sensors(Path("/sys")) | card_sensors())
+
+Files of a run may be damaged. What is needed and is not of the promised types ends in one sentence; rows of a log are
+skipped and counted.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import numpy as np
+
+import checkpoint
+import data
+from tools.lib.files import is_a, last_per_step, read_json_file, read_lines, wrong_field
+from tools.lib.loop import LARGEST_VIEW, OTHER_CODE, read_recipes
+
+LARGEST = 1e39  # float32 holds nothing beyond: a larger finite number in a file is damage
+
+
+def is_number(value):
+    """A float or int that a run can have logged; NaN and infinity are such."""
+    return is_a(value, float) and not LARGEST < abs(value) < math.inf
+
+
+def read_checkpoint(path):
+    """(state, bytes) of the file as it is when opened: its name may go to a newer save, or go away, meanwhile."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}; has the run saved one yet (--save-every)?")
+    with open(path, "rb") as f:
+        same = Path(f"/proc/self/fd/{f.fileno()}")  # Linux: this very file, whatever happens to its name
+        before = os.fstat(f.fileno())
+        try:
+            state = checkpoint.load(same if same.exists() else path)
+        except checkpoint.BROKEN as error:
+            why = str(error).replace(str(same), str(path))
+            changed = f"{path} changed while it was read ({type(error).__name__}: {why})"
+            raise ValueError(why if str(path) in why else changed) from None
+        after = os.fstat(f.fileno())
+    if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+        raise ValueError(f"{path} was overwritten in place while it was read; copy to another name, then rename")
+    check_state(path, state)
+    return {key: value for key, value in state.items() if key not in ("optimizer", "gram")}, after.st_size
+
+
+STATE = dict(step=int, args=dict, arch=dict, encoding=str, eval_view=dict, student=dict, teacher=dict, centers=dict)
+FLAGS = dict.fromkeys("steps extend grace log_every batch_size teacher_temp_warmup student_temp".split(), float)
+FLAGS |= dict.fromkeys("local_size head_hidden head_bottleneck prototypes".split(), int)
+FLAGS |= dict(data=str, no_split=bool, centering=str, teacher_temp=(list, tuple))
+VIEW = dict(size=int, window=(list, tuple, type(None)))
+
+
+def check_state(path, state):
+    """Refuse a checkpoint that verifies and yet is none of a run of train_ssl.py."""
+    wrong = wrong_field(state, STATE) or wrong_field(state["args"], FLAGS) or wrong_field(state["eval_view"], VIEW)
+    if not wrong:
+        temperatures, view = state["args"]["teacher_temp"], state["eval_view"]
+        if len(temperatures) != 2 or not all(map(is_number, temperatures)):
+            wrong = "flag teacher_temp is not two numbers"
+        elif not 0 < view["size"] <= LARGEST_VIEW:
+            wrong = f"eval_view is {view['size']} pixels wide, expected 1 to {LARGEST_VIEW}"
+        elif state["encoding"] == "hu16-v1" and not view["window"]:
+            wrong = "eval_view has no window for hu16-v1"
+    if wrong:
+        raise ValueError(f"{path}: {wrong}; use another checkpoint of the same run, or the code that wrote it")
+
+
+def recipe_of(folder, state):
+    """How the run cuts its views; a checkpoint that was copied away has no config.json: as by default."""
+    if (path := folder / "config.json").exists():
+        return read_recipes(read_json_file(path, {"recipes": list}, OTHER_CODE), path)[0]
+    base = data.RECIPES["photo" if state["encoding"] == "photo" else "ct"]
+    return dataclasses.replace(base, global_size=state["eval_view"]["size"], local_size=state["args"]["local_size"])
+
+
+def read_log(path):
+    """Rows of metrics.jsonl: events, and lines of numbers -> (rows, how many lines were skipped)."""
+    rows, skipped = read_lines(path, {"step": int})
+    good = [
+        row for row in rows
+        if (isinstance(row["event"], str) if "event" in row else all(map(is_number, row.values())))
+    ]  # fmt: skip
+    return good, skipped + len(rows) - len(good)
+
+
+def read_history(path):
+    """Earlier looks -> (rows, how many lines were skipped)."""
+    rows, skipped = read_lines(path, dict(step=int, numbers=dict, pulse=dict, warming=bool, sensors=dict))
+    good = []
+    for row in rows:
+        values = [v for v in (*row["numbers"].values(), row["pulse"].get("images_s")) if v is not None]
+        if all(map(is_number, [*values, *row["sensors"].values()])):
+            good.append(row)
+    return good, skipped + len(rows) - len(good)
+
+
+def middle(rows, key):
+    """Median of what is a finite number, else None."""
+    values = [v for r in rows if isinstance(v := r.get(key), (int, float)) and math.isfinite(v)]
+    return float(np.median(values)) if values else None
+
+
+def course(rows):
+    """Where DINO + iBOT goes after the warm-up: KoLeo may be negative, and Gram joins late."""
+    points = [(r["step"], r.get("dino", math.nan) + r.get("ibot", 0)) for r in rows]
+    points = [point for point in points if math.isfinite(point[1])]
+    if len(points) < 5:
+        return {}
+    steps, values = np.array(points).T
+    smooth = np.array([np.median(values[k : k + 5]) for k in range(len(values) - 4)])
+    late = slice(-max(5, len(values) // 4), None)
+    slope = np.polyfit(steps[late], values[late], 1)[0]
+    return {"rise": float(smooth[-1] / max(smooth.min(), 1e-9) - 1), "slope_per_1000": float(1000 * slope)}
+
+
+def pulse(lines, age_s, args):
+    """What metrics.jsonl says of a run with these flags; its last line is age_s old -> dict, empty without a line."""
+    rows, events = last_per_step(lines, "loss"), [r for r in lines if "event" in r]
+    if not rows:
+        return {}
+    last, recent = rows[-1], rows[-20:]
+    found = {key: last.get(key) for key in ("loss", "dino", "ibot", "excess", "lr")}
+    found |= {key: middle(rows[-5:], key) for key in "teacher_entropy kl rankme images_s data_wait memory_gb".split()}
+    found |= course([r for r in rows if r["step"] > args["grace"]])
+    found |= {"last_step": last["step"], "finished": last["step"] >= args["steps"] + args["extend"], "age_s": age_s}
+    found["log_interval_s"] = args["log_every"] * args["batch_size"] / (found["images_s"] or math.inf)
+    found["eta_h"] = max(last.get("seconds_to_go", 0) - age_s, 0) / 3600
+    found["nonfinite_loss"] = int(not math.isfinite(last["loss"]))
+    usual = [middle(rows[max(0, k - 10) : k], "loss") or math.inf for k in range(1, len(rows))]
+    found["spikes"] = sum(r["loss"] > u + 0.5 * abs(u) for r, u in list(zip(rows[1:], usual))[-20:])
+    since = last["step"] - 20 * args["log_every"]
+    found["skipped"] = sum(e["event"].startswith("skipped: loss") and e["step"] > since for e in events)
+    for name, key in (("images_s_change", "images_s"), ("memory_change", "memory_gb")):  # shares, since the start
+        was, now = middle(rows[1:21], key), middle(recent, key)
+        found[name] = now / was - 1 if was and now else None
+    said = [e["event"].replace("SAVE FAILED, training goes on", "SAVE FAILED") for e in events]  # it may have ended
+    saves = [text for text in said if text.startswith(("saved", "SAVE FAILED"))]
+    found["failed_save"] = saves[-1] if saves and saves[-1] != "saved" else None
+    found["last_event"] = said[-1] if said else None
+    return found
+
+
+# Sensors.
+
+
+def read_text(path):
+    with contextlib.suppress(OSError, UnicodeDecodeError):  # sensors of sleeping devices cannot be read
+        return path.read_text().strip()
+    return ""
+
+
+def sensors(root):
+    """Readable temperatures, powers and fans of hwmon (amdgpu is one) and thermal zones -> {"name (C)": value}."""
+    found = {}
+    for path in sorted(root.glob("class/hwmon/hwmon*/*_*")) + sorted(root.glob("class/thermal/thermal_zone*/temp")):
+        kind = re.fullmatch(r"(temp|power|fan)(\d*)(_input|_average|)", path.name)
+        if kind and re.fullmatch(r"-?\d{1,15}", text := read_text(path)):
+            label = read_text(path.parent / f"{kind[1]}{kind[2]}_label") or kind[1] + kind[2]
+            owner = read_text(path.parent / ("name" if kind[3] else "type"))
+            unit, scale = {"temp": ("C", 1e3), "power": ("W", 1e6), "fan": ("rpm", 1)}[kind[1]]
+            found[f"{path.parent.name} {owner} {label} ({unit})"] = int(text) / scale
+    return found
+
+
+def ask(*command):
+    """What a program prints; nothing where it is not installed, fails or hangs."""
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout
+    return ""
+
+
+def card_sensors():
+    """The same from nvidia-smi and rocm-smi."""
+    found, answers = {}, {}
+    query = "--query-gpu=temperature.gpu,power.draw,fan.speed"
+    for k, line in enumerate(ask("nvidia-smi", query, "--format=csv,noheader,nounits").splitlines()):
+        answers[f"nvidia {k}"] = dict(zip(("temperature (C)", "power (W)", "fan (%)"), line.split(",")))
+    with contextlib.suppress(ValueError, TypeError):
+        answers |= json.loads(ask("rocm-smi", "--showtemp", "--showpower", "--showfan", "--json"))
+    for card, values in answers.items():
+        for key, value in values.items() if isinstance(values, dict) else ():
+            with contextlib.suppress(ValueError, TypeError):  # "N/A", "[Not Supported]"
+                found |= {f"{card} {key}": float(value)} if key.endswith(("(C)", "(W)", "(%)")) else {}
+    return found
+
+
+def hottest(values):
+    return max((value for name, value in values.items() if name.endswith("(C)")), default=None)
