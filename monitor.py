@@ -34,6 +34,7 @@ from model import ProjectionHead, SSLModel, Tokens, build_vit
 from tools.lib import page, runs, sheet
 from tools.lib.cli import Parser, is_ours, pick_device, positive, run, shown
 from tools.lib.files import NUMBER, read_json_file
+from tools.lib.fits import neighbours
 from tools.lib.limits import AGREES, ONE_HOT, UNIFORM
 from tools.lib.loop import lock
 
@@ -72,7 +73,7 @@ def build_parser():
     g.add_argument("--max-skips", type=int, default=2, help="skipped updates in 20 log intervals; above: diverging")
     g.add_argument("--max-spikes", type=int, default=3, help="in 20 log lines, of half the loss; above: diverging")
     g.add_argument("--min-saves", type=float, default=2, help="checkpoints that fit on the disk; below: disk full")
-    g.add_argument("--stall-factor", type=float, default=10, help="stalled: so many log intervals without a line, and ...")
+    g.add_argument("--stall-factor", type=float, default=10, help="stalled: log intervals without a line, and ...")
     g.add_argument("--stall-minutes", type=float, default=15, help="... at least so many minutes")
     g.add_argument("--max-wait", type=float, default=0.3, help="share of time that waits for data; above: starved")
     g.add_argument("--max-temp", type=float, default=95, help="degrees C of the hottest sensor; above: hot")
@@ -246,12 +247,9 @@ def knn(cls, labels, groups, k=10):
     """Balanced accuracy of the k nearest of other patients, weighted by exp(cosine / 0.07); chance: 1 / classes."""
     names = sorted(set(labels))  # not np.unique of texts, where each takes the room of the longest
     y = np.array([names.index(label) for label in labels])
-    unit = F.normalize(cls, dim=-1)
-    similarity = unit @ unit.T
-    similarity[torch.from_numpy(groups[:, None] == groups)] = -torch.inf
-    near = similarity.topk(min(k, len(y) - 1), 1)
-    votes = F.one_hot(torch.from_numpy(y)[near.indices], len(names)) * near.values.div(0.07).exp()[..., None]
-    right = (votes.sum(1).argmax(1).numpy() == y).astype(float)
+    truth = F.one_hot(torch.from_numpy(y), len(names)).to(cls)
+    votes = neighbours(cls, cls, truth, [min(k, len(y) - 1)], groups[:, None] == groups, temperature=0.07)[0]
+    right = (votes.argmax(1).numpy() == y).astype(float)
     return float(np.mean([right[y == c].mean() for c in range(len(names))]))
 
 

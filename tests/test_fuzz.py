@@ -116,8 +116,8 @@ def table(root):
 FORMATS = {
     "index.csv": ("ct/_index/index.csv", lambda r: data.open_for(r / "ct", "fit").groups, "text"),
     "splits.json": ("ct/_splits/splits.json", lambda r: data.open_for(r / "ct", "fit").groups, "json"),
-    "duplicates.json": ("ct/_splits/duplicates.json", lambda r: (data.open_for(r / "ct", "fit").groups, splits_again(r)),
-                        "json"),
+    "duplicates.json": ("ct/_splits/duplicates.json",
+                        lambda r: (data.open_for(r / "ct", "fit").groups, splits_again(r)), "json"),
     "nodules.csv": ("ct/_labels/nodules.csv", table, "text"),
     "labels.csv": ("photos/labels.csv", lambda r: [str(row) for row in data.open_source(r / "photos").rows], "text"),
     "volume": ("ct/toy/1.2.0.npy", lambda r: slices(r, "ct"), "pixels"),
@@ -134,7 +134,8 @@ FORMATS = {
     "first.npz": ("run/monitor/first.npz", look, "zip"),
     "images.json": ("run/monitor/images.json", look, "json"),
     "release config.json": ("release/config.json", lambda r: outputs(load_backbone(r / "release", quiet=True)), "json"),
-    "release weights": ("release/model.safetensors", lambda r: outputs(load_backbone(r / "release", quiet=True)), "sums"),
+    "release weights": ("release/model.safetensors",
+                        lambda r: outputs(load_backbone(r / "release", quiet=True)), "sums"),
     "provenance.json": ("release/provenance.json", lambda r: str(read_facts(r / "release")), "json"),
 }  # fmt: skip
 

@@ -25,6 +25,7 @@ from tqdm import tqdm
 import checkpoint
 from data import RECIPES, Recipe, denormalise, provenance_of, refuse_leak, regular
 from model import read_facts
+from tools.lib import limits
 from tools.lib.cli import pick_device, shown
 from tools.lib.files import append_line, is_a, read_json_file, wrong_field
 
@@ -312,12 +313,12 @@ def warnings_in_words(numbers, loss_before, rows, dim):
     most = min(rows, dim)
     if not math.isfinite(numbers["rankme"]):
         yield "diverged: the teacher's features are not finite"
-    elif numbers["rankme"] < max(1.5, 0.05 * most) or numbers["cosine"] > 0.99:
+    elif numbers["rankme"] < max(1.5, limits.FLAT * most) or numbers["cosine"] > limits.ALIKE:
         spans = f"{numbers['rankme']:.1f} of {most} dimensions"
         yield f"rank collapse: features span {spans}, mean cosine {numbers['cosine']:.3f}"
-    if numbers["teacher_entropy"] < 0.02:
+    if numbers["teacher_entropy"] < limits.ONE_HOT:
         yield f"one-hot collapse: teacher entropy is {numbers['teacher_entropy']:.4f} of ln K"
-    elif numbers["teacher_entropy"] > 0.995 and numbers["kl"] < 0.05:
+    elif numbers["teacher_entropy"] > limits.UNIFORM and numbers["kl"] < limits.AGREES:
         yield f"uniform collapse: teacher entropy is {numbers['teacher_entropy']:.4f} of ln K and the student agrees"
     if numbers["loss"] > 1.5 * loss_before:
         yield f"loss spike: {numbers['loss']:.3f} after {loss_before:.3f}"
