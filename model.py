@@ -651,8 +651,8 @@ def read_zip(f, path):
                 raise zipfile.BadZipFile(f"{item.filename} is compressed, encrypted or shortened")
         if len({item.filename.lower() for item in items}) < len(items):  # torch looks names up without their case
             raise zipfile.BadZipFile("two members of one name")
-        if archive.comment or items[0].header_offset or sum(item.file_size for item in items) > f.seek(0, os.SEEK_END):
-            raise zipfile.BadZipFile("members that overlap, or bytes before or after them")
+        if archive.comment or sum(item.file_size for item in items) > f.seek(0, os.SEEK_END):
+            raise zipfile.BadZipFile("members that overlap, or bytes after them")
         if bad := archive.testzip():  # reads every byte: torch.load alone does not notice a flipped bit
             raise zipfile.BadZipFile(f"wrong checksum in {bad}")
         pickles = [archive.read(item) for item in items if item.filename.lower().endswith(".pkl")]
@@ -797,8 +797,8 @@ def is_provenance(found):
     good = isinstance(found.get("known"), bool) and isinstance(seen, list)
     return good and all(
         isinstance(entry, dict) and isinstance(entry.get("salt"), str)
-        and all(isinstance(entry.get(key), list) for key in ("groups", "series", "files"))
-        and all(isinstance(text, str) for key in ("groups", "series", "files") for text in entry[key])
+        and all(isinstance(entry.get(key, []), list) for key in ("groups", "series", "files"))
+        and all(isinstance(text, str) for key in ("groups", "series", "files") for text in entry.get(key, []))
         for entry in seen
     )  # fmt: skip
 

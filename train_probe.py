@@ -104,9 +104,7 @@ def to_number(text):
 def read_places(path, rows, source, index):
     """Of nodules: centres [n, 2] in pixels, (diameter_mm, box_mm) [n, 2]."""
     if source.encoding == "photo":
-        raise ValueError(
-            f"{path} is a table of nodules in CT, {source.root} holds photographs; give path,label[,group]"
-        )
+        raise ValueError(f"{path} names nodules in CT, {source.root} holds photographs; give path,label[,group]")
     names = ("y", "x", "diameter_mm", "box_mm")
     places = np.array([[to_number(row[name]) for name in names] for row in rows])
     size = np.stack([source.rows.columns[name][index] for name in ("rows", "cols")], 1)  # pixels
@@ -161,9 +159,7 @@ def split_of(source, table, protocol):
     splits = data.split_names(source)[table.rows]
     for group in np.unique(table.groups):
         if len(set(splits[table.groups == group])) > 1:
-            raise ValueError(
-                f"group {shown(group)} of the labels lies in several splits; run tools/make_splits.py --labels"
-            )
+            raise ValueError(f"group {shown(group)} lies in several splits; run tools/make_splits.py --labels")
     return splits
 
 
@@ -326,8 +322,7 @@ def plan_all(source, table, splits, facts, args):
         trained, known = data.refuse_leak(facts, source.take(table.rows), "the labels", allow=True)
         keep = ~np.isin(table.patients, trained) | args.allow_seen
         exposures["cv"] = data.Exposure(sorted(set(trained) & set(table.patients[keep].tolist())), known)
-        classes = len(table.classes)
-        if folds := fits.plan_cv(table.labels[keep], table.groups[keep], classes, REPEATS):
+        if folds := fits.plan_cv(table.labels[keep], table.groups[keep], len(table.classes), REPEATS):
             plans["cv"] = keep, folds
         else:
             notes = [f"no cross-validation: too few of the {len(set(table.groups[keep]))} patients that may be judged"]
@@ -356,8 +351,7 @@ def build_parser():
     parser.add_argument("--protocol", choices=("all", "test", "cv"), default="all", help="test: fit on train, score "
                         "once on val_test; cv: 5 x 5 folds over unseen patients")  # fmt: skip
     parser.add_argument("--allow-seen", action="store_true", help="also judge patients of the pretraining, titled so")
-    parser.add_argument("--allow-duplicates", action="store_true", help="also where near-duplicates cross the splits, "
-                        "titled so")  # fmt: skip
+    parser.add_argument("--allow-duplicates", action="store_true", help="also if some cross the splits, titled so")
     parser.add_argument("--crop-mm", type=millimetres, default="32,48,64", help="sides of the crops around a nodule")
     parser.add_argument("--scales", choices=("average", "concat"), default="average", help="of the crops' features")
     parser.add_argument("--features", choices=("cls", "mean", "box", "all"), default="all", help="cls token, mean of "
@@ -372,10 +366,9 @@ def build_parser():
     return parser
 
 
-def gather(args, vit, weights_sha256, source, table, framing):
+def gather(args, vit, weights_sha256, source, table, framing, device):
     """{predictor: (classifier, [X per repeat])}; extracts what the cache lacks."""
     cache, images = args.cache or args.out.parent / "features", images_sha256(source, table, framing)
-    device = pick_device(args.device)
 
     def features_of(net, name, weights):
         todo = functools.partial(extract, net, source, table, framing, device, name)
@@ -441,10 +434,11 @@ def main(argv=None):
     if args.features == "box" and table.centres is None:
         raise ValueError("--features box needs a nodule table, which names boxes")
     framing = Framing(view, args.crop_mm if table.centres is not None else (), args.batch_size, args.workers)
+    device = pick_device(args.device)
     used = np.any([keep for keep, _ in plans.values()], 0)
     look = judge.used_by("train_probe.py", args.ckpt, path, f"frozen probe, --protocol {args.protocol}")
     chosen, part = open_samples(source, table.take(used), splits[used], look, args.allow_duplicates)
-    predictors = gather(args, vit, look["weights_sha256"], chosen, part, framing)
+    predictors = gather(args, vit, look["weights_sha256"], chosen, part, framing, device)
     outcomes = {
         name: judge_one(name, (keep[used], folds), part, predictors, exposures[name], chosen.crossing, args)
         for name, (keep, folds) in plans.items()

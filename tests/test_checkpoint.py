@@ -16,6 +16,7 @@ import threading
 import time
 import warnings
 import zipfile
+import zlib
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -282,6 +283,19 @@ def member(name, method=zipfile.ZIP_STORED, attributes=0o100600 << 16):
     return item
 
 
+def overlapped(path):
+    """Adds a member inside the bytes of another one, as zip bombs that no limit of a ratio notices do."""
+    inner, data = member("archive/inner"), bytes(50_000)
+    inner.file_size = inner.compress_size = len(data)
+    inner.CRC = zlib.crc32(data)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr(member("archive/outer"), inner.FileHeader() + data)
+        outer = archive.infolist()[-1]
+        inner.header_offset = outer.header_offset + len(outer.FileHeader())
+        archive.filelist.append(inner)
+        archive.NameToInfo[inner.filename] = inner
+
+
 def swapped(name, data):
     return {"archive/data/0": "archive/data/1", "archive/data/1": "archive/data/0"}.get(name, name)
 
@@ -293,7 +307,9 @@ ODD_ZIPS = {  # what is not from torch.save, though every CRC is right
     "lengthened": lambda n, d: [(member(n), d + d if n.endswith("data/0") else d)],
     "swapped": lambda n, d: [(member(swapped(n, d)), d)],  # a tensor of 24 bytes and one of 4
     "link": lambda n, d: [(member(n, attributes=0o120777 << 16 if n.endswith("data/0") else 0), d)],
-    "two of one name": lambda n, d: [(member(n), d)] + [(member(n.upper()), d[::-1])] * n.endswith("data/0"),
+    "two of one name": lambda n, d: (
+        [(member(n.replace("data/0", "DATA/0")), d[::-1])] * n.endswith("data/0") + [(member(n), d)]
+    ),
     "bytearray": lambda n, d: [(member(n), d.replace(b"K\x01", b"c__builtin__\nbytearray\nJ\0\0\0\x7f\x85R", 1))],
     "memory of no member": lambda n, d: [(member(n), d.replace(b"K\x01", b"ctorch\nFloatTensor\nM\0\x10\x85R", 1))],
 }
@@ -312,6 +328,12 @@ def test_a_zip_that_torch_save_would_not_write_is_refused(tmp_path, odd):
         load(path)
     assert "\n" not in str(caught.value) and str(caught.value).startswith(f"{path}: not a whole and safe")
     assert latest(tmp_path) is None
+
+
+def test_members_that_overlap_are_refused(tmp_path):
+    path = save(tmp_path / "a.pth", small())
+    overlapped(path)
+    assert "overlap" in notice(path).lower()  # newer zipfile modules see it themselves
 
 
 @pytest.mark.parametrize("before, after", [(b"#!/bin/sh\n", b""), (b"", b"comment")])

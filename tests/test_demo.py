@@ -98,11 +98,9 @@ def test_the_whole_takes_six_minutes_on_a_slow_machine_too(slow):
     notes = {"seconds": quiet_seconds(slow), "minutes": None, "updates_per_minute": 60 * rate}
     steps, seconds = demo.budget(stages, notes)
     rest = max(slow, 1) * sum(stage.seconds for stage in stages[demo.NAMES.index("train") + 1 :])
-    assert sum(notes["seconds"].values()) + seconds + rest <= demo.PROMISE_S < 360
+    assert sum(notes["seconds"].values()) + seconds + rest == pytest.approx(demo.PROMISE_S) and demo.PROMISE_S < 360
     assert steps / rate + max(slow, 1) * demo.STARTS_S <= seconds
-    assert steps == 900 if slow <= 1 else demo.LEAST < steps < 900
-    if slow <= 1:
-        assert seconds == stages[demo.NAMES.index("train")].seconds  # no longer than three minutes
+    assert steps == 900 if slow <= 1 else demo.LEAST < steps < 900  # no more than three quiet minutes make
 
 
 def test_one_slow_stage_is_not_the_pace_of_all():
@@ -261,7 +259,7 @@ def make_results(probe=(0.8, 0.7, 0.9), gain=(0.2, 0.1, 0.3, 0.01), code=0, resu
     judged["differences"] = {"probe - random weights": dict(zip(("value", "low", "high", "p"), gain))}
     judged["settings"] = {"size + features": ["size alone", 0.1, "size alone"]}
     losses = [{"step": s, "loss": 1.0, "dino": 5.5 - s / 40, "ibot": 2.8, "rankme": 9.0} for s in range(1, 41)]
-    status = {"verdict": ["healthy", "starved", "one-hot"][code], "code": code, "findings": []}
+    status = {"verdict": ["healthy", "starved", "one-hot"][code], "code": code, "step": 40, "findings": []}
     heat = ["Attention lights up: share 0.6 [0.5, 0.7].", "Similarity to its centre goes dark: less: auroc 0.2"]
     return demo.Results(losses, steps, math.log(256), status, judged, heat, list(resumed))
 
@@ -372,7 +370,7 @@ def test_the_whole_demo_at_toy_sizes(tmp_path, monkeypatch, capfd):
     for name in demo.NAMES:
         assert f", {name}: " in printed and f" {name} done: " in printed
     results = demo.collect(out)
-    last = results.losses[-1]["step"]
+    last = results.status["step"]
     assert last == 200 or f"{last} updates of 200: the machine became slower" in printed
     assert len(results.resumed_at) == 1 and 0 < results.resumed_at[0] < last
     assert demo.HONEST in printed and "AUC" in printed and "collapse" in printed

@@ -487,6 +487,8 @@ def test_wrong_input_is_named(root, tmp_path):
     for column, text in (("z", "-"), ("z", "2.5"), ("diameter_mm", "nan"), ("diameter_mm", "m" * 9999)):
         (root / "wrong.csv").write_text(replaced(root / "_labels" / "nodules.csv", 3, column, text))
         refused(f"wrong.csv, row 3: {column} is '{text[:3]}", "--labels", str(root / "wrong.csv"))
+    refused("--device gpu", "--device", "gpu")
+    assert not looks(root)
     refused("layer 4 does not exist", "--layer", "4")
     refused("0 usable nodules", "--crop-mm", "10")
     refused("trained on rgb-v1, --data is hu16-v1", weights=save(tmp_path / "rgb.pth", bright_vit(), "rgb-v1"))

@@ -9,6 +9,7 @@ import re
 import shutil
 import textwrap
 import zipfile
+import zlib
 from pathlib import Path
 
 import pytest
@@ -533,6 +534,19 @@ def rezipped(path, change):
                 archive.writestr(item, other)
 
 
+def overlapped(path):
+    """Adds a member inside the bytes of another one, as zip bombs that no limit of a ratio notices do."""
+    inner, data = member("x/inner"), bytes(50_000)
+    inner.file_size = inner.compress_size = len(data)
+    inner.CRC = zlib.crc32(data)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr(member("x/outer"), inner.FileHeader() + data)
+        outer = archive.infolist()[-1]
+        inner.header_offset = outer.header_offset + len(outer.FileHeader())
+        archive.filelist.append(inner)
+        archive.NameToInfo[inner.filename] = inner
+
+
 def swapped(name):
     return {"x/data/0": "x/data/1", "x/data/1": "x/data/0"}.get(name, name)
 
@@ -544,7 +558,9 @@ ODD_ZIPS = {  # what is not from torch.save, though every CRC is right
     "swapped": lambda n, d: [(member(swapped(n)), d)],
     "link": lambda n, d: [(member(n, attributes=0o120777 << 16 if n.endswith("data/0") else 0), d)],
     "folder": lambda n, d: [(member(n, attributes=0x10 * n.endswith("data/0")), d)],
-    "two of one name": lambda n, d: [(member(n), d)] + [(member(n.upper()), d[::-1])] * n.endswith("data/0"),
+    "two of one name": lambda n, d: (
+        [(member(n.replace("data/0", "DATA/0")), d[::-1])] * n.endswith("data/0") + [(member(n), d)]
+    ),
     "bytearray": lambda n, d: [(member(n), d.replace(b"K\x01", b"c__builtin__\nbytearray\nJ\0\0\0\x7f\x85R", 1))],
     "memory of no member": lambda n, d: [(member(n), d.replace(b"K\x01", b"ctorch\nFloatTensor\nM\0\x10\x85R", 1))],
 }
@@ -558,8 +574,22 @@ def test_a_zip_that_torch_save_would_not_write_is_refused(tmp_path, odd):
     rezipped(path, lambda name, data: [(member(name), data)])
     again = m.load_backbone(path).state_dict()
     assert all(torch.equal(again[k], v) for k, v in whole.items())  # zipfile's own way to write is no reason
+    torch.save({"x": 1, **part(golden("01_vit_mlp"), "model.")}, path)
     rezipped(path, ODD_ZIPS[odd])
     refused(path, re.escape(str(path)) + " is damaged")
+
+
+def test_a_zip_with_overlapping_members_or_a_comment_is_refused(tmp_path):
+    path = tmp_path / "x.pth"
+    torch.save(part(golden("01_vit_mlp"), "model."), path)
+    content = path.read_bytes()
+    path.write_bytes(content[:-2] + (7).to_bytes(2, "little") + b"comment")
+    assert zipfile.is_zipfile(path)
+    refused(path, "is damaged")
+    path.write_bytes(content)
+    m.load_backbone(path)
+    overlapped(path)
+    refused(path, "(?i)is damaged.*overlap")
 
 
 def test_what_claims_more_bytes_than_the_file_holds_is_refused_before_a_copy(tmp_path, monkeypatch):

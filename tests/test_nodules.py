@@ -223,7 +223,7 @@ def test_points_have_no_inside_and_their_readers_do_not_count(folder):
     assert report["counts"]["marks without outline (below 3 mm)"] == 2
 
 
-def test_missing_characteristics_are_a_dash_and_not_a_rating(folder):
+def test_missing_characteristics_are_a_question_mark_and_not_a_rating(folder):
     write(folder, *([nodule(cube(5, 5, 6), malignancy)] for malignancy in (None, 5, 9, 4)))
     rows, binary, report = run(folder / "raw", folder / "data", "--readers", 2)
     assert rows[0]["malignancy"] == "? 5 ? 4" and rows[0]["readers"] == "4"  # 9 is no rating

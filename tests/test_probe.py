@@ -513,6 +513,8 @@ def test_weights_that_cannot_be_judged_are_refused(study, tmp_path, monkeypatch)
     before = looks(root)
     with pytest.raises(ValueError, match="patch size"):
         probe(root, tmp_path / "d", "--size", "40")
+    with pytest.raises(ValueError, match="--device gpu"):
+        probe(root, tmp_path / "g", "--device", "gpu")
     assert looks(root) == before
     with pytest.raises(FileNotFoundError, match="does not exist; tools/lidc_nodules.py"):
         probe(root, tmp_path / "e", labels="nowhere.csv")

@@ -364,6 +364,7 @@ DAMAGED = {
     "groups of numbers": b'{"version": 1, "index_sha256": "SHA", "groups": [[1, 2]]}',
     "an empty group": b'{"version": 1, "index_sha256": "SHA", "groups": [[]]}',
     "groups a text": b'{"version": 1, "index_sha256": "SHA", "groups": ["lidc/0001"]}',
+    "groups as objects": b'{"version": 1, "index_sha256": "SHA", "groups": [{"lidc/0001": 1, "lidc/0002": 1}]}',
     "an unknown group": b'{"version": 1, "index_sha256": "SHA", "groups": [["lidc/0001", "lidc/9"]]}',
     "a number as hash": b'{"version": 1, "index_sha256": 3, "groups": []}',
 }

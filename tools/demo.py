@@ -129,18 +129,18 @@ def budget(stages, notes):
     """(updates to plan, seconds that the stage `train` may take), for the speed and the seconds noted so far.
 
     notes["minutes"]: that the user asked for; None: what PROMISE_S leaves when the rest goes on at the pace of the
-    stages so far, at most what it takes on a quiet machine. LEAST updates are made in any case.
+    stages so far, of which updates are planned for at most what a quiet machine takes. LEAST are made in any case.
     """
     k, seconds, rate = NAMES.index("train"), notes["seconds"], notes.get("updates_per_minute", 0) / 60
     slow = pace(stages[:k], seconds)
     starts, usual = slow * STARTS_S, stages[k].seconds - STARTS_S
     if notes["minutes"]:
-        updating = 60 * notes["minutes"]
+        room = 60 * notes["minutes"]
     else:
         spent = sum(seconds.get(stage.name, 0) for stage in stages[:k])
-        updating = min(usual, PROMISE_S - spent - starts - slow * sum(stage.seconds for stage in stages[k + 1 :]))
-    steps = max(LEAST, int(rate * updating) // 10 * 10)
-    return steps, starts + max(updating, LEAST / rate if rate else 0)
+        room = PROMISE_S - spent - starts - slow * sum(stage.seconds for stage in stages[k + 1 :])
+    steps = max(LEAST, int(rate * min(usual, room)) // 10 * 10)
+    return steps, starts + max(room, LEAST / rate if rate else 0)
 
 
 def updates_per_minute(speed_dir):
@@ -261,7 +261,9 @@ def collect(out):
         losses=last_per_step(lines, "loss"),
         steps=config["steps"],
         chance=math.log(config["prototypes"]),
-        status=read_part(run_dir / "monitor" / "status.json", {"verdict": str, "code": int, "findings": list}),
+        status=read_part(
+            run_dir / "monitor" / "status.json", {"verdict": str, "code": int, "step": int, "findings": list}
+        ),
         judged=read_part(run_dir / "probe" / "results.json", {"test": dict})["test"],
         heat=read_part(run_dir / "heatmaps" / "heatmaps.json", {"verdict": list})["verdict"],
         resumed_at=[line["step"] for line in events],
@@ -282,8 +284,8 @@ def summary(results):
     first, last = results.losses[0], results.losses[-1]
     findings = "; ".join(finding["text"] for finding in results.status["findings"])
     resumed = " and ".join(map(str, results.resumed_at)) or "no step"
-    updates = f"{last['step']} updates"
-    if last["step"] < results.steps:
+    updates = f"{results.status['step']} updates"
+    if results.status["step"] < results.steps:
         updates += f" of {results.steps}: the machine became slower and time was up"
     elif results.steps <= LEAST:
         updates += ", the least: this machine is slow or busy"

@@ -226,7 +226,7 @@ def unpack(part, folder, series):
                 f.flush()
                 os.fsync(f.fileno())
             if md5s.get(name, digest.hexdigest()) != digest.hexdigest():
-                raise zipfile.BadZipFile(f"the MD5 of {shown(name)} is not {shown(md5s[name])}")
+                raise zipfile.BadZipFile(f"the MD5 of {name} is not {md5s[name]}")
     return bool(md5s)
 
 

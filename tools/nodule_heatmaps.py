@@ -437,8 +437,7 @@ def build_parser():
     parser.add_argument("--split", default="val_test", choices=(*data.PURPOSES.values(), "all"), help="whose nodules; "
                         "all: every patient, whatever the split")  # fmt: skip
     parser.add_argument("--allow-seen", action="store_true", help="look at training patients too; said in the titles")
-    parser.add_argument("--allow-duplicates", action="store_true", help="also where near-duplicates cross the splits; "
-                        "said in the titles")  # fmt: skip
+    parser.add_argument("--allow-duplicates", action="store_true", help="also if some cross the splits; titled so")
     parser.add_argument("--crop-mm", type=float, default=96, help="side of a crop")
     parser.add_argument("--size", type=positive, default=448, help="pixels of a crop; 448 of 96 mm: patches of 3.4 mm")
     parser.add_argument("--layer", type=int, default=-1, help="block whose attention is drawn; -1: the last")
@@ -477,17 +476,16 @@ def main(argv=None):
     exposure = data.refuse_leak(facts, source.take(judged), f"split {args.split}", args.allow_seen)
     vit = load_backbone(args.ckpt)
     view, patches = judge.choose_view(facts, source.encoding, args.size, vit.patch_size), args.size // vit.patch_size
+    device, masks = pick_device(args.device), args.data / "_labels" / "masks"
     why = f"heatmaps of {args.n} nodules, --split {args.split}"
     used_by = judge.used_by("tools/nodule_heatmaps.py", args.ckpt, labels, why)
     source = open_split(source, args.split, used_by, args.allow_duplicates)
-    masks = args.data / "_labels" / "masks"
     targets, skipped = choose(source, rows, args.n, masks, args.crop_mm, patches, args.seed)
     for item in skipped:
         print(f"passed over {shown(item['id'])}: {item['reason']}")
     if len(targets) < 2:
         raise ValueError(f"{labels}: {len(targets)} usable nodules in split {args.split}, at least 2 are needed")
 
-    device = pick_device(args.device)
     nets = [net.to(device) for net in (vit, *judge.random_backbones(vit.arch, args.seed, RANDOM_DRAWS))]
     maps = look_at_all(nets, source, targets, view, args.layer, device)
     numbers, own = measure(maps, targets, args.seed)
