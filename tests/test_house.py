@@ -157,7 +157,14 @@ def import_seconds():
     return processor_seconds(["-c", "import torch"], ROOT)[0]
 
 
-@pytest.mark.parametrize("name", programs())
+ALONE = (
+    "train_ssl.py",
+    "monitor.py",
+    "tools/make_splits.py",
+)  # tried in a process of their own; the others in this one
+
+
+@pytest.mark.parametrize("name", ALONE)
 def test_help_is_quick_and_touches_nothing(name, tmp_path, import_seconds):
     seconds, out = processor_seconds([ROOT / name, "--help"], tmp_path)
     assert out.startswith("usage:")
@@ -165,11 +172,24 @@ def test_help_is_quick_and_touches_nothing(name, tmp_path, import_seconds):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", programs())
+@pytest.mark.parametrize("name", ALONE)
 def test_an_unknown_flag_is_one_line_and_exit_code_2(name):
     done = subprocess.run([sys.executable, ROOT / name, "--no-such-flag"], capture_output=True, text=True)
     assert done.returncode == 2
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
+@pytest.mark.parametrize("name", programs())
+def test_help_and_unknown_flags_at_the_border(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    module = importlib.import_module(name[:-3].replace("/", "."))
+    for flag, code in (("--help", 0), ("--no-such-flag", 2)):
+        with pytest.raises(SystemExit) as ended:
+            module.main([flag])
+        printed = capsys.readouterr()
+        assert ended.value.code == code
+        assert printed.out.startswith("usage:") if code == 0 else len(printed.err.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
 
 
 def test_gitignore_entries_are_anchored():
