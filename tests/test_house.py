@@ -113,6 +113,39 @@ def test_an_imported_program_is_noticed_wherever_the_import_stands():
     assert "train_ssl" in imported_programs(planted, "tools/lib/loop.py")
 
 
+TESTERS = ("train_probe.py", "tools/nodule_heatmaps.py")  # may score on val_test; each look is recorded
+
+
+def doors(source):
+    """Ways to images or splits in a file: calls that may open val_test, and files of _splits/ that are named."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call):
+            name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            purpose = node.args[1] if len(node.args) > 1 else None
+            harmless = isinstance(purpose, ast.Constant) and purpose.value in ("fit", "select", "calibrate")
+            if name == "split_names" or name == "open_for" and not harmless:
+                found.add(name)
+        elif isinstance(node, ast.Constant) and node.value == "test_uses.jsonl":
+            found.add(node.value)
+    return found
+
+
+@pytest.mark.parametrize("name", existing(PROGRAMS) + modules_of("tools") + modules_of("tools/lib"))
+def test_val_test_has_one_door(name):
+    allowed = {"open_for", "split_names"} if name in TESTERS else set()
+    if name == "tools/validate_samples.py":  # draws pictures, scores nothing, and refuses val_test
+        allowed = {"open_for"}
+    assert doors((ROOT / name).read_text()) <= allowed
+
+
+def test_a_second_door_is_noticed():
+    assert doors('def f(p):\n    return data.open_for("x", "test", {})') == {"open_for"}
+    assert doors('def f(p):\n    return open_for("x", p)') == {"open_for"}
+    assert doors('split_names(s); open_for("x", "fit")') == {"split_names"}
+    assert doors('open(p / "test_uses.jsonl")') == {"test_uses.jsonl"}
+
+
 @pytest.mark.parametrize("name", modules_of("tools/lib"))
 def test_a_module_does_not_run(name):
     text = (ROOT / name).read_text()
@@ -157,11 +190,8 @@ def import_seconds():
     return processor_seconds(["-c", "import torch"], ROOT)[0]
 
 
-ALONE = (
-    "train_ssl.py",
-    "monitor.py",
-    "tools/make_splits.py",
-)  # tried in a process of their own; the others in this one
+# tried in a process of their own; the others in this one
+ALONE = ("train_ssl.py", "monitor.py", "tools/make_splits.py")  # tried in a process of their own, others in this one
 
 
 @pytest.mark.parametrize("name", ALONE)
