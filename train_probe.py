@@ -176,8 +176,9 @@ def open_samples(source, table, splits, used_by, allow_duplicates):
         raise ValueError(f"{data.split_path(source.root)}: split {shown(unknown[0])} has no purpose; known are {known}")
     chosen = data.open_for(source, purposes, used_by, allow_duplicates=allow_duplicates)
     rows = [source.rows[i] for i in table.rows]
-    z = "z" if source.encoding == "hu16-v1" else None
-    return chosen, table._replace(rows=np.array([data.find_slice(chosen, row["path"], row.get(z)) for row in rows]))
+    volume = source.encoding == "hu16-v1"
+    moved = [data.find_slice(chosen, row["path"], row["z"] if volume else None) for row in rows]
+    return chosen, table._replace(rows=np.array(moved))
 
 
 # ----- features: extracted once, cached under the hash of (weights, images, framing)

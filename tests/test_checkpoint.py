@@ -300,6 +300,11 @@ def swapped(name, data):
     return {"archive/data/0": "archive/data/1", "archive/data/1": "archive/data/0"}.get(name, name)
 
 
+def calling(name, data, code):
+    """The first 1 in the pickle becomes a call."""
+    return data.replace(b"K\x01", code, 1) if name.endswith("data.pkl") else data
+
+
 ODD_ZIPS = {  # what is not from torch.save, though every CRC is right
     "deflated": lambda n, d: [(member(n, zipfile.ZIP_DEFLATED * n.endswith("data/0")), d)],
     "bzip2": lambda n, d: [(member(n, zipfile.ZIP_BZIP2), d)],
@@ -310,8 +315,8 @@ ODD_ZIPS = {  # what is not from torch.save, though every CRC is right
     "two of one name": lambda n, d: (
         [(member(n.replace("data/0", "DATA/0")), d[::-1])] * n.endswith("data/0") + [(member(n), d)]
     ),
-    "bytearray": lambda n, d: [(member(n), d.replace(b"K\x01", b"c__builtin__\nbytearray\nJ\0\0\0\x7f\x85R", 1))],
-    "memory of no member": lambda n, d: [(member(n), d.replace(b"K\x01", b"ctorch\nFloatTensor\nM\0\x10\x85R", 1))],
+    "bytearray": lambda n, d: [(member(n), calling(n, d, b"c__builtin__\nbytearray\nJ\0\0\0\x7f\x85R"))],
+    "memory of no member": lambda n, d: [(member(n), calling(n, d, b"ctorch\nFloatTensor\nM\0\x10\x85R"))],
 }
 
 

@@ -468,6 +468,14 @@ def test_what_cannot_be_looked_at_is_passed_over_and_named(root, tmp_path, capsy
     assert "passed over n7: no crop of 48 mm" in capsys.readouterr().out
 
 
+def test_a_table_whose_slice_number_is_not_that_of_its_picture_is_not_believed(tmp_path):
+    root = make_nodules(tmp_path / "data", encoding="rgb-v1")
+    table = root / "_labels" / "nodules.csv"
+    table.write_text(table.read_text().replace("n8,toy/1.2.8/0002.png,2", "n8,toy/1.2.8/0002.png,3"))
+    report, _ = look(root, save(tmp_path / "run.pth", bright_vit(), "rgb-v1"))
+    assert report["skipped"] == [{"id": "n8", "reason": "its slice is not in the index"}]
+
+
 def replaced(path, number, column, text):
     """A table with one other cell; the header is row 1."""
     lines = [line.split(",") for line in path.read_text().splitlines()]

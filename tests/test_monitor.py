@@ -471,6 +471,13 @@ IMAGES = ["", "[1]", "{}", "\x80", "[" * 10**5, '{"version": 2, "images": ["a"]}
 IMAGES += [f'{{"version": 1, "images": {value}}}' for value in ("3", "[3]", "[]")]
 
 
+def test_no_array_is_read_before_its_size_is_known(tmp_path, monkeypatch):
+    (tmp_path / "first.npz").write_bytes(DAMAGED_FIRST["a claim"])
+    monkeypatch.setattr(np, "frombuffer", lambda *_, **__: pytest.fail("read"))
+    with pytest.raises(ValueError, match="mean is not as long as its numbers"):
+        sheet.read_first(tmp_path / "first.npz")
+
+
 @pytest.mark.parametrize("text", IMAGES)
 def test_a_damaged_list_of_images_is_one_sentence(toy, capsys, text):
     toy.write()
@@ -540,6 +547,10 @@ ODD_STATES = {
     "unknown option": change("arch", "overrides", to={"dept": 3}),
     "odd arch": change("arch", "overrides", to={"depth": "many"}),
     "another arch": change("arch", "overrides", to={"depth": 3}),
+    "provenance as number": change("provenance", to=3), "no known": change("provenance", to={"seen": []}),
+    "no salt": change("provenance", "seen", to=[{"groups": []}]),
+    "odd hashes": change("provenance", "seen", 0, "groups", to=[[]]),
+    "no hashes": change("provenance", "seen", 0, "series", to=3),
     "grace as text": change("args", "grace", to="0.1"), "a weight missing": lambda state: state["teacher"].popitem(),
     "a weight too many": change("student", "more\x1b[2J", to=torch.zeros(1)),
     "no tensor": change("teacher", "backbone.cls_token", to=3),

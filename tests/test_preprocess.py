@@ -1072,7 +1072,7 @@ HUGE = {
     "depth": lambda: with_private(nested(10_000)),
     "items": lambda: with_private(flat(10**6)),
     "items, big endian": lambda: with_private(flat(10**6).replace(b"\xfe\xff\x00\xe0", b"\xff\xfe\xe0\x00")),
-    "deflated": lambda: deflated(200 << 20),
+    "deflated": lambda: deflated(140 << 20),
 }
 
 

@@ -397,7 +397,7 @@ PAIRS = covering(TABLE, REFUSED)
 SLOW = 6  # rows that .ci/run takes
 # What would cost every row minutes, or its evaluation, is in one row each, with the defaults of these flags beside it.
 ALONE = [
-    {"compile": ON},
+    {"compile": ON, "sizes": "32/16,48/32", "precision": DEFAULT},  # as highres.sh says, which runs uncompiled above
     {"no_split": ON},
     {"arch": "vit_tiny", "init": DEFAULT},
     {"drop_path": "1"},
@@ -516,9 +516,9 @@ def test_flags_run_together_on_two_ranks(cooks, kitchen, tmp_path, number):
     total = int(row["steps"]) + (0 if row["extend"] == DEFAULT else int(row["extend"]))
     how = (signal.SIGTERM, signal.SIGKILL)[number % 2]
     codes = on_two_ranks(cooks, words, log, (7, how))
-    assert codes == [0, 0] if how == signal.SIGTERM else codes[0] == -how, (codes, log.read_text()[-3000:])
+    assert codes == [0, 0] if how == signal.SIGTERM else codes[0] == -how, f"{codes} {log.read_text()[-3000:]}"
     codes = on_two_ranks(cooks, [*words, "--resume", "auto"], log)
-    assert codes == [0, 0], log.read_text()[-3000:]
+    assert codes == [0, 0], f"{codes} {log.read_text()[-3000:]}"
 
     events = [line["event"] for line in lines(out, "event")]
     assert 7 <= resumed_at(out) < total

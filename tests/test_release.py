@@ -1,5 +1,6 @@
 """What leaves the house: the right weights in the right layout, numbers with their baselines, and nobody's name."""
 
+import errno
 import hashlib
 import json
 import re
@@ -292,6 +293,14 @@ def test_what_a_kill_left_behind_is_swept_and_what_is_there_is_kept(ckpt):
     with pytest.raises(FileExistsError, match="exists and is not empty"):
         export(ckpt)
     assert (out / "README.md").read_bytes() == before
+
+
+def test_a_full_disk_is_named(ckpt, monkeypatch):
+    def no_room(path, writer):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(release, "atomic_write", no_room)
+    refused(r"No space left on device: '.*out/\.dinox-ct\.tmp'", ckpt, error=OSError)
 
 
 def test_wrong_input_is_named(ckpt, tmp_path):

@@ -1,8 +1,8 @@
 """The main job from end to end on a drawn chest: DICOM in, malignancy AUC out. No GPU, no data, no network needed.
 
 Runs the programs of this repository by the commands that a user types, printed before each; pretraining is killed once
-on purpose and resumes. Writes runs/demo/report.html and report.png. At most 6 minutes on 2 CPU cores: on a slow or
-busy machine pretraining makes fewer updates.
+on purpose and resumes. Writes runs/demo/report.html and report.png. At most 6 minutes on 2 CPU cores: beside a
+neighbour pretraining makes fewer updates, 40 at least, which fits as long as everything takes at most twice as long.
 
     python tools/demo.py
     python tools/demo.py --stage probe report      # these stages again, on what is there
@@ -125,22 +125,40 @@ def pace(stages, seconds):
     return max(1.0, statistics.median(ratios or [1.0]))
 
 
-def budget(stages, notes):
-    """(updates to plan, seconds that the stage `train` may take), for the speed and the seconds noted so far.
+def room(stages, notes, slow, used=0):
+    """Seconds for updates that are left, when everything else goes on `slow` times slower than on a quiet machine.
 
-    notes["minutes"]: that the user asked for; None: what PROMISE_S leaves when the rest goes on at the pace of the
-    stages so far, of which updates are planned for at most what a quiet machine takes. LEAST are made in any case.
+    notes["minutes"]: that the user asked for; None: what PROMISE_S leaves. used: by pretraining so far.
     """
-    k, seconds, rate = NAMES.index("train"), notes["seconds"], notes.get("updates_per_minute", 0) / 60
-    slow = pace(stages[:k], seconds)
-    starts, usual = slow * STARTS_S, stages[k].seconds - STARTS_S
     if notes["minutes"]:
-        room = 60 * notes["minutes"]
-    else:
-        spent = sum(seconds.get(stage.name, 0) for stage in stages[:k])
-        room = PROMISE_S - spent - starts - slow * sum(stage.seconds for stage in stages[k + 1 :])
-    steps = max(LEAST, int(rate * min(usual, room)) // 10 * 10)
-    return steps, starts + max(room, LEAST / rate if rate else 0)
+        return 60 * notes["minutes"] - used
+    k = NAMES.index("train")
+    spent = sum(notes["seconds"].get(stage.name, 0) for stage in stages[:k])
+    rest = STARTS_S + sum(stage.seconds for stage in stages[k + 1 :])
+    return PROMISE_S - spent - used - slow * rest
+
+
+def budget(stages, notes):
+    """(updates to plan, seconds for them), by the speed and the seconds noted so far; LEAST updates in any case.
+
+    What a quiet machine takes for pretraining is enough, also where there is room for more.
+    """
+    k, rate = NAMES.index("train"), notes.get("updates_per_minute", 0) / 60
+    seconds = room(stages, notes, pace(stages[:k], notes["seconds"]))
+    steps = max(LEAST, int(rate * min(stages[k].seconds - STARTS_S, seconds)) // 10 * 10)
+    return steps, max(seconds, LEAST / rate if rate else 0)
+
+
+def budget_again(stages, notes, done, used):
+    """Seconds for the updates after `done`, which took `used` seconds.
+
+    Where they were slower than the trial run, a neighbour is there, and the stages to come take longer too: about
+    half of that, since they keep one core rather than two (updates 2.8 times, the rest 1.6 times slower, 2026-11).
+    """
+    slower = notes["updates_per_minute"] / 60 * used / max(done, 1)
+    slow = pace(stages[: NAMES.index("train")], notes["seconds"]) * max(1, (1 + slower) / 2)
+    least = (LEAST - done) * used / max(done, 1)
+    return max(room(stages, notes, slow, used), least, 6)  # the run stops after an update, so it makes one at least
 
 
 def updates_per_minute(speed_dir):
@@ -209,23 +227,23 @@ def call_and_kill(command, run_dir, at_step, seconds):
     print(f"it ended with exit code {code} and left {run_dir / 'last.pth'}", flush=True)
 
 
-def train(command, run_dir, steps, seconds):
-    """Pretraining in two halves; the second may take what the first left of `seconds` -> exit code."""
-    end = time.monotonic() + seconds
-    call_and_kill(command, run_dir, steps // 2, seconds / 2)
-    minutes = max(end - time.monotonic(), 6) / 60  # the run stops after any update, so it makes one at least
+def train(command, run_dir, steps, seconds, stages, notes):
+    """Pretraining in two halves, the second within what is left of the time -> exit code."""
+    began = time.monotonic()
+    call_and_kill(command, run_dir, steps // 2, (seconds + STARTS_S) / 2)
+    minutes = budget_again(stages, notes, last_step(run_dir), time.monotonic() - began) / 60
     print(f"the same command goes on; it may take the {minutes:.1f} minutes that are left", flush=True)
     return call(f"{command} --time-limit {minutes:.2f}")
 
 
-def perform(stage, out, steps, seconds):
-    """Run the commands of a stage; `seconds`: what pretraining may take."""
+def perform(stage, out, train_now):
+    """Run the commands of a stage; `train_now` runs that of pretraining."""
     for path in stage.clears:
         if (ROOT / path).exists():
             print(f"$ rm -r {path}", flush=True)
             shutil.rmtree(ROOT / path)
     for command in stage.commands:
-        code = train(command, out / "run", steps, seconds) if stage.name == "train" else call(command)
+        code = train_now(command) if stage.name == "train" else call(command)
         if code not in stage.fine:
             again = f"python tools/demo.py --out {shlex.quote(str(out))} --stage {stage.name}"
             raise ValueError(f"stage {stage.name} ended with exit code {code}, see above; it alone again: {again}")
@@ -427,7 +445,7 @@ def run_stage(k, device, folder, out, notes):
         if "updates_per_minute" not in notes:
             raise ValueError("how many updates fit is not known yet: run tools/demo.py --stage speed first")
         print(f"{steps} updates are planned, in at most {seconds / 60:.1f} minutes", flush=True)
-    perform(stage, out, steps, seconds)
+    perform(stage, out, lambda command: train(command, out / "run", steps, seconds, stages, notes))
     if stage.name == "speed":
         notes["updates_per_minute"] = updates_per_minute(out / "speed")
         print(f"{notes['updates_per_minute']:.0f} updates a minute")

@@ -574,6 +574,9 @@ def main(argv=None):
         refuse_secrets(staging, secrets_of(facts, args.ckpt.parent, args.out.parent))
         os.replace(staging, args.out)
         checkpoint.fsync_folder(staging.parent)
+    except OSError as error:
+        error.filename = error.filename or str(staging)  # "No space left on device" names no place
+        raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     for path in sorted(args.out.iterdir()):

@@ -22,6 +22,7 @@ import numpy as np
 
 import checkpoint
 import data
+from model import is_provenance
 from tools.lib.files import is_a, last_per_step, read_json_file, read_lines, wrong_field
 from tools.lib.loop import LARGEST_VIEW, OTHER_CODE, read_recipes
 
@@ -71,6 +72,8 @@ def check_state(path, state):
             wrong = f"eval_view is {view['size']} pixels wide, expected 1 to {LARGEST_VIEW}"
         elif state["encoding"] == "hu16-v1" and not view["window"]:
             wrong = "eval_view has no window for hu16-v1"
+        elif not isinstance(seen := state.get("provenance", {}), dict) or seen and not is_provenance(seen):
+            wrong = "provenance is not known, and seen with a salt and hashes for each data set"
     if wrong:
         raise ValueError(f"{path}: {wrong}; use another checkpoint of the same run, or the code that wrote it")
 
