@@ -259,7 +259,7 @@ def center(logits, centers, key, w):
         return losses.sinkhorn(logits, w.teacher_temp)
     if w.centering == "none":
         return F.softmax(logits.float() / w.teacher_temp, -1)
-    old = centers.get(key, torch.zeros_like(logits[0], dtype=torch.float32))
+    old = centers.get(key, logits.new_zeros(logits.shape[1], dtype=torch.float32))  # there may be no row
     targets, centers[key] = losses.softmax_center(logits, old, w.teacher_temp)
     return targets
 
@@ -641,7 +641,7 @@ def build_run(args, backbone, source, rank, world, device):
     nets = [m for m in (student, teacher, gram_net) if m is not None]
     if args.compile:
         for block in (block for m in nets for block in getattr(m, "backbone", m).blocks):
-            block.compile()
+            block.compile(dynamic=False)  # mixed --sizes: guessed dynamic shapes fail in the backward (torch 2.13, CPU)
     for m in nets:
         if args.fsdp and world > 1:
             loop.shard(m, device)  # from the CPU, part by part: no card ever holds a whole network

@@ -154,7 +154,7 @@ def test_the_update_is_that_of_train_ssl_to_the_bit(folder, tmp_path, gram):
 
 def test_a_way_is_what_its_name_says(folder, monkeypatch):
     compiled = []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda block: compiled.append(block))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda block, **_: compiled.append(block))
     plain = bench.make_run(bench.train_args(toy_point(folder), ""), CPU)
     assert plain.args.micro_batch == 4 and not plain.student.backbone.checkpointing and not compiled
     args = bench.train_args(toy_point(folder), "accumulate 4")

@@ -162,7 +162,7 @@ class Shop:
         self.root, self.data = root, make_ct(root / "data", series=10)
         make_split(self.data, {f"toy/P{i}": "train" if i < 6 else "val_select" for i in range(9)})
         self.env = ENV | {"TORCHINDUCTOR_CACHE_DIR": str(root / "inductor"), "PATIENTS": "8", "SIZE": "64", "WAIT": "1"}
-        self.whole = {}
+        self.whole, self.started = {}, []
 
     def words(self, name, out):
         given = [self.data, out]
@@ -176,7 +176,9 @@ class Shop:
         """The typed recipe, its output in OUT.log."""
         words = self.words(name, out)
         with open(f"{out}.log", "a") as log:
-            return subprocess.Popen(words, env=self.env, stdout=log, stderr=log, start_new_session=True)
+            process = subprocess.Popen(words, env=self.env, stdout=log, stderr=log, start_new_session=True)
+        self.started.append(process)
+        return process
 
     def folder(self, name, out):
         return out / "run" if name == "smoke_cpu" else out
@@ -196,7 +198,7 @@ class Shop:
 def shop(tmp_path_factory):
     shop = Shop(tmp_path_factory.mktemp("recipes"))
     yield shop
-    for process in shop.whole.values():
+    for process in shop.started:
         kill(tree(process.pid) if process.poll() is None else [])
 
 
@@ -451,6 +453,7 @@ def test_what_is_left_out_is_refused_in_one_sentence(kitchen, tmp_path, pair):
 
 def rank_process(rank, port, words, log, signal_at):
     """What torchrun starts; signal_at: (update, signal) that this process gets once that update is saved."""
+    multiprocessing.set_start_method("fork", force=True)  # of readers, as in a process that was not forked itself
     number = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(number, 1), os.dup2(number, 2)
     os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=port)
@@ -460,6 +463,8 @@ def rank_process(rank, port, words, log, signal_at):
         real(source, target)
         if (checkpoint.step_of(target) or 0) >= signal_at[0]:
             os.replace = real
+            if signal_at[1] == signal.SIGKILL:
+                kill(tree(os.getpid())[1:])  # readers: who is gone cannot be asked for them
             os.kill(os.getpid(), signal_at[1])
 
     if signal_at:
@@ -495,15 +500,11 @@ def on_two_ranks(context, words, log, signal_at=None):
     ranks = [context.Process(target=rank_process, args=arguments) for arguments in given]
     for process in ranks:
         process.start()
-    ranks[0].join(240)
+    ranks[0].join(400)
     if ranks[0].exitcode != 0:
         kill([pid for process in ranks for pid in tree(process.pid)])
     ranks[1].join(60)
     return [process.exitcode for process in ranks]
-
-
-def id_of(row):
-    return " ".join(flag_words({k: v for k, v in row.items() if v != TABLE[k][0]}))
 
 
 @pytest.mark.proof

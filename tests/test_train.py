@@ -812,3 +812,8 @@ def test_teacher_is_a_moving_average_not_the_student():
 def test_original_state_helper_is_the_one_used_by_the_model():
     state, periods = state_from_original({"storage_tokens": torch.ones(1), "rope_embed.periods": torch.ones(2)})
     assert list(state) == ["register_tokens"] and periods is not None
+
+
+def test_a_batch_without_masks_has_a_softmax_centre_too(folder, tmp_path):
+    assert train(folder, tmp_path / "run", "--steps", "2", "--centering", "softmax", "--mask-probability", "0") == 0
+    assert all(t.isfinite().all() for t in checkpoint.load(tmp_path / "run" / "last.pth")["centers"].values())
