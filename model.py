@@ -882,13 +882,7 @@ def load_backbone(path, allow_partial=False, quiet=False, **overrides):
         state, arch = recognise(path, content, config)
         with torch.device("meta"):  # no time or memory for weights that are replaced at once
             vit = build_vit(arch["name"], **{**arch["overrides"], **overrides})
-    except (
-        ValueError,
-        TypeError,
-        LookupError,
-        ArithmeticError,
-        RuntimeError,
-    ) as error:  # torch, of shapes that do not fit
+    except (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError) as error:  # torch, of odd shapes
         reason = " ".join(str(error).split())
         raise ValueError(reason if str(path) in reason else f"{path}: {reason[:400]}") from None
     own = vit.state_dict()

@@ -151,9 +151,9 @@ def test_cross_validation_tests_every_row_once_per_repeat_or_says_that_it_cannot
         assert not any(set(groups[f]) & set(groups[h]) for f, h in zip(fit, test))
     assert (plans[0][1] != plans[1][1]).any()
     assert t.plan_cv(y, groups, 3, 5) is None  # nobody of the third class
-    few = np.zeros(20, int)
-    few[:1] = 1
-    assert t.plan_cv(few, np.arange(20).astype(str), 2, 5) is None
+    for carriers, enough in ((1, False), (2, False), (3, True)):  # of two, one alone would choose C
+        few = (np.arange(20) < carriers).astype(int)
+        assert bool(t.plan_cv(few, np.arange(20).astype(str), 2, 5)) == enough
 
 
 @pytest.mark.parametrize("noise, kind", [(0.3, t.ALONE), (None, t.BOTH)])

@@ -487,8 +487,9 @@ def test_wrong_input_is_named(root, tmp_path):
     ckpt = save(tmp_path / "run.pth", bright_vit())
 
     def refused(match, *flags, folder=root, weights=ckpt, error=ValueError):
-        with pytest.raises(error, match=match):
+        with pytest.raises(error, match=match) as raised:
             look(folder, weights, *flags)
+        assert len(str(raised.value)) < 600
 
     refused("not a multiple of the patch size 16", "--size", "100")
     refused("none of its 12 nodules is in the chosen split", "--split", "val_calib")

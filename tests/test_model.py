@@ -787,6 +787,7 @@ def odd_weights():
     yield {"blocks.0.mlp.fc1.weight": torch.ones(())}, r"fc1.weight has shape \[\], expected 2 axes"
     yield {"storage_tokens": torch.ones(4)}, r"register_tokens has shape \[4\], expected 3 axes"
     yield {"register_tokens": torch.ones(1, 4, 48)}, "register_tokens and storage_tokens"
+    yield {"blocks.9.attn.qkv.bias": torch.ones(1)}, ""
     for periods in (torch.ones(()), torch.ones(0), torch.ones(7), torch.ones(2, 2)):
         yield {"rope_embed.periods": periods}, ""
     for dtype in (torch.int32, torch.bool, torch.complex64, torch.float8_e4m3fn):

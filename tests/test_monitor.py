@@ -455,6 +455,16 @@ DAMAGED_FIRST = {
 
 
 @pytest.mark.parametrize("name", DAMAGED_FIRST)
+def test_a_damaged_first_npz_is_a_reason_and_not_numpys(tmp_path, name):
+    (tmp_path / "first.npz").write_bytes(DAMAGED_FIRST[name])
+    with pytest.raises(ValueError, match=".") as caught:
+        sheet.read_first(tmp_path / "first.npz")
+    assert "allow_pickle" not in str(caught.value) and len(str(caught.value)) <= 200
+    (tmp_path / "first.npz").write_bytes(npz())
+    assert sheet.read_first(tmp_path / "first.npz")["step"] == 7
+
+
+@pytest.mark.parametrize("name", ["cut", "an object", "a bomb"])
 def test_a_damaged_first_look_is_made_anew_and_said(toy, capsys, name):
     toy.write()
     toy.out.mkdir()
