@@ -568,64 +568,6 @@ def record_look(root, used_by):
         os.fsync(f.fileno())
 
 
-def plain_name(text):
-    """Names that people would take for one: `P1` and `p1 `, with any spaces around the parts of a path."""
-    return "/".join(part.strip().casefold() for part in text.split("/"))
-
-
-def fingerprint(salt, text):
-    """16 hex digits that stand for a name where the name itself must not be told."""
-    return hashlib.sha256(f"{salt} {text}".encode()).hexdigest()[:16]
-
-
-def provenance_of(source, files=False):
-    """What a Source is made of, as hashes to compare and not to read; `files`: also of the bytes of each file."""
-    salt = source.index_sha256
-    used = np.unique(source.series) if source.encoding != "photo" else ()
-    found = {"salt": salt, "groups": [fingerprint(salt, plain_name(g)) for g in source.groups]}
-    found["series"] = [fingerprint(salt, source.rows.names["series"][code]) for code in used]
-    paths = sorted({source.path(i) for i in range(len(source))}) if files else ()
-    found["files"] = [fingerprint(salt, file_sha256(path)) for path in paths]
-    return {key: value if key == "salt" else sorted(set(value)) for key, value in found.items()}
-
-
-def rows_named(rows, key, test):
-    """Which rows [n] have a name in this column that passes the test."""
-    return np.isin(rows.columns[key], [c for c in np.unique(rows.columns[key]) if test(rows.names[key][c])])
-
-
-class Exposure(NamedTuple):
-    """What weights have seen of a Source."""
-
-    groups: list  # sorted names of the groups that they were trained on
-    known: bool  # False: they, or those they started from, do not say what they were trained on
-
-
-def refuse_leak(facts, source, what, allow=False):
-    """Compare what weights were trained on (their facts, see model.read_facts) with a Source -> Exposure.
-
-    By names of groups, and by hashes of groups, series and files, so that a renamed data set is recognised.
-    """
-    trained = facts.get("trained_groups") or ()
-    provenance = facts.get("provenance") or {"known": bool(trained), "seen": []}
-    rows, clear = source.rows, {plain_name(group) for group in trained}
-    seen = rows_named(rows, "group", lambda name: plain_name(name) in clear)
-    for entry in provenance["seen"]:
-        salt, hashes = entry["salt"], {key: set(entry.get(key) or ()) for key in ("groups", "series", "files")}
-        seen |= rows_named(rows, "group", lambda n: fingerprint(salt, plain_name(n)) in hashes["groups"])  # noqa: B023
-        seen |= rows_named(rows, "series", lambda n: fingerprint(salt, n) in hashes["series"])  # noqa: B023
-        if hashes["files"]:
-            same = (fingerprint(salt, file_sha256(source.path(i))) in hashes["files"] for i in range(len(source)))
-            seen |= np.fromiter(same, bool, len(source))
-    groups = sorted({rows.names["group"][code] for code in rows.columns["group"][seen]})
-    if groups and not allow:
-        raise ValueError(
-            f"leak: {len(groups)} groups of {what} were in the training of these weights ({', '.join(groups[:5])}); "
-            "take weights trained under this split (--allow-seen, where a program has it, goes on and says so)"
-        )
-    return Exposure(groups, bool(provenance["known"]))
-
-
 # The plan: every random choice about every view, drawn from (seed, step, sample id) alone.
 
 

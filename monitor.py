@@ -31,7 +31,7 @@ import checkpoint
 import data
 import losses
 from model import ProjectionHead, SSLModel, Tokens, build_vit
-from tools.lib import page, runs, sheet
+from tools.lib import page, provenance, runs, sheet
 from tools.lib.cli import Parser, is_ours, pick_device, positive, run, shown
 from tools.lib.files import NUMBER, read_json_file
 from tools.lib.fits import neighbours
@@ -112,7 +112,7 @@ def open_slices(state, root, notes):
         raise ValueError(f"--data {root} holds {source.encoding}, the run was trained on {state['encoding']}")
     if run_args["no_split"]:
         return source
-    exposure = data.refuse_leak(state, source, "val_select", allow=True)
+    exposure = provenance.refuse_leak(state, source, "val_select", allow=True)
     if exposure.groups:
         count = f"{exposure.groups[0]} ({len(exposure.groups)} groups in all)"
         raise ValueError(f"leak: {root}: the run trained on {count} of val_select; give --data with the run's split")

@@ -30,7 +30,7 @@ from tqdm import tqdm
 import data
 from checkpoint import atomic_write, write_text
 from model import load_backbone, read_facts
-from tools.lib import fits, judge, page
+from tools.lib import fits, judge, page, provenance
 from tools.lib.cli import Parser, pick_device, positive, run, shown
 from tools.lib.files import csv_text
 from tools.lib.loop import git_commit
@@ -313,16 +313,16 @@ def plan_test(table, splits, seeds):
 
 
 def plan_all(source, table, splits, facts, args):
-    """{protocol: (rows kept, plans)}, {protocol: data.Exposure of its patients}, notes; refuses a leak."""
+    """{protocol: (rows kept, plans)}, {protocol: provenance.Exposure of its patients}, notes; refuses a leak."""
     plans, exposures, notes = {}, {}, []
     if args.protocol != "cv":
         tested = source.take(table.rows[splits == "val_test"])
-        exposures["test"] = data.refuse_leak(facts, tested, "val_test", args.allow_seen)
+        exposures["test"] = provenance.refuse_leak(facts, tested, "val_test", args.allow_seen)
         plans["test"] = plan_test(table, splits, args.seeds)
     if args.protocol != "test":
-        trained, known = data.refuse_leak(facts, source.take(table.rows), "the labels", allow=True)
+        trained, known = provenance.refuse_leak(facts, source.take(table.rows), "the labels", allow=True)
         keep = ~np.isin(table.patients, trained) | args.allow_seen
-        exposures["cv"] = data.Exposure(sorted(set(trained) & set(table.patients[keep].tolist())), known)
+        exposures["cv"] = provenance.Exposure(sorted(set(trained) & set(table.patients[keep].tolist())), known)
         if folds := fits.plan_cv(table.labels[keep], table.groups[keep], len(table.classes), REPEATS):
             plans["cv"] = keep, folds
         else:

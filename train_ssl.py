@@ -29,7 +29,7 @@ import checkpoint
 import data
 import losses
 from model import ARCHS, ProjectionHead, SSLModel, build_vit, draw_keep, draw_rope, load_backbone, pack
-from tools.lib import loop, optim
+from tools.lib import loop, optim, provenance
 from tools.lib.cli import Parser, natural, positive, run
 
 # ------------------------------------------------------------------ flags
@@ -598,6 +598,11 @@ def log_line(run, log, update, now, pace):
     pace.since, pace.done, pace.waited, pace.loss = time.perf_counter(), done, 0.0, values["loss"]
 
 
+def log_evaluation(run, held_out, now, log):
+    numbers = evaluate(run, held_out, weights_of(now, run.args))
+    log.numbers(log.done, {f"val_{key}": value for key, value in numbers.items()})
+
+
 def refresh_gram(run, step):
     """Anchor Gram anew where update `step` begins with a snapshot of the EMA teacher of this moment."""
     if gram_snapshots(step, run.args) > gram_snapshots(step - 1, run.args):
@@ -677,7 +682,7 @@ def train(args, rank, world, device):
     if path:
         trained = {key: facts[key] for key in ("trained_groups", "provenance") if key in facts}
     else:
-        trained = loop.trained_on((args.init, args.gram_teacher), source, held_out)
+        trained = provenance.trained_on((args.init, args.gram_teacher), source, held_out)
 
     # ------------------------------------------------------------------ readers, model
     backbone = build_backbone(args, facts.get("arch"))  # <- change the backbone there
@@ -743,15 +748,17 @@ def run_updates(run, batches, micros, held_out, steps, tools):
             log.event(done, "stopped: three updates in a row were not finite; start another --out with a lower "
                       "--lr or --clip (--init keeps this backbone)")  # fmt: skip
             return 3
+        looking = held_out and (done % args.eval_every == 0 or done == total)
+        if looking and not update.halt:  # before the save: a kill between the two must not lose the look
+            log_evaluation(run, held_out, now, log)
         if done % args.save_every == 0 or done == total or update.halt:
             state = pack_state(run, done)
             if run.rank == 0:
                 saver.save(done, state)
-        if held_out and not update.halt and (done % args.eval_every == 0 or done == total):
-            numbers = evaluate(run, held_out, weights_of(now, args))
-            log.numbers(done, {f"val_{k}": v for k, v in numbers.items()})
         if update.halt:
             saver.wait()
+            if looking:
+                log_evaluation(run, held_out, now, log)
             saved = f"saved at step {done}" if not saver.error else f"NOT saved: {saver.error}"
             log.event(done, f"interrupted, {saved}", why=stop.why() or "another rank")
             return 0

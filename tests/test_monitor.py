@@ -33,7 +33,7 @@ import losses
 import monitor as m
 import train_ssl as t
 from model import build_vit
-from tools.lib import loop, optim, runs, sheet
+from tools.lib import loop, optim, provenance, runs, sheet
 from tools.lib.files import read_lines
 
 torch.set_num_threads(1)
@@ -65,7 +65,7 @@ def healthy(tmp_path_factory):
     source = data.open_for(root, "fit")
     optimizer = torch.optim.AdamW(optim.param_groups(student, 0.9, 0.2), lr=0.0)
     recipes = t.make_recipes(args, source.encoding)
-    seen = {"known": True, "seen": [data.provenance_of(source)]}
+    seen = {"known": True, "seen": [provenance.provenance_of(source)]}
     seen = {"trained_groups": source.groups, "provenance": seen}
     cpu = torch.device("cpu")
     run = t.Run(args, 0, 1, cpu, source, recipes, student, teacher, student, optimizer, trained=seen)
@@ -773,7 +773,7 @@ def test_the_monitor_sees_leaks_by_hash_and_duplicates_that_cross(toy, capsys):
     (moved / "_splits" / "duplicates.json").write_text(json.dumps(sets))
     assert toy.write().look("--data", moved) == 0
     assert "note: 1 sets of duplicates lie in several splits" in capsys.readouterr().out
-    seen = data.provenance_of(data.open_for(moved, "select", allow_duplicates=True))
+    seen = provenance.provenance_of(data.open_for(moved, "select", allow_duplicates=True))
     toy.state["provenance"] = {"known": True, "seen": [seen]}  # by hash alone: their names are not in trained_groups
     assert toy.write().look() == 3
     assert "leak: " in (said := capsys.readouterr().err) and "the run trained on toy/P10 (6 groups in all)" in said

@@ -21,10 +21,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from checkpoint import write_text
-from data import file_sha256, find_table, plain_name, read_labels
+from data import file_sha256, find_table, read_labels
 from tools.lib.cli import Parser, run, shown
 from tools.lib.files import read_json_file
 from tools.lib.groups import join, open_data, same_patients
+from tools.lib.provenance import plain_name
 
 VERSION = 1
 SPLITS = ("train", "val_select", "val_calib", "val_test")

@@ -31,7 +31,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 from model import load_backbone, read_facts
-from tools.lib import judge, sheet
+from tools.lib import judge, provenance, sheet
 from tools.lib.cli import Parser, natural, pick_device, positive, run, shown
 from tools.lib.files import write_json
 from tools.lib.metrics import auc, interval, ratio, resample
@@ -473,7 +473,7 @@ def main(argv=None):
     inside = args.split == "all" or data.split_names(source) == args.split
     rows = read_nodules(labels, set(groups[inside].ravel().tolist()))
     judged = np.flatnonzero(np.isin(groups, [row["group"] for row in rows]))
-    exposure = data.refuse_leak(facts, source.take(judged), f"split {args.split}", args.allow_seen)
+    exposure = provenance.refuse_leak(facts, source.take(judged), f"split {args.split}", args.allow_seen)
     vit = load_backbone(args.ckpt)
     view, patches = judge.choose_view(facts, source.encoding, args.size, vit.patch_size), args.size // vit.patch_size
     device, masks = pick_device(args.device), args.data / "_labels" / "masks"

@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from checkpoint import atomic_write, fsync_folder
-from data import RGB_WINDOWS, WINDOWS_HU, file_sha256, plain_name, window_codes
+from data import RGB_WINDOWS, WINDOWS_HU, file_sha256, window_codes
 from tools.lib import manifest as manifests
 from tools.lib.cli import Parser, positive, run, shown
 from tools.lib.dicom import (
@@ -50,6 +50,7 @@ from tools.lib.dicom import (
     scan_file,
 )
 from tools.lib.files import walk_files, write_json
+from tools.lib.provenance import plain_name
 
 VERSION = 1  # part of every series' input hash: raise it when the same files would give other pixels or rows
 ENCODINGS = {"rgb": "rgb-v1", "hu16": "hu16-v1"}

@@ -23,8 +23,8 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import checkpoint
-from data import RECIPES, Recipe, denormalise, provenance_of, refuse_leak, regular
-from model import read_facts
+from data import RECIPES, Recipe, denormalise, regular
+from model import check_arch
 from tools.lib import limits
 from tools.lib.cli import pick_device, shown
 from tools.lib.files import append_line, is_a, read_json_file, wrong_field
@@ -164,6 +164,9 @@ def check_flags(args, saved, harmless):
     return changed
 
 
+RESUMED = "step args arch student teacher gram optimizer centers index_sha256 split_sha256".split()
+
+
 def find_run(args, source, harmless, rank, world):
     """(checkpoint to go on from or None, its plain values, harmless changes of flags); refuses what is another run."""
     out, newest = Path(args.out), [None, False]
@@ -182,6 +185,13 @@ def find_run(args, source, harmless, rank, world):
         raise ValueError(f"{out} holds {path.name} and --resume never was given; choose another --out")
     # latest() has just verified it; tensors stay on disk
     state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    if missing := [name for name in RESUMED if name not in state]:
+        raise ValueError(f"{path}: field {missing[0]} is missing; use an older step_*.pth of the same run")
+    try:  # before anything of its size is made
+        weights = {k.removeprefix("backbone."): v for k, v in state["student"].items() if k.startswith("backbone.")}
+        check_arch(state["arch"], weights)
+    except (ValueError, LookupError, AttributeError) as error:
+        raise ValueError(f"{path}: {error}; use an older step_*.pth of the same run") from None
     facts = {key: value for key, value in state.items() if key not in ("student", "teacher", "gram", "optimizer")}
     changed = check_flags(args, facts["args"], harmless)
     for name in ("index_sha256", "split_sha256"):
@@ -190,23 +200,6 @@ def find_run(args, source, harmless, rank, world):
                 f"{args.data}: {name} differs from that of {path}; put the old data back, or use another --out"
             )
     return path, facts, changed
-
-
-def trained_on(weights, source, held_out):
-    """What this run's weights will have seen: its own groups and those behind the weights it is given.
-
-    None of the latter may be held out. weights: paths or None; those that do not say what they were trained on make
-    the whole unknown.
-    """
-    groups, known, seen = {*source.groups}, True, [provenance_of(source)]
-    for path in dict.fromkeys(filter(None, weights)):
-        facts = read_facts(path)
-        if held_out:
-            refuse_leak(facts, held_out, f"val_select (the weights are {path})")
-        earlier = facts.get("provenance") or {"known": bool(facts.get("trained_groups")), "seen": []}
-        groups |= {*(facts.get("trained_groups") or ())}
-        known, seen = known and earlier["known"], seen + [e for e in earlier["seen"] if e not in seen]
-    return {"trained_groups": sorted(groups), "provenance": {"known": known, "seen": seen}}
 
 
 @dataclasses.dataclass
