@@ -292,11 +292,15 @@ def test_twenty_kills_of_a_recipe_change_no_bit(shop, name):
             time.sleep(random_.random() / 100)
         how = ("all", "below the shell", "trainer", "reader")[len(kills) % 4]
         before = victims(process.pid, how)
+        below = tree(process.pid)
         kill(before)
         kills.append(how)
         if name != "big_run" or how == "all":  # that script goes on by itself
             process.wait(120)  # whoever is left ends without help
-            assert not [pid for pid in before if Path(f"/proc/{pid}/cwd").exists()]
+            deadline = time.monotonic() + 20
+            while alive := [pid for pid in below if Path(f"/proc/{pid}/cwd").exists()]:
+                assert time.monotonic() < deadline, alive
+                time.sleep(0.05)
     kill(tree(process.pid))
     process.wait()
     assert shop.start(name, run, *long).wait(600) == 0, Path(f"{run}.log").read_text()[-2000:]

@@ -7,6 +7,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from unittest import mock
@@ -378,6 +379,33 @@ def test_a_full_disk_is_loud_and_does_not_stop_the_run(folder, tmp_path, monkeyp
     assert train(folder, tmp_path / "run", "--steps", "5") == 1  # trained to the end, which is not on disk
     failed = [row for row in lines(tmp_path / "run", "event") if "SAVE FAILED" in row["event"]]
     assert [row["step"] for row in failed] == [2, 4, 5] and "No space left" in failed[0]["event"]
+    monkeypatch.undo()
+    assert train(folder, tmp_path / "run", "--steps", "5") == 0  # there is room again: from the start
+    train(folder, tmp_path / "whole", "--steps", "5")
+    same(weights(tmp_path / "whole"), weights(tmp_path / "run"))
+
+
+def test_names_that_appear_late_cost_a_save_and_change_no_bit(folder, tmp_path, monkeypatch):
+    """As on a network folder: a rename has returned, and its name is not there yet."""
+    real, late = os.replace, []
+
+    def delayed(old, new):
+        if Path(new).suffix != ".pth":
+            return real(old, new)
+        os.link(old, f"{old}.hidden")
+        late.append(threading.Timer(0.3, real, (f"{old}.hidden", new)))
+        late[-1].start()
+
+    monkeypatch.setattr(checkpoint.os, "replace", delayed)
+    assert train(folder, tmp_path / "run", "--steps", "5") == 1
+    failed = [row["event"] for row in lines(tmp_path / "run", "event") if "SAVE FAILED" in row["event"]]
+    assert failed and "No such file" in failed[0]
+    for timer in late:
+        timer.join()
+    monkeypatch.undo()
+    assert train(folder, tmp_path / "run", "--steps", "5", "--extend", "2") == 0
+    train(folder, tmp_path / "whole", "--steps", "5", "--extend", "2")
+    same(weights(tmp_path / "whole"), weights(tmp_path / "run"))
 
 
 def test_a_damaged_newest_checkpoint_falls_back_and_still_ends_the_same(folder, tmp_path, capsys):
