@@ -112,7 +112,7 @@ def read_zip(f, path):
 
 def brief(value):
     """One short line, whatever the value."""
-    return " ".join(reprlib.repr(value).split())
+    return " ".join(reprlib.repr(value).split())[:120]
 
 
 def is_count(value):

@@ -391,16 +391,16 @@ def read_slices(path, z):
 
 
 def find_slice(source, path, z=None):
-    """Row of a slice by its path, and by z inside a volume (None: the middle one); None where it is not there."""
+    """Row of a slice by its path and z (None: the middle one of a volume); None where it is not there."""
     rows = slices_by_name(source).get(path, {})
     return rows.get(int(z)) if z is not None else list(rows.values())[len(rows) // 2] if rows else None
 
 
 @functools.lru_cache(maxsize=4)
 def slices_by_name(source):
-    """{path: {z: row}}; of what is no volume z is 0."""
+    """{path: {z: row}}; of photographs z is 0."""
     paths, index = source.rows.column("path").tolist(), {}
-    zs = source.rows.column("z").tolist() if source.encoding == "hu16-v1" else [0] * len(paths)
+    zs = source.rows.column("z").tolist() if source.encoding != "photo" else [0] * len(paths)
     for i, (name, z) in enumerate(zip(paths, zs)):
         index.setdefault(name.decode(), {})[z] = i
     return index
@@ -1200,6 +1200,7 @@ def start_readers(loader):
 
 def kill(readers):
     """At exit Python sends its children a SIGTERM, which readers ignore, and waits: after an error, for ever."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise a second error
     for process in readers:
         process.kill()
 

@@ -374,7 +374,7 @@ OPTIONS = {name: p.default for name, p in inspect.signature(VisionTransformer).p
 
 def brief(value):
     """One short line, whatever the value."""
-    return " ".join(reprlib.repr(value).split())
+    return " ".join(reprlib.repr(value).split())[:120]
 
 
 def some(names):

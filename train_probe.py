@@ -75,7 +75,7 @@ def find_rows(path, rows, source, nodules):
         z = row["z"].strip() if nodules else "0"
         if not (z.isascii() and z.isdigit() and len(z) < 10):
             raise in_row(path, k, f"z is {shown(z)!r}, expected the number of a slice")
-        indices.append(data.find_slice(source, row["path"], z if nodules and source.encoding == "hu16-v1" else None))
+        indices.append(data.find_slice(source, row["path"], z if nodules else None))
         if indices[-1] is None:
             missing.setdefault(f"{row['path']} z {z}" if nodules else row["path"], k)
     if missing:
@@ -176,8 +176,7 @@ def open_samples(source, table, splits, used_by, allow_duplicates):
         raise ValueError(f"{data.split_path(source.root)}: split {shown(unknown[0])} has no purpose; known are {known}")
     chosen = data.open_for(source, purposes, used_by, allow_duplicates=allow_duplicates)
     rows = [source.rows[i] for i in table.rows]
-    volume = source.encoding == "hu16-v1"
-    moved = [data.find_slice(chosen, row["path"], row["z"] if volume else None) for row in rows]
+    moved = [data.find_slice(chosen, row["path"], row.get("z")) for row in rows]
     return chosen, table._replace(rows=np.array(moved))
 
 

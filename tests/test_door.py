@@ -284,3 +284,13 @@ def test_photographs_are_upright_wherever_they_are_read(tmp_path, orientation, e
     view = d.render_eval(small[None], d.eval_view("photo", 32), moved)
     full = d.render_eval(truth[None], d.eval_view("photo", 32))
     assert max(small.shape[1:]) < 200 and (view - full).abs().mean() < 0.05
+
+
+@pytest.mark.parametrize("encoding", ["hu16-v1", "rgb-v1"])
+def test_a_slice_is_found_by_path_and_z_and_no_other_takes_its_place(tmp_path, encoding):
+    source = d.open_source(make_ct(tmp_path, encoding, series=2))
+    for i in range(len(source)):
+        row = source.rows[i]
+        assert d.find_slice(source, row["path"], str(row["z"])) == i
+        assert d.find_slice(source, row["path"], row["z"] + 100) is None
+    assert d.find_slice(source, "toy/none.npy") is None and d.find_slice(source, source.rows[0]["path"]) is not None

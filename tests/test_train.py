@@ -395,6 +395,7 @@ def test_names_that_appear_late_cost_a_save_and_change_no_bit(folder, tmp_path, 
         os.link(old, f"{old}.hidden")
         late.append(threading.Timer(0.3, real, (f"{old}.hidden", new)))
         late[-1].start()
+        return None
 
     monkeypatch.setattr(checkpoint.os, "replace", delayed)
     assert train(folder, tmp_path / "run", "--steps", "5") == 1

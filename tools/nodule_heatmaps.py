@@ -171,9 +171,8 @@ def choose(source, rows, n, masks, crop_mm, patches, seed):
     targets, skipped = [], []
     for k in np.random.default_rng(seed).permutation(len(rows)):
         row, target = rows[k], "its slice is not in the index"
-        z = row["z"] if source.encoding == "hu16-v1" else None
-        image = data.find_slice(source, row["path"], z)
-        if image is not None and source.rows.columns["z"][image] == int(row["z"]):
+        image = data.find_slice(source, row["path"], row["z"])
+        if image is not None:
             target = aim(source, image, row, masks, crop_mm, patches, seed)
         if isinstance(target, str):
             skipped.append({"id": row["id"], "reason": target})
