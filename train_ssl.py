@@ -644,7 +644,8 @@ def build_run(args, backbone, source, rank, world, device):
         gram_net = load_backbone(args.gram_teacher) if args.gram_teacher else copy.deepcopy(teacher.backbone)
         gram_net.requires_grad_(False).eval()
     nets = [m for m in (student, teacher, gram_net) if m is not None]
-    if args.compile:
+    if args.compile:  # every size is a shape of its own: at the usual 8 torch goes on uncompiled
+        torch._dynamo.config.recompile_limit = 64
         for block in (block for m in nets for block in getattr(m, "backbone", m).blocks):
             block.compile(dynamic=False)  # mixed --sizes: guessed dynamic shapes fail in the backward (torch 2.13, CPU)
     for m in nets:
