@@ -280,7 +280,7 @@ def ssl_update(student, teacher, gram, micro_batches, w, centers=None, clock=con
         with clock("centring"):
             cls_targets = center(pack([s.cls_logits for s in seen]), centers, "cls", w)  # [2B, K]
             patch_targets = center(pack([s.patch_logits for s in seen]), centers, "patch", w)  # [M, K]
-        features = torch.cat([s.tokens[0].cls.chunk(2)[0] for s in seen]).float()  # [B, D]
+        features = torch.cat([s.cls[0].chunk(2)[0] for s in seen]).float()  # [B, D]
         del seen
 
     n, sums, entropy = len(micro_batches), {}, 0.0
@@ -294,7 +294,9 @@ def ssl_update(student, teacher, gram, micro_batches, w, centers=None, clock=con
                 stack.enter_context(student.no_sync())  # ranks average once, with the last micro-batch
             # student: masked globals and locals in one packed pass
             with autocast, clock("student"):
-                out = student([m.crops.globals, m.crops.locals], [m.masks, None], m.at, m.keep, m.rope)
+                out = student(
+                    [m.crops.globals, m.crops.locals], [m.masks, None], m.at, m.keep, m.rope, gram is not None
+                )
             if gram is not None:
                 with autocast, torch.no_grad(), clock("gram"):
                     gram_tokens = gram(m.crops.globals if m.crops.gram is None else m.crops.gram).patches
@@ -306,10 +308,10 @@ def ssl_update(student, teacher, gram, micro_batches, w, centers=None, clock=con
                     "dino_global": losses.dino_loss(glob, target, w.student_temp, ignore_diagonal=True),
                     "dino_local": losses.dino_loss(local, target, w.student_temp),
                     "ibot": losses.ibot_loss(out.patch_logits, patch_target, mask_weights, 2 * b, w.student_temp),
-                    "koleo": sum(losses.koleo_loss(c, w.koleo_group) for c in out.tokens[0].cls.chunk(2)) / 2,
+                    "koleo": sum(losses.koleo_loss(c, w.koleo_group) for c in out.cls[0].chunk(2)) / 2,
                 }
                 if gram is not None:
-                    tokens = out.tokens[0].patches
+                    tokens = out.patches
                     grids = [[math.isqrt(t.shape[1])] * 2 for t in (tokens, gram_tokens)]
                     terms["gram"] = losses.gram_loss(tokens, gram_tokens, grids=grids)
                 # the sum: local and global DINO terms count by their pairs, KoLeo twice  <- change the objective here
@@ -419,7 +421,7 @@ def one_update(run, read, now, wish=bool, clock=contextlib.nullcontext):
 
 def view_pairs(teacher, globals_):
     """The teacher's unit cls features of both global crops of each image: [2b, 3, G, G] -> [2, b, D]."""
-    cls = teacher([globals_]).tokens[0].cls  # by its own forward: under --fsdp the backbone alone has no whole weights
+    (cls,) = teacher([globals_]).cls  # by its own forward: under --fsdp the backbone alone has no whole weights
     return F.normalize(cls.float(), dim=-1).unflatten(0, (2, -1))
 
 
@@ -636,6 +638,14 @@ def open_data(args):
     return source, data.open_for(everything, "select", **more)
 
 
+def start_reading(args, source, recipes, steps, patch_size, rank, world, device):
+    """The micro-batches of these updates, as readers deliver them."""
+    return data.make_loader(
+        source, recipes, args.seed, steps, args.batch_size, args.micro_batch, rank, world, args.workers, patch_size,
+        masking(args), args.skip_bad, pin_memory=device.type == "cuda", fixed=args.overfit,
+    )  # fmt: skip
+
+
 def build_run(args, backbone, source, rank, world, device):
     """Networks on the device, compiled or sharded as asked, and the optimizer -> Run at step 0."""
     student, teacher = build(args, backbone)
@@ -646,7 +656,7 @@ def build_run(args, backbone, source, rank, world, device):
     nets = [m for m in (student, teacher, gram_net) if m is not None]
     if args.compile:  # every size is a shape of its own: at the usual 8 torch goes on uncompiled
         torch._dynamo.config.recompile_limit = 64
-        for block in (block for m in nets for block in getattr(m, "backbone", m).blocks):
+        for block in (block for m in nets for block in getattr(m, "backbone", m).blocks[:-1]):  # the last: other rows
             block.compile(dynamic=False)  # mixed --sizes: guessed dynamic shapes fail in the backward (torch 2.13, CPU)
     for m in nets:
         if args.fsdp and world > 1:
@@ -688,10 +698,8 @@ def train(args, rank, world, device):
     # ------------------------------------------------------------------ readers, model
     backbone = build_backbone(args, facts.get("arch"))  # <- change the backbone there
     micros = args.batch_size // (world * args.micro_batch)
-    batches = data.make_loader(  # forks now: later, readers would keep a copy of all weights (1.5 s of ViT-S's start)
-        source, recipes, args.seed, range(start, total), args.batch_size, args.micro_batch, rank, world, args.workers,
-        backbone.patch_size, masking(args), args.skip_bad, pin_memory=device.type == "cuda", fixed=args.overfit,
-    )  # fmt: skip
+    # forks now: later, readers would keep a copy of all weights (1.5 s of ViT-S's start)
+    batches = start_reading(args, source, recipes, range(start, total), backbone.patch_size, rank, world, device)
     run = build_run(args, backbone, source, rank, world, device)
     run.trained = trained
     if path:

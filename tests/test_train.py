@@ -26,7 +26,7 @@ from torch.nn import functional as F
 import checkpoint
 import data
 import train_ssl as t
-from model import ProjectionHead, SSLModel, SSLOutput, Tokens, build_vit, draw_rope, state_from_original
+from model import ProjectionHead, SSLModel, SSLOutput, build_vit, draw_rope, state_from_original
 from tools import make_phantom, make_splits, preprocess_dicom, release
 from tools.lib import loop, optim
 from tools.lib.loop import read_recipes
@@ -621,7 +621,7 @@ def test_gram_snapshots_are_a_function_of_the_step():
 
 def test_retrieval_against_a_loop():
     def fake(crops):  # the first pixels are the features
-        return SSLOutput([Tokens(crops[0].flatten(1)[:, :7], None, None)], None, None)
+        return SSLOutput([crops[0].flatten(1)[:, :7]], None, None, None)
 
     random = np.random.default_rng(0)
     images = torch.from_numpy(random.integers(0, 255, (12, 3, 32, 32))).byte()
@@ -798,21 +798,21 @@ def test_a_thousand_slices_are_learned_by_heart(tmp_path_factory):
     assert t.main(["--data", str(root / "processed"), "--out", str(out), *flags.split()]) == 0
     excess = {row["step"]: row["excess"] for row in lines(out, "excess")}
     last = lines(out, "excess")[-1]
-    source = data.open_source(root / "processed", "train", 1000)
+    source = data.open_for(root / "processed", "fit", limit=1000)
     recipe = read_recipes(json.loads((out / "config.json").read_text()))[0]
     batches = list(data.make_loader(source, recipe, 0, range(2), 500, fixed=True))
     series = torch.from_numpy(np.concatenate([source.series[b.ids] for b in batches]))
 
     def found(net):
         with torch.no_grad():
-            cls = torch.cat([net([data.render(b.images, b.plan).globals]).tokens[0].cls for b in batches])
+            cls = torch.cat([net([data.render(b.images, b.plan).globals]).cls[0] for b in batches])
             spaces = {"cls": F.normalize(cls, dim=-1), "bottleneck": net.dino_head.bottleneck(cls)}
         pairs = {name: torch.cat([x.unflatten(0, (2, -1)) for x in f.split(1000)], 1) for name, f in spaces.items()}
         return {name: t.losses.retrieval(*views, series)["top1"].item() for name, views in pairs.items()}
 
     args = t.resolve(t.build_parser().parse_args(["--data", "x", *flags.split()]), 1)
     random, trained = t.build(args)
-    t.unpack_weights(trained, checkpoint.load(out / "last.pth")["teacher"])
+    checkpoint.unpack_weights(trained, checkpoint.load(out / "last.pth")["teacher"])
     print(excess, last, found(trained), found(random), sep="\n")
     assert last["excess"] < 0.1 * excess[50]
     assert last["marginal_entropy"] > 0.5 and last["rankme"] > 0.25 * 64

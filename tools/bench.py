@@ -191,11 +191,10 @@ def make_run(args, device):
 
 
 def make_way(made):
-    args, cuda = made.args, made.device.type == "cuda"
-    batches = data.make_loader(
-        made.source, made.recipes, args.seed, range(10**6), args.batch_size, args.micro_batch, 0, 1,
-        args.workers if cuda else 0, made.student.backbone.patch_size, train_ssl.masking(args), pin_memory=cuda,
-    )  # fmt: skip
+    args = made.args
+    args.workers = args.workers if made.device.type == "cuda" else 0
+    patch_size = made.student.backbone.patch_size
+    batches = train_ssl.start_reading(args, made.source, made.recipes, range(10**6), patch_size, 0, 1, made.device)
     return Way(made, batches, train_ssl.values_at(args.steps - 1, args))  # late: the weight of Gram is above 0
 
 

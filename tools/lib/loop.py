@@ -283,21 +283,27 @@ def device_peak(device):
     return next((peak for card, peak in PEAK_TFLOPS.items() if card in name), None)
 
 
-def forward_flops(vit, size):
+def forward_flops(vit, size, read=None):
+    """Of one image; `read`: tokens for which the last block does more than keys, values and queries (None: all)."""
     patches = (size // vit.patch_size) ** 2
     tokens, weights = patches + 1 + vit.registers, sum(p.numel() for p in vit.blocks.parameters() if p.ndim == 2)
     attention, embedding = 2 * vit.depth * tokens**2 * vit.dim, patches * vit.patch_embed.proj.weight.numel()
-    return 2 * (tokens * weights + attention + embedding)
+    last = vit.blocks[-1]
+    rowwise = sum(p.numel() for part in (last.attn.proj, last.mlp) for p in part.parameters() if p.ndim == 2)
+    saved = 0 if read is None else (tokens - read) * rowwise
+    return 2 * (tokens * weights - saved + attention + embedding)
 
 
 def flops_per_image(student, recipe, args, with_gram):
     """Multiply-adds x 2 of one image in one update: student forward and backward, teacher forward, Gram forward."""
-    big, small = (forward_flops(student.backbone, s) for s in (recipe.global_size, recipe.local_size))
-    patches = (recipe.global_size // student.backbone.patch_size) ** 2
+    vit, patches = student.backbone, (recipe.global_size // student.backbone.patch_size) ** 2
     masked = 2 * patches * args.mask_probability * sum(args.mask_ratio) / 2
+    target = forward_flops(vit, recipe.global_size, 1 + masked / 2)
+    big = forward_flops(vit, recipe.global_size, 1 + patches) if with_gram else target
+    small = forward_flops(vit, recipe.local_size, 1)
     head = 2 * sum(p.numel() for p in student.dino_head.parameters())
     learned = 3 * (2 * big + recipe.local_crops * small + head * (2 + recipe.local_crops + masked))
-    targets = 2 * big + head * (2 + masked)
+    targets = 2 * target + head * (2 + masked)
     return learned + targets + (2 * forward_flops(student.backbone, recipe.gram_size) if with_gram else 0)
 
 
