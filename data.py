@@ -722,6 +722,11 @@ def bicubic(t):
     return torch.where(t < 1, near, torch.where(t < 2, far, torch.zeros_like(t)))
 
 
+def send(t, device):
+    """A small tensor of the host on a device; from page-locked memory, so that nobody waits for the copy."""
+    return t.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else t.to(device)
+
+
 def axis_matrices(start, end, flip, sigma, window, out, length, device="cpu"):
     """[n, out, length]: resize [start, end) to `out` samples, blur, flip; columns are pixels window .. window + length.
 
@@ -729,9 +734,9 @@ def axis_matrices(start, end, flip, sigma, window, out, length, device="cpu"):
     Same weights as Pillow's resize of the crop: support stretched by the reduction, cut at the box, normalised.
     """
     taps = math.ceil(4 * max(((end - start) / out).max().item(), 1)) + 2
-    blurred = sigma.nonzero()[:, 0]
-    blurs = blur_matrices(sigma[blurred], out).to(device, non_blocking=True)
-    table = torch.stack([start, end, window, flip.float()]).double().to(device, non_blocking=True)
+    blurred = torch.from_numpy(np.flatnonzero(sigma.numpy()))
+    blurs = blur_matrices(send(sigma[blurred], device), out)
+    table = send(torch.stack([start, end, window, flip.float()]).double(), device)
     start, end, window, flip = table[:, :, None, None]  # [n, 1, 1]; float32 would move a tap by 1e-5 of the image
     scale = (end - start) / out
     stretch = scale.clamp(min=1)
@@ -747,7 +752,7 @@ def axis_matrices(start, end, flip, sigma, window, out, length, device="cpu"):
     matrices = weight.new_zeros(len(weight), out, length + 2 * taps).scatter_(2, column, weight)
     matrices = matrices[:, :, taps : taps + length]
     if len(blurred):
-        blurred = blurred.to(device, non_blocking=True)
+        blurred = send(blurred, device)
         matrices = matrices.index_copy(0, blurred, blurs @ matrices.index_select(0, blurred))
     return matrices
 
@@ -891,7 +896,7 @@ def intensities(x, dtype, plan, views):
 
 def to_device(array, like):
     """A small array as float32 on the device of `like`, shaped to broadcast against it."""
-    t = torch.as_tensor(array, dtype=torch.float32).to(like.device, non_blocking=True)
+    t = send(torch.as_tensor(array, dtype=torch.float32), like.device)
     return t.reshape(*t.shape, *[1] * (like.ndim - t.ndim))
 
 
@@ -925,8 +930,8 @@ def add_noise_(x, sds, seeds):
     noisy = np.flatnonzero(sds.reshape(-1))
     if not len(noisy):
         return
-    index = torch.from_numpy(noisy).to(x.device, non_blocking=True)
-    seeds = torch.from_numpy(seeds.reshape(-1)[noisy]).to(x.device, non_blocking=True)
+    index = send(torch.from_numpy(noisy), x.device)
+    seeds = send(torch.from_numpy(seeds.reshape(-1)[noisy]), x.device)
     h = torch.arange(x[0, 0].numel(), device=x.device) * -7046029254386353131 + seeds[:, None]  # splitmix64
     h = (h >> 30).bitwise_xor_(h).mul_(-4658895280553007687)
     h = (h >> 27).bitwise_xor_(h).mul_(-7723592293110705685)
@@ -967,7 +972,7 @@ def colour_(x, looks, solarized):
             chosen = np.flatnonzero(jittered & (order[:, slot] == op))
             if not len(chosen):
                 continue
-            index = torch.from_numpy(chosen).to(x.device, non_blocking=True)
+            index = send(torch.from_numpy(chosen), x.device)
             part, f = x.index_select(0, index), to_device(factors[chosen, op], x)
             if op == 0:
                 part.mul_(f)
@@ -982,7 +987,7 @@ def colour_(x, looks, solarized):
             x.index_copy_(0, index, part.clamp_(0, 1))
     for chosen, look in ((looks[:, 9] < 0.2, grey), (solarized, solarize)):
         if len(chosen := np.flatnonzero(chosen)):
-            index = torch.from_numpy(chosen).to(x.device, non_blocking=True)
+            index = send(torch.from_numpy(chosen), x.device)
             part = x.index_select(0, index)
             x.index_copy_(0, index, look(part).expand_as(part))
 
@@ -1027,6 +1032,7 @@ class Batch(NamedTuple):
     images: Tensor  # [b, 3, H, W]
     plan: Plan
     masks: Tensor  # [2b, N] bool, crop-major
+    at: Tensor  # [M] positions of masked patches in [2b * N]
     bad: list  # [(path, reason)] of files that were replaced by their neighbour in the batch
 
 
@@ -1110,7 +1116,8 @@ class Updates(torch.utils.data.Dataset):
         grid = [recipe.global_size // self.patch_size] * 2
         masks = block_masks(self.seed, look, 2 * self.batch, grid, *self.masking)
         masks = masks.unflatten(0, (2, self.batch))[:, here].flatten(0, 1)
-        return Batch(step, ids, images, choices, masks, bad)
+        at = torch.from_numpy(np.flatnonzero(masks.numpy()))
+        return Batch(step, ids, images, choices, masks, at, bad)
 
     def read(self, ids, choices):
         """Images and their placed plan; a broken file is reported and the next good one stands in for it."""

@@ -89,11 +89,17 @@ def rotate(x, cos, sin):
     return torch.addcmul(x * cos, swapped, signed).to(x.dtype)
 
 
+def send(t, device):
+    """A small tensor of the host on a device; from page-locked memory, so that nobody waits for the copy."""
+    cuda = device is not None and torch.device(device).type == "cuda"
+    return t.pin_memory().to(device, non_blocking=True) if cuda else t.to(device)
+
+
 def draw_rope(generator, rescale=2.0, shift=0.0, jitter=1.0, device=None):
     """Draw one RopeDraw: shift U(-s, s), jitter and rescale log-uniform in [1/j, j] and [1/r, r]."""
     u = 2 * torch.rand(5, generator=generator) - 1
     logs = torch.tensor([math.log(jitter), math.log(jitter), math.log(rescale)])
-    factors = torch.cat([u[:2] * shift, torch.exp(u[2:] * logs)]).to(device)
+    factors = send(torch.cat([u[:2] * shift, torch.exp(u[2:] * logs)]), device)
     return RopeDraw(factors[:2], factors[2:4], factors[4:])
 
 
@@ -103,7 +109,7 @@ def draw_keep(generator, depth, batches, rate, device=None):
         return None
     counts = [max(int(b * (1 - rate)), 1) for b in batches]
     rows = [torch.randperm(b, generator=generator)[:c] for _ in range(2 * depth) for b, c in zip(batches, counts)]
-    rows = torch.cat(rows).to(device).split(counts * 2 * depth)  # one copy to the device, not hundreds
+    rows = send(torch.cat(rows), device).split(counts * 2 * depth)  # one copy to the device, not hundreds
     groups = len(batches)
     branches = [rows[i : i + groups] for i in range(0, len(rows), groups)]
     return list(zip(branches[::2], branches[1::2]))

@@ -335,9 +335,8 @@ def ssl_update(student, teacher, gram, micro_batches, w, centers=None, clock=con
 def to_micro(batch, device, with_gram):
     """A micro-batch as read -> rendered on the device, undistorted and undropped (see with_draws)."""
     plan = batch.plan if with_gram else batch.plan._replace(recipe=dataclasses.replace(batch.plan.recipe, gram_size=0))
-    crops = data.render(batch.images.to(device, non_blocking=True), plan)
-    at = batch.masks.flatten().nonzero()[:, 0]
-    return Micro(crops, *(t.to(device, non_blocking=True) for t in (batch.masks, at)))
+    images, masks, at = (t.to(device, non_blocking=True) for t in (batch.images, batch.masks, batch.at))
+    return Micro(data.render(images, plan), masks, at)
 
 
 def with_draws(micro, args, depth, step, number):
@@ -387,25 +386,56 @@ def weights_of(now, args):
                    args.koleo_group, args.centering, args.precision)  # fmt: skip
 
 
-def one_update(run, read, now, wish=bool, clock=contextlib.nullcontext):
-    """Micro-batches as read and the schedules' values -> Update; moves student, teacher, optimizer and centers.
+class Upcoming:
+    """The next `left` updates: read, rendered and drawn in order, all of it a function of (seed, step).
+
+    On a card one of them ahead, while the card works on the one before; a CPU would only hold one more set of crops.
+    """
+
+    def __init__(self, run, batches, micros, left):
+        self.run, self.batches, self.micros, self.left = run, batches, micros, left
+        self.ready, self.waited = [], 0.0  # seconds for data
+
+    def prepare(self, clock):
+        run, waiting = self.run, time.perf_counter()
+        with clock("read"):
+            read = [next(self.batches) for _ in range(self.micros)]
+        self.left, self.waited = self.left - 1, self.waited + time.perf_counter() - waiting
+        step, depth, with_gram = read[0].step, run.student.backbone.depth, gram_snapshots(read[0].step, run.args) > 0
+        with clock("render"):
+            micro_batches = [
+                with_draws(to_micro(batch, run.device, with_gram), run.args, depth, step, number)
+                for number, batch in enumerate(read, run.rank * len(read))
+            ]
+        self.ready.append((read, micro_batches))
+
+    def take(self, clock=contextlib.nullcontext):
+        """(micro-batches as read, the same rendered) of the next update."""
+        if not self.ready:
+            self.prepare(clock)
+        return self.ready.pop()
+
+    def ahead(self, clock=contextlib.nullcontext):
+        if self.run.device.type == "cuda" and self.left:
+            self.prepare(clock)
+
+
+def one_update(run, micro_batches, now, wish=bool, ahead=bool, clock=contextlib.nullcontext):
+    """Prepared micro-batches and the schedules' values -> Update; moves student, teacher, optimizer and centers.
 
     `wish`: called once; whether this rank wants to stop after it, told to all with the one transfer from the device.
+    `ahead`: called while the device is busy with this update; its place to prepare the next one.
     """
     args, optimizer, centers = run.args, run.optimizer, dict(run.centers)
-    step, depth, with_gram = read[0].step, run.student.backbone.depth, run.gram is not None
-    with clock("render"):
-        micro_batches = [
-            with_draws(to_micro(batch, run.device, with_gram), args, depth, step, number)
-            for number, batch in enumerate(read, run.rank * len(read))
-        ]
     optimizer.zero_grad(set_to_none=True)
     terms, seen = ssl_update(run.net, run.teacher, run.gram, micro_batches, weights_of(now, args), centers, clock)
     with clock("clip"):
         norms = optim.clip_gradients(run.student, args.clip)
         finite = torch.stack([terms["loss"], *norms.values()]).isfinite().all()
+    flags = loop.largest_over_ranks([~finite, bool(wish())], run.device)
+    ahead()
     with clock("wait"):
-        bad, halt = loop.largest_over_ranks([~finite, bool(wish())], run.device)
+        bad, halt = flags()
     if not bad:  # else weights, teacher, optimizer and its step counter stay as they were
         run.centers = centers
         with clock("optimizer"):
@@ -676,6 +706,8 @@ def build_run(args, backbone, source, rank, world, device):
 def train(args, rank, world, device):
     out, total, stop = Path(args.out), args.steps + args.extend, loop.Stop(args.time_limit)
     loop.set_precision(args, device)
+    if device.type == "cuda":  # small tensors are left to this process; the cores are for readers
+        torch.set_num_threads(1)
     source, held_out = open_data(args)
     recipes = make_recipes(args, source.encoding)  # refuses bad sizes before anything is made
 
@@ -732,21 +764,21 @@ def run_updates(run, batches, micros, held_out, steps, tools):
     """Updates from start to total, with what happens between them -> exit code."""
     (start, total), (log, saver, stop), args = steps, tools, run.args
     pace, bad_in_a_row = loop.Pace(time.perf_counter(), start), 0
+    upcoming = Upcoming(run, batches, micros, total - start)
     for step in range(start, total):
         done = log.done = step + 1
         now = values_at(step, args)
         refresh_gram(run, step)
-        waiting = time.perf_counter()
-        read = [next(batches) for _ in range(micros)]
-        pace.waited += time.perf_counter() - waiting
-        for broken, why in (bad for batch in read for bad in batch.bad):
-            log.event(done, f"replaced broken file {broken}", why=why)
         try:
-            update = one_update(run, read, now, stop.why)
+            read, micro_batches = upcoming.take()
+            for broken, why in (bad for batch in read for bad in batch.bad):
+                log.event(done, f"replaced broken file {broken}", why=why)
+            update = one_update(run, micro_batches, now, stop.why, upcoming.ahead)
         except torch.OutOfMemoryError:
             if run.rank == 0 and step > start and not args.fsdp:
                 saver.save(step, pack_state(run, step))
             raise loop.out_of_memory(args, run.world, run.optimizer, done) from None
+        pace.waited, upcoming.waited = pace.waited + upcoming.waited, 0.0
         log.tick(update.crops if done == start + 1 else None)
         bad_in_a_row = bad_in_a_row + 1 if update.bad else 0
         if update.bad:

@@ -292,6 +292,29 @@ def test_a_stopped_and_resumed_run_ends_with_the_same_bits(folder, tmp_path, mon
     assert state["gram"] is not None and state["gram_refreshes"] == 2 and state["images"] == 72
 
 
+def test_an_update_prepared_while_the_one_before_runs_changes_no_bit(folder, tmp_path, monkeypatch):
+    """As on a card; through the update in which Gram anchoring begins, and through an interruption."""
+    flags = ("--steps", "9", "--drop-path", "0.3", "--micro-batch", "4", "--koleo-group", "4", "--workers", "1")
+    assert train(folder, tmp_path / "whole", *flags) == 0
+    real, depth = t.one_update, []
+
+    def watched(run, micro_batches, now, wish, ahead):
+        if now.lr and len(depth) == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        update = real(run, micro_batches, now, wish, ahead)
+        depth.append(len(ahead.__self__.ready))
+        return update
+
+    monkeypatch.setattr(t, "one_update", watched)
+    monkeypatch.setattr(
+        t.Upcoming, "ahead", lambda self, clock=t.contextlib.nullcontext: self.left and self.prepare(clock)
+    )
+    assert train(folder, tmp_path / "ahead", *flags) == 0 and len(depth) == 5
+    assert train(folder, tmp_path / "ahead", *flags) == 0
+    assert depth == [1] * 8 + [0]  # always one ahead, none beyond the end
+    same(weights(tmp_path / "whole"), weights(tmp_path / "ahead"))
+
+
 def test_a_finished_run_says_so_and_extends_only_on_request(folder, tmp_path, capsys):
     out = tmp_path / "run"
     train(folder, out, "--steps", "4")

@@ -27,7 +27,6 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Iterator
 from pathlib import Path
 from statistics import mean, median
 from typing import NamedTuple
@@ -165,10 +164,10 @@ def peak_gb(device):
 
 
 class Way(NamedTuple):
-    """One way to do the update: a run at step 0, its endless micro-batches, and the values of its last schedules."""
+    """One way to do the update: a run at step 0, its endless updates, and the values of its last schedules."""
 
     run: train_ssl.Run
-    batches: Iterator
+    upcoming: train_ssl.Upcoming
     now: train_ssl.Now
 
 
@@ -195,14 +194,15 @@ def make_way(made):
     args.workers = args.workers if made.device.type == "cuda" else 0
     patch_size = made.student.backbone.patch_size
     batches = train_ssl.start_reading(args, made.source, made.recipes, range(10**6), patch_size, 0, 1, made.device)
-    return Way(made, batches, train_ssl.values_at(args.steps - 1, args))  # late: the weight of Gram is above 0
+    upcoming = train_ssl.Upcoming(made, batches, args.batch_size // args.micro_batch, 10**6)
+    return Way(made, upcoming, train_ssl.values_at(args.steps - 1, args))  # late: the weight of Gram is above 0
 
 
 def update(way, clock=contextlib.nullcontext):
     """One whole update, reading included."""
-    with clock("read"):
-        read = [next(way.batches) for _ in range(way.run.args.batch_size // way.run.args.micro_batch)]
-    if train_ssl.one_update(way.run, read, way.now, clock=clock).bad:
+    _, micro_batches = way.upcoming.take(clock)
+    ahead = functools.partial(way.upcoming.ahead, clock)
+    if train_ssl.one_update(way.run, micro_batches, way.now, ahead=ahead, clock=clock).bad:
         raise ValueError("loss or gradient is not finite: measure with other --flags")
 
 

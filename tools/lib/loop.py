@@ -68,11 +68,24 @@ def shard(model, device):
 
 
 def largest_over_ranks(values, device):
-    """Element-wise maximum over ranks, on the host: the one transfer from the device in each update."""
-    t = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=device) for v in values])
+    """Element-wise maximum over ranks: the one transfer from the device in each update -> a function that waits for it.
+
+    What is queued on the device after this call is not waited for.
+    """
+    tensors = (v if isinstance(v, torch.Tensor) else torch.full((), float(v), device=device) for v in values)
+    t = torch.stack([v.float() for v in tensors])
     if dist.is_initialized():
         dist.all_reduce(t, dist.ReduceOp.MAX)
-    return t.tolist()
+    if device.type != "cuda":
+        return t.tolist
+    host, arrived = torch.empty_like(t, device="cpu", pin_memory=True).copy_(t, non_blocking=True), torch.cuda.Event()
+    arrived.record()
+
+    def wait():
+        arrived.synchronize()
+        return host.tolist()
+
+    return wait
 
 
 def divisor(flag, value, whole, of):
