@@ -23,6 +23,9 @@ import traceback
 from pathlib import Path
 from typing import NamedTuple
 
+import tools.lib.threads  # noqa: F401 - before torch
+
+# isort: split
 import numpy as np
 import torch
 from torch.nn import functional as F

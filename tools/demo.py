@@ -46,8 +46,6 @@ PROMISE_S = 350  # of the whole demo: 6 minutes, less what no plan foresees
 MINUTES = {"cpu": 3.0, "cuda": 1.0}  # of pretraining on a quiet machine; the rest takes 2 minutes on 2 CPU cores
 STARTS_S = 12  # of the two starts of pretraining, on 2 quiet cores
 LEAST = 40  # updates, on however slow a machine
-# Threads of OpenMP that wait by spinning make training beside a busy neighbour 20 times slower (2 cores, 2026-11).
-PATIENT = {"GOMP_SPINCOUNT": "1000"}
 HONEST = "A phantom is a drawing of a chest, not a patient: these numbers say that the code works, nothing about CT."
 BASELINES = {  # predictor: how it is called here, and what is compared with what
     "probe": ("frozen probe", ()),
@@ -183,7 +181,7 @@ def to_run(command):
 def call(command):
     """Print and run one command -> exit code."""
     print(f"$ {command}", flush=True)
-    return subprocess.run(to_run(command), cwd=ROOT, env={**PATIENT, **os.environ}).returncode
+    return subprocess.run(to_run(command), cwd=ROOT).returncode
 
 
 def last_step(run_dir):
@@ -205,7 +203,7 @@ def call_and_kill(command, run_dir, at_step, seconds):
     """Run a training command and end it with SIGTERM, as a scheduler does, at a step or when its time is up."""
     print(f"$ {command}", flush=True)
     end, killed, kept = time.monotonic() + seconds, threading.Event(), []
-    process = subprocess.Popen(to_run(command), cwd=ROOT, stderr=subprocess.PIPE, env={**PATIENT, **os.environ})
+    process = subprocess.Popen(to_run(command), cwd=ROOT, stderr=subprocess.PIPE)
     reader = threading.Thread(target=pass_on, args=(process.stderr, killed, kept))
     reader.start()
     try:

@@ -12,10 +12,13 @@ import math
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import tools.lib.threads  # noqa: F401 - before torch
+
+# isort: split
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import denormalise, eval_view, look_windows, make_loader, open_for, open_source, render, select, slice_name
 from tools.lib import sheet
 from tools.lib.cli import Parser, positive, run
