@@ -28,7 +28,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from checkpoint import atomic_write, write_text
 from tools.lib import judge, page, sheet
-from tools.lib.cli import ROOT, Parser, pick_device, run
+from tools.lib.cli import ROOT, Parser, above_zero, pick_device, run
 from tools.lib.files import last_per_step, read_json_file, read_lines
 
 PHANTOM = "--patients 60 --slices 32 --size 256"  # 2,112 slices, 0.3 GB as DICOM and as much again in HU
@@ -411,8 +411,8 @@ def build_parser():
     parser = Parser(__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for everything")
     parser.add_argument("--device", default="auto", help="auto (CUDA/ROCm if there, else CPU), cpu, cuda")
-    parser.add_argument("--minutes", type=float, help="of pretraining, however long the rest takes; default: up to "
-                        f"{MINUTES['cpu']:g}, on a GPU {MINUTES['cuda']:g}, within 6 minutes of the whole")  # fmt: skip
+    parser.add_argument("--minutes", type=above_zero, help="of pretraining, however long the rest takes; default: up "
+                        f"to {MINUTES['cpu']:g}, on a GPU {MINUTES['cuda']:g}, 6 minutes in all")  # fmt: skip
     parser.add_argument("--keep", action="store_true", help="go on where an earlier demo stopped; default: start anew")
     parser.add_argument("--stage", nargs="+", choices=NAMES, help="only these, on what is there", metavar="NAME")
     return parser
@@ -457,8 +457,6 @@ def run_stage(k, device, folder, out, notes):
 def main(argv=None):
     parser = build_parser()
     args = parser.parse_args(argv)
-    if args.minutes is not None and not args.minutes > 0:
-        parser.error(f"--minutes {args.minutes:g} must be positive")
     out, card = args.out.resolve(), pick_device(args.device)
     machine = f"{os.cpu_count()} CPU cores"
     if card.type == "cuda":
