@@ -23,6 +23,9 @@ import traceback
 from pathlib import Path
 from typing import NamedTuple
 
+import tools.lib.threads  # noqa: F401 - before torch
+
+# isort: split
 import numpy as np
 import torch
 from torch.nn import functional as F
@@ -32,7 +35,7 @@ import data
 import losses
 from model import ProjectionHead, SSLModel, Tokens, build_vit
 from tools.lib import page, provenance, runs, sheet
-from tools.lib.cli import Parser, is_ours, pick_device, positive, run, shown
+from tools.lib.cli import Parser, finite, is_ours, natural, pick_device, positive, run, shown
 from tools.lib.files import NUMBER, read_json_file
 from tools.lib.fits import neighbours
 from tools.lib.limits import AGREES, ONE_HOT, UNIFORM
@@ -54,7 +57,7 @@ def build_parser():
     g.add_argument("--out", type=Path, help="folder to write to; default: monitor/ beside the checkpoint")
     g.add_argument("--image", action="append", help="test image: a path of the index, with #z in a volume; repeatable")
     g.add_argument("--images", type=positive, default=4, help="test images drawn by --seed where --image is not given")
-    g.add_argument("--seed", type=int, default=0, help="of the test images; the first look decides for all")
+    g.add_argument("--seed", type=natural, default=0, help="of the test images; the first look decides for all")
     g.add_argument("--slices", type=positive, help="behind the numbers; default: 256 for ViT-S, 128 for -B, 64 for -L")
     g.add_argument("--labels", type=Path, help="table for k-NN; default: labels.csv or _labels/malignancy.csv if there")
     g.add_argument("--device", default="cpu", help="cpu leaves the card to training; or cuda")
@@ -62,23 +65,23 @@ def build_parser():
     g.add_argument("--sysfs", type=Path, default=Path("/sys"), help="where the kernel shows its sensors")
     g.add_argument("--prom", type=Path, help="Prometheus text file; default: metrics.prom in the folder")
     g = p.add_argument_group("thresholds of the verdict")
-    g.add_argument("--min-std", type=float, default=0.005, help="of embeddings, 1: spread evenly; below: rank collapse")
-    g.add_argument("--min-rank", type=float, default=3, help="centred effective rank of cls; below: rank collapse")
-    g.add_argument("--min-entropy", type=float, default=ONE_HOT, help="of the teacher, share of ln K; below: one-hot")
-    g.add_argument("--max-entropy", type=float, default=UNIFORM, help="above, and the student agrees: uniform")
-    g.add_argument("--min-patch-rank", type=float, default=0.5, help="share of the best look so far; below: decaying")
-    g.add_argument("--max-cls-patch", type=float, default=0.9, help="mean cosine of cls and patches; above: decaying")
-    g.add_argument("--max-outliers", type=float, default=0.05, help="patches of 4x the usual norm; above: decaying")
-    g.add_argument("--max-rise", type=float, default=0.25, help="of DINO + iBOT over their best; above: diverging")
-    g.add_argument("--max-skips", type=int, default=2, help="skipped updates in 20 log intervals; above: diverging")
-    g.add_argument("--max-spikes", type=int, default=3, help="in 20 log lines, of half the loss; above: diverging")
-    g.add_argument("--min-saves", type=float, default=2, help="checkpoints that fit on the disk; below: disk full")
-    g.add_argument("--stall-factor", type=float, default=10, help="stalled: log intervals without a line, and ...")
-    g.add_argument("--stall-minutes", type=float, default=15, help="... at least so many minutes")
-    g.add_argument("--max-wait", type=float, default=0.3, help="share of time that waits for data; above: starved")
-    g.add_argument("--max-temp", type=float, default=95, help="degrees C of the hottest sensor; above: hot")
-    g.add_argument("--temp-rise", type=float, default=5, help="hot: so many degrees C above earlier looks, and ...")
-    g.add_argument("--rate-drop", type=float, default=0.1, help="... images/s lower than theirs by this share")
+    g.add_argument("--min-std", type=finite, default=0.005, help="embeddings, 1: spread evenly; below: rank collapse")
+    g.add_argument("--min-rank", type=finite, default=3, help="centred effective rank of cls; below: rank collapse")
+    g.add_argument("--min-entropy", type=finite, default=ONE_HOT, help="of the teacher, share of ln K; below: one-hot")
+    g.add_argument("--max-entropy", type=finite, default=UNIFORM, help="above, and the student agrees: uniform")
+    g.add_argument("--min-patch-rank", type=finite, default=0.5, help="share of the best look so far; below: decaying")
+    g.add_argument("--max-cls-patch", type=finite, default=0.9, help="mean cosine of cls and patches; above: decaying")
+    g.add_argument("--max-outliers", type=finite, default=0.05, help="patches of 4x the usual norm; above: decaying")
+    g.add_argument("--max-rise", type=finite, default=0.25, help="of DINO + iBOT over their best; above: diverging")
+    g.add_argument("--max-skips", type=natural, default=2, help="skipped updates in 20 log intervals; above: diverging")
+    g.add_argument("--max-spikes", type=natural, default=3, help="in 20 log lines, of half the loss; above: diverging")
+    g.add_argument("--min-saves", type=finite, default=2, help="checkpoints that fit on the disk; below: disk full")
+    g.add_argument("--stall-factor", type=finite, default=10, help="stalled: log intervals without a line, and ...")
+    g.add_argument("--stall-minutes", type=finite, default=15, help="... at least so many minutes")
+    g.add_argument("--max-wait", type=finite, default=0.3, help="share of time that waits for data; above: starved")
+    g.add_argument("--max-temp", type=finite, default=95, help="degrees C of the hottest sensor; above: hot")
+    g.add_argument("--temp-rise", type=finite, default=5, help="hot: so many degrees C above earlier looks, and ...")
+    g.add_argument("--rate-drop", type=finite, default=0.1, help="... images/s lower than theirs by this share")
     return p
 # fmt: on
 

@@ -22,6 +22,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+import tools.lib.threads  # noqa: F401 - before torch
+
+# isort: split
 import numpy as np
 import torch
 from torch.nn import functional as F
@@ -31,7 +34,7 @@ import data
 from checkpoint import atomic_write, write_text
 from model import load_backbone, read_facts
 from tools.lib import fits, judge, page, provenance
-from tools.lib.cli import Parser, pick_device, positive, run, shown
+from tools.lib.cli import Parser, natural, pick_device, positive, run, shown
 from tools.lib.files import csv_text
 from tools.lib.loop import git_commit
 
@@ -356,7 +359,7 @@ def build_parser():
     parser.add_argument("--scales", choices=("average", "concat"), default="average", help="of the crops' features")
     parser.add_argument("--features", choices=("cls", "mean", "box", "all"), default="all", help="cls token, mean of "
                         "patches, patches inside the nodule's box, or all side by side")  # fmt: skip
-    parser.add_argument("--size", type=int, default=0, help="pixels per side of a view; 0: that of the checkpoint")
+    parser.add_argument("--size", type=natural, default=0, help="pixels per side of a view; 0: that of the checkpoint")
     parser.add_argument("--seeds", type=positive, default=3, help="repeats of the test protocol; random backbones")
     parser.add_argument("--bootstrap", type=positive, default=2000, help="resamples of patients for each interval")
     parser.add_argument("--batch-size", type=positive, default=96, help="views per forward; on a CPU at most 32")

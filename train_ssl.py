@@ -19,6 +19,9 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import tools.lib.threads  # noqa: F401 - before torch
+
+# isort: split
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -30,7 +33,7 @@ import data
 import losses
 from model import ARCHS, ProjectionHead, SSLModel, build_vit, draw_keep, draw_rope, load_backbone, pack
 from tools.lib import loop, optim, provenance
-from tools.lib.cli import Parser, natural, positive, run
+from tools.lib.cli import Parser, above_zero, natural, not_negative, positive, run, share, within
 
 # ------------------------------------------------------------------ flags
 
@@ -54,14 +57,14 @@ def build_parser():
     g.add_argument("--seed", type=natural, default=0, help="of weights, order, crops, masks and stochastic depth")
     g.add_argument("--device", default="auto", help="auto (CUDA/ROCm if there, else CPU), cpu, cuda")
     g.add_argument("--precision", choices=["auto", "bf16", "fp32", "fp16"], default="auto", help="auto: bf16 on a GPU")
-    g.add_argument("--workers", type=int, default=min(8, max(1, (os.cpu_count() or 2) - 1)), help="readers; 0: none")
+    g.add_argument("--workers", type=natural, default=min(8, max(1, (os.cpu_count() or 2) - 1)), help="0: none")
     g.add_argument("--log-every", type=positive, default=50, help="updates")
     g.add_argument("--save-every", type=positive, default=500, help="updates")
     g.add_argument("--keep-last", type=positive, default=3, help="checkpoints, besides those of --keep-every")
     g.add_argument("--keep-every", type=natural, default=0, help="updates; checkpoints at multiples stay; 0: none")
     g.add_argument("--eval-every", type=natural, default=1000, help="updates between looks at val_select; 0: never")
-    g.add_argument("--time-limit", type=float, default=0, help="minutes until the run saves and exits; 0: none")
-    g.add_argument("--grace", type=float, default=None, help="updates or share without warnings; default: warm-up")
+    g.add_argument("--time-limit", type=not_negative, default=0, help="minutes until the run saves and exits; 0: none")
+    g.add_argument("--grace", type=not_negative, help="updates or share without warnings; default: --warmup")
     g.add_argument("--skip-bad", type=natural, default=0, help="broken files replaced before one stops the run")
     g.add_argument("--deterministic", default=False, action=switch, help="bit-identical on a GPU too; slower")
     g.add_argument("--compile", default=False, action=switch, help="torch.compile the blocks; a slow first update")
@@ -80,12 +83,12 @@ def build_parser():
     g.add_argument("--local-size", type=positive, default=96, help="pixels")
     g.add_argument("--local-crops", type=positive, default=8, help="per image")
     g.add_argument("--sizes", default=None, help="mixed sizes instead, one pair per update: 448/112,512/112")
-    g.add_argument("--field", type=float, nargs=2, default=None, help="share of the body that all views of an image "
-                   "are cut from; default: by --aug")
-    g.add_argument("--global-scale", type=float, nargs=2, default=None, help="share of the field; default: by --aug")
-    g.add_argument("--local-scale", type=float, nargs=2, default=None, help="share of the field; default: by --aug")
-    g.add_argument("--mask-probability", type=float, default=0.5, help="share of global crops with iBOT masks")
-    g.add_argument("--mask-ratio", type=float, nargs=2, default=(0.1, 0.5), help="share of patches hidden in those")
+    g.add_argument("--field", type=within("(0, 1]"), nargs=2, default=None, help="share of the body that "
+                   "all views of an image are cut from; default: by --aug")
+    g.add_argument("--global-scale", type=within("(0, 1]"), nargs=2, help="share of the field; default: by --aug")
+    g.add_argument("--local-scale", type=within("(0, 1]"), nargs=2, help="share of the field; default: by --aug")
+    g.add_argument("--mask-probability", type=share, default=0.5, help="share of global crops with iBOT masks")
+    g.add_argument("--mask-ratio", type=share, nargs=2, default=(0.1, 0.5), help="share of patches hidden in those")
 
     g = p.add_argument_group("model")
     g.add_argument("--arch", choices=list(ARCHS), default="vit_small", help="backbone")
@@ -93,44 +96,44 @@ def build_parser():
     g.add_argument("--prototypes", type=positive, default=8192, help="per head; at most 32 for each crop of a batch")
     g.add_argument("--head-hidden", type=positive, default=2048, help="width of the heads")
     g.add_argument("--head-bottleneck", type=positive, default=256, help="dimension of the sphere before prototypes")
-    g.add_argument("--prototype-norm", type=float, default=1.0, help="length of prototypes at the start: 1 in DINOv2, "
-                   "0.02 * sqrt(bottleneck) in DINOv3")
-    g.add_argument("--drop-path", type=float, default=0.0, help="share of images that skip a residual branch")
-    g.add_argument("--layerscale", type=float, default=1e-5, help="initial LayerScale")
-    g.add_argument("--rope-rescale", type=float, default=2.0, help="largest zoom of positions in training; 1: none")
+    g.add_argument("--prototype-norm", type=above_zero, default=1.0, help="length of prototypes at the start: 1 in "
+                   "DINOv2, 0.02 * sqrt(bottleneck) in DINOv3")
+    g.add_argument("--drop-path", type=within("[0, 1)"), default=0.0, help="share of images that skip a branch")
+    g.add_argument("--layerscale", type=not_negative, default=1e-5, help="initial LayerScale")
+    g.add_argument("--rope-rescale", type=within("[1, inf)"), default=2.0, help="largest zoom of positions; 1: none")
 
     g = p.add_argument_group("loss (updates or share: from 0 to 1 a share of --steps, above 1 updates)")
-    g.add_argument("--w-dino", type=float, default=1.0, help="weight of the cls cross entropy")
-    g.add_argument("--w-ibot", type=float, default=1.0, help="weight of the masked patch cross entropy")
-    g.add_argument("--w-koleo", type=float, default=0.1, help="weight of the spreading term, times 2 as in DINOv3")
-    g.add_argument("--koleo-group", type=positive, default=None, help="samples to spread apart; default: 16")
+    g.add_argument("--w-dino", type=not_negative, default=1.0, help="weight of the cls cross entropy")
+    g.add_argument("--w-ibot", type=not_negative, default=1.0, help="weight of the masked patch cross entropy")
+    g.add_argument("--w-koleo", type=not_negative, default=0.1, help="weight of the spreading term, twice as in DINOv3")
+    g.add_argument("--koleo-group", type=within("[2, 1e18]", int), help="samples to spread apart; default: 16")
     g.add_argument("--centering", choices=["sinkhorn", "softmax", "none"], default="sinkhorn", help="of targets")
-    g.add_argument("--student-temp", type=float, default=0.1, help="temperature")
-    g.add_argument("--teacher-temp", type=float, nargs=2, default=(0.04, 0.07), help="first and final temperature")
-    g.add_argument("--teacher-temp-warmup", type=float, default=0.1, help="updates or share")
-    g.add_argument("--gram-start", type=float, default=0.5, help="update or share; 1: never")
-    g.add_argument("--gram-refresh", type=float, default=0.1, help="updates or share between snapshots")
-    g.add_argument("--gram-max-refreshes", type=int, default=3, help="snapshots after the first")
-    g.add_argument("--gram-scale", type=int, default=2, help="resolution of the Gram crops over the global ones")
-    g.add_argument("--gram-weight", type=float, default=2.0, help="final weight; 0: no Gram anchoring")
-    g.add_argument("--gram-ramp", type=float, default=0.01, help="updates or share until that weight")
+    g.add_argument("--student-temp", type=above_zero, default=0.1, help="temperature")
+    g.add_argument("--teacher-temp", type=above_zero, nargs=2, default=(0.04, 0.07), help="first and final temperature")
+    g.add_argument("--teacher-temp-warmup", type=not_negative, default=0.1, help="updates or share")
+    g.add_argument("--gram-start", type=not_negative, default=0.5, help="update or share; 1: never")
+    g.add_argument("--gram-refresh", type=not_negative, default=0.1, help="updates or share between snapshots")
+    g.add_argument("--gram-max-refreshes", type=natural, default=3, help="snapshots after the first")
+    g.add_argument("--gram-scale", type=positive, default=2, help="resolution of the Gram crops over the global ones")
+    g.add_argument("--gram-weight", type=not_negative, default=2.0, help="final weight; 0: no Gram anchoring")
+    g.add_argument("--gram-ramp", type=not_negative, default=0.01, help="updates or share until that weight")
     g.add_argument("--gram-teacher", default=None, help="weights of a fixed Gram teacher, used from --gram-start on")
 
     g = p.add_argument_group("optimizer (updates or share: as above)")
     g.add_argument("--batch-size", type=positive, default=128, help="images per update, over all ranks")
     g.add_argument("--micro-batch", type=positive, default=None, help="images that fit a device; default: up to 64")
-    g.add_argument("--lr", type=float, default=None, help="peak, as used; default: 5e-4 * sqrt(batch / 256)")
-    g.add_argument("--lr-end", type=float, default=1e-6, help="final")
+    g.add_argument("--lr", type=not_negative, default=None, help="peak, as used; default: 5e-4 * sqrt(batch / 256)")
+    g.add_argument("--lr-end", type=not_negative, default=1e-6, help="final")
     g.add_argument("--schedule", choices=["cosine", "constant", "decay"], default="cosine",
                    help="of the learning rate; decay: constant, then a cosine over the last fifth")
-    g.add_argument("--warmup", type=float, default=0.1, help="updates or share")
-    g.add_argument("--weight-decay", type=float, nargs=2, default=(0.04, 0.2), help="first and final")
-    g.add_argument("--layer-decay", type=float, default=0.9, help="learning rate factor per block, from the last down")
-    g.add_argument("--patch-lr", type=float, default=0.2, help="further factor of the patch embedding")
-    g.add_argument("--freeze-last", type=float, default=0.01, help="updates or share with fixed prototypes")
-    g.add_argument("--beta2", type=float, default=0.999, help="AdamW")
-    g.add_argument("--clip", type=float, default=3.0, help="largest gradient norm of backbone and of each head")
-    g.add_argument("--ema", type=float, nargs=2, default=(0.992, 1.0), help="first and final momentum of the teacher")
+    g.add_argument("--warmup", type=not_negative, default=0.1, help="updates or share")
+    g.add_argument("--weight-decay", type=not_negative, nargs=2, default=(0.04, 0.2), help="first and final")
+    g.add_argument("--layer-decay", type=within("(0, 1]"), default=0.9, help="rate factor per block, from the last")
+    g.add_argument("--patch-lr", type=not_negative, default=0.2, help="further factor of the patch embedding")
+    g.add_argument("--freeze-last", type=not_negative, default=0.01, help="updates or share with fixed prototypes")
+    g.add_argument("--beta2", type=within("[0, 1)"), default=0.999, help="AdamW")
+    g.add_argument("--clip", type=above_zero, default=3.0, help="largest gradient norm of backbone and of each head")
+    g.add_argument("--ema", type=share, nargs=2, default=(0.992, 1.0), help="first and final momentum of the teacher")
     return p
 # fmt: on
 
@@ -138,15 +141,14 @@ def build_parser():
 SHARES = "warmup teacher_temp_warmup gram_start gram_refresh gram_ramp freeze_last grace".split()
 
 
-def check_ranges(args):
-    """Refuse shares that would surface later as NaN, a traceback or, silently, another method."""
-    for name in "mask_probability mask_ratio drop_path beta2 ema field global_scale local_scale".split():
-        value, flag = getattr(args, name), f"--{name.replace('_', '-')}"
-        low, high = (value, value) if isinstance(value, float) else value or (1, 1)
-        if not 0 <= low <= high <= 1:
-            raise ValueError(f"{flag} {low:g} {high:g}: must lie within 0 and 1, the smaller first")
-        if low == 0 and name in ("field", "global_scale", "local_scale"):
-            raise ValueError(f"{flag} {low:g} {high:g}: a view of no size; must be above 0")
+def check_together(args):
+    """Refuse what is wrong of several values; each alone has its type in the parser."""
+    for name in ("mask_ratio", "ema", "field", "global_scale", "local_scale"):
+        low, high = getattr(args, name) or (0, 1)
+        if low > high:
+            raise ValueError(f"--{name.replace('_', '-')} {low:g} {high:g}: the smaller comes first")
+    if not (args.w_dino or args.w_ibot or args.w_koleo or args.gram_weight):
+        raise ValueError("--w-dino, --w-ibot, --w-koleo and --gram-weight are all 0: nothing would be learned")
 
 
 def resolve(args, world):
@@ -160,16 +162,14 @@ def resolve(args, world):
     fits = max([m for m in sizes if m % group == 0] or sizes)
     args.micro_batch = loop.divisor("--micro-batch", args.micro_batch or fits, images, "the images of a rank")
     args.koleo_group = loop.divisor("--koleo-group", group, args.micro_batch, "--micro-batch")
-    check_ranges(args)
     args.grace = args.warmup if args.grace is None else args.grace
     for name in SHARES:
         value = getattr(args, name)
-        if value < 0:
-            raise ValueError(f"--{name.replace('_', '-')} {value} is below 0; give updates, or a share up to 1")
         setattr(args, name, int(value) if value > 1 else round(value * args.steps))
     if args.warmup > args.steps:
         raise ValueError(f"--warmup {args.warmup} is more than --steps {args.steps}: --lr would never be reached")
     args.gram_weight = 0.0 if args.gram_start >= args.steps else args.gram_weight  # never, --extend included
+    check_together(args)
     args.lr = 5e-4 * math.sqrt(args.batch_size / 256) if args.lr is None else args.lr
     return args
 
@@ -710,6 +710,11 @@ def train(args, rank, world, device):
         torch.set_num_threads(1)
     source, held_out = open_data(args)
     recipes = make_recipes(args, source.encoding)  # refuses bad sizes before anything is made
+    if args.batch_size > len(source):
+        raise ValueError(
+            f"--batch-size {args.batch_size} is more than the {len(source)} images to train on, so an update would see "
+            f"copies; use --batch-size {len(source)} or less, or more images"
+        )
 
     # ------------------------------------------------------------------ run folder, what to resume
     if rank == 0:

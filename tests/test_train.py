@@ -3,6 +3,7 @@ import gc
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -475,16 +476,54 @@ def test_one_run_per_folder(folder, tmp_path, monkeypatch):
         (["--sizes", "448x112"], "'448x112' is not GLOBAL/LOCAL"),
         (["--global-size", "40"], "height 40 is not a multiple of the patch size 16"),
         (["--init", "/nowhere"], "no weights at /nowhere"),
-        (["--mask-ratio", "0.5", "1.5"], "--mask-ratio 0.5 1.5: must lie within 0 and 1"),
-        (["--field", "0", "1"], "--field 0 1: a view of no size"),
+        (["--mask-ratio", "0.5", "0.1"], "--mask-ratio 0.5 0.1: the smaller comes first"),
         (["--warmup", "9"], "--warmup 9 is more than --steps 2"),
-        (["--gram-start", "-1"], "--gram-start -1.0 is below 0"),
+        (["--w-dino", "0", "--w-ibot", "0", "--w-koleo", "0", "--gram-start", "1"], "are all 0: nothing would be"),
+        (["--batch-size", "16384", "--micro-batch", "64"], "--batch-size 16384 is more than the "),
     ],
 )
 def test_bad_flags_say_what_to_do(folder, tmp_path, flags, message):
     with pytest.raises((ValueError, OSError)) as caught:
         train(folder, tmp_path / "run", "--steps", "2", *flags)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--workers -1", "--workers: must be at least 0, got -1"),
+        ("--drop-path 1", "--drop-path: must be below 1, got 1"),
+        ("--lr -1", "--lr: must be at least 0, got -1"),
+        ("--lr nan", "--lr: must be at least 0 and below inf, got nan"),
+        ("--time-limit inf", "--time-limit: must be below inf, got inf"),
+        ("--weight-decay -0.1 0", "--weight-decay: must be at least 0, got -0.1"),
+        ("--clip 0", "--clip: must be above 0, got 0"),
+        ("--w-koleo -1", "--w-koleo: must be at least 0, got -1"),
+        ("--teacher-temp 0 0", "--teacher-temp: must be above 0, got 0"),
+        ("--student-temp 0", "--student-temp: must be above 0, got 0"),
+        ("--mask-ratio 0.5 1.5", "--mask-ratio: must be at most 1, got 1.5"),
+        ("--field 0 1", "--field: must be above 0, got 0"),
+        ("--gram-start -1", "--gram-start: must be at least 0, got -1"),
+        ("--koleo-group 1", "--koleo-group: must be at least 2"),
+        ("--steps 1e5", "--steps: invalid int value: '1e5'"),
+        (f"--seed {2**70}", "--seed: must be at most 1e+18"),
+        ("--batchsize 32", "there is no --batchsize; did you mean --batch-size?"),
+    ],
+)
+def test_a_flag_outside_its_range_is_one_line_before_anything_is_made(tmp_path, monkeypatch, capsys, flags, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        t.main(["--data", "x", *flags.split()])
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and message in said and len(said.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_number_of_every_program_has_a_range():
+    """A bare int or float takes nan, -1 and 1e400."""
+    for path in [*t.Path(t.__file__).parent.glob("*.py"), *(t.Path(t.__file__).parent / "tools").glob("*.py")]:
+        bare = re.findall(r'"(--[a-z-]+)", type=(?:int|float)\b', path.read_text())
+        assert set(bare) <= {"--child", "--layer"}, (path.name, bare)  # internal; counted from the end, and checked
 
 
 def test_the_log_holds_what_it_promises(folder, tmp_path):

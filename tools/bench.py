@@ -32,6 +32,9 @@ from statistics import mean, median
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import tools.lib.threads  # noqa: F401 - before torch
+
+# isort: split
 import numpy as np
 import pydicom
 import torch
@@ -43,7 +46,7 @@ import checkpoint
 import data
 import train_ssl
 from model import ARCHS
-from tools.lib.cli import ROOT, Parser, positive, run
+from tools.lib.cli import ROOT, Parser, above_zero, positive, run
 from tools.lib.loop import flops_per_image, git_commit, setup_distributed
 from tools.lib.machine import DTYPES, check_gemm, describe, synchronize
 
@@ -535,8 +538,8 @@ def build_parser():
     p.add_argument("--precision", nargs="+", choices=["fp32", "bf16"], help="of step; default: bf16 on a GPU, else "
                    "fp32, and bf16 if the CPU has it")
     p.add_argument("--flags", default="", help="further flags of train_ssl.py, in one string")
-    p.add_argument("--seconds", type=float, help="turns of each way, 3 at least; step: twice; default: 30, --quick: 8")
-    p.add_argument("--images", type=float, default=1e8, help="sweep prints the days that so many images take")
+    p.add_argument("--seconds", type=above_zero, help="turns of each way, 3 at least; step: twice; default 30, quick 8")
+    p.add_argument("--images", type=above_zero, default=1e8, help="sweep prints the days that so many images take")
     p.add_argument("--point", help="internal: measure this one point (JSON) and print its rows")
     return p
 # fmt: on

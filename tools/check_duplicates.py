@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from checkpoint import write_text
 from data import slice_name
-from tools.lib.cli import Parser, positive, run, shown
+from tools.lib.cli import Parser, positive, run, shown, within
 from tools.lib.files import read_json_file
 from tools.lib.groups import join, open_data
 
@@ -160,17 +160,16 @@ def say(title, members):
 def build_parser():
     p = Parser(__doc__)
     p.add_argument("--data", type=Path, required=True, help="processed CT folder, or folder tree of photographs")
-    p.add_argument("--distance", type=int, default=3, help="largest number of differing hash bits, 0 to 8")
+    p.add_argument(
+        "--distance", type=within("[0, 8]", int), default=3, help="hash bits that may differ; at 9 strangers match"
+    )
     p.add_argument("--workers", type=positive, default=os.cpu_count(), help="reading processes")
     p.add_argument("--max-pairs", type=positive, default=1000, help="pairs listed in the file; all count and join")
     return p
 
 
 def main(argv=None):
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    if not 0 <= args.distance <= 8:
-        parser.error("--distance: 0 to 8; at 9 bits strangers begin to match")
+    args = build_parser().parse_args(argv)
     source = open_data(args.data)
     splits = args.data / "_splits" / "splits.json"
     split_of = read_splits(splits)

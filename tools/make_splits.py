@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from checkpoint import write_text
 from data import file_sha256, find_table, read_labels
-from tools.lib.cli import Parser, run, shown
+from tools.lib.cli import Parser, natural, run, shown
 from tools.lib.files import read_json_file
 from tools.lib.groups import join, open_data, same_patients
 from tools.lib.provenance import plain_name
@@ -201,7 +201,7 @@ def build_parser():
         "--duplicates", type=Path, help="file of tools/check_duplicates.py; default: _splits/duplicates.json, if there"
     )
     p.add_argument("--group-by", choices=("patient", "dataset"), default="patient", help="what never straddles")
-    p.add_argument("--seed", type=int, default=0, help="another seed, another division")
+    p.add_argument("--seed", type=natural, default=0, help="another seed, another division")
     p.add_argument("--stable", action="store_true", help="by hash: new patients move nobody; not stratified")
     p.add_argument("--force", action="store_true", help="replace a splits.json that differs")
     return p

@@ -22,17 +22,20 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import tools.lib.threads  # noqa: F401 - before torch
+
+# isort: split
 import numpy as np
 import torch
 from PIL import Image, ImageColor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 from model import load_backbone, read_facts
 from tools.lib import judge, provenance, sheet
-from tools.lib.cli import Parser, natural, pick_device, positive, run, shown
+from tools.lib.cli import Parser, above_zero, natural, pick_device, positive, run, shown
 from tools.lib.files import write_json
 from tools.lib.metrics import auc, interval, ratio, resample
 
@@ -437,7 +440,7 @@ def build_parser():
                         "all: every patient, whatever the split")  # fmt: skip
     parser.add_argument("--allow-seen", action="store_true", help="look at training patients too; said in the titles")
     parser.add_argument("--allow-duplicates", action="store_true", help="also if some cross the splits; titled so")
-    parser.add_argument("--crop-mm", type=float, default=96, help="side of a crop")
+    parser.add_argument("--crop-mm", type=above_zero, default=96, help="side of a crop")
     parser.add_argument("--size", type=positive, default=448, help="pixels of a crop; 448 of 96 mm: patches of 3.4 mm")
     parser.add_argument("--layer", type=int, default=-1, help="block whose attention is drawn; -1: the last")
     parser.add_argument("--seed", type=natural, default=0, help="of nodules, crops, random weights and resamples")

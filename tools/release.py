@@ -20,10 +20,13 @@ from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import tools.lib.threads  # noqa: F401 - before torch
+
+# isort: split
 import safetensors.torch
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import checkpoint
 import data
 from checkpoint import atomic_write, write_text
