@@ -378,13 +378,13 @@ def main(argv=None):
     counts = Counter(row["label"] for row in labelled if row["path"] in kept)
     entry = {"from": str(args.source), "kind": kind, "parts": sorted({row["part"] for _, row, _ in rows}),
              "min_side": args.min_side, "max_aspect": args.max_aspect, "decoded": args.decode, "labels": counts,
-             "reasons": reasons, "refused": [{"path": path, "reason": why} for path, why in sorted(refused)]}  # fmt: skip
+             "reasons": reasons, "refused": [{"path": p, "reason": why} for p, why in sorted(refused)]}  # fmt: skip
     write_json(manifest, {"version": VERSION, "created_utc": created_utc(), "sources": {**earlier, name: entry}}, 1)
     write_text(index, table_text(INDEX, indexed))
     write_text(labels, table_text(header, labelled))  # last: what it names is there
     print(f"{labels}: {', '.join(f'{n} {shown(label)}' for label, n in sorted(counts.items()))} of {name}, "
           f"{len(labelled)} in all; columns {','.join(map(shown, header))}")  # fmt: skip
-    for reason, n in reasons.most_common(8):
+    for reason, n in reasons.most_common(12):
         print(f"refused {n}: {reason}")
     if refused:
         print(f"{len(refused)} refused, each with its reason in {manifest}; first: {shown(refused[0][0])}")
