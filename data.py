@@ -1006,13 +1006,91 @@ def eval_boxes(sizes, regions=None):
     return np.concatenate([start, start + side], 1)
 
 
-@torch.no_grad()
+class Layout(NamedTuple):
+    """Which boxes of an image are looked at. In text: a name of LAYOUTS, then other values, as tiles:overlap=0.2,flip=1
+
+    grown: a rows x cols grid whose tiles grow by `overlap` of their side. even: equal tiles, neighbours share `overlap`
+    of one; they cover every pixel. flip: each view a second time, mirrored.
+    """
+
+    whole: int = 1  # the image, squeezed to a square
+    tiles: str = ""  # "", grown or even
+    squares: tuple = ()  # of centre, right: as large as the image allows
+    rows: int = 3
+    cols: int = 3
+    overlap: float = 0.15
+    flip: int = 0
+
+
+LAYOUTS = {
+    "whole": Layout(),
+    "centre": Layout(whole=0, squares=("centre",)),
+    "tiles": Layout(tiles="grown"),  # 10 views
+    "tiles_and_squares": Layout(tiles="even", overlap=0.25, squares=("centre", "right")),  # 12 views
+}
+
+
+def find_layout(text):
+    """A layout as text -> Layout."""
+    name, _, rest = text.partition(":")
+    if name not in LAYOUTS:
+        raise ValueError(f"layout {text!r}: no {name!r}; known are {', '.join(LAYOUTS)}")
+    layout, limits = LAYOUTS[name], {"rows": (int, 1, 16), "cols": (int, 1, 16), "overlap": (float, 0, 0.49)}
+    limits["flip"] = int, 0, 1
+    for part in filter(None, rest.split(",")):
+        key, _, value = part.partition("=")
+        kind, low, high = limits.get(key, (None, 0, 0))
+        try:
+            value = kind(value) if kind else None
+        except ValueError:
+            value = None
+        if value is None or not low <= value <= high:
+            known = ", ".join(f"{k} {a} to {b}" for k, (_, a, b) in limits.items())
+            raise ValueError(f"layout {text!r}: {part!r} is not one of {known}")
+        layout = layout._replace(**{key: value})
+    return layout
+
+
+def tile_edges(length, n, layout):
+    """Starts and ends [n, B] of the n tiles along sides of `length` [B] pixels."""
+    if layout.tiles == "grown":
+        edges, grow = np.arange(n)[:, None] * length / n, layout.overlap * length / n
+        return np.floor(np.maximum(edges - grow, 0)), np.ceil(np.minimum(edges + length / n + grow, length))
+    tile = np.ceil(length / (n - (n - 1) * layout.overlap))
+    start = np.round(np.linspace(0, 1, n)[:, None] * (length - tile))
+    return start, start + tile
+
+
+def view_boxes(sizes, layout):
+    """Boxes [V, B, 4] of a layout (or its text) in images of these (height, width) [B, 2], and flips [V]."""
+    layout = find_layout(layout) if isinstance(layout, str) else layout
+    sizes = np.asarray(sizes, np.float64)
+    height, width = sizes.T
+    boxes = [np.concatenate([np.zeros_like(sizes), sizes], 1)] * layout.whole
+    if layout.tiles:
+        (y0, y1), (x0, x1) = tile_edges(height, layout.rows, layout), tile_edges(width, layout.cols, layout)
+        boxes += [np.stack([y0[r], x0[c], y1[r], x1[c]], 1) for r in range(layout.rows) for c in range(layout.cols)]
+    for name in layout.squares:
+        square = eval_boxes(sizes)
+        moved = (sizes - square[:, 2:]) * (name == "right")  # to the right end, or to the lower one
+        boxes.append(square + np.tile(moved, 2))
+    flips = np.repeat([False, True], len(boxes))[: len(boxes) * (1 + layout.flip)]
+    return np.stack(boxes * (1 + layout.flip)), flips
+
+
 def render_eval(images, view, boxes=None):
     """Images [B, 3, H, W] through an eval_view, cut at boxes [B, 4] -> normalised [B, 3, size, size]."""
     boxes = eval_boxes([images.shape[2:]] * len(images)) if boxes is None else np.asarray(boxes)
-    nothing = np.zeros((1, len(images)))
+    return render_views(images, view, boxes[None], np.zeros(1, bool))[0]
+
+
+@torch.no_grad()
+def render_views(images, view, boxes, flips):
+    """The same for boxes [V, B, 4] and flips [V], as view_boxes makes them -> [V, B, 3, size, size]."""
+    boxes = np.asarray(boxes)
+    flips = np.repeat(np.asarray(flips)[:, None], boxes.shape[1], 1)
     with torch.autocast(images.device.type, enabled=False):
-        x = cut(images, boxes[None], nothing > 0, nothing, view["size"])[0]
+        x = cut(images, boxes, flips, np.zeros(boxes.shape[:2]), view["size"])
         if images.dtype == torch.int16:
             level, width = view["window"]
             x = (x - level) / width + 0.5
@@ -1039,7 +1117,7 @@ class Batch(NamedTuple):
 def read_photo(path, boxes_of, sizes):
     """Only what boxes need of a photograph, upright, reduced while each keeps twice its size -> (image, boxes in it).
 
-    boxes_of(height, width) -> boxes [V, 4] of the upright picture; sizes [V] pixels of their views.
+    boxes_of(height, width) -> boxes [V, 4] of the upright picture; sizes: pixels of their views, one or [V].
     """
     try:
         with open_photo(path) as file:
@@ -1061,21 +1139,25 @@ def read_photo(path, boxes_of, sizes):
 
 
 def read_view(source, i, boxes=None, size=224):
-    """For one look at an image: (pixels [3, h, w], boxes [S, 4] in them); boxes None: that of eval_boxes.
+    """For one look at an image: (pixels [3, h, w], boxes [S, 4] in them). boxes: None is that of eval_boxes, a layout
+    those of view_boxes.
 
     Of a photograph only what views of `size` pixels need is decoded; of a slice only the boxes are kept.
     """
+
+    def chosen(height, width, body=None):
+        if isinstance(boxes, Layout):
+            return view_boxes([(height, width)], boxes)[0][:, 0]
+        return eval_boxes([(height, width)], body and [body]) if boxes is None else boxes
+
     if source.encoding == "photo":
-
-        def chosen(height, width):
-            return eval_boxes([(height, width)]) if boxes is None else boxes
-
-        return read_photo(source.path(i), chosen, [size] * (1 if boxes is None else len(boxes)))
-    image, body = source.read(i), source.body(i)
+        return read_photo(source.path(i), chosen, size)
+    image = source.read(i)
+    at = chosen(*image.shape[1:], source.body(i))
     if boxes is None:
-        return image, eval_boxes([image.shape[1:]], body and [body])
-    low, high = np.floor(boxes[:, :2].min(0)).astype(int), np.ceil(boxes[:, 2:].max(0)).astype(int)
-    return image[:, low[0] : high[0], low[1] : high[1]], boxes - np.tile(low, 2)
+        return image, at
+    low, high = np.floor(at[:, :2].min(0)).astype(int), np.ceil(at[:, 2:].max(0)).astype(int)
+    return image[:, low[0] : high[0], low[1] : high[1]], at - np.tile(low, 2)
 
 
 def pad_to_one_size(images):
