@@ -25,6 +25,7 @@ import struct
 import sys
 import tokenize
 import warnings
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -48,11 +49,12 @@ WINDOWS_HU = {"lung": (-600, 1500), "soft": (40, 400), "bone": (300, 1500)}  # l
 RGB_WINDOWS = ("lung", "soft", "bone")  # channel order of rgb-v1: slices z-1, z, z+1
 WIDE_HU = (-150, 1500)  # halfway between lung and bone: air, tissue and calcium are all inside (-900 .. 600 HU)
 AIR_HU = -1024
-PHOTO_ENDINGS = (".png", ".jpg", ".jpeg")
-FORMATS = ("PNG", "JPEG")  # what is opened, by content: pillow would start Ghostscript for an EPS file
-SIGNATURES = {b"%!PS": "EPS", b"\xc5\xd0\xd3\xc6": "EPS", b"%PDF": "PDF", b"GIF8": "GIF", b"RIFF": "WebP or AVI",
-              b"BM": "BMP", b"II*\0": "TIFF", b"MM\0*": "TIFF", b"<": "HTML, XML or SVG", b"PK": "zip"}  # fmt: skip
+PHOTO_ENDINGS, HEIC_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"), (".heic", ".heif")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")  # opened by content: pillow would start Ghostscript for an EPS file
+SIGNATURES = {b"%!PS": "EPS", b"\xc5\xd0\xd3\xc6": "EPS", b"%PDF": "PDF", b"GIF8": "GIF", b"RIFF": "AVI or broken",
+              b"<": "HTML, XML or SVG", b"PK": "zip"}  # fmt: skip
 PURPOSES = {"fit": "train", "select": "val_select", "calibrate": "val_calib", "test": "val_test"}
+TABLES = ("labels.csv", "weights.csv")  # ours, in a folder of pictures
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as released DINOv3 weights expect
 STREAMS = {"order": 1, "crops": 2, "masks": 3, "limit": 4, "sizes": 5, "rope": 6, "depth": 7}  # none meets another
 
@@ -60,6 +62,10 @@ STREAMS = {"order": 1, "crops": 2, "masks": 3, "limit": 4, "sizes": 5, "rope": 6
 # what numpy and pillow say of broken files; tokenize: the header of a .npy is a Python literal
 BROKEN = (OSError, ValueError, SyntaxError, EOFError, LookupError, struct.error, tokenize.TokenError)
 BROKEN += (Image.DecompressionBombError,)
+
+
+class Unreadable(OSError):
+    """An image that cannot be read; the text names its file and why."""
 
 
 def rng(seed, stream, *key):
@@ -196,23 +202,48 @@ def encode_column(key, texts, names):
     return np.fromiter(map(int, texts), np.int32, len(texts))
 
 
+@functools.lru_cache
+def say_once(text):
+    """A line for people, once; of several readers (they are processes) the first one says it."""
+    if multiprocessing.parent_process() is None or multiprocessing.current_process().name.endswith("-1"):
+        print(text)
+
+
+@functools.lru_cache
+def heic_formats():
+    """What pillow-heif, an optional extra, adds to FORMATS."""
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        return ()
+    register_heif_opener()
+    return ("HEIF",)
+
+
 def photo_paths(root):
-    """Sorted paths below root, with forward slashes, of PNG and JPEG files; folders named _x or .x are ours."""
+    """Sorted paths of pictures below root, with forward slashes; says what else is there. Folders _x or .x are ours."""
 
     def stop(error):
         raise error
 
-    found, seen = [], set()
+    found, seen, others = [], set(), Counter()
+    endings = PHOTO_ENDINGS + (HEIC_ENDINGS if heic_formats() else ())
     for folder, folders, files in os.walk(root, onerror=stop, followlinks=True):
         if (real := os.path.realpath(folder)) in seen:
             raise ValueError(f"{folder}: links lead to {real} twice, so its images would count twice; remove one")
         seen.add(real)
         folders[:] = [name for name in folders if name[0] not in "._"]
-        names = [name for name in files if name[0] != "." and name.lower().endswith(PHOTO_ENDINGS)]
+        files = [name for name in files if name[0] != "." and (name not in TABLES or Path(folder) != root)]
+        names = [name for name in files if name.lower().endswith(endings)]
+        others.update(Path(name).suffix.lower() for name in set(files).difference(names))
         for name in names:
             if not name.isascii() and name.encode(errors="ignore").decode() != name:
                 raise ValueError(f"{folder}: the file name {ascii(name)} is not UTF-8; rename the file")
         found += [Path(folder, name).relative_to(root).as_posix() for name in names]
+    if found and others:
+        kinds = ", ".join(f"{n} {ending or 'without an ending'}" for ending, n in others.most_common(8))
+        hint = "; pip install pillow-heif reads .heic" if others.keys() & set(HEIC_ENDINGS) else ""
+        say_once(f"{root}: {others.total()} files are no pictures and are not read: {kinds}{hint}")
     return sorted(found)
 
 
@@ -233,10 +264,17 @@ def read_labels(path, unlabelled=False):
     return rows, nodules
 
 
+def is_dicom(path):
+    with open(path, "rb") as f:
+        return f.read(132)[128:] == b"DICM"
+
+
 def index_photos(root):
     paths = photo_paths(root)
     if not paths:
-        raise FileNotFoundError(f"{root} has neither _index/index.csv nor a PNG or JPEG file")
+        some = itertools.islice((path for path in root.rglob("*") if path.is_file()), 100)
+        raw = "; it holds DICOM files as acquired: preprocess them first" if any(map(is_dicom, some)) else ""
+        raise FileNotFoundError(f"{root} has neither _index/index.csv nor a picture ({' '.join(PHOTO_ENDINGS)}){raw}")
     table = root / "labels.csv"
     lines, nodules = read_labels(table, unlabelled=True) if table.exists() else ([], False)
     if nodules:
@@ -258,19 +296,30 @@ def index_photos(root):
 def open_photo(path):
     """The opened picture, if its content is of FORMATS; another content is named as what it is."""
     try:
-        with Image.open(regular(path), formats=FORMATS) as file:
-            yield file
+        file = Image.open(regular(path), formats=FORMATS + heic_formats())
+        several = file.format in ("TIFF", "WEBP") and file.n_frames > 1
+    except TypeError:  # pillow, of such a page of a TIFF
+        raise ValueError("a page without height or width") from None
     except Image.UnidentifiedImageError:
         with open(path, "rb") as f:
             start = f.read(12)
         kind = next((name for magic, name in SIGNATURES.items() if start.startswith(magic)), "unknown")
         kind = "HEIC or AVIF" if start[4:8] == b"ftyp" else kind
-        raise ValueError(f"its content is {kind}, expected PNG or JPEG") from None
+        raise ValueError(f"its content is {kind}, expected {', '.join(FORMATS + heic_formats())}") from None
+    with file:
+        if several:
+            say_once("of pictures with several pages or frames the first is read")
+        yield file
 
 
 def to_rgb(file):
     if file.mode.startswith(("I", "F")):  # pillow would clip 16 bits at 255 without a word
         raise ValueError(f"pixels of mode {file.mode}, expected 8 bits per channel; convert the file")
+    if file.mode in ("RGBA", "LA", "PA") or "transparency" in file.info:
+        file = file.convert("RGBA")
+        if file.getextrema()[3][0] < 255:
+            say_once("transparent pictures are put on white")
+            file = Image.alpha_composite(Image.new("RGBA", file.size, "white"), file)
     return file.convert("RGB")
 
 
@@ -330,9 +379,9 @@ class Source:
                     turn = turn_of(file)[0] if self.encoding == "photo" else TURNS[1]
                     image = upright(np.asarray(to_rgb(file)).transpose(2, 0, 1), turn)
         except BROKEN as error:
-            raise OSError(f"{path} cannot be read: {error}") from None
+            raise Unreadable(f"{path} cannot be read: {error}") from None
         if self.encoding != "photo" and image.shape[1:] != self.size(i):
-            raise OSError(f"{path} has {image.shape[1:]} pixels, the index says {self.size(i)}")
+            raise Unreadable(f"{path} has {image.shape[1:]} pixels, the index says {self.size(i)}")
         return torch.from_numpy(np.ascontiguousarray(image))
 
     def size(self, i):
@@ -413,7 +462,7 @@ def slice_name(source, i):
 
 
 def open_source(root, limit=None, z_stride=1):
-    """Everything in a processed CT folder (by its index) or in any folder of PNG and JPEG files -> Source.
+    """Everything in a processed CT folder (by its index) or in any folder of pictures -> Source.
 
     For training and evaluation see open_for. z_stride keeps every n-th slice of a series (neighbours still come from
     the full volume); limit keeps N images.
@@ -1108,7 +1157,7 @@ def read_photo(path, boxes_of, sizes):
             y0, x0, y1, x1 = stored_box((*low.astype(int).tolist(), *high.astype(int).tolist()), size, turn)
             image = upright(np.asarray(to_rgb(file).reduce(factor, box=(x0, y0, x1, y1))).transpose(2, 0, 1), turn)
     except BROKEN as error:
-        raise OSError(f"{path} cannot be read: {error}") from None
+        raise Unreadable(f"{path} cannot be read: {error}") from None
     return torch.from_numpy(image.copy()), (boxes * drafted - np.tile(low, 2)) / factor
 
 
@@ -1184,7 +1233,7 @@ class Updates(torch.utils.data.Dataset):
                     own = place(own, [self.source.size(i)], [self.source.body(i)])
                 images.append(image)
                 boxes.append(own.boxes[:, 0])
-            except OSError as error:
+            except Unreadable as error:
                 bad.append((str(self.source.path(i)), str(error)))
                 images.append(None)
                 boxes.append(None)
@@ -1271,8 +1320,8 @@ def checked(items, skip_bad):
                 continue
             skipped.add(path)
             if len(skipped) > skip_bad:
-                raise OSError(f"{reason} (--skip-bad {skip_bad} allows no more)")
+                raise Unreadable(f"{reason} (--skip-bad {skip_bad} allows no more)")
             print(f"skipped {len(skipped)} of at most {skip_bad} broken files: {path}")
         if item.images is None:
-            raise OSError(f"no file of a whole micro-batch can be read; first: {item.bad[0][1]}")
+            raise Unreadable(f"no file of a whole micro-batch can be read; first: {item.bad[0][1]}")
         yield item
