@@ -19,6 +19,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import signal
 import stat
 import struct
@@ -55,6 +56,7 @@ SIGNATURES = {b"%!PS": "EPS", b"\xc5\xd0\xd3\xc6": "EPS", b"%PDF": "PDF", b"GIF8
               b"<": "HTML, XML or SVG", b"PK": "zip"}  # fmt: skip
 PURPOSES = {"fit": "train", "select": "val_select", "calibrate": "val_calib", "test": "val_test"}
 TABLES = ("labels.csv", "weights.csv")  # ours, in a folder of pictures
+ODD_PATH = re.compile(r"^[./\s]|\\|//|/\.|\s$")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as released DINOv3 weights expect
 STREAMS = {"order": 1, "crops": 2, "masks": 3, "limit": 4, "sizes": 5, "rope": 6, "depth": 7}  # none meets another
 
@@ -131,11 +133,11 @@ class Rows:
         return Rows({key: values[index] for key, values in self.columns.items()}, self.names)
 
 
-def read_csv(path):
+def read_csv(path, delimiter=","):
     """Header, then the rows in pieces (larger ones are 3x slower: garbage collection)."""
     try:
         with open(regular(path), newline="", encoding="utf-8-sig") as f:  # spreadsheets begin with a byte order mark
-            reader = csv.reader(f)
+            reader = csv.reader(f, delimiter=delimiter)
             yield next(reader, [])
             while rows := list(itertools.islice(reader, 1024)):
                 yield rows
@@ -247,20 +249,70 @@ def photo_paths(root):
     return sorted(found)
 
 
-def read_labels(path, unlabelled=False):
-    """A label table -> (rows as dicts, are they nodules?): path,label[,group], or columns that begin with NODULE."""
-    header, *pieces = read_csv(path)
-    nodules, rows = header[: len(NODULE)] == NODULE, []
-    if not nodules and header not in (["path", "label"], ["path", "label", "group"]):
-        raise ValueError(
-            f"{path}: unknown columns {','.join(header)}; expected path,label[,group], or first {','.join(NODULE)}"
-        )
+@functools.lru_cache(None)
+def edits(a, b):
+    """Letters to insert, delete or change between two words (Levenshtein's distance)."""
+    if not (a and b):
+        return len(a) + len(b)
+    return min(edits(a[1:], b) + 1, edits(a, b[1:]) + 1, edits(a[1:], b[1:]) + (a[0] != b[0]))
+
+
+def label_columns(path, header):
+    """Names of columns as we know them, whatever their case and outer spaces; a misspelt one is an error."""
+    names = [name.strip() for name in header]
+    nodules = len({*map(str.lower, names)} & {*NODULE}) > 4
+    known = NODULE if nodules else ["path", "label", "group"]
+    names = [name.lower() if name.lower() in known else name for name in names]
+    for name in [name for name in known if name not in names]:
+        if near := [other for other in names if other not in known and edits(other.lower()[:99], name) < 3]:
+            raise ValueError(
+                f"{path}: column {near[0]!r} looks like {name!r}; rename it to that, or to a word less alike"
+            )
+    if names[: len(NODULE)] != NODULE and (nodules or not {"path", "label"} <= {*names}):
+        expected = f"first {','.join(NODULE)}" if nodules else "path,label[,group][,any facts]"
+        raise ValueError(f"{path}: unknown columns {','.join(header)[:200]}; expected {expected}")
+    if odd := [name for k, name in enumerate(names) if not name or name in names[:k]]:
+        raise ValueError(f"{path}: column {odd[0]!r} has no name, or stands there twice; write {','.join(names)} anew")
+    if names != header:
+        say_once(f"{path}: columns {','.join(header)} are read as {','.join(names)}")
+    if not nodules and (facts := [name for name in names if name not in known]):
+        say_once(f"{path}: further columns are kept as facts: {', '.join(facts)}")
+    return names, nodules
+
+
+def below(root, name):
+    """`./a.jpg`, `b\\a.jpg` or an absolute path below root as the path that it has there."""
+    plain, top = os.path.normpath(name.strip().replace("\\", "/")), os.path.abspath(root)
+    return os.path.relpath(plain, top) if plain.startswith(top + "/") else plain
+
+
+def label_rows(path, root, unlabelled=False):
+    """Of a label table first (names of its columns, is it one of nodules?), then each row as {name: cell}."""
+    pieces = read_csv(path)
+    header = next(pieces)
+    if len(header) == 1 and (marks := [mark for mark in ";\t" if mark in header[0]]):
+        pieces = read_csv(path, marks[0])
+        header = next(pieces)
+        say_once(f"{path}: columns are separated by {marks[0]!r}")
+    names, nodules = label_columns(path, header)
+    yield names, nodules
+    said = False
     for number, line in enumerate((line for piece in pieces for line in piece if line), 2):
-        rows.append(dict(zip(header, line)))
-        if len(line) != len(header):
-            raise ValueError(f"{path}, row {number}: {len(line)} cells of {len(header)}; write it anew")
-        if not (unlabelled or rows[-1]["label"].strip()):
+        row = dict(zip(names, line))
+        if len(line) != len(names):
+            raise ValueError(f"{path}, row {number}: {len(line)} cells of {len(names)}; write it anew")
+        if not (unlabelled or row["label"].strip()):
             raise ValueError(f"{path}, row {number}: no label; give it one, or leave the row out")
+        if ODD_PATH.search(row["path"]) and (plain := below(root, row["path"])) != row["path"]:
+            if not said:
+                say_once(f"{path}: paths are read as below {root}: {row['path']!r} as {plain!r}, and so on")
+            said, row["path"] = True, plain
+        yield row
+
+
+def read_labels(path, root, unlabelled=False):
+    """A label table of images below root -> (rows as dicts, are they nodules?)."""
+    (_, nodules), *rows = label_rows(path, root, unlabelled)
     return rows, nodules
 
 
@@ -275,21 +327,43 @@ def index_photos(root):
         some = itertools.islice((path for path in root.rglob("*") if path.is_file()), 100)
         raw = "; it holds DICOM files as acquired: preprocess them first" if any(map(is_dicom, some)) else ""
         raise FileNotFoundError(f"{root} has neither _index/index.csv nor a picture ({' '.join(PHOTO_ENDINGS)}){raw}")
-    table = root / "labels.csv"
-    lines, nodules = read_labels(table, unlabelled=True) if table.exists() else ([], False)
+    table, at = root / "labels.csv", {path: i for i, path in enumerate(paths)}
+    texts, group_of, missing = {"label": [b""] * len(paths)}, list(paths), []
+    rows = label_rows(table, root, unlabelled=True) if table.exists() else iter([((), False)])
+    names, nodules = next(rows)
     if nodules:
         raise ValueError(f"{table} is a table of CT nodules; expected path,label[,group]")
-    labels = {row["path"]: row for row in lines}  # of a path that stands in two groups the last
-    if missing := sorted(labels.keys() - set(paths)):
-        raise FileNotFoundError(f"{table} names {len(missing)} missing files, first {missing[0]}")
-    rows = [labels.get(p, {}) for p in paths]
+    if taken := sorted({*names} & {*INDEX_COLUMNS} - {"path"}):
+        raise ValueError(f"{table}: rename column {taken[0]}, a word of ours; what must stay together is called group")
+    texts |= {name: [b""] * len(paths) for name in names if name not in ("path", "label", "group")}
+    for number, row in enumerate(rows, 2):
+        if (i := at.get(row["path"])) is None:
+            missing.append(row["path"])
+            continue
+        if (label := texts["label"][i].decode()).strip() not in ("", row["label"].strip()) and row["label"].strip():
+            raise ValueError(f"{table}, row {number}: {paths[i]} has label {row['label']}, and {label} above; keep one")
+        group_of[i] = row.get("group") or paths[i]  # of a path that stands in two groups the last
+        for name, column in texts.items():
+            column[i] = row[name].encode()
+    if missing:
+        name = min(missing)
+        like = [p for p in paths if p.casefold() == name.casefold()]
+        like = like or [p for p in paths if p.endswith("/" + os.path.basename(name))]
+        hint = f"; write {like[0]} instead" if len(like) == 1 else ""
+        raise FileNotFoundError(f"{table} names {len(missing)} missing files, first {name}{hint}")
     groups = {}
-    codes = np.array([groups.setdefault(r.get("group") or p, len(groups)) for p, r in zip(paths, rows)], np.int32)
-    columns = {"path": np.array([p.encode() for p in paths]), "group": codes, "series": codes}
-    columns["label"] = np.array([r.get("label", "").encode() for r in rows])
-    named = (f"{p},{r.get('group') or p}" for p, r in zip(paths, rows))  # groups too: they decide who is trained on
-    sha = hashlib.sha256("\n".join(named).encode()).hexdigest()
-    return Rows(columns, {"group": list(groups), "series": list(groups)}), sha
+    codes = np.array([groups.setdefault(group, len(groups)) for group in group_of], np.int32)
+    columns, texts_of = {"path": np.array([p.encode() for p in paths]), "group": codes, "series": codes}, {}
+    for name, column in texts.items():
+        if max(map(len, column)) * len(column) <= 4 * sum(map(len, column)) + 64 * len(column):
+            columns[name] = np.array(column)
+        else:  # one long text would make all rows as long
+            found = {}
+            columns[name] = np.array([found.setdefault(text, len(found)) for text in column], np.int32)
+            texts_of[name] = [text.decode() for text in found]
+    named = "\n".join(f"{p},{group}" for p, group in zip(paths, group_of))  # they decide who is trained on
+    sha = hashlib.sha256(named.encode()).hexdigest()
+    return Rows(columns, {"group": list(groups), "series": list(groups), **texts_of}), sha
 
 
 @contextlib.contextmanager

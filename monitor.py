@@ -262,7 +262,7 @@ def label_numbers(vit, source, path, view, most):
 
     Tables of nodules give a square of 50 mm around each mark, others the whole image.
     """
-    rows, nodules = data.read_labels(path, unlabelled=True)
+    rows, nodules = data.read_labels(path, source.root, unlabelled=True)
     if nodules and source.encoding == "photo":
         raise ValueError(f"{path} is a table of CT nodules, {source.root} holds photographs; give path,label[,group]")
     rows = [row for row in rows if row["label"].strip()]

@@ -180,7 +180,7 @@ def test_what_is_no_file_is_refused_not_waited_for(tmp_path):
         source.read(0)
     os.mkfifo(tmp_path / "labels.csv")
     with pytest.raises(OSError, match="is a FIFO, not a file"):
-        d.read_labels(tmp_path / "labels.csv")
+        d.read_labels(tmp_path / "labels.csv", tmp_path)
     (root / "_index" / "index.csv").unlink()
     os.mkfifo(root / "_index" / "index.csv")
     with pytest.raises(OSError, match="is a FIFO, not a file"):
