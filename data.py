@@ -19,12 +19,14 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import signal
 import stat
 import struct
 import sys
 import tokenize
 import warnings
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -48,11 +50,13 @@ WINDOWS_HU = {"lung": (-600, 1500), "soft": (40, 400), "bone": (300, 1500)}  # l
 RGB_WINDOWS = ("lung", "soft", "bone")  # channel order of rgb-v1: slices z-1, z, z+1
 WIDE_HU = (-150, 1500)  # halfway between lung and bone: air, tissue and calcium are all inside (-900 .. 600 HU)
 AIR_HU = -1024
-PHOTO_ENDINGS = (".png", ".jpg", ".jpeg")
-FORMATS = ("PNG", "JPEG")  # what is opened, by content: pillow would start Ghostscript for an EPS file
-SIGNATURES = {b"%!PS": "EPS", b"\xc5\xd0\xd3\xc6": "EPS", b"%PDF": "PDF", b"GIF8": "GIF", b"RIFF": "WebP or AVI",
-              b"BM": "BMP", b"II*\0": "TIFF", b"MM\0*": "TIFF", b"<": "HTML, XML or SVG", b"PK": "zip"}  # fmt: skip
+PHOTO_ENDINGS, HEIC_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"), (".heic", ".heif")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")  # opened by content: pillow would start Ghostscript for an EPS file
+SIGNATURES = {b"%!PS": "EPS", b"\xc5\xd0\xd3\xc6": "EPS", b"%PDF": "PDF", b"GIF8": "GIF", b"RIFF": "AVI or broken",
+              b"<": "HTML, XML or SVG", b"PK": "zip"}  # fmt: skip
 PURPOSES = {"fit": "train", "select": "val_select", "calibrate": "val_calib", "test": "val_test"}
+TABLES = ("labels.csv", "weights.csv")  # ours, in a folder of pictures
+ODD_PATH = re.compile(r"^[./\s]|\\|//|/\.|\s$")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as released DINOv3 weights expect
 STREAMS = {"order": 1, "crops": 2, "masks": 3, "limit": 4, "sizes": 5, "rope": 6, "depth": 7}  # none meets another
 
@@ -60,6 +64,10 @@ STREAMS = {"order": 1, "crops": 2, "masks": 3, "limit": 4, "sizes": 5, "rope": 6
 # what numpy and pillow say of broken files; tokenize: the header of a .npy is a Python literal
 BROKEN = (OSError, ValueError, SyntaxError, EOFError, LookupError, struct.error, tokenize.TokenError)
 BROKEN += (Image.DecompressionBombError,)
+
+
+class Unreadable(OSError):
+    """An image that cannot be read; the text names its file and why."""
 
 
 def rng(seed, stream, *key):
@@ -125,11 +133,11 @@ class Rows:
         return Rows({key: values[index] for key, values in self.columns.items()}, self.names)
 
 
-def read_csv(path):
+def read_csv(path, delimiter=","):
     """Header, then the rows in pieces (larger ones are 3x slower: garbage collection)."""
     try:
         with open(regular(path), newline="", encoding="utf-8-sig") as f:  # spreadsheets begin with a byte order mark
-            reader = csv.reader(f)
+            reader = csv.reader(f, delimiter=delimiter)
             yield next(reader, [])
             while rows := list(itertools.islice(reader, 1024)):
                 yield rows
@@ -196,81 +204,196 @@ def encode_column(key, texts, names):
     return np.fromiter(map(int, texts), np.int32, len(texts))
 
 
+@functools.lru_cache
+def say_once(text):
+    """A line for people, once; of several readers (they are processes) the first one says it."""
+    if multiprocessing.parent_process() is None or multiprocessing.current_process().name.endswith("-1"):
+        print(text)
+
+
+@functools.lru_cache
+def heic_formats():
+    """What pillow-heif, an optional extra, adds to FORMATS."""
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        return ()
+    register_heif_opener()
+    return ("HEIF",)
+
+
 def photo_paths(root):
-    """Sorted paths below root, with forward slashes, of PNG and JPEG files; folders named _x or .x are ours."""
+    """Sorted paths of pictures below root, with forward slashes; says what else is there. Folders _x or .x are ours."""
 
     def stop(error):
         raise error
 
-    found, seen = [], set()
+    found, seen, others = [], set(), Counter()
+    endings = PHOTO_ENDINGS + (HEIC_ENDINGS if heic_formats() else ())
     for folder, folders, files in os.walk(root, onerror=stop, followlinks=True):
         if (real := os.path.realpath(folder)) in seen:
             raise ValueError(f"{folder}: links lead to {real} twice, so its images would count twice; remove one")
         seen.add(real)
         folders[:] = [name for name in folders if name[0] not in "._"]
-        names = [name for name in files if name[0] != "." and name.lower().endswith(PHOTO_ENDINGS)]
+        files = [name for name in files if name[0] != "." and (name not in TABLES or Path(folder) != root)]
+        names = [name for name in files if name.lower().endswith(endings)]
+        others.update(Path(name).suffix.lower() for name in set(files).difference(names))
         for name in names:
             if not name.isascii() and name.encode(errors="ignore").decode() != name:
                 raise ValueError(f"{folder}: the file name {ascii(name)} is not UTF-8; rename the file")
         found += [Path(folder, name).relative_to(root).as_posix() for name in names]
+    if found and others:
+        kinds = ", ".join(f"{n} {ending or 'without an ending'}" for ending, n in others.most_common(8))
+        hint = "; pip install pillow-heif reads .heic" if others.keys() & set(HEIC_ENDINGS) else ""
+        say_once(f"{root}: {others.total()} files are no pictures and are not read: {kinds}{hint}")
     return sorted(found)
 
 
-def read_labels(path, unlabelled=False):
-    """A label table -> (rows as dicts, are they nodules?): path,label[,group], or columns that begin with NODULE."""
-    header, *pieces = read_csv(path)
-    nodules, rows = header[: len(NODULE)] == NODULE, []
-    if not nodules and header not in (["path", "label"], ["path", "label", "group"]):
-        raise ValueError(
-            f"{path}: unknown columns {','.join(header)}; expected path,label[,group], or first {','.join(NODULE)}"
-        )
+@functools.lru_cache(None)
+def edits(a, b):
+    """Letters to insert, delete or change between two words (Levenshtein's distance)."""
+    if not (a and b):
+        return len(a) + len(b)
+    return min(edits(a[1:], b) + 1, edits(a, b[1:]) + 1, edits(a[1:], b[1:]) + (a[0] != b[0]))
+
+
+def label_columns(path, header):
+    """Names of columns as we know them, whatever their case and outer spaces; a misspelt one is an error."""
+    names = [name.strip() for name in header]
+    nodules = len({*map(str.lower, names)} & {*NODULE}) > 4
+    known = NODULE if nodules else ["path", "label", "group"]
+    names = [name.lower() if name.lower() in known else name for name in names]
+    for name in [name for name in known if name not in names]:
+        if near := [other for other in names if other not in known and edits(other.lower()[:99], name) < 3]:
+            raise ValueError(
+                f"{path}: column {near[0]!r} looks like {name!r}; rename it to that, or to a word less alike"
+            )
+    if names[: len(NODULE)] != NODULE and (nodules or not {"path", "label"} <= {*names}):
+        expected = f"first {','.join(NODULE)}" if nodules else "path,label[,group][,any facts]"
+        raise ValueError(f"{path}: unknown columns {','.join(header)[:200]}; expected {expected}")
+    if odd := [name for k, name in enumerate(names) if not name or name in names[:k]]:
+        raise ValueError(f"{path}: column {odd[0]!r} has no name, or stands there twice; write {','.join(names)} anew")
+    if names != header:
+        say_once(f"{path}: columns {','.join(header)} are read as {','.join(names)}")
+    if not nodules and (facts := [name for name in names if name not in known]):
+        say_once(f"{path}: further columns are kept as facts: {', '.join(facts)}")
+    return names, nodules
+
+
+def below(root, name):
+    """`./a.jpg`, `b\\a.jpg` or an absolute path below root as the path that it has there."""
+    plain, top = os.path.normpath(name.strip().replace("\\", "/")), os.path.abspath(root)
+    return os.path.relpath(plain, top) if plain.startswith(top + "/") else plain
+
+
+def label_rows(path, root, unlabelled=False):
+    """Of a label table first (names of its columns, is it one of nodules?), then each row as {name: cell}."""
+    pieces = read_csv(path)
+    header = next(pieces)
+    if len(header) == 1 and (marks := [mark for mark in ";\t" if mark in header[0]]):
+        pieces = read_csv(path, marks[0])
+        header = next(pieces)
+        say_once(f"{path}: columns are separated by {marks[0]!r}")
+    names, nodules = label_columns(path, header)
+    yield names, nodules
+    said = False
     for number, line in enumerate((line for piece in pieces for line in piece if line), 2):
-        rows.append(dict(zip(header, line)))
-        if len(line) != len(header):
-            raise ValueError(f"{path}, row {number}: {len(line)} cells of {len(header)}; write it anew")
-        if not (unlabelled or rows[-1]["label"].strip()):
+        row = dict(zip(names, line))
+        if len(line) != len(names):
+            raise ValueError(f"{path}, row {number}: {len(line)} cells of {len(names)}; write it anew")
+        if not (unlabelled or row["label"].strip()):
             raise ValueError(f"{path}, row {number}: no label; give it one, or leave the row out")
+        if ODD_PATH.search(row["path"]) and (plain := below(root, row["path"])) != row["path"]:
+            if not said:
+                say_once(f"{path}: paths are read as below {root}: {row['path']!r} as {plain!r}, and so on")
+            said, row["path"] = True, plain
+        yield row
+
+
+def read_labels(path, root, unlabelled=False):
+    """A label table of images below root -> (rows as dicts, are they nodules?)."""
+    (_, nodules), *rows = label_rows(path, root, unlabelled)
     return rows, nodules
+
+
+def is_dicom(path):
+    with open(path, "rb") as f:
+        return f.read(132)[128:] == b"DICM"
 
 
 def index_photos(root):
     paths = photo_paths(root)
     if not paths:
-        raise FileNotFoundError(f"{root} has neither _index/index.csv nor a PNG or JPEG file")
-    table = root / "labels.csv"
-    lines, nodules = read_labels(table, unlabelled=True) if table.exists() else ([], False)
+        some = itertools.islice((path for path in root.rglob("*") if path.is_file()), 100)
+        raw = "; it holds DICOM files as acquired: preprocess them first" if any(map(is_dicom, some)) else ""
+        raise FileNotFoundError(f"{root} has neither _index/index.csv nor a picture ({' '.join(PHOTO_ENDINGS)}){raw}")
+    table, at = root / "labels.csv", {path: i for i, path in enumerate(paths)}
+    texts, group_of, missing = {"label": [b""] * len(paths)}, list(paths), []
+    rows = label_rows(table, root, unlabelled=True) if table.exists() else iter([((), False)])
+    names, nodules = next(rows)
     if nodules:
         raise ValueError(f"{table} is a table of CT nodules; expected path,label[,group]")
-    labels = {row["path"]: row for row in lines}  # of a path that stands in two groups the last
-    if missing := sorted(labels.keys() - set(paths)):
-        raise FileNotFoundError(f"{table} names {len(missing)} missing files, first {missing[0]}")
-    rows = [labels.get(p, {}) for p in paths]
+    if taken := sorted({*names} & {*INDEX_COLUMNS} - {"path"}):
+        raise ValueError(f"{table}: rename column {taken[0]}, a word of ours; what must stay together is called group")
+    texts |= {name: [b""] * len(paths) for name in names if name not in ("path", "label", "group")}
+    for number, row in enumerate(rows, 2):
+        if (i := at.get(row["path"])) is None:
+            missing.append(row["path"])
+            continue
+        if (label := texts["label"][i].decode()).strip() not in ("", row["label"].strip()) and row["label"].strip():
+            raise ValueError(f"{table}, row {number}: {paths[i]} has label {row['label']}, and {label} above; keep one")
+        group_of[i] = row.get("group") or paths[i]  # of a path that stands in two groups the last
+        for name, column in texts.items():
+            column[i] = row[name].encode()
+    if missing:
+        name = min(missing)
+        like = [p for p in paths if p.casefold() == name.casefold()]
+        like = like or [p for p in paths if p.endswith("/" + os.path.basename(name))]
+        hint = f"; write {like[0]} instead" if len(like) == 1 else ""
+        raise FileNotFoundError(f"{table} names {len(missing)} missing files, first {name}{hint}")
     groups = {}
-    codes = np.array([groups.setdefault(r.get("group") or p, len(groups)) for p, r in zip(paths, rows)], np.int32)
-    columns = {"path": np.array([p.encode() for p in paths]), "group": codes, "series": codes}
-    columns["label"] = np.array([r.get("label", "").encode() for r in rows])
-    named = (f"{p},{r.get('group') or p}" for p, r in zip(paths, rows))  # groups too: they decide who is trained on
-    sha = hashlib.sha256("\n".join(named).encode()).hexdigest()
-    return Rows(columns, {"group": list(groups), "series": list(groups)}), sha
+    codes = np.array([groups.setdefault(group, len(groups)) for group in group_of], np.int32)
+    columns, texts_of = {"path": np.array([p.encode() for p in paths]), "group": codes, "series": codes}, {}
+    for name, column in texts.items():
+        if max(map(len, column)) * len(column) <= 4 * sum(map(len, column)) + 64 * len(column):
+            columns[name] = np.array(column)
+        else:  # one long text would make all rows as long
+            found = {}
+            columns[name] = np.array([found.setdefault(text, len(found)) for text in column], np.int32)
+            texts_of[name] = [text.decode() for text in found]
+    named = "\n".join(f"{p},{group}" for p, group in zip(paths, group_of))  # they decide who is trained on
+    sha = hashlib.sha256(named.encode()).hexdigest()
+    return Rows(columns, {"group": list(groups), "series": list(groups), **texts_of}), sha
 
 
 @contextlib.contextmanager
 def open_photo(path):
     """The opened picture, if its content is of FORMATS; another content is named as what it is."""
     try:
-        with Image.open(regular(path), formats=FORMATS) as file:
-            yield file
+        file = Image.open(regular(path), formats=FORMATS + heic_formats())
+        several = file.format in ("TIFF", "WEBP") and file.n_frames > 1
+    except TypeError:  # pillow, of such a page of a TIFF
+        raise ValueError("a page without height or width") from None
     except Image.UnidentifiedImageError:
         with open(path, "rb") as f:
             start = f.read(12)
         kind = next((name for magic, name in SIGNATURES.items() if start.startswith(magic)), "unknown")
         kind = "HEIC or AVIF" if start[4:8] == b"ftyp" else kind
-        raise ValueError(f"its content is {kind}, expected PNG or JPEG") from None
+        raise ValueError(f"its content is {kind}, expected {', '.join(FORMATS + heic_formats())}") from None
+    with file:
+        if several:
+            say_once("of pictures with several pages or frames the first is read")
+        yield file
 
 
 def to_rgb(file):
     if file.mode.startswith(("I", "F")):  # pillow would clip 16 bits at 255 without a word
         raise ValueError(f"pixels of mode {file.mode}, expected 8 bits per channel; convert the file")
+    if file.mode in ("RGBA", "LA", "PA") or "transparency" in file.info:
+        file = file.convert("RGBA")
+        if file.getextrema()[3][0] < 255:
+            say_once("transparent pictures are put on white")
+            file = Image.alpha_composite(Image.new("RGBA", file.size, "white"), file)
     return file.convert("RGB")
 
 
@@ -330,9 +453,9 @@ class Source:
                     turn = turn_of(file)[0] if self.encoding == "photo" else TURNS[1]
                     image = upright(np.asarray(to_rgb(file)).transpose(2, 0, 1), turn)
         except BROKEN as error:
-            raise OSError(f"{path} cannot be read: {error}") from None
+            raise Unreadable(f"{path} cannot be read: {error}") from None
         if self.encoding != "photo" and image.shape[1:] != self.size(i):
-            raise OSError(f"{path} has {image.shape[1:]} pixels, the index says {self.size(i)}")
+            raise Unreadable(f"{path} has {image.shape[1:]} pixels, the index says {self.size(i)}")
         return torch.from_numpy(np.ascontiguousarray(image))
 
     def size(self, i):
@@ -413,7 +536,7 @@ def slice_name(source, i):
 
 
 def open_source(root, limit=None, z_stride=1):
-    """Everything in a processed CT folder (by its index) or in any folder of PNG and JPEG files -> Source.
+    """Everything in a processed CT folder (by its index) or in any folder of pictures -> Source.
 
     For training and evaluation see open_for. z_stride keeps every n-th slice of a series (neighbours still come from
     the full volume); limit keeps N images.
@@ -1134,7 +1257,7 @@ def read_photo(path, boxes_of, sizes):
             y0, x0, y1, x1 = stored_box((*low.astype(int).tolist(), *high.astype(int).tolist()), size, turn)
             image = upright(np.asarray(to_rgb(file).reduce(factor, box=(x0, y0, x1, y1))).transpose(2, 0, 1), turn)
     except BROKEN as error:
-        raise OSError(f"{path} cannot be read: {error}") from None
+        raise Unreadable(f"{path} cannot be read: {error}") from None
     return torch.from_numpy(image.copy()), (boxes * drafted - np.tile(low, 2)) / factor
 
 
@@ -1215,7 +1338,7 @@ class Updates(torch.utils.data.Dataset):
                     own = place(own, [self.source.size(i)], [self.source.body(i)])
                 images.append(image)
                 boxes.append(own.boxes[:, 0])
-            except OSError as error:
+            except Unreadable as error:
                 bad.append((str(self.source.path(i)), str(error)))
                 images.append(None)
                 boxes.append(None)
@@ -1303,8 +1426,8 @@ def checked(items, skip_bad):
                 continue
             skipped.add(path)
             if len(skipped) > skip_bad:
-                raise OSError(f"{reason} (--skip-bad {skip_bad} allows no more)")
+                raise Unreadable(f"{reason} (--skip-bad {skip_bad} allows no more)")
             print(f"skipped {len(skipped)} of at most {skip_bad} broken files: {path}")
         if item.images is None:
-            raise OSError(f"no file of a whole micro-batch can be read; first: {item.bad[0][1]}")
+            raise Unreadable(f"no file of a whole micro-batch can be read; first: {item.bad[0][1]}")
         yield item

@@ -34,7 +34,7 @@ import checkpoint
 import data
 import losses
 from model import ProjectionHead, SSLModel, Tokens, build_vit
-from tools.lib import page, provenance, runs, sheet
+from tools.lib import broken, page, provenance, runs, sheet
 from tools.lib.cli import Parser, finite, is_ours, natural, pick_device, positive, run, shown
 from tools.lib.files import NUMBER, read_json_file
 from tools.lib.fits import neighbours
@@ -60,6 +60,7 @@ def build_parser():
     g.add_argument("--seed", type=natural, default=0, help="of the test images; the first look decides for all")
     g.add_argument("--slices", type=positive, help="behind the numbers; default: 256 for ViT-S, 128 for -B, 64 for -L")
     g.add_argument("--labels", type=Path, help="table for k-NN; default: labels.csv or _labels/malignancy.csv if there")
+    broken.add_flag(g)
     g.add_argument("--device", default="cpu", help="cpu leaves the card to training; or cuda")
     g.add_argument("--threads", type=positive, default=2, help="CPU threads")
     g.add_argument("--sysfs", type=Path, default=Path("/sys"), help="where the kernel shows its sensors")
@@ -261,7 +262,7 @@ def label_numbers(vit, source, path, view, most):
 
     Tables of nodules give a square of 50 mm around each mark, others the whole image.
     """
-    rows, nodules = data.read_labels(path, unlabelled=True)
+    rows, nodules = data.read_labels(path, source.root, unlabelled=True)
     if nodules and source.encoding == "photo":
         raise ValueError(f"{path} is a table of CT nodules, {source.root} holds photographs; give path,label[,group]")
     rows = [row for row in rows if row["label"].strip()]
@@ -531,7 +532,7 @@ def look(args, out):
     """The whole look -> exit code. Everything is known and printed before anything is written."""
     began, folder, notes = time.time(), args.ckpt.parent, []
     state, size = runs.read_checkpoint(args.ckpt)
-    source = open_slices(state, args.data, notes)
+    source = broken.leave_out(open_slices(state, args.data, notes), args.skip_bad)
     images = choose_images(source, args.image, args.images, args.seed, out)
     numbers, first, drawn = measure(state, source, images, out, args, notes)
     lines, beat = take_pulse(folder, state, size, notes)

@@ -33,7 +33,7 @@ from tqdm import tqdm
 import data
 from checkpoint import atomic_write, write_text
 from model import load_backbone, read_facts
-from tools.lib import fits, judge, page, provenance
+from tools.lib import broken, fits, judge, page, provenance
 from tools.lib.cli import Parser, natural, pick_device, positive, run, shown
 from tools.lib.files import csv_text
 from tools.lib.loop import git_commit
@@ -135,7 +135,7 @@ def read_table(path, source):
     """-> Table; refuses unknown columns, unknown images, one class, doubled rows, a group other than the index's."""
     if not path.exists():
         raise FileNotFoundError(f"--labels {path} does not exist; tools/lidc_nodules.py writes _labels/malignancy.csv")
-    rows, nodules = data.read_labels(path)
+    rows, nodules = data.read_labels(path, source.root)
     labels = [row["label"].strip() for row in rows]
     classes = order_classes(labels)
     if len(classes) < 2:
@@ -153,6 +153,14 @@ def read_table(path, source):
     centres, sizes = read_places(path, rows, source, index) if nodules else (None, None)
     codes = {name: k for k, name in enumerate(classes)}
     return Table(ids, index, np.array([codes[name] for name in labels]), classes, groups, patients, centres, sizes)
+
+
+def leave_out(table, source, skip_bad):
+    """The table without samples whose file cannot be read."""
+    if not skip_bad:
+        return table
+    good = broken.leave_out(source.take(table.rows), skip_bad)
+    return table.take(np.isin(source.rows.columns["path"][table.rows], good.rows.columns["path"]))
 
 
 def split_of(source, table, protocol):
@@ -364,6 +372,7 @@ def build_parser():
     parser.add_argument("--bootstrap", type=positive, default=2000, help="resamples of patients for each interval")
     parser.add_argument("--batch-size", type=positive, default=96, help="views per forward; on a CPU at most 32")
     parser.add_argument("--workers", type=positive, default=2, help="threads that read and cut ahead")
+    broken.add_flag(parser)
     parser.add_argument("--cache", type=Path, help="folder of extracted features; default: features beside --out")
     parser.add_argument("--device", default="auto", help="auto (CUDA/ROCm if there, else CPU), cpu, cuda")
     return parser
@@ -422,7 +431,7 @@ def main(argv=None):
     # ----------------------------------------------------------------- labels, splits, leaks
     source, facts = data.open_source(args.data), read_facts(args.ckpt)
     path = data.find_table(args.data, args.labels)
-    table = read_table(path, source)
+    table = leave_out(read_table(path, source), source, args.skip_bad)
     samples = f"{len(table.ids)} samples of {len(set(table.groups))} patients"
     print(f"{path}: {samples}, by class {shown(judge.balance(table), 400)}")
     splits = split_of(source, table, args.protocol)
@@ -441,7 +450,8 @@ def main(argv=None):
     used = np.any([keep for keep, _ in plans.values()], 0)
     look = judge.used_by("train_probe.py", args.ckpt, path, f"frozen probe, --protocol {args.protocol}")
     chosen, part = open_samples(source, table.take(used), splits[used], look, args.allow_duplicates)
-    predictors = gather(args, vit, look["weights_sha256"], chosen, part, framing, device)
+    with broken.named(chosen.take(part.rows)):
+        predictors = gather(args, vit, look["weights_sha256"], chosen, part, framing, device)
     outcomes = {
         name: judge_one(name, (keep[used], folds), part, predictors, exposures[name], chosen.crossing, args)
         for name, (keep, folds) in plans.items()

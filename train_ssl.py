@@ -32,7 +32,7 @@ import checkpoint
 import data
 import losses
 from model import ARCHS, ProjectionHead, SSLModel, build_vit, draw_keep, draw_rope, load_backbone, pack
-from tools.lib import loop, optim, provenance
+from tools.lib import broken, loop, optim, provenance
 from tools.lib.cli import Parser, above_zero, natural, not_negative, positive, run, share, within
 
 # ------------------------------------------------------------------ flags
@@ -750,7 +750,8 @@ def train(args, rank, world, device):
     for text in choices_in_words(args) if rank == 0 else ():
         tqdm.write(text)
     saver = checkpoint.Saver(out, args.keep_last, args.keep_every)
-    with stop:
+    sources = [s for s in (source, held_out) if s] if rank == 0 else []
+    with stop, broken.named(*sources):
         try:
             code = run_updates(run, batches, micros, held_out, (start, total), (log, saver, stop))
         finally:
@@ -776,8 +777,8 @@ def run_updates(run, batches, micros, held_out, steps, tools):
         refresh_gram(run, step)
         try:
             read, micro_batches = upcoming.take()
-            for broken, why in (bad for batch in read for bad in batch.bad):
-                log.event(done, f"replaced broken file {broken}", why=why)
+            for file, why in (bad for batch in read for bad in batch.bad):
+                log.event(done, f"replaced broken file {file}", why=why)
             update = one_update(run, micro_batches, now, stop.why, upcoming.ahead)
         except torch.OutOfMemoryError:
             if run.rank == 0 and step > start and not args.fsdp:

@@ -175,7 +175,9 @@ def test_only_named_formats_are_opened_by_content(tmp_path):
     for kind, content in cases.items():
         (tmp_path / "a.png").write_bytes(content)
         source = d.open_source(tmp_path)
-        with pytest.raises(OSError, match=rf"a\.png cannot be read: its content is {kind}, expected PNG or JPEG"):
+        with pytest.raises(
+            OSError, match=rf"a\.png cannot be read: its content is {kind}, expected PNG, JPEG, WEBP, BMP, TIFF"
+        ):
             source.read(0)
         with pytest.raises(OSError, match=rf"content is {kind}"):
             d.read_view(source, 0)
@@ -190,7 +192,7 @@ def test_what_is_no_file_is_refused_not_waited_for(tmp_path):
         source.read(0)
     os.mkfifo(tmp_path / "labels.csv")
     with pytest.raises(OSError, match="is a FIFO, not a file"):
-        d.read_labels(tmp_path / "labels.csv")
+        d.read_labels(tmp_path / "labels.csv", tmp_path)
     (root / "_index" / "index.csv").unlink()
     os.mkfifo(root / "_index" / "index.csv")
     with pytest.raises(OSError, match="is a FIFO, not a file"):

@@ -33,12 +33,17 @@ THREE_WAY = "train=0.85,val_select=0.05,val_test=0.10"
 FOUR_WAY = "train=0.60,val_select=0.15,val_calib=0.15,val_test=0.10"
 
 
-def read_table(table, known):
-    """[(path, label, group or "", source or "")] of a label table."""
-    rows, _ = read_labels(table)
+def read_table(table, root, known):
+    """[(path, label, group or "", source or "")] of a label table; a picture has one label, a slice may hold several nodules."""
+    rows, nodules = read_labels(table, root)
+    label_of = {}
     for number, row in enumerate(rows, 2):
-        if row["path"] not in known:
-            raise ValueError(f"{table}, row {number}: no image {shown(row['path'])!r} in the data; leave the row out")
+        path, label = row["path"], row["label"].strip()
+        if path not in known:
+            raise ValueError(f"{table}, row {number}: no image {shown(path)!r} in the data; leave the row out")
+        if not nodules and label_of.setdefault(path, label) != label:
+            here = f"{shown(path)} has label {shown(label)}, and {shown(label_of[path])} above"
+            raise ValueError(f"{table}, row {number}: {here}; keep one")
     return [(row["path"], *(row.get(key, "").strip() for key in ("label", "group", "source"))) for row in rows]
 
 
@@ -305,7 +310,7 @@ def main(argv=None):
     slices = Counter(column)
     usual = args.data / "labels.csv"
     table = find_table(args.data, args.labels) if args.labels else usual if photos and usual.exists() else None
-    labels = read_table(table, group_of) if table else []
+    labels = read_table(table, args.data, group_of) if table else []
     together = defaultdict(set)  # groups that share a dataset (if asked), or a value in the table's group column
     for name in slices if args.group_by == "dataset" else ():
         together["dataset", plain_name(name.split("/")[0])].add(name)

@@ -64,11 +64,11 @@ class Target(NamedTuple):
 # Where to look.
 
 
-def read_nodules(path, groups):
+def read_nodules(path, root, groups):
     """Rows of a label table that belong to these groups."""
     if not path.exists():
         raise FileNotFoundError(f"--labels {path} does not exist; make it with tools/lidc_nodules.py")
-    rows, nodules = data.read_labels(path)
+    rows, nodules = data.read_labels(path, root)
     if not nodules:
         raise ValueError(f"{path} is no table of nodules; make it with tools/lidc_nodules.py")
     for number, row in enumerate(rows, 2):
@@ -473,7 +473,7 @@ def main(argv=None):
     labels = data.find_table(args.data, args.labels) if args.labels else args.data / "_labels" / "nodules.csv"
     groups = source.rows.column("group")
     inside = args.split == "all" or data.split_names(source) == args.split
-    rows = read_nodules(labels, set(groups[inside].ravel().tolist()))
+    rows = read_nodules(labels, args.data, set(groups[inside].ravel().tolist()))
     judged = np.flatnonzero(np.isin(groups, [row["group"] for row in rows]))
     exposure = provenance.refuse_leak(facts, source.take(judged), f"split {args.split}", args.allow_seen)
     vit = load_backbone(args.ckpt)
