@@ -34,7 +34,7 @@ FOUR_WAY = "train=0.60,val_select=0.15,val_calib=0.15,val_test=0.10"
 
 
 def read_table(table, root, known):
-    """[(path, label, group or "", source or "")] of a label table; a picture has one label, a slice may hold several nodules."""
+    """[(path, label, group or "", source or "")] of a table; a picture has one label, a slice may hold several nodules."""
     rows, nodules = read_labels(table, root)
     label_of = {}
     for number, row in enumerate(rows, 2):
@@ -217,8 +217,8 @@ def check_classes(counts, least):
         for label, n in c["labels"].items():
             if n < least:
                 raise ValueError(
-                    f"{split} would have {n} pictures of {shown(label)}, fewer than --min-per-class {least}: add some, "
-                    "or smaller groups, or give another number"
+                    f"{split} would have {n} pictures of {shown(label)}, fewer than --min-per-class {least}: add "
+                    "pictures of it, or allow fewer"
                 )
 
 
