@@ -34,7 +34,7 @@ FOUR_WAY = "train=0.60,val_select=0.15,val_calib=0.15,val_test=0.10"
 
 
 def read_table(table, root, known):
-    """[(path, label, group or "", source or "")] of a table; a picture has one label, a slice may hold several nodules."""
+    """[(path, label, group or "", source or "")] of a table; pictures have one label, slices any number."""
     rows, nodules = read_labels(table, root)
     label_of = {}
     for number, row in enumerate(rows, 2):
