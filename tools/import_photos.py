@@ -9,8 +9,6 @@ command again replaces what it wrote; another --name adds a source.
     python tools/import_photos.py --from downloads/roadwork --out data/roadwork --name natix --parts train,test
 """
 
-import csv
-import io
 import json
 import math
 import os
@@ -30,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from checkpoint import atomic_write, write_text
 from data import BROKEN, PHOTO_ENDINGS, open_photo, read_csv, to_rgb, turn_of
 from tools.lib.cli import Parser, positive, run, shown
-from tools.lib.files import VERSION, created_utc, csv_cell, parse, read_json_file, walk_files, write_json
+from tools.lib.files import VERSION, created_utc, csv_text, parse, read_json_file, walk_files, write_json
 
 # class -> what sources call it; case, spaces and hyphens do not matter. 19, 20, 55: labels of Mapillary Vistas
 ALIASES = {"no_roadwork": "no_roadwork class_0 0", "roadwork": "roadwork class_1 1 19 20 55"}
@@ -293,17 +291,6 @@ def examine(job):
     return seen, {} if seen[4] else found
 
 
-def table_text(header, rows):
-    """CSV whose paths are exact, since files are found by them; other cells through csv_cell. Paths begin with NAME."""
-    text = io.StringIO()
-    plain, quoted = (csv.writer(text, lineterminator="\n", quoting=q) for q in (csv.QUOTE_MINIMAL, csv.QUOTE_ALL))
-    plain.writerow(header)
-    for row in rows:  # before Python 3.13 the writer leaves a lone \r unquoted, which readers take for a new line
-        writer = quoted if "\r" in row["path"] else plain
-        writer.writerow([row["path"], *(csv_cell(row.get(name, "")) for name in header[1:])])
-    return text.getvalue()
-
-
 def read_rows(path, name):
     """(rows of other sources, rows of this one) of a table that an earlier import wrote."""
     header, *pieces = read_csv(path) if path.exists() else [[]]
@@ -380,8 +367,9 @@ def main(argv=None):
              "min_side": args.min_side, "max_aspect": args.max_aspect, "decoded": args.decode, "labels": counts,
              "reasons": reasons, "refused": [{"path": p, "reason": why} for p, why in sorted(refused)]}  # fmt: skip
     write_json(manifest, {"version": VERSION, "created_utc": created_utc(), "sources": {**earlier, name: entry}}, 1)
-    write_text(index, table_text(INDEX, indexed))
-    write_text(labels, table_text(header, labelled))  # last: what it names is there
+    for path, columns, table in ((index, INDEX, indexed), (labels, header, labelled)):  # last: what it names is there
+        cells = ([row.get(name, "") for name in columns] for row in table)
+        write_text(path, csv_text([columns, *cells], exact=1))  # paths begin with NAME, so no spreadsheet runs them
     print(f"{labels}: {', '.join(f'{n} {shown(label)}' for label, n in sorted(counts.items()))} of {name}, "
           f"{len(labelled)} in all; columns {','.join(map(shown, header))}")  # fmt: skip
     for reason, n in reasons.most_common(12):
