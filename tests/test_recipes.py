@@ -340,7 +340,7 @@ TABLE = {
     "checkpointing": (DEFAULT, ON),
     "allow_duplicates": (DEFAULT, ON),
     "no_split": (DEFAULT,),  # without a look at val_select: see ALONE
-    "limit": (DEFAULT, "20"),
+    "limit": (DEFAULT, "24"),
     "overfit": (DEFAULT, ON),
     "z_stride": (DEFAULT, "2"),
     "aug": (DEFAULT, "ct_any_window", "photo"),
@@ -478,9 +478,9 @@ def kitchen(tmp_path_factory):
     root = tmp_path_factory.mktemp("kitchen")
     groups = {f"toy/P{i}": "train" if i < 8 else "val_select" for i in range(11)}
     for name, encoding in (("ct", "hu16-v1"), ("rgb", "rgb-v1")):
-        make_split(make_ct(root / name, encoding, series=12), groups)
+        make_split(make_ct(root / name, encoding, series=12, slices=14), groups)
     ratios = ["--ratios", "train=0.5,val_select=0.3,val_test=0.2"]
-    assert make_splits.main(["--data", str(make_photos(root / "photos", 32)), *ratios]) == 0
+    assert make_splits.main(["--data", str(make_photos(root / "photos", 64)), *ratios]) == 0
     files = {name: root / name for name in ("ct", "rgb", "photos")}
     words = [*flag_words({k: v[0] for k, v in TABLE.items()}), "--steps", "2"]
     assert train_ssl.main([w.format(out=root / "weights", **files) for w in words]) == 0
