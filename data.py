@@ -56,7 +56,7 @@ SIGNATURES = {b"%!PS": "EPS", b"\xc5\xd0\xd3\xc6": "EPS", b"%PDF": "PDF", b"GIF8
               b"<": "HTML, XML or SVG", b"PK": "zip"}  # fmt: skip
 PURPOSES = {"fit": "train", "select": "val_select", "calibrate": "val_calib", "test": "val_test"}
 TABLES = ("labels.csv", "weights.csv")  # ours, in a folder of pictures
-ODD_PATH = re.compile(r"^[./\s]|\\|//|/\.|\s$")
+ODD_PATH = re.compile(r"^[./\s]|\\|//|/\.|\s$", re.MULTILINE)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as released DINOv3 weights expect
 STREAMS = {"order": 1, "crops": 2, "masks": 3, "limit": 4, "sizes": 5, "rope": 6, "depth": 7}  # none meets another
 
@@ -286,8 +286,9 @@ def below(root, name):
     return os.path.relpath(plain, top) if plain.startswith(top + "/") else plain
 
 
-def label_rows(path, root, unlabelled=False):
-    """Of a label table first (names of its columns, is it one of nodules?), then each row as {name: cell}."""
+def label_pieces(path, root, unlabelled=False):
+    """Of a label table first (names of its columns, is it one of nodules?), then pieces: (number of the first row,
+    {name: list of cells})."""
     pieces = read_csv(path)
     header = next(pieces)
     if len(header) == 1 and (marks := [mark for mark in ";\t" if mark in header[0]]):
@@ -296,24 +297,29 @@ def label_rows(path, root, unlabelled=False):
         say_once(f"{path}: columns are separated by {marks[0]!r}")
     names, nodules = label_columns(path, header)
     yield names, nodules
-    said = False
-    for number, line in enumerate((line for piece in pieces for line in piece if line), 2):
-        row = dict(zip(names, line))
-        if len(line) != len(names):
-            raise ValueError(f"{path}, row {number}: {len(line)} cells of {len(names)}; write it anew")
-        if not (unlabelled or row["label"].strip()):
-            raise ValueError(f"{path}, row {number}: no label; give it one, or leave the row out")
-        if ODD_PATH.search(row["path"]) and (plain := below(root, row["path"])) != row["path"]:
-            if not said:
-                say_once(f"{path}: paths are read as below {root}: {row['path']!r} as {plain!r}, and so on")
-            said, row["path"] = True, plain
-        yield row
+    number, said = 2, False
+    for piece in pieces:
+        lines = [line for line in piece if line]
+        for k, line in enumerate(lines):
+            if len(line) != len(names):
+                raise ValueError(f"{path}, row {number + k}: {len(line)} cells of {len(names)}; write it anew")
+        columns = dict(zip(names, map(list, zip(*lines)))) if lines else {name: [] for name in names}
+        if not unlabelled and (empty := [k for k, label in enumerate(columns["label"]) if not label.strip()]):
+            raise ValueError(f"{path}, row {number + empty[0]}: no label; give it one, or leave the row out")
+        if ODD_PATH.search("\n".join(columns["path"])):
+            plain = [below(root, name) if ODD_PATH.search(name) else name for name in columns["path"]]
+            changed = [pair for pair in zip(columns["path"], plain) if pair[0] != pair[1]]
+            if changed and not said:
+                say_once(f"{path}: paths are read as below {root}: {changed[0][0]!r} as {changed[0][1]!r}, and so on")
+            said, columns["path"] = said or bool(changed), plain
+        yield number, columns
+        number += len(lines)
 
 
 def read_labels(path, root, unlabelled=False):
     """A label table of images below root -> (rows as dicts, are they nodules?)."""
-    (_, nodules), *rows = label_rows(path, root, unlabelled)
-    return rows, nodules
+    (names, nodules), *pieces = label_pieces(path, root, unlabelled)
+    return [dict(zip(names, cells)) for _, columns in pieces for cells in zip(*columns.values())], nodules
 
 
 def is_dicom(path):
@@ -321,30 +327,51 @@ def is_dicom(path):
         return f.read(132)[128:] == b"DICM"
 
 
+def indexed_photos(path):
+    """_index/photos.csv of an import -> (sorted paths, their sizes in bytes); no picture is touched."""
+    pieces, found = read_csv(path), []
+    header = next(pieces)
+    try:
+        name, size, reason = (header.index(key) for key in ("path", "bytes", "reason"))
+        for rows in pieces:
+            found += [(row[name], int(row[size])) for row in rows if not row[reason]]
+    except (ValueError, LookupError) as error:
+        raise ValueError(f"{path} is damaged ({error}); delete it, or import the pictures again") from None
+    found.sort()
+    return [name for name, _ in found], np.array([size for _, size in found], np.int64)
+
+
 def index_photos(root):
-    paths = photo_paths(root)
+    index = root / "_index" / "photos.csv"
+    paths, sizes = indexed_photos(index) if index.exists() else (photo_paths(root), None)
     if not paths:
         some = itertools.islice((path for path in root.rglob("*") if path.is_file()), 100)
         raw = "; it holds DICOM files as acquired: preprocess them first" if any(map(is_dicom, some)) else ""
         raise FileNotFoundError(f"{root} has neither _index/index.csv nor a picture ({' '.join(PHOTO_ENDINGS)}){raw}")
     table, at = root / "labels.csv", {path: i for i, path in enumerate(paths)}
-    texts, group_of, missing = {"label": [b""] * len(paths)}, list(paths), []
-    rows = label_rows(table, root, unlabelled=True) if table.exists() else iter([((), False)])
-    names, nodules = next(rows)
+    group_of, missing, same = list(paths), [], {}
+    pieces = label_pieces(table, root, unlabelled=True) if table.exists() else iter([(("label",), False)])
+    names, nodules = next(pieces)
     if nodules:
         raise ValueError(f"{table} is a table of CT nodules; expected path,label[,group]")
     if taken := sorted({*names} & {*INDEX_COLUMNS} - {"path"}):
         raise ValueError(f"{table}: rename column {taken[0]}, a word of ours; what must stay together is called group")
-    texts |= {name: [b""] * len(paths) for name in names if name not in ("path", "label", "group")}
-    for number, row in enumerate(rows, 2):
-        if (i := at.get(row["path"])) is None:
-            missing.append(row["path"])
-            continue
-        if (label := texts["label"][i].decode()).strip() not in ("", row["label"].strip()) and row["label"].strip():
-            raise ValueError(f"{table}, row {number}: {paths[i]} has label {row['label']}, and {label} above; keep one")
-        group_of[i] = row.get("group") or paths[i]  # of a path that stands in two groups the last
-        for name, column in texts.items():
-            column[i] = row[name].encode()
+    texts = {name: [""] * len(paths) for name in names if name not in ("path", "group")}
+    for number, columns in pieces:
+        where = [at.get(name) for name in columns["path"]]
+        missing += [name for name, i in zip(columns["path"], where) if i is None]
+        for name, cells in columns.items():
+            if name != "path":  # one object for equal texts: a million labels are few
+                columns[name] = list(map(same.setdefault, cells, cells))
+        for k, (i, label) in enumerate(zip(where, columns["label"])):
+            if i is not None and label.strip() and texts["label"][i].strip() not in ("", label.strip()):
+                both = f"{paths[i]} has label {label}, and {texts['label'][i]} above"
+                raise ValueError(f"{table}, row {number + k}: {both}; keep one")
+        for name, cells in columns.items():
+            column = group_of if name == "group" else texts.get(name)
+            for i, cell in zip(where, cells if column is not None else ()):
+                if i is not None and (cell or name != "group"):  # of a path that stands in two groups the last
+                    column[i] = cell
     if missing:
         name = min(missing)
         like = [p for p in paths if p.casefold() == name.casefold()]
@@ -355,13 +382,16 @@ def index_photos(root):
     codes = np.array([groups.setdefault(group, len(groups)) for group in group_of], np.int32)
     columns, texts_of = {"path": np.array([p.encode() for p in paths]), "group": codes, "series": codes}, {}
     for name, column in texts.items():
-        if max(map(len, column)) * len(column) <= 4 * sum(map(len, column)) + 64 * len(column):
-            columns[name] = np.array(column)
+        found = dict.fromkeys(column)
+        longest = max(len(text.encode()) for text in found)
+        if longest * len(column) <= 4 * sum(map(len, column)) + 64 * len(column):
+            columns[name] = np.array([text.encode() for text in column])
         else:  # one long text would make all rows as long
-            found = {}
-            columns[name] = np.array([found.setdefault(text, len(found)) for text in column], np.int32)
-            texts_of[name] = [text.decode() for text in found]
-    named = "\n".join(f"{p},{group}" for p, group in zip(paths, group_of))  # they decide who is trained on
+            codes = dict(zip(found, range(len(found))))
+            columns[name], texts_of[name] = np.array([codes[text] for text in column], np.int32), list(found)
+    if sizes is not None:
+        columns["bytes"] = sizes
+    named = "\n".join(map(",".join, zip(paths, group_of)))  # they decide who is trained on
     sha = hashlib.sha256(named.encode()).hexdigest()
     return Rows(columns, {"group": list(groups), "series": list(groups), **texts_of}), sha
 
@@ -445,6 +475,7 @@ class Source:
     def read(self, i):
         """uint8 [3, H, W] of rgb-v1 and photographs (upright); int16 HU [3, H, W] of hu16-v1: slices z-1, z, z+1."""
         path = self.path(i)
+        self.check(i)
         try:
             if self.encoding == "hu16-v1":
                 image = read_slices(path, int(self.rows.columns["z"][i]))
@@ -457,6 +488,15 @@ class Source:
         if self.encoding != "photo" and image.shape[1:] != self.size(i):
             raise Unreadable(f"{path} has {image.shape[1:]} pixels, the index says {self.size(i)}")
         return torch.from_numpy(np.ascontiguousarray(image))
+
+    def check(self, i):
+        """Refuse a picture that is no longer the one that was indexed."""
+        if "bytes" in self.rows.columns:
+            path, known = self.path(i), int(self.rows.columns["bytes"][i])
+            found = os.stat(path).st_size if path.exists() else None
+            if found != known:
+                state = "is gone" if found is None else f"has {found} bytes"
+                raise Unreadable(f"{path} {state}, {known} when it was indexed: import it again")
 
     def size(self, i):
         return int(self.rows.columns["rows"][i]), int(self.rows.columns["cols"][i])
@@ -559,7 +599,9 @@ def open_source(root, limit=None, z_stride=1):
         split_pair = [divmod(int(p), len(rows.names["patient"])) for p in pairs]
         rows.names["group"] = [f"{rows.names['dataset'][d]}/{rows.names['patient'][p]}" for d, p in split_pair]
         rows.columns["group"] = codes.astype(np.int32)
-    elif index.parent.exists():  # as photographs, every slice would be its own group
+    elif (
+        index.parent.exists() and not (index.parent / "photos.csv").exists()
+    ):  # as photographs, every slice would be its own group
         raise FileNotFoundError(f"{index} is missing beside its folder; run tools/preprocess_dicom.py")
     else:
         (rows, sha), encoding = index_photos(root), "photo"
@@ -1274,6 +1316,7 @@ def read_view(source, i, boxes=None, size=224):
         return eval_boxes([(height, width)], body and [body]) if boxes is None else boxes
 
     if source.encoding == "photo":
+        source.check(i)
         return read_photo(source.path(i), chosen, size)
     image = source.read(i)
     at = chosen(*image.shape[1:], source.body(i))
@@ -1331,6 +1374,7 @@ class Updates(torch.utils.data.Dataset):
             own = select(choices, [j])
             try:
                 if self.source.encoding == "photo":
+                    self.source.check(i)
                     image, moved = read_photo(self.source.path(i), functools.partial(boxes_in, own), sides(own.recipe))
                     own = own._replace(boxes=moved[:, None])
                 else:
