@@ -129,6 +129,10 @@ class Rows:
         values = self.columns[key]
         return np.array(self.names[key])[values] if key in self.names else values
 
+    def texts(self, key):
+        """A column as a list of texts."""
+        return [v.decode() if isinstance(v, bytes) else str(v) for v in self.column(key).tolist()]
+
     def take(self, index):
         return Rows({key: values[index] for key, values in self.columns.items()}, self.names)
 

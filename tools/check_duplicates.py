@@ -11,7 +11,7 @@ import json
 import os
 import signal
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from itertools import combinations
 from multiprocessing import Pool
 from pathlib import Path
@@ -146,6 +146,15 @@ def look_alikes(digests, thumbs, owners, distance, least):
     return np.array(sorted(found), np.int64).reshape(-1, 2), len(thumbs) - len(textured)
 
 
+def conflicts(labels, digests, near):
+    """Pairs (a, b) of equal or nearly equal pictures that carry different labels; of equal ones each with the first."""
+    first, found = {}, []
+    for i, (digest, label) in enumerate(zip(digests, labels)):
+        if digest and label and labels[j := first.setdefault(digest, i)] != label:
+            found.append((j, i))
+    return found + [(a, b) for a, b in near.tolist() if labels[a] and labels[b] and labels[a] != labels[b]]
+
+
 def read_splits(path):
     """{group: split} of a splits.json, empty where there is none yet."""
     if not path.exists():
@@ -194,16 +203,22 @@ def main(argv=None):
     linked = group[pairs].tolist()
     sets = join({name for members in linked for name in members}, linked)
     crossing = [members for members in sets if len({split_of[name] for name in members if name in split_of}) > 1]
+    label = [text.strip() for text in rows.texts("label")] if source.encoding == "photo" else [""] * len(order)
+    label = [label[i] for i in order]
+    odd = conflicts(label, digests, near)
+    copies = Counter(digests)
     counts = {
         "slices": len(source),
         "groups": len(names),
         "constant": digests.count(""),  # one colour: matched by nothing
         "broken": len(bad),  # counted as constant too
         "flat": flat,  # too little contrast to hash: matched exactly only
+        "exact_sets": sum(n > 1 for digest, n in copies.items() if digest),  # of slices, in one group or several
         "exact_pairs": len(exact),
         "near_pairs": len(near),
         "joined_groups": sum(len(members) for members in sets),
         "crossing": len(crossing),
+        "conflicting": len(odd),
     }
     listed = pairs[: args.max_pairs]
     title = {i: slice_name(source, order[i]) for i in set(listed.ravel().tolist())}
@@ -215,12 +230,19 @@ def main(argv=None):
         "correlation": least,
         "counts": counts,
         "groups": sets,
+        "conflicts": [
+            {"a": slice_name(source, order[a]), "b": slice_name(source, order[b]), "labels": [label[a], label[b]]}
+            for a, b in odd
+        ],
         "pairs": [{"a": title[a], "b": title[b], "distance": d} for (a, b), d in zip(listed.tolist(), distances)],
     }
     path = args.data / "_splits" / "duplicates.json"
     path.parent.mkdir(exist_ok=True)
     write_text(path, json.dumps(payload, indent=1) + "\n")
     print("wrote", path, *(f"{key}={n}" for key, n in counts.items()))
+    for pair in payload["conflicts"][:10]:
+        a, b, (one, other) = *(shown(pair[key]) for key in "ab"), map(shown, pair["labels"])
+        print(f"TWO LABELS of one picture: {a} is {one}, {b} is {other}")
     for members in sets[:10]:
         say("same pictures in", members)
     for members in crossing[:10]:
