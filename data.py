@@ -58,7 +58,17 @@ PURPOSES = {"fit": "train", "select": "val_select", "calibrate": "val_calib", "t
 TABLES = ("labels.csv", "weights.csv")  # ours, in a folder of pictures
 ODD_PATH = re.compile(r"^[./\s]|\\|//|/\.|\s$", re.MULTILINE)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as released DINOv3 weights expect
-STREAMS = {"order": 1, "crops": 2, "masks": 3, "limit": 4, "sizes": 5, "rope": 6, "depth": 7}  # none meets another
+STREAMS = {
+    "order": 1,
+    "crops": 2,
+    "masks": 3,
+    "limit": 4,
+    "sizes": 5,
+    "rope": 6,
+    "depth": 7,
+    "augment": 8,
+    "mix": 9,
+}  # none meets another
 
 
 # what numpy and pillow say of broken files; tokenize: the header of a .npy is a Python literal
