@@ -475,6 +475,7 @@ class Source:
         self.index_sha256, self.split_sha256 = index_sha256, split_sha256
         self.splits = splits  # split of each row, where it was opened for a purpose
         self.crossing = crossing  # sets of duplicates that lie in several splits, where that was allowed
+        self.upto, self.weights_sha256 = None, None  # running sum of weights, and their table: see weighed
         used = np.unique(rows.columns["group"])
         self.groups = sorted(rows.names["group"][code] for code in used)
         # neighbours in a volume are near copies, so one batch should hold one slice per series
@@ -527,7 +528,12 @@ class Source:
         return Source(self.root, self.encoding, rows, self.index_sha256, self.split_sha256, splits, self.crossing)
 
     def order(self, seed, step, batch):
-        """Sample ids of one update: a new permutation each epoch; one slice per series and batch where possible."""
+        """Sample ids of one update: a new permutation each epoch; one slice per series and batch where possible.
+
+        With weights (see weighed): drawn with replacement, as often as each weighs.
+        """
+        if self.upto is not None:
+            return np.searchsorted(self.upto, self.upto[-1] * rng(seed, "order", step).random(batch), "right")
         updates = max(len(self) // batch, 1)  # per epoch; what does not fill a batch is left out, other ones each epoch
         epoch, position = divmod(step, updates)
         return epoch_order(self, seed, epoch, batch)[position]
@@ -546,6 +552,32 @@ def epoch_order(source, seed, epoch, batch):
     shuffled = random.permutation(source.series.max() + 1)[source.series[ids]]
     dealt = ids[np.argsort(shuffled, kind="stable")].reshape(batch, updates).T  # card i goes to update i % updates
     return random.permuted(dealt[random.permutation(updates)], axis=1)
+
+
+def weighed(source, table):
+    """The source, whose images are drawn as often as a table path,weight says (tools/sample_weights.py writes it)."""
+    table, pieces = find_table(source.root, Path(table)), []
+    header, *pieces = read_csv(table)
+    if source.encoding != "photo" or header != ["path", "weight"]:
+        raise ValueError(
+            f"--weights {table}: expected columns path,weight of photographs, found {','.join(header)[:99]}"
+        )
+    try:
+        found = {name: float(weight) for rows in pieces for name, weight in rows}
+    except ValueError as error:
+        raise ValueError(f"--weights {table}: a row is not a path and a number ({error}); write it anew") from None
+    names = source.rows.texts("path")
+    if strangers := found.keys() - {*names}:
+        some = f"{min(strangers)!r} ({len(strangers)} in all)"
+        raise ValueError(f"--weights {table} names {some}, which is not among the images to train on; write it anew")
+    if absent := [name for name in names if name not in found]:
+        raise ValueError(f"--weights {table} does not name {absent[0]!r} ({len(absent)} in all); write it anew")
+    weights = np.array([found[name] for name in names])
+    if not (np.isfinite(weights).all() and weights.min() >= 0 and weights.max() > 0):
+        raise ValueError(f"--weights {table}: weights are numbers from 0 up, not all 0; write it anew")
+    source = source.take(np.arange(len(source)))
+    source.upto, source.weights_sha256 = np.cumsum(weights), file_sha256(table)
+    return source
 
 
 def read_slices(path, z):

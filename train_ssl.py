@@ -75,6 +75,7 @@ def build_parser():
     g.add_argument("--no-split", action="store_true", help="train on everything, without a contract; recorded")
     g.add_argument("--allow-duplicates", action="store_true", help="train though duplicates.json names pictures that "
                    "lie in several splits; recorded")
+    g.add_argument("--weights", help="table path,weight: photographs are drawn as often as they weigh")
     g.add_argument("--limit", type=positive, default=None, help="images to train on, a fixed random subset")
     g.add_argument("--overfit", action="store_true", help="each epoch is the first again, crops and all: a test")
     g.add_argument("--z-stride", type=positive, default=1, help="every n-th slice; neighbours stay the true ones")
@@ -561,6 +562,7 @@ def pack_state(run, step):
         **run.trained,
         "index_sha256": source.index_sha256,
         "split_sha256": source.split_sha256,
+        "weights_sha256": source.weights_sha256,
     }
 
 
@@ -657,11 +659,13 @@ def main(argv=None):
 def open_data(args):
     """(images to train on, val_select or None): what is held out is read here for the log only."""
     if args.no_split:
-        return data.open_source(args.data, args.limit, args.z_stride), None
+        source = data.open_source(args.data, args.limit, args.z_stride)
+        return data.weighed(source, args.weights) if args.weights else source, None
     everything = data.open_source(args.data)
     source = data.open_for(
         everything, "fit", limit=args.limit, z_stride=args.z_stride, allow_duplicates=args.allow_duplicates
     )
+    source = data.weighed(source, args.weights) if args.weights else source
     if not args.eval_every:
         return source, None
     more = dict(z_stride=args.z_stride, allow_duplicates=args.allow_duplicates)

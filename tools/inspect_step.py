@@ -19,7 +19,18 @@ import tools.lib.threads  # noqa: F401 - before torch
 import numpy as np
 import torch
 
-from data import denormalise, eval_view, look_windows, make_loader, open_for, open_source, render, select, slice_name
+from data import (
+    denormalise,
+    eval_view,
+    look_windows,
+    make_loader,
+    open_for,
+    open_source,
+    render,
+    select,
+    slice_name,
+    weighed,
+)
 from tools.lib import sheet
 from tools.lib.cli import Parser, positive, run, within
 from tools.lib.loop import read_config, read_recipes
@@ -35,6 +46,7 @@ def open_data(config, root):
         source = open_for(root, "fit", allow_duplicates=True, **kept)
     else:
         source = open_source(root, **kept)
+    source = weighed(source, args["weights"]) if args.get("weights") else source
     for key in ("index_sha256", "split_sha256"):
         if config[key] != getattr(source, key):
             raise ValueError(

@@ -207,8 +207,8 @@ def find_run(args, source, harmless, rank, world):
         raise ValueError(f"{path}: {error}; use an older step_*.pth of the same run") from None
     facts = {key: value for key, value in state.items() if key not in ("student", "teacher", "gram", "optimizer")}
     changed = check_flags(args, facts["args"], harmless)
-    for name in ("index_sha256", "split_sha256"):
-        if facts[name] != getattr(source, name):
+    for name in ("index_sha256", "split_sha256", "weights_sha256"):
+        if facts.get(name) != getattr(source, name):
             raise ValueError(
                 f"{args.data}: {name} differs from that of {path}; put the old data back, or use another --out"
             )
