@@ -23,11 +23,11 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import checkpoint
-from data import RECIPES, Recipe, denormalise, regular
+from data import RECIPES, Recipe, append_line, denormalise, regular
 from model import check_arch
 from tools.lib import limits
 from tools.lib.cli import pick_device, shown
-from tools.lib.files import append_line, is_a, read_json_file, wrong_field
+from tools.lib.files import is_a, read_json_file, wrong_field
 
 # Ranks, schedules, random numbers.
 
