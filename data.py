@@ -470,11 +470,13 @@ def upright(image, turn):
 class Source:
     """Images of one encoding: len(source), source.read(i) -> [C, H, W], source.rows[i] -> metadata, source.groups."""
 
-    def __init__(self, root, encoding, rows, index_sha256, split_sha256=None, splits=None, crossing=0):
+    def __init__(self, root, encoding, rows, index_sha256, split_sha256=None, splits=None, crossing=0,
+                 earlier_looks=0):  # fmt: skip
         self.root, self.encoding, self.rows = root, encoding, rows
         self.index_sha256, self.split_sha256 = index_sha256, split_sha256
         self.splits = splits  # split of each row, where it was opened for a purpose
         self.crossing = crossing  # sets of duplicates that lie in several splits, where that was allowed
+        self.earlier_looks = earlier_looks  # at val_test, by other weights or another policy, where it was opened
         self.upto, self.weights_sha256 = None, None  # running sum of weights, and their table: see weighed
         used = np.unique(rows.columns["group"])
         self.groups = sorted(rows.names["group"][code] for code in used)
@@ -525,7 +527,8 @@ class Source:
     def take(self, index):
         splits = None if self.splits is None else self.splits[index]
         rows = self.rows.take(index)
-        return Source(self.root, self.encoding, rows, self.index_sha256, self.split_sha256, splits, self.crossing)
+        return Source(self.root, self.encoding, rows, self.index_sha256, self.split_sha256, splits, self.crossing,
+                      self.earlier_looks)  # fmt: skip
 
     def order(self, seed, step, batch):
         """Sample ids of one update: a new permutation each epoch; one slice per series and batch where possible.
@@ -680,25 +683,26 @@ def open_for(root, purpose, used_by=None, limit=None, z_stride=1, allow_duplicat
     path = split_path(source.root)
     if not np.isin(splits, wanted).any():
         raise ValueError(f"{path} has no image in {' or '.join(wanted)}; it has {sorted(set(splits.tolist()))}")
-    crossing = crossing_duplicates(source, splits)
+    crossing = crossing_duplicates(source, splits, allow_duplicates)
     if crossing and not allow_duplicates:
         raise ValueError(
             f"{len(crossing)} sets of duplicate pictures lie in several splits, first {', '.join(crossing[0][:3])}; "
             "make the split again with tools/make_splits.py --force, or go on with --allow-duplicates"
         )
-    if "test" in purposes:
-        record_look(source.root, used_by)
+    looks = record_look(source.root, used_by) if "test" in purposes else 0
     everything = Source(source.root, source.encoding, source.rows, source.index_sha256, file_sha256(path), splits,
-                        len(crossing))  # fmt: skip
+                        len(crossing), looks)  # fmt: skip
     return thin(everything.take(np.flatnonzero(np.isin(splits, wanted))), limit, z_stride)
 
 
-def split_path(root):
-    return Path(root) / "_splits" / "splits.json"
+def split_path(root, name="splits.json"):
+    return Path(root) / "_splits" / name
 
 
 def read_contract(path, remedy):
-    """A JSON file of _splits/ -> dict with version 1, index_sha256 and groups."""
+    """A JSON file of _splits/ -> dict of version 1."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist; {remedy}")
     try:
         contract = json.loads(regular(path).read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
@@ -709,19 +713,26 @@ def read_contract(path, remedy):
     return contract
 
 
+def read_splits(path, remedy):
+    """splits.json -> the contract, whose groups {group: split} are whole; whether it fits an index is not asked."""
+    contract = read_contract(path, remedy)
+    of_group, known = contract.get("groups"), set(PURPOSES.values())
+    if not isinstance(of_group, dict) or not all(isinstance(split, str) for split in of_group.values()):
+        raise ValueError(f"{path}: groups must name one split for each group; {remedy}")
+    if unknown := set(of_group.values()) - known:  # nobody would ever look at it
+        raise ValueError(f"{path}: {min(unknown)!r} is no split, known are {', '.join(PURPOSES.values())}; {remedy}")
+    return contract
+
+
 def split_names(source):
     """Split of each row of a Source, by a contract made for this very index. No image is opened."""
     path = split_path(source.root)
     make = f"python tools/make_splits.py --data {source.root} (with the --ratios and --labels you want)"
     again = f"make it again, with --force: {make}"
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist; make it with: {make}")
-    contract = read_contract(path, again)
+    contract = read_splits(path, again if path.exists() else f"make it with: {make}")
+    of_group = contract["groups"]
     if contract.get("index_sha256") != source.index_sha256:
         raise ValueError(f"{path} was made for another index; {again}")
-    of_group = contract.get("groups")
-    if not isinstance(of_group, dict) or not all(isinstance(split, str) for split in of_group.values()):
-        raise ValueError(f"{path}: groups must name one split for each group; {again}")
     if strangers := [g for g in source.groups if g not in of_group]:
         raise ValueError(f"{path} does not name group {strangers[0]} ({len(strangers)} in all); {again}")
     known = sorted(set(of_group.values()))
@@ -739,44 +750,76 @@ def split_names(source):
     return np.array(known)[split]
 
 
-def crossing_duplicates(source, splits):
-    """Sets of groups that share pictures, by _splits/duplicates.json, and lie in several splits."""
-    path = source.root / "_splits" / "duplicates.json"
-    remedy = "run tools/check_duplicates.py again, or delete the file"
-    if not path.exists():
-        return []
-    contract = read_contract(path, remedy)
+def read_duplicates(source, path=None, allowed=False):
+    """Lists of groups that share pictures, by _splits/duplicates.json or another file, made for this very index.
+
+    allowed: one that was made for another index is said and not used.
+    """
+    path = path or split_path(source.root, "duplicates.json")
+    again = f"run python tools/check_duplicates.py --data {source.root} again"
+    contract = read_contract(path, again)
+    sets, names = contract.get("groups"), set(source.rows.names["group"])
     if contract.get("index_sha256") != source.index_sha256:
-        print(f"note: {path} was made for another index and is not used; {remedy}")
+        if not allowed:
+            raise ValueError(
+                f"{path} was made for another index; {again}, or delete the file, or go on without it "
+                "(--allow-duplicates, where a program has it)"
+            )
+        print(f"note: {path} was made for another index and is not used; {again}, or delete the file")
         return []
-    if not isinstance(contract.get("groups"), list) or not all(isinstance(s, list) for s in contract["groups"]):
-        raise ValueError(f"{path}: groups must be lists of names; {remedy}")
-    named = dict(zip(np.array(source.rows.names["group"])[source.rows.columns["group"]].tolist(), splits.tolist()))
-    return [members for members in contract["groups"] if len({named[g] for g in members if g in named}) > 1]
+    whole = isinstance(sets, list) and all(isinstance(members, list) and members for members in sets)
+    if not whole or not all(isinstance(name, str) and name in names for members in sets for name in members):
+        raise ValueError(f"{path}: groups must be lists of groups of the index; {again}")
+    return sets
+
+
+def crossing_duplicates(source, splits, allowed):
+    """Sets of groups that share pictures and lie in several splits."""
+    if not split_path(source.root, "duplicates.json").exists():
+        return []
+    sets = read_duplicates(source, allowed=allowed)
+    split_of = dict(zip(np.array(source.rows.names["group"])[source.rows.columns["group"]].tolist(), splits.tolist()))
+    return [members for members in sets if len({split_of[g] for g in members if g in split_of}) > 1]
 
 
 USED_BY = "program weights_sha256 policy_sha256 labels_sha256 why".split()
 
 
+def append_line(path, line, sync=False):
+    """One write of one line of JSON, so that readers never see half of it, nor lines of two programs mixed.
+
+    A line that a full disk cut is ended first. sync: returns when it is on the disk.
+    """
+    with open(path, "ab+") as f:
+        f.seek(max(f.seek(0, os.SEEK_END) - 1, 0))
+        cut = f.read(1) not in (b"", b"\n")
+        f.write(b"\n" * cut + json.dumps(line).encode() + b"\n")
+        f.flush()
+        if sync:
+            os.fsync(f.fileno())
+
+
 def record_look(root, used_by):
-    """Add a line to _splits/test_uses.jsonl; say how many looks by other weights or another policy came before."""
+    """Add a line to _splits/test_uses.jsonl -> how many looks by other weights or another policy came before."""
     if not isinstance(used_by, dict) or sorted(used_by) != sorted(USED_BY):
         raise ValueError(f"opening val_test needs used_by with {', '.join(USED_BY)}")
-    path, earlier = Path(root) / "_splits" / "test_uses.jsonl", set()
+    path, earlier, damaged = split_path(root, "test_uses.jsonl"), set(), 0
     for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError, AttributeError):
+        try:
             earlier.add(tuple(str(json.loads(line).get(key)) for key in ("weights_sha256", "policy_sha256")))
-    others = earlier - {(str(used_by["weights_sha256"]), str(used_by["policy_sha256"]))}
+        except (ValueError, AttributeError, RecursionError):
+            damaged += 1
+    others = len(earlier - {(str(used_by["weights_sha256"]), str(used_by["policy_sha256"]))})
     if others:
         print(
-            f"val_test was looked at before by {len(others)} other weights or policies ({path}): the best of several "
-            "looks is optimistic"
+            f"val_test was looked at before by {others} other weights or policies ({path}): the best of several looks "
+            "is optimistic"
         )
+    if damaged:
+        print(f"{path} has {damaged} damaged lines, which count as looks by others")
     when = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    with open(path, "ab") as f:  # one write of one line: looks of two programs do not mix
-        f.write(json.dumps({"version": 1, "when": when, **used_by}).encode() + b"\n")
-        f.flush()
-        os.fsync(f.fileno())
+    append_line(path, {"version": 1, "when": when, **used_by}, sync=True)
+    return others + damaged
 
 
 # The plan: every random choice about every view, drawn from (seed, step, sample id) alone.
@@ -1344,6 +1387,8 @@ def read_photo(path, boxes_of, sizes):
             high = np.minimum(high, size)
             y0, x0, y1, x1 = stored_box((*low.astype(int).tolist(), *high.astype(int).tolist()), size, turn)
             image = upright(np.asarray(to_rgb(file).reduce(factor, box=(x0, y0, x1, y1))).transpose(2, 0, 1), turn)
+            # reduce() ends each stored axis with what is left of a cell; turned upright, it may be the beginning
+            low = low + np.where(turn[:2], (high - low) % -factor, 0)
     except BROKEN as error:
         raise Unreadable(f"{path} cannot be read: {error}") from None
     return torch.from_numpy(image.copy()), (boxes * drafted - np.tile(low, 2)) / factor
@@ -1452,7 +1497,7 @@ def as_read(batch):
 
 def ignore_signals(_):
     """In a reading process: signals are for the run, which still needs its batches. torchrun sends them to all."""
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -182,9 +182,6 @@ def open_samples(source, table, splits, used_by, allow_duplicates):
     if not splits[0]:
         return source, table
     purposes = [purpose for purpose, split in data.PURPOSES.items() if split in splits]
-    if unknown := sorted(set(splits.tolist()) - set(data.PURPOSES.values())):
-        known = ", ".join(data.PURPOSES.values())
-        raise ValueError(f"{data.split_path(source.root)}: split {shown(unknown[0])} has no purpose; known are {known}")
     chosen = data.open_for(source, purposes, used_by, allow_duplicates=allow_duplicates)
     rows = [source.rows[i] for i in table.rows]
     moved = [data.find_slice(chosen, row["path"], row.get("z")) for row in rows]
@@ -400,7 +397,7 @@ def gather(args, vit, weights_sha256, source, table, framing, device):
     return fits.predictors(X, others, pixels.reshape(len(pixels), -1).astype(np.float64), table.sizes)
 
 
-def judge_one(name, plan, table, predictors, exposure, crossing, args):
+def judge_one(name, plan, table, predictors, exposure, source, args):
     """Fits, judges and draws one protocol -> (for results.json, its part of the page, the predictions of the probe)."""
     keep, folds = plan
     part, tested = table.take(keep), folds[0][1].any(0)
@@ -413,7 +410,8 @@ def judge_one(name, plan, table, predictors, exposure, crossing, args):
     mm = judged.sizes[:, 0] if judged.sizes is not None and len(table.classes) == 2 else None
     number = np.stack([test.argmax(0) for _, test in folds])[:, tested]  # [R, n] fold of each sample
     result = judge.judge(judged.labels, judged.groups, predictions, number, mm, args.bootstrap)
-    caveats = judge.caveats(exposure.groups, result["patients"], exposure.known, crossing)
+    looks = source.earlier_looks if name == "test" else 0
+    caveats = judge.caveats(exposure.groups, result["patients"], exposure.known, source.crossing, looks)
     result |= {"title": judge.titled(TITLES[name], caveats), "caveats": caveats, "balance": judge.balance(judged)}
     result |= {"settings": settings, "seen_in_pretraining": exposure.groups}
     result["verdict"] = judge.verdict(result)
@@ -453,7 +451,7 @@ def main(argv=None):
     with broken.named(chosen.take(part.rows)):
         predictors = gather(args, vit, look["weights_sha256"], chosen, part, framing, device)
     outcomes = {
-        name: judge_one(name, (keep[used], folds), part, predictors, exposures[name], chosen.crossing, args)
+        name: judge_one(name, (keep[used], folds), part, predictors, exposures[name], chosen, args)
         for name, (keep, folds) in plans.items()
     }
 

@@ -149,6 +149,7 @@ def test_a_gain_over_what_is_below_chance_is_called_too_large():
 
 def test_caveats_stand_in_title_and_verdict():
     assert m.caveats([], 9, True, 0) == [] and m.titled("T", []) == "T"
+    assert m.caveats([], 9, True, 0, 2) == ["2 other weights or policies looked at val_test before"]
     texts = m.caveats(["a", "b"], 9, False, 3)
     assert m.titled("T", texts) == (
         "T: backbone has seen these patients (2 of 9); what the backbone was pretrained on is unknown; near-duplicates "

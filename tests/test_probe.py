@@ -410,10 +410,13 @@ def test_near_duplicates_across_splits_are_refused_or_stand_in_every_title(tmp_p
     with pytest.raises(ValueError, match="1 sets of duplicate pictures lie in several splits.*--allow-duplicates"):
         probe(tmp_path, tmp_path / "a")
     assert not looks(tmp_path)
+    (tmp_path / "data" / "_splits" / "test_uses.jsonl").write_text('{"weights_sha256": "others"}\n')
     result = probe(tmp_path, tmp_path / "b", "--allow-duplicates", "--seeds", "1")
-    for name in ("test", "cv"):
-        assert result[name]["title"] == f"{t.TITLES[name]}: near-duplicates cross the splits (1 sets)"
-        assert result[name]["verdict"].endswith("Near-duplicates cross the splits (1 sets).")
+    crossing, past = "ear-duplicates cross the splits (1 sets)", "1 other weights or policies looked at val_test"
+    assert result["cv"]["title"] == f"{t.TITLES['cv']}: n{crossing}"
+    assert result["cv"]["verdict"].endswith(f"N{crossing}.")
+    assert result["test"]["title"] == f"{t.TITLES['test']}: n{crossing}; {past} before"
+    assert result["test"]["verdict"].endswith(f"N{crossing}. {past} before.")
 
 
 def test_weights_of_unknown_origin_are_called_so_in_title_and_verdict(study, tmp_path, capsys):

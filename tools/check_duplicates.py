@@ -23,10 +23,9 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from checkpoint import write_text
-from data import Unreadable, slice_name
+from data import Unreadable, read_splits, slice_name, split_path
 from tools.lib import broken
 from tools.lib.cli import Parser, positive, run, shown, within
-from tools.lib.files import read_json_file
 from tools.lib.groups import join, open_data
 
 VERSION = 1
@@ -155,17 +154,6 @@ def conflicts(labels, digests, near):
     return found + [(a, b) for a, b in near.tolist() if labels[a] and labels[b] and labels[a] != labels[b]]
 
 
-def read_splits(path):
-    """{group: split} of a splits.json, empty where there is none yet."""
-    if not path.exists():
-        return {}
-    again = "make it again with tools/make_splits.py --force"
-    split_of = read_json_file(path, {"groups": dict}, again, VERSION)["groups"]
-    if not all(isinstance(split, str) for split in split_of.values()):
-        raise ValueError(f"{path} field 'groups' must name one split for each group; {again}")
-    return split_of
-
-
 def say(title, members):
     """Print a list of groups, at most six."""
     print(title, *map(shown, members[:6]), *["..."][: len(members) > 6])
@@ -186,8 +174,8 @@ def build_parser():
 def main(argv=None):
     args = build_parser().parse_args(argv)
     source = open_data(args.data)
-    splits = args.data / "_splits" / "splits.json"
-    split_of = read_splits(splits)
+    splits, again = split_path(args.data), "make it again with tools/make_splits.py --force"
+    split_of = read_splits(splits, again)["groups"] if splits.exists() else {}
     rows = source.rows
     z = rows.columns.get("z", np.zeros(len(rows), int))
     order = np.lexsort((z, rows.columns["path"])).tolist()  # the answer does not depend on the index's order
@@ -236,7 +224,7 @@ def main(argv=None):
         ],
         "pairs": [{"a": title[a], "b": title[b], "distance": d} for (a, b), d in zip(listed.tolist(), distances)],
     }
-    path = args.data / "_splits" / "duplicates.json"
+    path = split_path(args.data, "duplicates.json")
     path.parent.mkdir(exist_ok=True)
     write_text(path, json.dumps(payload, indent=1) + "\n")
     print("wrote", path, *(f"{key}={n}" for key, n in counts.items()))

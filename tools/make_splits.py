@@ -21,9 +21,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from checkpoint import write_text
-from data import file_sha256, find_table, read_labels
+from data import file_sha256, find_table, read_duplicates, read_labels, read_splits, split_path
 from tools.lib.cli import Parser, natural, run, shown
-from tools.lib.files import read_json_file
 from tools.lib.groups import join, open_data, same_patients
 from tools.lib.provenance import plain_name
 
@@ -161,9 +160,8 @@ def keep_for_training(units, contents, alone, placed):
 def earlier_splits(path, units, ratios):
     """{index of unit: split} of an existing splits.json, whose groups keep theirs."""
     again = "make the split anew, without --extend and with --force"
-    contract = read_json_file(path, {"groups": dict, "ratios": dict}, again, VERSION)
-    stood = contract["groups"]
-    if odd := sorted({str(split) for split in stood.values()} - set(ratios)):
+    stood = read_splits(path, again)["groups"]
+    if odd := sorted(set(stood.values()) - set(ratios)):
         raise ValueError(f"{path} has {odd[0]}, which --ratios or --four-way does not name; say the same as before")
     placed = {}
     for i, unit in enumerate(units):
@@ -257,18 +255,6 @@ def write(path, payload, force):
     print("wrote", path)
 
 
-def read_duplicates(path, digest, names, data):
-    """Lists of groups that check_duplicates.py found to share pictures of this index."""
-    again = f"run python tools/check_duplicates.py --data {data} again"
-    found = read_json_file(path, {"index_sha256": str, "groups": list}, again, VERSION)
-    if found["index_sha256"] != digest:
-        raise ValueError(f"{path} was made for another index; {again}, or delete the file")
-    for members in found["groups"]:
-        if not (isinstance(members, list) and members and all(isinstance(n, str) and n in names for n in members)):
-            raise ValueError(f"{path} field 'groups' must be lists of groups of the index; {again}")
-    return found["groups"]
-
-
 def build_parser():
     p = Parser(__doc__)
     p.add_argument("--data", type=Path, required=True, help="processed CT folder, or folder tree of photographs")
@@ -317,9 +303,9 @@ def main(argv=None):
     for path, _, group, _ in labels:
         together["label group", plain_name(group or group_of[path])].add(group_of[path])
     sets = [sorted(members) for members in together.values()] + same_patients(source)
-    duplicates = args.duplicates or args.data / "_splits" / "duplicates.json"
+    duplicates = args.duplicates or split_path(args.data, "duplicates.json")
     if args.duplicates or duplicates.exists():
-        copies = read_duplicates(duplicates, source.index_sha256, slices, args.data)
+        copies = read_duplicates(source, duplicates)
         sets += copies
         print(f"{duplicates}: {len(copies)} sets of groups share pictures and stay together")
 
@@ -327,7 +313,7 @@ def main(argv=None):
     if len(units) < len(ratios):
         raise ValueError(f"{len(units)} independent groups cannot fill {len(ratios)} splits; add groups or drop splits")
     print(f"{len(source)} slices in {len(slices)} groups, {len(units)} of them independent")
-    path = args.data / "_splits" / "splits.json"
+    path = split_path(args.data)
     placed = earlier_splits(path, units, ratios) if args.extend else {}
     if photos:
         contents = pictures_of(units, labels, column, [p.decode() for p in source.rows.column("path").tolist()])

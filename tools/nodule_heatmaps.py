@@ -497,7 +497,7 @@ def main(argv=None):
     sentences.append(f"Best of {len(heads)} heads, chosen on these very nodules: {verdict(numbers, best)}")
     patients = {t.row["group"] for t in targets}
     seen = patients & set(exposure.groups)
-    caveats = judge.caveats(seen, len(patients), exposure.known, source.crossing)
+    caveats = judge.caveats(seen, len(patients), exposure.known, source.crossing, source.earlier_looks)
     sentences += [f"{text[0].upper()}{text[1:]}." for text in caveats]
     title = (
         f"{args.ckpt.name}, {vit.arch['name']}: {len(targets)} nodules of {len(patients)} patients, split "

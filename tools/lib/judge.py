@@ -190,11 +190,13 @@ def compared(result, name, other):
 UNKNOWN = "what the backbone was pretrained on is unknown"
 
 
-def caveats(seen, patients, known, crossing):
+def caveats(seen, patients, known, crossing, earlier_looks=0):
     """What stands beside every number: how many of the patients were in the pretraining, and what nobody knows."""
     texts = [f"backbone has seen these patients ({len(seen)} of {patients})"] if seen else []
     texts += [] if known else [UNKNOWN]
-    return texts + ([f"near-duplicates cross the splits ({crossing} sets)"] if crossing else [])
+    texts += [f"near-duplicates cross the splits ({crossing} sets)"] if crossing else []
+    # the best of several looks is optimistic
+    return texts + ([f"{earlier_looks} other weights or policies looked at val_test before"] if earlier_looks else [])
 
 
 def titled(title, texts):
