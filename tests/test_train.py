@@ -551,7 +551,7 @@ def test_a_log_that_cannot_be_written_stops_nothing(folder, tmp_path, monkeypatc
 
     monkeypatch.setattr("tools.lib.loop.append_line", full_disk)
     assert train(folder, tmp_path / "run", "--steps", "2") == 0
-    assert "the log cannot be written, training goes on" in capsys.readouterr().err
+    assert "the log cannot be written, which stops nothing" in capsys.readouterr().err
     assert checkpoint.load(tmp_path / "run" / "last.pth")["step"] == 2
 
 

@@ -140,7 +140,12 @@ def append_line(path, line):
     with open(path, "ab+") as f:
         f.seek(max(f.seek(0, os.SEEK_END) - 1, 0))
         cut = f.read(1) not in (b"", b"\n")
-        f.write(b"\n" * cut + json.dumps(line).encode() + b"\n")
+        try:
+            f.write(b"\n" * cut + json.dumps(line).encode() + b"\n")
+            f.flush()
+        except OSError as error:
+            error.filename = error.filename or str(path)
+            raise
 
 
 def csv_cell(cell):
