@@ -20,7 +20,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from conftest import HEALTHY
 from safetensors import safe_open
-from test_data import make_ct, make_split
+from test_data import make_ct, make_photos, make_split
 from torch.nn import functional as F
 
 import checkpoint
@@ -581,6 +581,16 @@ def test_patients_behind_given_weights_count_as_seen(folder, tmp_path):
     (tmp_path / "one" / "last.pth").unlink()  # the run has all it needs
     assert train(folder, tmp_path / "two", "--steps", "2", "--extend", "1", *given) == 0
     assert checkpoint.load(tmp_path / "two" / "last.pth")["trained_groups"] == [f"toy/P{i}" for i in range(8)]
+
+
+def test_weights_of_another_encoding_are_named(folder, tmp_path, capsys):
+    train(folder, tmp_path / "one", "--steps", "2")
+    photos, last = make_photos(tmp_path / "photos"), str(tmp_path / "one" / "last.pth")
+    flags = ["--data", str(photos), "--no-split", "--batch-size", "4", "--koleo-group", "4", "--steps", "2"]
+    train(photos, tmp_path / "two", *flags, "--init", last)
+    assert "note: the weights were trained on hu16-v1, these images are photo" in capsys.readouterr().out
+    train(folder, tmp_path / "three", "--steps", "2", "--init", last)
+    assert "note: the weights" not in capsys.readouterr().out
 
 
 def test_a_release_does_not_launder_a_leak(folder, tmp_path):
