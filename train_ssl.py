@@ -31,7 +31,7 @@ from tqdm import tqdm
 import checkpoint
 import data
 import losses
-from model import ARCHS, ProjectionHead, SSLModel, build_vit, draw_keep, draw_rope, load_backbone, pack
+from model import ARCHS, ProjectionHead, SSLModel, build_vit, draw_keep, draw_rope, load_backbone, pack, read_facts
 from tools.lib import broken, loop, optim, provenance
 from tools.lib.cli import Parser, above_zero, natural, not_negative, positive, run, share, within
 
@@ -177,7 +177,7 @@ def resolve(args, world):
     return args
 
 
-def choices_in_words(args):
+def choices_in_words(args, encoding):
     rows = 2 * args.batch_size
     yield f"batch {args.batch_size} as {args.micro_batch} at a time, {args.prototypes} prototypes, lr {args.lr:.2e}"
     if args.centering == "sinkhorn" and args.prototypes > 32 * rows:
@@ -185,6 +185,9 @@ def choices_in_words(args):
             f"warning: Sinkhorn shares {rows} crops among {args.prototypes} prototypes, which makes targets noisy: use "
             f"--prototypes {32 * rows} or fewer, a larger batch, or --centering softmax"
         )
+    facts = read_facts(args.init) if args.init and Path(args.init).exists() else {}
+    if foreign := loop.other_encoding(facts, encoding):
+        yield foreign
     if args.no_split:
         yield "no split: this run may have seen any image, and nothing that evaluates it can claim otherwise"
 
@@ -790,7 +793,7 @@ def train(args, rank, world, device):
     log.event(
         start, f"resumed from {path.name}" if path else "started", changed=changed, git=loop.git_commit(), world=world
     )
-    for text in choices_in_words(args) if rank == 0 else ():
+    for text in choices_in_words(args, source.encoding) if rank == 0 else ():
         tqdm.write(text)
     saver = checkpoint.Saver(out, args.keep_last, args.keep_every)
     sources = [s for s in (source, held_out) if s] if rank == 0 else []

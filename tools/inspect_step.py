@@ -41,6 +41,8 @@ SIDE = 448  # pixels, about, of a slice and of a global crop; crops are enlarged
 def open_data(config, root):
     """The images of the run, opened as train_ssl.py opens them; other data than the run's is refused."""
     args = config["args"]
+    if root is None and not Path(args["data"]).is_dir():
+        raise FileNotFoundError(f"{args['data']} is no folder here; the run's config.json names it: give --data")
     root, kept = root or args["data"], {"limit": args["limit"], "z_stride": args["z_stride"]}
     if config["split"] == "train":  # duplicates.json may be younger than the run, and says nothing of what it saw
         source = open_for(root, "fit", allow_duplicates=True, **kept)

@@ -226,14 +226,14 @@ def verify(groups, counts, slices, sets):
     assert sum(c["slices"] for c in counts.values()) == sum(slices.values()), "slices do not add up"
     assert all(len({groups[name] for name in members}) == 1 for members in sets), "joined groups straddle two splits"
     if empty := [split for split, c in counts.items() if not c["groups"]]:
-        raise ValueError(f"{empty[0]} would be empty (--stable draws at random); add patients, or take another --seed")
+        raise ValueError(f"{empty[0]} would be empty (--stable draws at random); add groups, or take another --seed")
 
 
-def show(counts):
+def show(counts, images):
     """Print the table of counts; at most six labels, since photographs may have a thousand."""
     labels = list(counts["train"]["labels"])
     names = [shown(label, 40) for label in labels[:6]]
-    lines = [["split", "groups", "slices", *names, *["..."][: len(labels) > 6]]]
+    lines = [["split", "groups", images, *names, *["..."][: len(labels) > 6]]]
     lines += [[split, c["groups"], c["slices"], *list(c["labels"].values())[:6]] for split, c in counts.items()]
     for line in lines:
         print(" ".join(f"{cell!s:>11}" for cell in line))
@@ -312,7 +312,8 @@ def main(argv=None):
     units = join(slices, sets)
     if len(units) < len(ratios):
         raise ValueError(f"{len(units)} independent groups cannot fill {len(ratios)} splits; add groups or drop splits")
-    print(f"{len(source)} slices in {len(slices)} groups, {len(units)} of them independent")
+    images = "images" if photos else "slices"
+    print(f"{len(source)} {images} in {len(slices)} groups, {len(units)} of them independent")
     path = split_path(args.data)
     placed = earlier_splits(path, units, ratios) if args.extend else {}
     if photos:
@@ -347,7 +348,7 @@ def main(argv=None):
     if alone:
         payload["train_only"] = sorted(alone)
     write(path, payload, args.force or args.extend)
-    show(counts)
+    show(counts, images)
     print("sha256", file_sha256(path))
     return 0
 

@@ -80,7 +80,7 @@ def judge(labels, groups, predictions, folds, sizes=None, repeats=2000):
         return all_metrics(labels, item[0], weights, item[1])
 
     estimates = {name: estimate(everything, list(zip(p, folds)), groups, repeats) for name, p in predictions.items()}
-    result = {"samples": len(labels), "patients": len(np.unique(groups)), "differences": {}}
+    result = {"samples": len(labels), "patients": len(np.unique(groups)), "unit": "patients", "differences": {}}
     result["predictors"] = {name: values for name, (values, _) in estimates.items()}
     for pair in CLAIMS:
         if set(pair) <= set(estimates):
@@ -169,7 +169,7 @@ def standing(result, name, other):
 def in_words(item):
     """0.870 (0.801 to 0.925)"""
     if not exists(item["low"]):
-        return f"{item['value']:.3f} (too few patients for an interval)"
+        return f"{item['value']:.3f} (too few for an interval)"
     return f"{item['value']:.3f} ({item['low']:.3f} to {item['high']:.3f})"
 
 
@@ -190,9 +190,9 @@ def compared(result, name, other):
 UNKNOWN = "what the backbone was pretrained on is unknown"
 
 
-def caveats(seen, patients, known, crossing, earlier_looks=0):
+def caveats(seen, patients, known, crossing, earlier_looks=0, unit="patients"):
     """What stands beside every number: how many of the patients were in the pretraining, and what nobody knows."""
-    texts = [f"backbone has seen these patients ({len(seen)} of {patients})"] if seen else []
+    texts = [f"backbone has seen these {unit} ({len(seen)} of {patients})"] if seen else []
     texts += [] if known else [UNKNOWN]
     texts += [f"near-duplicates cross the splits ({crossing} sets)"] if crossing else []
     # the best of several looks is optimistic
@@ -206,7 +206,8 @@ def titled(title, texts):
 def verdict(result):
     """What a judgement says, in one paragraph; its caveats are part of it."""
     aucs = {name: item["auc"] for name, item in result["predictors"].items()}
-    text = f"On {result['samples']} samples of {result['patients']} patients the frozen probe has AUC "
+    unit = result.get("unit", "patients")  # groups, of photographs
+    text = f"On {result['samples']} samples of {result['patients']} {unit} the frozen probe has AUC "
     sentences = [text + in_words(aucs["probe"])]
     for name, other in CLAIMS:
         if f"{name} - {other}" in result["differences"]:
@@ -282,7 +283,7 @@ def draw(result, labels, classes, predictions, sizes):
         points = {name: [(share, point[0]) for share, point in zip(curve["shares"], line) if point]
                   for name, line in curve["auc"].items()}  # fmt: skip
         lines = {name: tuple(zip(*line)) for name, line in points.items() if line}
-        plots.append(page.line_plot("Label efficiency", lines, "share of training patients", "AUC"))
+        plots.append(page.line_plot("Label efficiency", lines, f"share of training {result['unit']}", "AUC"))
     return plots
 
 
@@ -299,8 +300,8 @@ def section(result, labels, classes, predictions, sizes=None):
     differences = [[name, in_words(d), d["p"]] for name, d in result["differences"].items()]
     parts = [page.paragraph(result["verdict"], tone(result))]
     parts.append(
-        "Each value with the 95% interval of resampled patients. Of Brier and calibration error less is better; "
-        "the latter grows with noise, so that it may lie below the interval of its resamples."
+        f"Each value with the 95% interval of resampled {result['unit']}. Of Brier and calibration error less is "
+        "better; the latter grows with noise, so that it may lie below the interval of its resamples."
     )
     parts.append(page.table(["predictor", *COLUMNS.values(), "spread of AUC over repeats"], rows))
     parts.append(page.table(["difference of AUC", "value", "p"], differences))
@@ -332,7 +333,8 @@ def prediction_rows(table, splits, outcomes):
     outcomes {protocol: (rows that it judges [n], predictions [R, rows, K], its plans)}.
     """
     labels = [table.classes[k] for k in table.labels]
-    columns = {"id": table.ids, "patient": table.groups, "split": [name or "none" for name in splits], "label": labels}
+    columns = {"id": table.ids, table.unit[:-1]: table.groups, "split": [name or "none" for name in splits]}
+    columns["label"] = labels
     names = {"score": 1} if len(table.classes) == 2 else {f"score_{c}": k for k, c in enumerate(table.classes)}
     for protocol, (keep, predictions, plans) in outcomes.items():
         for r, (p, (_, tests)) in enumerate(zip(predictions, plans)):
