@@ -30,7 +30,7 @@ HEAT = ((0, 0, 0), (70, 10, 100), (170, 40, 90), (240, 110, 30), (250, 210, 60),
 
 @functools.lru_cache
 def font(size):
-    return ImageFont.load_default(size)
+    return ImageFont.load_default(max(size, LEAST))
 
 
 def picture(values, zoom=1):
