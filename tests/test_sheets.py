@@ -167,6 +167,19 @@ def test_a_photograph_is_shown_upright(tmp_path, capsys):
     assert locate(pixels(tmp_path / "x.png"), values)
 
 
+@pytest.mark.parametrize("size", [(300, 900), (900, 300), (500, 500), (30, 1500)])
+def test_picture_curves_and_numbers_of_a_photograph_fill_its_row(tmp_path, capsys, size):
+    values = np.random.default_rng(0).integers(60, 200, (size[1], size[0], 3)).astype(np.uint8)
+    (tmp_path / "photos").mkdir()
+    Image.fromarray(values).save(tmp_path / "photos" / "a.png")
+    assert validate(tmp_path / "photos", capsys, "--out", str(tmp_path / "x.png"))[0] == 0
+    picture = pixels(tmp_path / "x.png")
+    assert picture.shape[1] == validate_samples.PHOTO + 16
+    ground = (picture == [20, 23, 26]).all(2)
+    empty = ground[-60:-12, 8 : -validate_samples.SIDE - 16].all(0)  # columns beside the numbers
+    assert empty.sum() <= sheet.GAP  # between picture and curves
+
+
 def test_samples_are_a_function_of_the_seed_and_of_the_split(tmp_path, capsys):
     root = make_ct(tmp_path)
     names = [set(validate(root, capsys, "--seed", str(seed), "--n", "2")[1].split("\n")[:-2]) for seed in (0, 0, 1)]
