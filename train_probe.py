@@ -482,7 +482,8 @@ def main(argv=None):
     write_text(args.out / "results.json", judge.to_json(summary) + "\n")
     scores = {name: (plans[name][0], probe, plans[name][1]) for name, (_, _, probe) in outcomes.items()}
     write_text(args.out / "predictions.csv", csv_text(judge.prediction_rows(table, splits, scores)))
-    facts = [[key, judge.to_json(summary[key])] for key in ("weights", "labels", "split_sha256", "recipe", "notes")]
+    keys = ("weights", "labels", "split_sha256", "recipe", "notes")
+    facts = [[key, judge.to_json(summary[key])] for key in keys if summary[key]]
     parts = [*(part for _, part, _ in outcomes.values()), page.section("Facts", page.table(["what", "value"], facts))]
     write_text(args.out / "report.html", page.page(f"Probe of {args.ckpt.name} on {path.name}", *parts))
     print("\n".join([*notes, *(str(args.out / n) for n in ("results.json", "predictions.csv", "report.html"))]))

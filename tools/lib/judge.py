@@ -19,6 +19,7 @@ from tools.lib import fits, page
 from tools.lib.metrics import (
     all_metrics,
     auc,
+    calibration_error,
     interval,
     matched_auc,
     matched_pairs,
@@ -86,7 +87,17 @@ def judge(labels, groups, predictions, folds, sizes=None, repeats=2000):
         if set(pair) <= set(estimates):
             values, draws = zip(*((estimates[name][0]["auc"]["value"], estimates[name][1]["auc"]) for name in pair))
             result["differences"][" - ".join(pair)] = difference(values, draws)
+    result["calibration_by_chance"] = calibration_by_chance(predictions["probe"])
     return result if sizes is None else result | judge_by_size(labels, groups, predictions, folds, sizes, repeats)
+
+
+def calibration_by_chance(predictions, draws=500):
+    """Calibration errors where the truth follows predictions [R, n, K] exactly: their mean and 95th percentile."""
+    random, errors = np.random.default_rng(0), []
+    for p in (predictions[k % len(predictions)] for k in range(draws)):
+        truth = (random.random((len(p), 1)) > np.cumsum(p, 1)[:, :-1]).sum(1)
+        errors.append(calibration_error(truth, score_of(p)))
+    return {"mean": float(np.mean(errors)), "high": float(np.quantile(errors, 0.95))}
 
 
 def judge_by_size(labels, groups, predictions, folds, sizes, repeats):
@@ -211,7 +222,8 @@ def verdict(result):
     sentences = [text + in_words(aucs["probe"])]
     for name, other in CLAIMS:
         if f"{name} - {other}" in result["differences"]:
-            sentences.append(f"{other.capitalize()}: {in_words(aucs[other])}; {compared(result, name, other)}")
+            own, text = aucs.pop(other, None), compared(result, name, other)  # an AUC is told once
+            sentences.append(f"{other.capitalize()}: {in_words(own)}; {text}" if own else text[0].upper() + text[1:])
     if result.get("matched", {}).get("pairs"):
         both = [in_words(result["matched"][name]) for name in ("probe", "size")]
         sentences.append(
@@ -219,6 +231,17 @@ def verdict(result):
         )
     sentences += [text[0].upper() + text[1:] for text in result.get("caveats", ())]
     return f"{'. '.join(sentences)}."
+
+
+def calibration(result, filled):
+    """Whether the probe's calibration error is more than chance gives so few samples; filled: bins that hold any."""
+    error, chance, n = result["predictors"]["probe"]["ece"]["value"], result["calibration_by_chance"], result["samples"]
+    more = "more than that: its probabilities are off" if error > chance["high"] else "no more than that"
+    return (
+        f"Reliability: {n} samples in {filled} of 10 bins, {n / filled:.0f} in each on average. Probabilities that are "
+        f"exactly right would have a calibration error of {chance['mean']:.3f} by chance, and one above "
+        f"{chance['high']:.3f} in 5 of 100 cases. The probe's {error:.3f} is {more}."
+    )
 
 
 def tone(result):
@@ -273,7 +296,13 @@ def draw(result, labels, classes, predictions, sizes):
     plots = [
         page.line_plot("ROC", roc | chance, "1 - specificity", "sensitivity"),
         page.line_plot("Precision and recall", recall, "recall", "precision"),
-        page.line_plot("Reliability", bins | {"perfect": ([0, 1], [0, 1])}, "predicted probability", "true share"),
+        page.line_plot(
+            "Reliability",
+            bins | {"perfect": ([0, 1], [0, 1])},
+            "predicted probability",
+            "true share",
+            points=list(bins),
+        ),
     ]
     if sizes is not None and two:
         members = {f"class {name}": labels == k for k, name in enumerate(classes)}
@@ -287,17 +316,23 @@ def draw(result, labels, classes, predictions, sizes):
     return plots
 
 
+def two_lines(text):
+    """What stands in brackets below what stands before."""
+    first, _, rest = text.partition(" (")
+    return page.Html(f"{page.escape(first)}<br><small>({page.escape(rest)}</small>") if rest else first
+
+
 def section(result, labels, classes, predictions, sizes=None):
     """One protocol on the page."""
     rows = [
         [
-            row_name(result, name),
-            *(in_words(item[key]) if key in item else "" for key in COLUMNS),
+            two_lines(row_name(result, name)),
+            *(two_lines(in_words(item[key])) if key in item else "" for key in COLUMNS),
             f"{item['auc']['spread']:.4f}",
         ]
         for name, item in result["predictors"].items()
     ]
-    differences = [[name, in_words(d), d["p"]] for name, d in result["differences"].items()]
+    differences = [[name, two_lines(in_words(d)), d["p"]] for name, d in result["differences"].items()]
     parts = [page.paragraph(result["verdict"], tone(result))]
     parts.append(
         f"Each value with the 95% interval of resampled {result['unit']}. Of Brier and calibration error less is "
@@ -309,8 +344,10 @@ def section(result, labels, classes, predictions, sizes=None):
         thirds = [(f"{a['mm'][0]:.1f} to {a['mm'][1]:.1f} mm, {a['samples']} samples", a) for a in result["terciles"]]
         lines = [(f"size-matched pairs ({result['matched']['pairs']})", result["matched"]), *thirds]
         names = ("probe", "size", "random weights")
-        cells = [[name, *(in_words(a[n]) if n in a else "one class" for n in names)] for name, a in lines]
+        cells = [[name, *(two_lines(in_words(a[n])) if n in a else "one class" for n in names)] for name, a in lines]
         parts.append(page.table(["AUC within", *names], cells))
+    filled = np.count_nonzero(reliability(labels, score_of(predictions["probe"].mean(0)))[0])
+    parts.append(calibration(result, filled))
     return page.section(result["title"], *parts, page.row(*draw(result, labels, classes, predictions, sizes)))
 
 
