@@ -139,15 +139,17 @@ def test_parquet_shards_or_a_line_that_says_what_is_missing(tmp_path, monkeypatc
         ("no_roadwork", "d", "train"),
     ]
     assert [(tmp_path / "out" / row["path"]).read_bytes() for row in found] == contents[:4]
-    assert list(refused(tmp_path / "out")) == ["s/data/train-00001-of-00002/000001.jpg"]
-    assert not (tmp_path / "out" / "s/data/train-00001-of-00002/000001.jpg").exists()
+    assert list(refused(tmp_path / "out")) == ["s/data/train-00001-of-00002/000002.jpg"]
+    assert not (tmp_path / "out" / "s/data/train-00001-of-00002/000002.jpg").exists()
 
 
 def test_published_parts_are_never_pooled_without_a_word(tmp_path):
     for part, n in (("train", 3), ("Test", 2), ("validation", 1)):
         for k in range(n):
             picture(tmp_path / "raw" / part / "roadwork" / f"{k}.jpg")
-    with pytest.raises(ValueError, match=r"has parts \(test 2, train 3, val 1\).*--parts test,train,val takes all"):
+    with pytest.raises(
+        ValueError, match=r"has parts \(test 2, train 3, val 1\).*name some; --parts test,train,val keeps all"
+    ):
         bring(tmp_path / "raw", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert len(bring(tmp_path / "raw", tmp_path / "out", "--parts", "train")) == 3
@@ -234,26 +236,29 @@ def gps(lat, lon, taken="2025:06:01 12:30:00"):
 def test_exif_gives_place_and_time_and_nothing_else(tmp_path):
     raw = tmp_path / "raw"
     for name, exif in (
-        ("a", gps(52.5, -13.25)),
-        ("b", gps(-33.125, 151.2, "0000:00:00 00:00:00")),
+        ("a", gps(-52.5, -13.25)),
+        ("b", gps(33.125, 151.2, "0000:00:00 00:00:00")),
         ("c", Image.Exif()),
     ):
         picture(raw / f"{name}.jpg", exif=exif)
     picture(raw / "zero.jpg", exif=gps(0, 0))
     write_csv(
         raw / "labels.csv",
-        [("path", "label", "lat"), *((f"{n}.jpg", 1, "1.5" * (n == "zero")) for n in ("a", "b", "c", "zero"))],
+        [
+            ("path", "label", "lat", "time"),
+            *((f"{n}.jpg", 1, "-33" * (n == "b"), "noon" * (n == "a")) for n in ("a", "b", "c", "zero")),
+        ],
     )
     found = bring(raw, tmp_path / "out", "--facts", "exif")
     assert list(found[0]) == ["path", "label", "source", "lat", "lon", "time"]
     assert [(row["lat"], row["lon"], row["time"]) for row in found] == [
-        ("52.500000", "-13.250000", "2025-06-01T12:30:00"),
-        ("-33.125000", "151.200000", ""),
+        ("-52.500000", "-13.250000", "noon"),
+        ("-33", "", ""),  # what the source says stays, and stays alone
         ("", "", ""),
-        ("1.5", "", "2025-06-01T12:30:00"),  # 0, 0 is no place; what the source says stays
+        ("", "", "2025-06-01T12:30:00"),  # 0, 0 is no place
     ]
     assert "SECRET" not in "".join(p.read_text() for p in (tmp_path / "out").rglob("*.[cj]s*"))
-    assert list(bring(raw, tmp_path / "out")[0]) == ["path", "label", "source", "lat"]
+    assert list(bring(raw, tmp_path / "out")[0]) == ["path", "label", "source", "lat", "time"]
 
 
 def test_links_by_default_copies_if_asked_and_the_same_again_changes_nothing(tmp_path):
@@ -315,7 +320,7 @@ def test_mistakes_are_named(tmp_path):
     cases = (
         ("labels.json", '{"a": 1', "labels.json is damaged, or no JSON"),
         ("labels.json", '{"a": 1}', "expected objects with filename and label"),
-        ("labels.json", '[{"name": "a", "label": 1}]', "entry 1: no column path, filename.*but name, label"),
+        ("labels.json", '[{"name": "a", "label": 1}]', "row 1: no column path, filename.*but name, label"),
         ("labels.csv", "a.jpg,1,2\n", "row 1: 3 cells, expected path,label"),
         ("labels.csv", "../a.jpg,1\n", "row 1: ../a.jpg leads out of the source"),
         ("labels.csv", "", "no pictures"),
