@@ -112,7 +112,7 @@ def read_zip(f, path):
 
 def brief(value):
     """One short line, whatever the value."""
-    return " ".join(reprlib.repr(value).split())
+    return " ".join(reprlib.repr(value).split())[:120]
 
 
 def is_count(value):
@@ -141,6 +141,12 @@ def is_list(value, of):
     return isinstance(value, (list, tuple)) and all(map(of, value))
 
 
+def is_flag(value):
+    """What argparse makes: no nested lists, which a small file can make longer than any memory."""
+    plain = (int, float, str, type(None))
+    return isinstance(value, plain) or is_list(value, lambda v: isinstance(v, plain)) and len(value) <= 1000
+
+
 def is_arch(value):
     return is_text(value["name"]) and is_dict(value["overrides"], is_size)
 
@@ -152,7 +158,8 @@ def is_view(value):
 
 FIELDS = {  # what a field must be where it is there at all; whatever a test of these raises is a no, too
     "step images gram_refreshes": (is_count, "a count"),
-    "args optimizer": (is_dict, "a dict by name"),
+    "args": (lambda v: is_dict(v, is_flag), "flags, each a plain value or a short list of such"),
+    "optimizer": (is_dict, "a dict by name"),
     "arch": (is_arch, "a name and overrides, numbers up to a million"),
     "encoding": (is_text, "a text"),
     "eval_view": (is_view, "a size in pixels and a window of two numbers or None"),

@@ -19,12 +19,14 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import signal
 import stat
 import struct
 import sys
 import tokenize
 import warnings
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -48,11 +50,13 @@ WINDOWS_HU = {"lung": (-600, 1500), "soft": (40, 400), "bone": (300, 1500)}  # l
 RGB_WINDOWS = ("lung", "soft", "bone")  # channel order of rgb-v1: slices z-1, z, z+1
 WIDE_HU = (-150, 1500)  # halfway between lung and bone: air, tissue and calcium are all inside (-900 .. 600 HU)
 AIR_HU = -1024
-PHOTO_ENDINGS = (".png", ".jpg", ".jpeg")
-FORMATS = ("PNG", "JPEG")  # what is opened, by content: pillow would start Ghostscript for an EPS file
-SIGNATURES = {b"%!PS": "EPS", b"\xc5\xd0\xd3\xc6": "EPS", b"%PDF": "PDF", b"GIF8": "GIF", b"RIFF": "WebP or AVI",
-              b"BM": "BMP", b"II*\0": "TIFF", b"MM\0*": "TIFF", b"<": "HTML, XML or SVG", b"PK": "zip"}  # fmt: skip
+PHOTO_ENDINGS, HEIC_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"), (".heic", ".heif")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")  # opened by content: pillow would start Ghostscript for an EPS file
+SIGNATURES = {b"%!PS": "EPS", b"\xc5\xd0\xd3\xc6": "EPS", b"%PDF": "PDF", b"GIF8": "GIF", b"RIFF": "AVI or broken",
+              b"<": "HTML, XML or SVG", b"PK": "zip"}  # fmt: skip
 PURPOSES = {"fit": "train", "select": "val_select", "calibrate": "val_calib", "test": "val_test"}
+TABLES = ("labels.csv", "weights.csv")  # ours, in a folder of pictures
+ODD_PATH = re.compile(r"^[./\s]|\\|//|/\.|\s$")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as released DINOv3 weights expect
 STREAMS = {"order": 1, "crops": 2, "masks": 3, "limit": 4, "sizes": 5, "rope": 6, "depth": 7}  # none meets another
 
@@ -60,6 +64,10 @@ STREAMS = {"order": 1, "crops": 2, "masks": 3, "limit": 4, "sizes": 5, "rope": 6
 # what numpy and pillow say of broken files; tokenize: the header of a .npy is a Python literal
 BROKEN = (OSError, ValueError, SyntaxError, EOFError, LookupError, struct.error, tokenize.TokenError)
 BROKEN += (Image.DecompressionBombError,)
+
+
+class Unreadable(OSError):
+    """An image that cannot be read; the text names its file and why."""
 
 
 def rng(seed, stream, *key):
@@ -125,11 +133,11 @@ class Rows:
         return Rows({key: values[index] for key, values in self.columns.items()}, self.names)
 
 
-def read_csv(path):
+def read_csv(path, delimiter=","):
     """Header, then the rows in pieces (larger ones are 3x slower: garbage collection)."""
     try:
         with open(regular(path), newline="", encoding="utf-8-sig") as f:  # spreadsheets begin with a byte order mark
-            reader = csv.reader(f)
+            reader = csv.reader(f, delimiter=delimiter)
             yield next(reader, [])
             while rows := list(itertools.islice(reader, 1024)):
                 yield rows
@@ -196,81 +204,196 @@ def encode_column(key, texts, names):
     return np.fromiter(map(int, texts), np.int32, len(texts))
 
 
+@functools.lru_cache
+def say_once(text):
+    """A line for people, once; of several readers (they are processes) the first one says it."""
+    if multiprocessing.parent_process() is None or multiprocessing.current_process().name.endswith("-1"):
+        print(text)
+
+
+@functools.lru_cache
+def heic_formats():
+    """What pillow-heif, an optional extra, adds to FORMATS."""
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        return ()
+    register_heif_opener()
+    return ("HEIF",)
+
+
 def photo_paths(root):
-    """Sorted paths below root, with forward slashes, of PNG and JPEG files; folders named _x or .x are ours."""
+    """Sorted paths of pictures below root, with forward slashes; says what else is there. Folders _x or .x are ours."""
 
     def stop(error):
         raise error
 
-    found, seen = [], set()
+    found, seen, others = [], set(), Counter()
+    endings = PHOTO_ENDINGS + (HEIC_ENDINGS if heic_formats() else ())
     for folder, folders, files in os.walk(root, onerror=stop, followlinks=True):
         if (real := os.path.realpath(folder)) in seen:
             raise ValueError(f"{folder}: links lead to {real} twice, so its images would count twice; remove one")
         seen.add(real)
         folders[:] = [name for name in folders if name[0] not in "._"]
-        names = [name for name in files if name[0] != "." and name.lower().endswith(PHOTO_ENDINGS)]
+        files = [name for name in files if name[0] != "." and (name not in TABLES or Path(folder) != root)]
+        names = [name for name in files if name.lower().endswith(endings)]
+        others.update(Path(name).suffix.lower() for name in set(files).difference(names))
         for name in names:
             if not name.isascii() and name.encode(errors="ignore").decode() != name:
                 raise ValueError(f"{folder}: the file name {ascii(name)} is not UTF-8; rename the file")
         found += [Path(folder, name).relative_to(root).as_posix() for name in names]
+    if found and others:
+        kinds = ", ".join(f"{n} {ending or 'without an ending'}" for ending, n in others.most_common(8))
+        hint = "; pip install pillow-heif reads .heic" if others.keys() & set(HEIC_ENDINGS) else ""
+        say_once(f"{root}: {others.total()} files are no pictures and are not read: {kinds}{hint}")
     return sorted(found)
 
 
-def read_labels(path, unlabelled=False):
-    """A label table -> (rows as dicts, are they nodules?): path,label[,group], or columns that begin with NODULE."""
-    header, *pieces = read_csv(path)
-    nodules, rows = header[: len(NODULE)] == NODULE, []
-    if not nodules and header not in (["path", "label"], ["path", "label", "group"]):
-        raise ValueError(
-            f"{path}: unknown columns {','.join(header)}; expected path,label[,group], or first {','.join(NODULE)}"
-        )
+@functools.lru_cache(None)
+def edits(a, b):
+    """Letters to insert, delete or change between two words (Levenshtein's distance)."""
+    if not (a and b):
+        return len(a) + len(b)
+    return min(edits(a[1:], b) + 1, edits(a, b[1:]) + 1, edits(a[1:], b[1:]) + (a[0] != b[0]))
+
+
+def label_columns(path, header):
+    """Names of columns as we know them, whatever their case and outer spaces; a misspelt one is an error."""
+    names = [name.strip() for name in header]
+    nodules = len({*map(str.lower, names)} & {*NODULE}) > 4
+    known = NODULE if nodules else ["path", "label", "group"]
+    names = [name.lower() if name.lower() in known else name for name in names]
+    for name in [name for name in known if name not in names]:
+        if near := [other for other in names if other not in known and edits(other.lower()[:99], name) < 3]:
+            raise ValueError(
+                f"{path}: column {near[0]!r} looks like {name!r}; rename it to that, or to a word less alike"
+            )
+    if names[: len(NODULE)] != NODULE and (nodules or not {"path", "label"} <= {*names}):
+        expected = f"first {','.join(NODULE)}" if nodules else "path,label[,group][,any facts]"
+        raise ValueError(f"{path}: unknown columns {','.join(header)[:200]}; expected {expected}")
+    if odd := [name for k, name in enumerate(names) if not name or name in names[:k]]:
+        raise ValueError(f"{path}: column {odd[0]!r} has no name, or stands there twice; write {','.join(names)} anew")
+    if names != header:
+        say_once(f"{path}: columns {','.join(header)} are read as {','.join(names)}")
+    if not nodules and (facts := [name for name in names if name not in known]):
+        say_once(f"{path}: further columns are kept as facts: {', '.join(facts)}")
+    return names, nodules
+
+
+def below(root, name):
+    """`./a.jpg`, `b\\a.jpg` or an absolute path below root as the path that it has there."""
+    plain, top = os.path.normpath(name.strip().replace("\\", "/")), os.path.abspath(root)
+    return os.path.relpath(plain, top) if plain.startswith(top + "/") else plain
+
+
+def label_rows(path, root, unlabelled=False):
+    """Of a label table first (names of its columns, is it one of nodules?), then each row as {name: cell}."""
+    pieces = read_csv(path)
+    header = next(pieces)
+    if len(header) == 1 and (marks := [mark for mark in ";\t" if mark in header[0]]):
+        pieces = read_csv(path, marks[0])
+        header = next(pieces)
+        say_once(f"{path}: columns are separated by {marks[0]!r}")
+    names, nodules = label_columns(path, header)
+    yield names, nodules
+    said = False
     for number, line in enumerate((line for piece in pieces for line in piece if line), 2):
-        rows.append(dict(zip(header, line)))
-        if len(line) != len(header):
-            raise ValueError(f"{path}, row {number}: {len(line)} cells of {len(header)}; write it anew")
-        if not (unlabelled or rows[-1]["label"].strip()):
+        row = dict(zip(names, line))
+        if len(line) != len(names):
+            raise ValueError(f"{path}, row {number}: {len(line)} cells of {len(names)}; write it anew")
+        if not (unlabelled or row["label"].strip()):
             raise ValueError(f"{path}, row {number}: no label; give it one, or leave the row out")
+        if ODD_PATH.search(row["path"]) and (plain := below(root, row["path"])) != row["path"]:
+            if not said:
+                say_once(f"{path}: paths are read as below {root}: {row['path']!r} as {plain!r}, and so on")
+            said, row["path"] = True, plain
+        yield row
+
+
+def read_labels(path, root, unlabelled=False):
+    """A label table of images below root -> (rows as dicts, are they nodules?)."""
+    (_, nodules), *rows = label_rows(path, root, unlabelled)
     return rows, nodules
+
+
+def is_dicom(path):
+    with open(path, "rb") as f:
+        return f.read(132)[128:] == b"DICM"
 
 
 def index_photos(root):
     paths = photo_paths(root)
     if not paths:
-        raise FileNotFoundError(f"{root} has neither _index/index.csv nor a PNG or JPEG file")
-    table = root / "labels.csv"
-    lines, nodules = read_labels(table, unlabelled=True) if table.exists() else ([], False)
+        some = itertools.islice((path for path in root.rglob("*") if path.is_file()), 100)
+        raw = "; it holds DICOM files as acquired: preprocess them first" if any(map(is_dicom, some)) else ""
+        raise FileNotFoundError(f"{root} has neither _index/index.csv nor a picture ({' '.join(PHOTO_ENDINGS)}){raw}")
+    table, at = root / "labels.csv", {path: i for i, path in enumerate(paths)}
+    texts, group_of, missing = {"label": [b""] * len(paths)}, list(paths), []
+    rows = label_rows(table, root, unlabelled=True) if table.exists() else iter([((), False)])
+    names, nodules = next(rows)
     if nodules:
         raise ValueError(f"{table} is a table of CT nodules; expected path,label[,group]")
-    labels = {row["path"]: row for row in lines}  # of a path that stands in two groups the last
-    if missing := sorted(labels.keys() - set(paths)):
-        raise FileNotFoundError(f"{table} names {len(missing)} missing files, first {missing[0]}")
-    rows = [labels.get(p, {}) for p in paths]
+    if taken := sorted({*names} & {*INDEX_COLUMNS} - {"path"}):
+        raise ValueError(f"{table}: rename column {taken[0]}, a word of ours; what must stay together is called group")
+    texts |= {name: [b""] * len(paths) for name in names if name not in ("path", "label", "group")}
+    for number, row in enumerate(rows, 2):
+        if (i := at.get(row["path"])) is None:
+            missing.append(row["path"])
+            continue
+        if (label := texts["label"][i].decode()).strip() not in ("", row["label"].strip()) and row["label"].strip():
+            raise ValueError(f"{table}, row {number}: {paths[i]} has label {row['label']}, and {label} above; keep one")
+        group_of[i] = row.get("group") or paths[i]  # of a path that stands in two groups the last
+        for name, column in texts.items():
+            column[i] = row[name].encode()
+    if missing:
+        name = min(missing)
+        like = [p for p in paths if p.casefold() == name.casefold()]
+        like = like or [p for p in paths if p.endswith("/" + os.path.basename(name))]
+        hint = f"; write {like[0]} instead" if len(like) == 1 else ""
+        raise FileNotFoundError(f"{table} names {len(missing)} missing files, first {name}{hint}")
     groups = {}
-    codes = np.array([groups.setdefault(r.get("group") or p, len(groups)) for p, r in zip(paths, rows)], np.int32)
-    columns = {"path": np.array([p.encode() for p in paths]), "group": codes, "series": codes}
-    columns["label"] = np.array([r.get("label", "").encode() for r in rows])
-    named = (f"{p},{r.get('group') or p}" for p, r in zip(paths, rows))  # groups too: they decide who is trained on
-    sha = hashlib.sha256("\n".join(named).encode()).hexdigest()
-    return Rows(columns, {"group": list(groups), "series": list(groups)}), sha
+    codes = np.array([groups.setdefault(group, len(groups)) for group in group_of], np.int32)
+    columns, texts_of = {"path": np.array([p.encode() for p in paths]), "group": codes, "series": codes}, {}
+    for name, column in texts.items():
+        if max(map(len, column)) * len(column) <= 4 * sum(map(len, column)) + 64 * len(column):
+            columns[name] = np.array(column)
+        else:  # one long text would make all rows as long
+            found = {}
+            columns[name] = np.array([found.setdefault(text, len(found)) for text in column], np.int32)
+            texts_of[name] = [text.decode() for text in found]
+    named = "\n".join(f"{p},{group}" for p, group in zip(paths, group_of))  # they decide who is trained on
+    sha = hashlib.sha256(named.encode()).hexdigest()
+    return Rows(columns, {"group": list(groups), "series": list(groups), **texts_of}), sha
 
 
 @contextlib.contextmanager
 def open_photo(path):
     """The opened picture, if its content is of FORMATS; another content is named as what it is."""
     try:
-        with Image.open(regular(path), formats=FORMATS) as file:
-            yield file
+        file = Image.open(regular(path), formats=FORMATS + heic_formats())
+        several = file.format in ("TIFF", "WEBP") and file.n_frames > 1
+    except TypeError:  # pillow, of such a page of a TIFF
+        raise ValueError("a page without height or width") from None
     except Image.UnidentifiedImageError:
         with open(path, "rb") as f:
             start = f.read(12)
         kind = next((name for magic, name in SIGNATURES.items() if start.startswith(magic)), "unknown")
         kind = "HEIC or AVIF" if start[4:8] == b"ftyp" else kind
-        raise ValueError(f"its content is {kind}, expected PNG or JPEG") from None
+        raise ValueError(f"its content is {kind}, expected {', '.join(FORMATS + heic_formats())}") from None
+    with file:
+        if several:
+            say_once("of pictures with several pages or frames the first is read")
+        yield file
 
 
 def to_rgb(file):
     if file.mode.startswith(("I", "F")):  # pillow would clip 16 bits at 255 without a word
         raise ValueError(f"pixels of mode {file.mode}, expected 8 bits per channel; convert the file")
+    if file.mode in ("RGBA", "LA", "PA") or "transparency" in file.info:
+        file = file.convert("RGBA")
+        if file.getextrema()[3][0] < 255:
+            say_once("transparent pictures are put on white")
+            file = Image.alpha_composite(Image.new("RGBA", file.size, "white"), file)
     return file.convert("RGB")
 
 
@@ -330,9 +453,9 @@ class Source:
                     turn = turn_of(file)[0] if self.encoding == "photo" else TURNS[1]
                     image = upright(np.asarray(to_rgb(file)).transpose(2, 0, 1), turn)
         except BROKEN as error:
-            raise OSError(f"{path} cannot be read: {error}") from None
+            raise Unreadable(f"{path} cannot be read: {error}") from None
         if self.encoding != "photo" and image.shape[1:] != self.size(i):
-            raise OSError(f"{path} has {image.shape[1:]} pixels, the index says {self.size(i)}")
+            raise Unreadable(f"{path} has {image.shape[1:]} pixels, the index says {self.size(i)}")
         return torch.from_numpy(np.ascontiguousarray(image))
 
     def size(self, i):
@@ -391,16 +514,16 @@ def read_slices(path, z):
 
 
 def find_slice(source, path, z=None):
-    """Row of a slice by its path, and by z inside a volume (None: the middle one); None where it is not there."""
+    """Row of a slice by its path and z (None: the middle one of a volume); None where it is not there."""
     rows = slices_by_name(source).get(path, {})
     return rows.get(int(z)) if z is not None else list(rows.values())[len(rows) // 2] if rows else None
 
 
 @functools.lru_cache(maxsize=4)
 def slices_by_name(source):
-    """{path: {z: row}}; of what is no volume z is 0."""
+    """{path: {z: row}}; of photographs z is 0."""
     paths, index = source.rows.column("path").tolist(), {}
-    zs = source.rows.column("z").tolist() if source.encoding == "hu16-v1" else [0] * len(paths)
+    zs = source.rows.column("z").tolist() if source.encoding != "photo" else [0] * len(paths)
     for i, (name, z) in enumerate(zip(paths, zs)):
         index.setdefault(name.decode(), {})[z] = i
     return index
@@ -413,7 +536,7 @@ def slice_name(source, i):
 
 
 def open_source(root, limit=None, z_stride=1):
-    """Everything in a processed CT folder (by its index) or in any folder of PNG and JPEG files -> Source.
+    """Everything in a processed CT folder (by its index) or in any folder of pictures -> Source.
 
     For training and evaluation see open_for. z_stride keeps every n-th slice of a series (neighbours still come from
     the full volume); limit keeps N images.
@@ -566,64 +689,6 @@ def record_look(root, used_by):
         f.write(json.dumps({"version": 1, "when": when, **used_by}).encode() + b"\n")
         f.flush()
         os.fsync(f.fileno())
-
-
-def plain_name(text):
-    """Names that people would take for one: `P1` and `p1 `, with any spaces around the parts of a path."""
-    return "/".join(part.strip().casefold() for part in text.split("/"))
-
-
-def fingerprint(salt, text):
-    """16 hex digits that stand for a name where the name itself must not be told."""
-    return hashlib.sha256(f"{salt} {text}".encode()).hexdigest()[:16]
-
-
-def provenance_of(source, files=False):
-    """What a Source is made of, as hashes to compare and not to read; `files`: also of the bytes of each file."""
-    salt = source.index_sha256
-    used = np.unique(source.series) if source.encoding != "photo" else ()
-    found = {"salt": salt, "groups": [fingerprint(salt, plain_name(g)) for g in source.groups]}
-    found["series"] = [fingerprint(salt, source.rows.names["series"][code]) for code in used]
-    paths = sorted({source.path(i) for i in range(len(source))}) if files else ()
-    found["files"] = [fingerprint(salt, file_sha256(path)) for path in paths]
-    return {key: value if key == "salt" else sorted(set(value)) for key, value in found.items()}
-
-
-def rows_named(rows, key, test):
-    """Which rows [n] have a name in this column that passes the test."""
-    return np.isin(rows.columns[key], [c for c in np.unique(rows.columns[key]) if test(rows.names[key][c])])
-
-
-class Exposure(NamedTuple):
-    """What weights have seen of a Source."""
-
-    groups: list  # sorted names of the groups that they were trained on
-    known: bool  # False: they, or those they started from, do not say what they were trained on
-
-
-def refuse_leak(facts, source, what, allow=False):
-    """Compare what weights were trained on (their facts, see model.read_facts) with a Source -> Exposure.
-
-    By names of groups, and by hashes of groups, series and files, so that a renamed data set is recognised.
-    """
-    trained = facts.get("trained_groups") or ()
-    provenance = facts.get("provenance") or {"known": bool(trained), "seen": []}
-    rows, clear = source.rows, {plain_name(group) for group in trained}
-    seen = rows_named(rows, "group", lambda name: plain_name(name) in clear)
-    for entry in provenance["seen"]:
-        salt, hashes = entry["salt"], {key: set(entry.get(key) or ()) for key in ("groups", "series", "files")}
-        seen |= rows_named(rows, "group", lambda n: fingerprint(salt, plain_name(n)) in hashes["groups"])  # noqa: B023
-        seen |= rows_named(rows, "series", lambda n: fingerprint(salt, n) in hashes["series"])  # noqa: B023
-        if hashes["files"]:
-            same = (fingerprint(salt, file_sha256(source.path(i))) in hashes["files"] for i in range(len(source)))
-            seen |= np.fromiter(same, bool, len(source))
-    groups = sorted({rows.names["group"][code] for code in rows.columns["group"][seen]})
-    if groups and not allow:
-        raise ValueError(
-            f"leak: {len(groups)} groups of {what} were in the training of these weights ({', '.join(groups[:5])}); "
-            "take weights trained under this split (--allow-seen, where a program has it, goes on and says so)"
-        )
-    return Exposure(groups, bool(provenance["known"]))
 
 
 # The plan: every random choice about every view, drawn from (seed, step, sample id) alone.
@@ -780,6 +845,11 @@ def bicubic(t):
     return torch.where(t < 1, near, torch.where(t < 2, far, torch.zeros_like(t)))
 
 
+def send(t, device):
+    """A small tensor of the host on a device; from page-locked memory, so that nobody waits for the copy."""
+    return t.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else t.to(device)
+
+
 def axis_matrices(start, end, flip, sigma, window, out, length, device="cpu"):
     """[n, out, length]: resize [start, end) to `out` samples, blur, flip; columns are pixels window .. window + length.
 
@@ -787,9 +857,9 @@ def axis_matrices(start, end, flip, sigma, window, out, length, device="cpu"):
     Same weights as Pillow's resize of the crop: support stretched by the reduction, cut at the box, normalised.
     """
     taps = math.ceil(4 * max(((end - start) / out).max().item(), 1)) + 2
-    blurred = sigma.nonzero()[:, 0]
-    blurs = blur_matrices(sigma[blurred], out).to(device, non_blocking=True)
-    table = torch.stack([start, end, window, flip.float()]).double().to(device, non_blocking=True)
+    blurred = torch.from_numpy(np.flatnonzero(sigma.numpy()))
+    blurs = blur_matrices(send(sigma[blurred], device), out)
+    table = send(torch.stack([start, end, window, flip.float()]).double(), device)
     start, end, window, flip = table[:, :, None, None]  # [n, 1, 1]; float32 would move a tap by 1e-5 of the image
     scale = (end - start) / out
     stretch = scale.clamp(min=1)
@@ -805,7 +875,7 @@ def axis_matrices(start, end, flip, sigma, window, out, length, device="cpu"):
     matrices = weight.new_zeros(len(weight), out, length + 2 * taps).scatter_(2, column, weight)
     matrices = matrices[:, :, taps : taps + length]
     if len(blurred):
-        blurred = blurred.to(device, non_blocking=True)
+        blurred = send(blurred, device)
         matrices = matrices.index_copy(0, blurred, blurs @ matrices.index_select(0, blurred))
     return matrices
 
@@ -949,7 +1019,7 @@ def intensities(x, dtype, plan, views):
 
 def to_device(array, like):
     """A small array as float32 on the device of `like`, shaped to broadcast against it."""
-    t = torch.as_tensor(array, dtype=torch.float32).to(like.device, non_blocking=True)
+    t = send(torch.as_tensor(array, dtype=torch.float32), like.device)
     return t.reshape(*t.shape, *[1] * (like.ndim - t.ndim))
 
 
@@ -983,8 +1053,8 @@ def add_noise_(x, sds, seeds):
     noisy = np.flatnonzero(sds.reshape(-1))
     if not len(noisy):
         return
-    index = torch.from_numpy(noisy).to(x.device, non_blocking=True)
-    seeds = torch.from_numpy(seeds.reshape(-1)[noisy]).to(x.device, non_blocking=True)
+    index = send(torch.from_numpy(noisy), x.device)
+    seeds = send(torch.from_numpy(seeds.reshape(-1)[noisy]), x.device)
     h = torch.arange(x[0, 0].numel(), device=x.device) * -7046029254386353131 + seeds[:, None]  # splitmix64
     h = (h >> 30).bitwise_xor_(h).mul_(-4658895280553007687)
     h = (h >> 27).bitwise_xor_(h).mul_(-7723592293110705685)
@@ -1025,7 +1095,7 @@ def colour_(x, looks, solarized):
             chosen = np.flatnonzero(jittered & (order[:, slot] == op))
             if not len(chosen):
                 continue
-            index = torch.from_numpy(chosen).to(x.device, non_blocking=True)
+            index = send(torch.from_numpy(chosen), x.device)
             part, f = x.index_select(0, index), to_device(factors[chosen, op], x)
             if op == 0:
                 part.mul_(f)
@@ -1040,7 +1110,7 @@ def colour_(x, looks, solarized):
             x.index_copy_(0, index, part.clamp_(0, 1))
     for chosen, look in ((looks[:, 9] < 0.2, grey), (solarized, solarize)):
         if len(chosen := np.flatnonzero(chosen)):
-            index = torch.from_numpy(chosen).to(x.device, non_blocking=True)
+            index = send(torch.from_numpy(chosen), x.device)
             part = x.index_select(0, index)
             x.index_copy_(0, index, look(part).expand_as(part))
 
@@ -1059,13 +1129,91 @@ def eval_boxes(sizes, regions=None):
     return np.concatenate([start, start + side], 1)
 
 
-@torch.no_grad()
+class Layout(NamedTuple):
+    """Which boxes of an image are looked at. In text: a name of LAYOUTS, then other values, as tiles:overlap=0.2,flip=1
+
+    grown: a rows x cols grid whose tiles grow by `overlap` of their side. even: equal tiles, neighbours share `overlap`
+    of one; they cover every pixel. flip: each view a second time, mirrored.
+    """
+
+    whole: int = 1  # the image, squeezed to a square
+    tiles: str = ""  # "", grown or even
+    squares: tuple = ()  # of centre, right: as large as the image allows
+    rows: int = 3
+    cols: int = 3
+    overlap: float = 0.15
+    flip: int = 0
+
+
+LAYOUTS = {
+    "whole": Layout(),
+    "centre": Layout(whole=0, squares=("centre",)),
+    "tiles": Layout(tiles="grown"),  # 10 views
+    "tiles_and_squares": Layout(tiles="even", overlap=0.25, squares=("centre", "right")),  # 12 views
+}
+
+
+def find_layout(text):
+    """A layout as text -> Layout."""
+    name, _, rest = text.partition(":")
+    if name not in LAYOUTS:
+        raise ValueError(f"layout {text!r}: no {name!r}; known are {', '.join(LAYOUTS)}")
+    layout, limits = LAYOUTS[name], {"rows": (int, 1, 16), "cols": (int, 1, 16), "overlap": (float, 0, 0.49)}
+    limits["flip"] = int, 0, 1
+    for part in filter(None, rest.split(",")):
+        key, _, value = part.partition("=")
+        kind, low, high = limits.get(key, (None, 0, 0))
+        try:
+            value = kind(value) if kind else None
+        except ValueError:
+            value = None
+        if value is None or not low <= value <= high:
+            known = ", ".join(f"{k} {a} to {b}" for k, (_, a, b) in limits.items())
+            raise ValueError(f"layout {text!r}: {part!r} is not one of {known}")
+        layout = layout._replace(**{key: value})
+    return layout
+
+
+def tile_edges(length, n, layout):
+    """Starts and ends [n, B] of the n tiles along sides of `length` [B] pixels."""
+    if layout.tiles == "grown":
+        edges, grow = np.arange(n)[:, None] * length / n, layout.overlap * length / n
+        return np.floor(np.maximum(edges - grow, 0)), np.ceil(np.minimum(edges + length / n + grow, length))
+    tile = np.ceil(length / (n - (n - 1) * layout.overlap))
+    start = np.round(np.linspace(0, 1, n)[:, None] * (length - tile))
+    return start, start + tile
+
+
+def view_boxes(sizes, layout):
+    """Boxes [V, B, 4] of a layout (or its text) in images of these (height, width) [B, 2], and flips [V]."""
+    layout = find_layout(layout) if isinstance(layout, str) else layout
+    sizes = np.asarray(sizes, np.float64)
+    height, width = sizes.T
+    boxes = [np.concatenate([np.zeros_like(sizes), sizes], 1)] * layout.whole
+    if layout.tiles:
+        (y0, y1), (x0, x1) = tile_edges(height, layout.rows, layout), tile_edges(width, layout.cols, layout)
+        boxes += [np.stack([y0[r], x0[c], y1[r], x1[c]], 1) for r in range(layout.rows) for c in range(layout.cols)]
+    for name in layout.squares:
+        square = eval_boxes(sizes)
+        moved = (sizes - square[:, 2:]) * (name == "right")  # to the right end, or to the lower one
+        boxes.append(square + np.tile(moved, 2))
+    flips = np.repeat([False, True], len(boxes))[: len(boxes) * (1 + layout.flip)]
+    return np.stack(boxes * (1 + layout.flip)), flips
+
+
 def render_eval(images, view, boxes=None):
     """Images [B, 3, H, W] through an eval_view, cut at boxes [B, 4] -> normalised [B, 3, size, size]."""
     boxes = eval_boxes([images.shape[2:]] * len(images)) if boxes is None else np.asarray(boxes)
-    nothing = np.zeros((1, len(images)))
+    return render_views(images, view, boxes[None], np.zeros(1, bool))[0]
+
+
+@torch.no_grad()
+def render_views(images, view, boxes, flips):
+    """The same for boxes [V, B, 4] and flips [V], as view_boxes makes them -> [V, B, 3, size, size]."""
+    boxes = np.asarray(boxes)
+    flips = np.repeat(np.asarray(flips)[:, None], boxes.shape[1], 1)
     with torch.autocast(images.device.type, enabled=False):
-        x = cut(images, boxes[None], nothing > 0, nothing, view["size"])[0]
+        x = cut(images, boxes, flips, np.zeros(boxes.shape[:2]), view["size"])
         if images.dtype == torch.int16:
             level, width = view["window"]
             x = (x - level) / width + 0.5
@@ -1085,13 +1233,14 @@ class Batch(NamedTuple):
     images: Tensor  # [b, 3, H, W]
     plan: Plan
     masks: Tensor  # [2b, N] bool, crop-major
+    at: Tensor  # [M] positions of masked patches in [2b * N]
     bad: list  # [(path, reason)] of files that were replaced by their neighbour in the batch
 
 
 def read_photo(path, boxes_of, sizes):
     """Only what boxes need of a photograph, upright, reduced while each keeps twice its size -> (image, boxes in it).
 
-    boxes_of(height, width) -> boxes [V, 4] of the upright picture; sizes [V] pixels of their views.
+    boxes_of(height, width) -> boxes [V, 4] of the upright picture; sizes: pixels of their views, one or [V].
     """
     try:
         with open_photo(path) as file:
@@ -1108,26 +1257,30 @@ def read_photo(path, boxes_of, sizes):
             y0, x0, y1, x1 = stored_box((*low.astype(int).tolist(), *high.astype(int).tolist()), size, turn)
             image = upright(np.asarray(to_rgb(file).reduce(factor, box=(x0, y0, x1, y1))).transpose(2, 0, 1), turn)
     except BROKEN as error:
-        raise OSError(f"{path} cannot be read: {error}") from None
+        raise Unreadable(f"{path} cannot be read: {error}") from None
     return torch.from_numpy(image.copy()), (boxes * drafted - np.tile(low, 2)) / factor
 
 
 def read_view(source, i, boxes=None, size=224):
-    """For one look at an image: (pixels [3, h, w], boxes [S, 4] in them); boxes None: that of eval_boxes.
+    """For one look at an image: (pixels [3, h, w], boxes [S, 4] in them). boxes: None is that of eval_boxes, a layout
+    those of view_boxes.
 
     Of a photograph only what views of `size` pixels need is decoded; of a slice only the boxes are kept.
     """
+
+    def chosen(height, width, body=None):
+        if isinstance(boxes, Layout):
+            return view_boxes([(height, width)], boxes)[0][:, 0]
+        return eval_boxes([(height, width)], body and [body]) if boxes is None else boxes
+
     if source.encoding == "photo":
-
-        def chosen(height, width):
-            return eval_boxes([(height, width)]) if boxes is None else boxes
-
-        return read_photo(source.path(i), chosen, [size] * (1 if boxes is None else len(boxes)))
-    image, body = source.read(i), source.body(i)
+        return read_photo(source.path(i), chosen, size)
+    image = source.read(i)
+    at = chosen(*image.shape[1:], source.body(i))
     if boxes is None:
-        return image, eval_boxes([image.shape[1:]], body and [body])
-    low, high = np.floor(boxes[:, :2].min(0)).astype(int), np.ceil(boxes[:, 2:].max(0)).astype(int)
-    return image[:, low[0] : high[0], low[1] : high[1]], boxes - np.tile(low, 2)
+        return image, at
+    low, high = np.floor(at[:, :2].min(0)).astype(int), np.ceil(at[:, 2:].max(0)).astype(int)
+    return image[:, low[0] : high[0], low[1] : high[1]], at - np.tile(low, 2)
 
 
 def pad_to_one_size(images):
@@ -1168,7 +1321,8 @@ class Updates(torch.utils.data.Dataset):
         grid = [recipe.global_size // self.patch_size] * 2
         masks = block_masks(self.seed, look, 2 * self.batch, grid, *self.masking)
         masks = masks.unflatten(0, (2, self.batch))[:, here].flatten(0, 1)
-        return Batch(step, ids, images, choices, masks, bad)
+        at = torch.from_numpy(np.flatnonzero(masks.numpy()))
+        return Batch(step, ids, images, choices, masks, at, bad)
 
     def read(self, ids, choices):
         """Images and their placed plan; a broken file is reported and the next good one stands in for it."""
@@ -1184,7 +1338,7 @@ class Updates(torch.utils.data.Dataset):
                     own = place(own, [self.source.size(i)], [self.source.body(i)])
                 images.append(image)
                 boxes.append(own.boxes[:, 0])
-            except OSError as error:
+            except Unreadable as error:
                 bad.append((str(self.source.path(i)), str(error)))
                 images.append(None)
                 boxes.append(None)
@@ -1258,6 +1412,7 @@ def start_readers(loader):
 
 def kill(readers):
     """At exit Python sends its children a SIGTERM, which readers ignore, and waits: after an error, for ever."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise a second error
     for process in readers:
         process.kill()
 
@@ -1271,8 +1426,8 @@ def checked(items, skip_bad):
                 continue
             skipped.add(path)
             if len(skipped) > skip_bad:
-                raise OSError(f"{reason} (--skip-bad {skip_bad} allows no more)")
+                raise Unreadable(f"{reason} (--skip-bad {skip_bad} allows no more)")
             print(f"skipped {len(skipped)} of at most {skip_bad} broken files: {path}")
         if item.images is None:
-            raise OSError(f"no file of a whole micro-batch can be read; first: {item.bad[0][1]}")
+            raise Unreadable(f"no file of a whole micro-batch can be read; first: {item.bad[0][1]}")
         yield item

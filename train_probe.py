@@ -22,6 +22,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+import tools.lib.threads  # noqa: F401 - before torch
+
+# isort: split
 import numpy as np
 import torch
 from torch.nn import functional as F
@@ -30,8 +33,8 @@ from tqdm import tqdm
 import data
 from checkpoint import atomic_write, write_text
 from model import load_backbone, read_facts
-from tools.lib import fits, judge, page
-from tools.lib.cli import Parser, pick_device, positive, run, shown
+from tools.lib import broken, fits, judge, page, provenance
+from tools.lib.cli import Parser, natural, pick_device, positive, run, shown
 from tools.lib.files import csv_text
 from tools.lib.loop import git_commit
 
@@ -75,7 +78,7 @@ def find_rows(path, rows, source, nodules):
         z = row["z"].strip() if nodules else "0"
         if not (z.isascii() and z.isdigit() and len(z) < 10):
             raise in_row(path, k, f"z is {shown(z)!r}, expected the number of a slice")
-        indices.append(data.find_slice(source, row["path"], z if nodules and source.encoding == "hu16-v1" else None))
+        indices.append(data.find_slice(source, row["path"], z if nodules else None))
         if indices[-1] is None:
             missing.setdefault(f"{row['path']} z {z}" if nodules else row["path"], k)
     if missing:
@@ -132,7 +135,7 @@ def read_table(path, source):
     """-> Table; refuses unknown columns, unknown images, one class, doubled rows, a group other than the index's."""
     if not path.exists():
         raise FileNotFoundError(f"--labels {path} does not exist; tools/lidc_nodules.py writes _labels/malignancy.csv")
-    rows, nodules = data.read_labels(path)
+    rows, nodules = data.read_labels(path, source.root)
     labels = [row["label"].strip() for row in rows]
     classes = order_classes(labels)
     if len(classes) < 2:
@@ -150,6 +153,14 @@ def read_table(path, source):
     centres, sizes = read_places(path, rows, source, index) if nodules else (None, None)
     codes = {name: k for k, name in enumerate(classes)}
     return Table(ids, index, np.array([codes[name] for name in labels]), classes, groups, patients, centres, sizes)
+
+
+def leave_out(table, source, skip_bad):
+    """The table without samples whose file cannot be read."""
+    if not skip_bad:
+        return table
+    good = broken.leave_out(source.take(table.rows), skip_bad)
+    return table.take(np.isin(source.rows.columns["path"][table.rows], good.rows.columns["path"]))
 
 
 def split_of(source, table, protocol):
@@ -176,8 +187,7 @@ def open_samples(source, table, splits, used_by, allow_duplicates):
         raise ValueError(f"{data.split_path(source.root)}: split {shown(unknown[0])} has no purpose; known are {known}")
     chosen = data.open_for(source, purposes, used_by, allow_duplicates=allow_duplicates)
     rows = [source.rows[i] for i in table.rows]
-    volume = source.encoding == "hu16-v1"
-    moved = [data.find_slice(chosen, row["path"], row["z"] if volume else None) for row in rows]
+    moved = [data.find_slice(chosen, row["path"], row.get("z")) for row in rows]
     return chosen, table._replace(rows=np.array(moved))
 
 
@@ -313,16 +323,16 @@ def plan_test(table, splits, seeds):
 
 
 def plan_all(source, table, splits, facts, args):
-    """{protocol: (rows kept, plans)}, {protocol: data.Exposure of its patients}, notes; refuses a leak."""
+    """{protocol: (rows kept, plans)}, {protocol: provenance.Exposure of its patients}, notes; refuses a leak."""
     plans, exposures, notes = {}, {}, []
     if args.protocol != "cv":
         tested = source.take(table.rows[splits == "val_test"])
-        exposures["test"] = data.refuse_leak(facts, tested, "val_test", args.allow_seen)
+        exposures["test"] = provenance.refuse_leak(facts, tested, "val_test", args.allow_seen)
         plans["test"] = plan_test(table, splits, args.seeds)
     if args.protocol != "test":
-        trained, known = data.refuse_leak(facts, source.take(table.rows), "the labels", allow=True)
+        trained, known = provenance.refuse_leak(facts, source.take(table.rows), "the labels", allow=True)
         keep = ~np.isin(table.patients, trained) | args.allow_seen
-        exposures["cv"] = data.Exposure(sorted(set(trained) & set(table.patients[keep].tolist())), known)
+        exposures["cv"] = provenance.Exposure(sorted(set(trained) & set(table.patients[keep].tolist())), known)
         if folds := fits.plan_cv(table.labels[keep], table.groups[keep], len(table.classes), REPEATS):
             plans["cv"] = keep, folds
         else:
@@ -357,11 +367,12 @@ def build_parser():
     parser.add_argument("--scales", choices=("average", "concat"), default="average", help="of the crops' features")
     parser.add_argument("--features", choices=("cls", "mean", "box", "all"), default="all", help="cls token, mean of "
                         "patches, patches inside the nodule's box, or all side by side")  # fmt: skip
-    parser.add_argument("--size", type=int, default=0, help="pixels per side of a view; 0: that of the checkpoint")
+    parser.add_argument("--size", type=natural, default=0, help="pixels per side of a view; 0: that of the checkpoint")
     parser.add_argument("--seeds", type=positive, default=3, help="repeats of the test protocol; random backbones")
     parser.add_argument("--bootstrap", type=positive, default=2000, help="resamples of patients for each interval")
     parser.add_argument("--batch-size", type=positive, default=96, help="views per forward; on a CPU at most 32")
     parser.add_argument("--workers", type=positive, default=2, help="threads that read and cut ahead")
+    broken.add_flag(parser)
     parser.add_argument("--cache", type=Path, help="folder of extracted features; default: features beside --out")
     parser.add_argument("--device", default="auto", help="auto (CUDA/ROCm if there, else CPU), cpu, cuda")
     return parser
@@ -420,7 +431,7 @@ def main(argv=None):
     # ----------------------------------------------------------------- labels, splits, leaks
     source, facts = data.open_source(args.data), read_facts(args.ckpt)
     path = data.find_table(args.data, args.labels)
-    table = read_table(path, source)
+    table = leave_out(read_table(path, source), source, args.skip_bad)
     samples = f"{len(table.ids)} samples of {len(set(table.groups))} patients"
     print(f"{path}: {samples}, by class {shown(judge.balance(table), 400)}")
     splits = split_of(source, table, args.protocol)
@@ -439,7 +450,8 @@ def main(argv=None):
     used = np.any([keep for keep, _ in plans.values()], 0)
     look = judge.used_by("train_probe.py", args.ckpt, path, f"frozen probe, --protocol {args.protocol}")
     chosen, part = open_samples(source, table.take(used), splits[used], look, args.allow_duplicates)
-    predictors = gather(args, vit, look["weights_sha256"], chosen, part, framing, device)
+    with broken.named(chosen.take(part.rows)):
+        predictors = gather(args, vit, look["weights_sha256"], chosen, part, framing, device)
     outcomes = {
         name: judge_one(name, (keep[used], folds), part, predictors, exposures[name], chosen.crossing, args)
         for name, (keep, folds) in plans.items()

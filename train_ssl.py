@@ -19,6 +19,9 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import tools.lib.threads  # noqa: F401 - before torch
+
+# isort: split
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -29,8 +32,8 @@ import checkpoint
 import data
 import losses
 from model import ARCHS, ProjectionHead, SSLModel, build_vit, draw_keep, draw_rope, load_backbone, pack
-from tools.lib import loop, optim
-from tools.lib.cli import Parser, natural, positive, run
+from tools.lib import broken, loop, optim, provenance
+from tools.lib.cli import Parser, above_zero, natural, not_negative, positive, run, share, within
 
 # ------------------------------------------------------------------ flags
 
@@ -54,14 +57,14 @@ def build_parser():
     g.add_argument("--seed", type=natural, default=0, help="of weights, order, crops, masks and stochastic depth")
     g.add_argument("--device", default="auto", help="auto (CUDA/ROCm if there, else CPU), cpu, cuda")
     g.add_argument("--precision", choices=["auto", "bf16", "fp32", "fp16"], default="auto", help="auto: bf16 on a GPU")
-    g.add_argument("--workers", type=int, default=min(8, max(1, (os.cpu_count() or 2) - 1)), help="readers; 0: none")
+    g.add_argument("--workers", type=natural, default=min(8, max(1, (os.cpu_count() or 2) - 1)), help="0: none")
     g.add_argument("--log-every", type=positive, default=50, help="updates")
     g.add_argument("--save-every", type=positive, default=500, help="updates")
     g.add_argument("--keep-last", type=positive, default=3, help="checkpoints, besides those of --keep-every")
     g.add_argument("--keep-every", type=natural, default=0, help="updates; checkpoints at multiples stay; 0: none")
     g.add_argument("--eval-every", type=natural, default=1000, help="updates between looks at val_select; 0: never")
-    g.add_argument("--time-limit", type=float, default=0, help="minutes until the run saves and exits; 0: none")
-    g.add_argument("--grace", type=float, default=None, help="updates or share without warnings; default: warm-up")
+    g.add_argument("--time-limit", type=not_negative, default=0, help="minutes until the run saves and exits; 0: none")
+    g.add_argument("--grace", type=not_negative, help="updates or share without warnings; default: --warmup")
     g.add_argument("--skip-bad", type=natural, default=0, help="broken files replaced before one stops the run")
     g.add_argument("--deterministic", default=False, action=switch, help="bit-identical on a GPU too; slower")
     g.add_argument("--compile", default=False, action=switch, help="torch.compile the blocks; a slow first update")
@@ -80,12 +83,12 @@ def build_parser():
     g.add_argument("--local-size", type=positive, default=96, help="pixels")
     g.add_argument("--local-crops", type=positive, default=8, help="per image")
     g.add_argument("--sizes", default=None, help="mixed sizes instead, one pair per update: 448/112,512/112")
-    g.add_argument("--field", type=float, nargs=2, default=None, help="share of the body that all views of an image "
-                   "are cut from; default: by --aug")
-    g.add_argument("--global-scale", type=float, nargs=2, default=None, help="share of the field; default: by --aug")
-    g.add_argument("--local-scale", type=float, nargs=2, default=None, help="share of the field; default: by --aug")
-    g.add_argument("--mask-probability", type=float, default=0.5, help="share of global crops with iBOT masks")
-    g.add_argument("--mask-ratio", type=float, nargs=2, default=(0.1, 0.5), help="share of patches hidden in those")
+    g.add_argument("--field", type=within("(0, 1]"), nargs=2, default=None, help="share of the body that "
+                   "all views of an image are cut from; default: by --aug")
+    g.add_argument("--global-scale", type=within("(0, 1]"), nargs=2, help="share of the field; default: by --aug")
+    g.add_argument("--local-scale", type=within("(0, 1]"), nargs=2, help="share of the field; default: by --aug")
+    g.add_argument("--mask-probability", type=share, default=0.5, help="share of global crops with iBOT masks")
+    g.add_argument("--mask-ratio", type=share, nargs=2, default=(0.1, 0.5), help="share of patches hidden in those")
 
     g = p.add_argument_group("model")
     g.add_argument("--arch", choices=list(ARCHS), default="vit_small", help="backbone")
@@ -93,44 +96,44 @@ def build_parser():
     g.add_argument("--prototypes", type=positive, default=8192, help="per head; at most 32 for each crop of a batch")
     g.add_argument("--head-hidden", type=positive, default=2048, help="width of the heads")
     g.add_argument("--head-bottleneck", type=positive, default=256, help="dimension of the sphere before prototypes")
-    g.add_argument("--prototype-norm", type=float, default=1.0, help="length of prototypes at the start: 1 in DINOv2, "
-                   "0.02 * sqrt(bottleneck) in DINOv3")
-    g.add_argument("--drop-path", type=float, default=0.0, help="share of images that skip a residual branch")
-    g.add_argument("--layerscale", type=float, default=1e-5, help="initial LayerScale")
-    g.add_argument("--rope-rescale", type=float, default=2.0, help="largest zoom of positions in training; 1: none")
+    g.add_argument("--prototype-norm", type=above_zero, default=1.0, help="length of prototypes at the start: 1 in "
+                   "DINOv2, 0.02 * sqrt(bottleneck) in DINOv3")
+    g.add_argument("--drop-path", type=within("[0, 1)"), default=0.0, help="share of images that skip a branch")
+    g.add_argument("--layerscale", type=not_negative, default=1e-5, help="initial LayerScale")
+    g.add_argument("--rope-rescale", type=within("[1, inf)"), default=2.0, help="largest zoom of positions; 1: none")
 
     g = p.add_argument_group("loss (updates or share: from 0 to 1 a share of --steps, above 1 updates)")
-    g.add_argument("--w-dino", type=float, default=1.0, help="weight of the cls cross entropy")
-    g.add_argument("--w-ibot", type=float, default=1.0, help="weight of the masked patch cross entropy")
-    g.add_argument("--w-koleo", type=float, default=0.1, help="weight of the spreading term, times 2 as in DINOv3")
-    g.add_argument("--koleo-group", type=positive, default=None, help="samples to spread apart; default: 16")
+    g.add_argument("--w-dino", type=not_negative, default=1.0, help="weight of the cls cross entropy")
+    g.add_argument("--w-ibot", type=not_negative, default=1.0, help="weight of the masked patch cross entropy")
+    g.add_argument("--w-koleo", type=not_negative, default=0.1, help="weight of the spreading term, twice as in DINOv3")
+    g.add_argument("--koleo-group", type=within("[2, 1e18]", int), help="samples to spread apart; default: 16")
     g.add_argument("--centering", choices=["sinkhorn", "softmax", "none"], default="sinkhorn", help="of targets")
-    g.add_argument("--student-temp", type=float, default=0.1, help="temperature")
-    g.add_argument("--teacher-temp", type=float, nargs=2, default=(0.04, 0.07), help="first and final temperature")
-    g.add_argument("--teacher-temp-warmup", type=float, default=0.1, help="updates or share")
-    g.add_argument("--gram-start", type=float, default=0.5, help="update or share; 1: never")
-    g.add_argument("--gram-refresh", type=float, default=0.1, help="updates or share between snapshots")
-    g.add_argument("--gram-max-refreshes", type=int, default=3, help="snapshots after the first")
-    g.add_argument("--gram-scale", type=int, default=2, help="resolution of the Gram crops over the global ones")
-    g.add_argument("--gram-weight", type=float, default=2.0, help="final weight; 0: no Gram anchoring")
-    g.add_argument("--gram-ramp", type=float, default=0.01, help="updates or share until that weight")
+    g.add_argument("--student-temp", type=above_zero, default=0.1, help="temperature")
+    g.add_argument("--teacher-temp", type=above_zero, nargs=2, default=(0.04, 0.07), help="first and final temperature")
+    g.add_argument("--teacher-temp-warmup", type=not_negative, default=0.1, help="updates or share")
+    g.add_argument("--gram-start", type=not_negative, default=0.5, help="update or share; 1: never")
+    g.add_argument("--gram-refresh", type=not_negative, default=0.1, help="updates or share between snapshots")
+    g.add_argument("--gram-max-refreshes", type=natural, default=3, help="snapshots after the first")
+    g.add_argument("--gram-scale", type=positive, default=2, help="resolution of the Gram crops over the global ones")
+    g.add_argument("--gram-weight", type=not_negative, default=2.0, help="final weight; 0: no Gram anchoring")
+    g.add_argument("--gram-ramp", type=not_negative, default=0.01, help="updates or share until that weight")
     g.add_argument("--gram-teacher", default=None, help="weights of a fixed Gram teacher, used from --gram-start on")
 
     g = p.add_argument_group("optimizer (updates or share: as above)")
     g.add_argument("--batch-size", type=positive, default=128, help="images per update, over all ranks")
     g.add_argument("--micro-batch", type=positive, default=None, help="images that fit a device; default: up to 64")
-    g.add_argument("--lr", type=float, default=None, help="peak, as used; default: 5e-4 * sqrt(batch / 256)")
-    g.add_argument("--lr-end", type=float, default=1e-6, help="final")
+    g.add_argument("--lr", type=not_negative, default=None, help="peak, as used; default: 5e-4 * sqrt(batch / 256)")
+    g.add_argument("--lr-end", type=not_negative, default=1e-6, help="final")
     g.add_argument("--schedule", choices=["cosine", "constant", "decay"], default="cosine",
                    help="of the learning rate; decay: constant, then a cosine over the last fifth")
-    g.add_argument("--warmup", type=float, default=0.1, help="updates or share")
-    g.add_argument("--weight-decay", type=float, nargs=2, default=(0.04, 0.2), help="first and final")
-    g.add_argument("--layer-decay", type=float, default=0.9, help="learning rate factor per block, from the last down")
-    g.add_argument("--patch-lr", type=float, default=0.2, help="further factor of the patch embedding")
-    g.add_argument("--freeze-last", type=float, default=0.01, help="updates or share with fixed prototypes")
-    g.add_argument("--beta2", type=float, default=0.999, help="AdamW")
-    g.add_argument("--clip", type=float, default=3.0, help="largest gradient norm of backbone and of each head")
-    g.add_argument("--ema", type=float, nargs=2, default=(0.992, 1.0), help="first and final momentum of the teacher")
+    g.add_argument("--warmup", type=not_negative, default=0.1, help="updates or share")
+    g.add_argument("--weight-decay", type=not_negative, nargs=2, default=(0.04, 0.2), help="first and final")
+    g.add_argument("--layer-decay", type=within("(0, 1]"), default=0.9, help="rate factor per block, from the last")
+    g.add_argument("--patch-lr", type=not_negative, default=0.2, help="further factor of the patch embedding")
+    g.add_argument("--freeze-last", type=not_negative, default=0.01, help="updates or share with fixed prototypes")
+    g.add_argument("--beta2", type=within("[0, 1)"), default=0.999, help="AdamW")
+    g.add_argument("--clip", type=above_zero, default=3.0, help="largest gradient norm of backbone and of each head")
+    g.add_argument("--ema", type=share, nargs=2, default=(0.992, 1.0), help="first and final momentum of the teacher")
     return p
 # fmt: on
 
@@ -138,15 +141,14 @@ def build_parser():
 SHARES = "warmup teacher_temp_warmup gram_start gram_refresh gram_ramp freeze_last grace".split()
 
 
-def check_ranges(args):
-    """Refuse shares that would surface later as NaN, a traceback or, silently, another method."""
-    for name in "mask_probability mask_ratio drop_path beta2 ema field global_scale local_scale".split():
-        value, flag = getattr(args, name), f"--{name.replace('_', '-')}"
-        low, high = (value, value) if isinstance(value, float) else value or (1, 1)
-        if not 0 <= low <= high <= 1:
-            raise ValueError(f"{flag} {low:g} {high:g}: must lie within 0 and 1, the smaller first")
-        if low == 0 and name in ("field", "global_scale", "local_scale"):
-            raise ValueError(f"{flag} {low:g} {high:g}: a view of no size; must be above 0")
+def check_together(args):
+    """Refuse what is wrong of several values; each alone has its type in the parser."""
+    for name in ("mask_ratio", "ema", "field", "global_scale", "local_scale"):
+        low, high = getattr(args, name) or (0, 1)
+        if low > high:
+            raise ValueError(f"--{name.replace('_', '-')} {low:g} {high:g}: the smaller comes first")
+    if not (args.w_dino or args.w_ibot or args.w_koleo or args.gram_weight):
+        raise ValueError("--w-dino, --w-ibot, --w-koleo and --gram-weight are all 0: nothing would be learned")
 
 
 def resolve(args, world):
@@ -160,16 +162,14 @@ def resolve(args, world):
     fits = max([m for m in sizes if m % group == 0] or sizes)
     args.micro_batch = loop.divisor("--micro-batch", args.micro_batch or fits, images, "the images of a rank")
     args.koleo_group = loop.divisor("--koleo-group", group, args.micro_batch, "--micro-batch")
-    check_ranges(args)
     args.grace = args.warmup if args.grace is None else args.grace
     for name in SHARES:
         value = getattr(args, name)
-        if value < 0:
-            raise ValueError(f"--{name.replace('_', '-')} {value} is below 0; give updates, or a share up to 1")
         setattr(args, name, int(value) if value > 1 else round(value * args.steps))
     if args.warmup > args.steps:
         raise ValueError(f"--warmup {args.warmup} is more than --steps {args.steps}: --lr would never be reached")
     args.gram_weight = 0.0 if args.gram_start >= args.steps else args.gram_weight  # never, --extend included
+    check_together(args)
     args.lr = 5e-4 * math.sqrt(args.batch_size / 256) if args.lr is None else args.lr
     return args
 
@@ -280,7 +280,7 @@ def ssl_update(student, teacher, gram, micro_batches, w, centers=None, clock=con
         with clock("centring"):
             cls_targets = center(pack([s.cls_logits for s in seen]), centers, "cls", w)  # [2B, K]
             patch_targets = center(pack([s.patch_logits for s in seen]), centers, "patch", w)  # [M, K]
-        features = torch.cat([s.tokens[0].cls.chunk(2)[0] for s in seen]).float()  # [B, D]
+        features = torch.cat([s.cls[0].chunk(2)[0] for s in seen]).float()  # [B, D]
         del seen
 
     n, sums, entropy = len(micro_batches), {}, 0.0
@@ -294,7 +294,9 @@ def ssl_update(student, teacher, gram, micro_batches, w, centers=None, clock=con
                 stack.enter_context(student.no_sync())  # ranks average once, with the last micro-batch
             # student: masked globals and locals in one packed pass
             with autocast, clock("student"):
-                out = student([m.crops.globals, m.crops.locals], [m.masks, None], m.at, m.keep, m.rope)
+                out = student(
+                    [m.crops.globals, m.crops.locals], [m.masks, None], m.at, m.keep, m.rope, gram is not None
+                )
             if gram is not None:
                 with autocast, torch.no_grad(), clock("gram"):
                     gram_tokens = gram(m.crops.globals if m.crops.gram is None else m.crops.gram).patches
@@ -306,10 +308,10 @@ def ssl_update(student, teacher, gram, micro_batches, w, centers=None, clock=con
                     "dino_global": losses.dino_loss(glob, target, w.student_temp, ignore_diagonal=True),
                     "dino_local": losses.dino_loss(local, target, w.student_temp),
                     "ibot": losses.ibot_loss(out.patch_logits, patch_target, mask_weights, 2 * b, w.student_temp),
-                    "koleo": sum(losses.koleo_loss(c, w.koleo_group) for c in out.tokens[0].cls.chunk(2)) / 2,
+                    "koleo": sum(losses.koleo_loss(c, w.koleo_group) for c in out.cls[0].chunk(2)) / 2,
                 }
                 if gram is not None:
-                    tokens = out.tokens[0].patches
+                    tokens = out.patches
                     grids = [[math.isqrt(t.shape[1])] * 2 for t in (tokens, gram_tokens)]
                     terms["gram"] = losses.gram_loss(tokens, gram_tokens, grids=grids)
                 # the sum: local and global DINO terms count by their pairs, KoLeo twice  <- change the objective here
@@ -333,9 +335,8 @@ def ssl_update(student, teacher, gram, micro_batches, w, centers=None, clock=con
 def to_micro(batch, device, with_gram):
     """A micro-batch as read -> rendered on the device, undistorted and undropped (see with_draws)."""
     plan = batch.plan if with_gram else batch.plan._replace(recipe=dataclasses.replace(batch.plan.recipe, gram_size=0))
-    crops = data.render(batch.images.to(device, non_blocking=True), plan)
-    at = batch.masks.flatten().nonzero()[:, 0]
-    return Micro(crops, *(t.to(device, non_blocking=True) for t in (batch.masks, at)))
+    images, masks, at = (t.to(device, non_blocking=True) for t in (batch.images, batch.masks, batch.at))
+    return Micro(data.render(images, plan), masks, at)
 
 
 def with_draws(micro, args, depth, step, number):
@@ -385,25 +386,56 @@ def weights_of(now, args):
                    args.koleo_group, args.centering, args.precision)  # fmt: skip
 
 
-def one_update(run, read, now, wish=bool, clock=contextlib.nullcontext):
-    """Micro-batches as read and the schedules' values -> Update; moves student, teacher, optimizer and centers.
+class Upcoming:
+    """The next `left` updates: read, rendered and drawn in order, all of it a function of (seed, step).
+
+    On a card one of them ahead, while the card works on the one before; a CPU would only hold one more set of crops.
+    """
+
+    def __init__(self, run, batches, micros, left):
+        self.run, self.batches, self.micros, self.left = run, batches, micros, left
+        self.ready, self.waited = [], 0.0  # seconds for data
+
+    def prepare(self, clock):
+        run, waiting = self.run, time.perf_counter()
+        with clock("read"):
+            read = [next(self.batches) for _ in range(self.micros)]
+        self.left, self.waited = self.left - 1, self.waited + time.perf_counter() - waiting
+        step, depth, with_gram = read[0].step, run.student.backbone.depth, gram_snapshots(read[0].step, run.args) > 0
+        with clock("render"):
+            micro_batches = [
+                with_draws(to_micro(batch, run.device, with_gram), run.args, depth, step, number)
+                for number, batch in enumerate(read, run.rank * len(read))
+            ]
+        self.ready.append((read, micro_batches))
+
+    def take(self, clock=contextlib.nullcontext):
+        """(micro-batches as read, the same rendered) of the next update."""
+        if not self.ready:
+            self.prepare(clock)
+        return self.ready.pop()
+
+    def ahead(self, clock=contextlib.nullcontext):
+        if self.run.device.type == "cuda" and self.left:
+            self.prepare(clock)
+
+
+def one_update(run, micro_batches, now, wish=bool, ahead=bool, clock=contextlib.nullcontext):
+    """Prepared micro-batches and the schedules' values -> Update; moves student, teacher, optimizer and centers.
 
     `wish`: called once; whether this rank wants to stop after it, told to all with the one transfer from the device.
+    `ahead`: called while the device is busy with this update; its place to prepare the next one.
     """
     args, optimizer, centers = run.args, run.optimizer, dict(run.centers)
-    step, depth, with_gram = read[0].step, run.student.backbone.depth, run.gram is not None
-    with clock("render"):
-        micro_batches = [
-            with_draws(to_micro(batch, run.device, with_gram), args, depth, step, number)
-            for number, batch in enumerate(read, run.rank * len(read))
-        ]
     optimizer.zero_grad(set_to_none=True)
     terms, seen = ssl_update(run.net, run.teacher, run.gram, micro_batches, weights_of(now, args), centers, clock)
     with clock("clip"):
         norms = optim.clip_gradients(run.student, args.clip)
         finite = torch.stack([terms["loss"], *norms.values()]).isfinite().all()
+    flags = loop.largest_over_ranks([~finite, bool(wish())], run.device)
+    ahead()
     with clock("wait"):
-        bad, halt = loop.largest_over_ranks([~finite, bool(wish())], run.device)
+        bad, halt = flags()
     if not bad:  # else weights, teacher, optimizer and its step counter stay as they were
         run.centers = centers
         with clock("optimizer"):
@@ -419,7 +451,7 @@ def one_update(run, read, now, wish=bool, clock=contextlib.nullcontext):
 
 def view_pairs(teacher, globals_):
     """The teacher's unit cls features of both global crops of each image: [2b, 3, G, G] -> [2, b, D]."""
-    cls = teacher([globals_]).tokens[0].cls  # by its own forward: under --fsdp the backbone alone has no whole weights
+    (cls,) = teacher([globals_]).cls  # by its own forward: under --fsdp the backbone alone has no whole weights
     return F.normalize(cls.float(), dim=-1).unflatten(0, (2, -1))
 
 
@@ -598,6 +630,11 @@ def log_line(run, log, update, now, pace):
     pace.since, pace.done, pace.waited, pace.loss = time.perf_counter(), done, 0.0, values["loss"]
 
 
+def log_evaluation(run, held_out, now, log):
+    numbers = evaluate(run, held_out, weights_of(now, run.args))
+    log.numbers(log.done, {f"val_{key}": value for key, value in numbers.items()})
+
+
 def refresh_gram(run, step):
     """Anchor Gram anew where update `step` begins with a snapshot of the EMA teacher of this moment."""
     if gram_snapshots(step, run.args) > gram_snapshots(step - 1, run.args):
@@ -631,6 +668,14 @@ def open_data(args):
     return source, data.open_for(everything, "select", **more)
 
 
+def start_reading(args, source, recipes, steps, patch_size, rank, world, device):
+    """The micro-batches of these updates, as readers deliver them."""
+    return data.make_loader(
+        source, recipes, args.seed, steps, args.batch_size, args.micro_batch, rank, world, args.workers, patch_size,
+        masking(args), args.skip_bad, pin_memory=device.type == "cuda", fixed=args.overfit,
+    )  # fmt: skip
+
+
 def build_run(args, backbone, source, rank, world, device):
     """Networks on the device, compiled or sharded as asked, and the optimizer -> Run at step 0."""
     student, teacher = build(args, backbone)
@@ -639,8 +684,9 @@ def build_run(args, backbone, source, rank, world, device):
         gram_net = load_backbone(args.gram_teacher) if args.gram_teacher else copy.deepcopy(teacher.backbone)
         gram_net.requires_grad_(False).eval()
     nets = [m for m in (student, teacher, gram_net) if m is not None]
-    if args.compile:
-        for block in (block for m in nets for block in getattr(m, "backbone", m).blocks):
+    if args.compile:  # every size is a shape of its own: at the usual 8 torch goes on uncompiled
+        torch._dynamo.config.recompile_limit = 64
+        for block in (block for m in nets for block in getattr(m, "backbone", m).blocks[:-1]):  # the last: other rows
             block.compile(dynamic=False)  # mixed --sizes: guessed dynamic shapes fail in the backward (torch 2.13, CPU)
     for m in nets:
         if args.fsdp and world > 1:
@@ -660,8 +706,15 @@ def build_run(args, backbone, source, rank, world, device):
 def train(args, rank, world, device):
     out, total, stop = Path(args.out), args.steps + args.extend, loop.Stop(args.time_limit)
     loop.set_precision(args, device)
+    if device.type == "cuda":  # small tensors are left to this process; the cores are for readers
+        torch.set_num_threads(1)
     source, held_out = open_data(args)
     recipes = make_recipes(args, source.encoding)  # refuses bad sizes before anything is made
+    if args.batch_size > len(source):
+        raise ValueError(
+            f"--batch-size {args.batch_size} is more than the {len(source)} images to train on, so an update would see "
+            f"copies; use --batch-size {len(source)} or less, or more images"
+        )
 
     # ------------------------------------------------------------------ run folder, what to resume
     if rank == 0:
@@ -677,15 +730,13 @@ def train(args, rank, world, device):
     if path:
         trained = {key: facts[key] for key in ("trained_groups", "provenance") if key in facts}
     else:
-        trained = loop.trained_on((args.init, args.gram_teacher), source, held_out)
+        trained = provenance.trained_on((args.init, args.gram_teacher), source, held_out)
 
     # ------------------------------------------------------------------ readers, model
     backbone = build_backbone(args, facts.get("arch"))  # <- change the backbone there
     micros = args.batch_size // (world * args.micro_batch)
-    batches = data.make_loader(  # forks now: later, readers would keep a copy of all weights (1.5 s of ViT-S's start)
-        source, recipes, args.seed, range(start, total), args.batch_size, args.micro_batch, rank, world, args.workers,
-        backbone.patch_size, masking(args), args.skip_bad, pin_memory=device.type == "cuda", fixed=args.overfit,
-    )  # fmt: skip
+    # forks now: later, readers would keep a copy of all weights (1.5 s of ViT-S's start)
+    batches = start_reading(args, source, recipes, range(start, total), backbone.patch_size, rank, world, device)
     run = build_run(args, backbone, source, rank, world, device)
     run.trained = trained
     if path:
@@ -699,7 +750,8 @@ def train(args, rank, world, device):
     for text in choices_in_words(args) if rank == 0 else ():
         tqdm.write(text)
     saver = checkpoint.Saver(out, args.keep_last, args.keep_every)
-    with stop:
+    sources = [s for s in (source, held_out) if s] if rank == 0 else []
+    with stop, broken.named(*sources):
         try:
             code = run_updates(run, batches, micros, held_out, (start, total), (log, saver, stop))
         finally:
@@ -718,21 +770,21 @@ def run_updates(run, batches, micros, held_out, steps, tools):
     """Updates from start to total, with what happens between them -> exit code."""
     (start, total), (log, saver, stop), args = steps, tools, run.args
     pace, bad_in_a_row = loop.Pace(time.perf_counter(), start), 0
+    upcoming = Upcoming(run, batches, micros, total - start)
     for step in range(start, total):
         done = log.done = step + 1
         now = values_at(step, args)
         refresh_gram(run, step)
-        waiting = time.perf_counter()
-        read = [next(batches) for _ in range(micros)]
-        pace.waited += time.perf_counter() - waiting
-        for broken, why in (bad for batch in read for bad in batch.bad):
-            log.event(done, f"replaced broken file {broken}", why=why)
         try:
-            update = one_update(run, read, now, stop.why)
+            read, micro_batches = upcoming.take()
+            for file, why in (bad for batch in read for bad in batch.bad):
+                log.event(done, f"replaced broken file {file}", why=why)
+            update = one_update(run, micro_batches, now, stop.why, upcoming.ahead)
         except torch.OutOfMemoryError:
             if run.rank == 0 and step > start and not args.fsdp:
                 saver.save(step, pack_state(run, step))
             raise loop.out_of_memory(args, run.world, run.optimizer, done) from None
+        pace.waited, upcoming.waited = pace.waited + upcoming.waited, 0.0
         log.tick(update.crops if done == start + 1 else None)
         bad_in_a_row = bad_in_a_row + 1 if update.bad else 0
         if update.bad:
@@ -743,15 +795,17 @@ def run_updates(run, batches, micros, held_out, steps, tools):
             log.event(done, "stopped: three updates in a row were not finite; start another --out with a lower "
                       "--lr or --clip (--init keeps this backbone)")  # fmt: skip
             return 3
+        looking = held_out and (done % args.eval_every == 0 or done == total)
+        if looking and not update.halt:  # before the save: a kill between the two must not lose the look
+            log_evaluation(run, held_out, now, log)
         if done % args.save_every == 0 or done == total or update.halt:
             state = pack_state(run, done)
             if run.rank == 0:
                 saver.save(done, state)
-        if held_out and not update.halt and (done % args.eval_every == 0 or done == total):
-            numbers = evaluate(run, held_out, weights_of(now, args))
-            log.numbers(done, {f"val_{k}": v for k, v in numbers.items()})
         if update.halt:
             saver.wait()
+            if looking:
+                log_evaluation(run, held_out, now, log)
             saved = f"saved at step {done}" if not saver.error else f"NOT saved: {saver.error}"
             log.event(done, f"interrupted, {saved}", why=stop.why() or "another rank")
             return 0

@@ -160,7 +160,7 @@ def test_a_way_is_what_its_name_says(folder, monkeypatch):
     args = bench.train_args(toy_point(folder), "accumulate 4")
     assert args.micro_batch == args.koleo_group == 1 and args.batch_size == 4
     fast = bench.make_run(bench.train_args(toy_point(folder), "compile checkpointing"), CPU)
-    assert fast.student.backbone.checkpointing and set(compiled) >= {*fast.student.backbone.blocks}
+    assert fast.student.backbone.checkpointing and {*compiled} >= {*fast.student.backbone.blocks[:-1]}
 
 
 def test_an_update_that_is_not_finite_is_no_measurement(folder):

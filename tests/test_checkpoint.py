@@ -392,11 +392,14 @@ RIGHT = {
     "index_sha256": "1" * 64, "split_sha256": None, "student": {"w": torch.ones(2)}, "teacher": {"w": torch.ones(2)},
     "gram": None, "centers": {}, "optimizer": {"w": {"step": torch.tensor(1.0)}},
 }  # fmt: skip
+BOMB = [0]
+for _ in range(60):  # a few bytes of a file; written out, more than any disk
+    BOMB = [BOMB, BOMB]
 WRONG = {
     "step": ["5", -1, 1.0, None, True, 10**30, torch.tensor(5), [5]],
     "images": ["1", 2.5],
     "gram_refreshes": [None, "none"],
-    "args": [["lr", 1], None, "lr", {1: 2}],
+    "args": [["lr", 1], None, "lr", {1: 2}, {"lr": {}}, {"lr": [[1]]}, {"lr": BOMB}],
     "arch": [None, "vit_test", {}, {"overrides": {}}, {"name": "vit_test"}, {"name": 3, "overrides": {}}]
     + [{"name": "vit_test", "overrides": o} for o in ([], None, {"depth": 10**9}, {"dim": 10**12}, {"dim": "64"})]
     + [{"name": "vit_test", "overrides": {"layerscale": math.nan}}, {"name": "vit_test", "overrides": {7: 7}}],

@@ -1,5 +1,6 @@
 """Claims about the border of every program: whose mistake an error is, what reaches the terminal, signals."""
 
+import argparse
 import os
 import signal
 import time
@@ -95,3 +96,40 @@ def test_a_second_program_on_a_folder_says_at_once_for_whom_it_waits(tmp_path, m
         capsys.readouterr().err == f"{tmp_path} is in use by process {os.getpid()}; waiting up to 60 s for it to end\n"
     )
     holder.close()
+
+
+@pytest.mark.parametrize(
+    "interval, good, bad",
+    [
+        ("[0, 1)", ["0", "0.999", "-0"], ["1", "-1e-9", "nan", "inf"]),
+        ("(0, 1]", ["1", "1e-30"], ["0", "1.0001", "-inf"]),
+        ("(-inf, inf)", ["-1e300", "0"], ["nan", "inf", "-inf", "1e400"]),
+        ("[2, 4]", ["2", "3", "4"], ["1", "5"]),
+    ],
+)
+def test_an_interval_holds_what_its_brackets_say(interval, good, bad):
+    parse = cli.within(interval, int if interval == "[2, 4]" else float)
+    assert [parse(text) for text in good] == [float(text) for text in good]
+    for text in bad:
+        with pytest.raises(argparse.ArgumentTypeError, match="must be .*, got"):
+            parse(text)
+
+
+@pytest.mark.parametrize(
+    "words, hint",
+    [
+        ("--dat x", "there is no --dat; did you mean --data?"),  # and --data, which is required, is missing too
+        ("--data x --batch_size 8", "there is no --batch_size; did you mean --batch-size?"),
+        ("--data x --batchsize=8", "there is no --batchsize; did you mean --batch-size?"),
+        ("--data x --qqqqqq", "there is no --qqqqqq; --help lists all"),
+        ("--data x --batch-size -3", "--batch-size: must be at least 1, got -3"),
+        ("--batch-size 3", "the following arguments are required: --data"),
+    ],
+)
+def test_a_misspelt_flag_is_told_the_right_one(words, hint, capsys):
+    parser = cli.Parser("x")
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--batch-size", type=cli.positive)
+    with pytest.raises(SystemExit) as ended:
+        parser.parse_args(words.split())
+    assert ended.value.code == 2 and capsys.readouterr().err.endswith(f"{hint}\n")

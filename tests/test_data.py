@@ -200,8 +200,8 @@ def test_photographs_are_found_labelled_and_grouped(tmp_path):
     sha = source.index_sha256
     (tmp_path / "labels.csv").write_text("\ufeffpath,label,group\nc0/0.png,cat,a\nc0/2.png,dog,b\n")  # a spreadsheet's
     assert d.open_source(tmp_path).index_sha256 != sha  # another division into groups is other data
-    unknown = "expected path,label.*, or first id,path,z,y"
-    for text, message in (("path,label,patient\n", unknown), ("path,label\nc0/0.png\n", "1 cells of 2")):
+    taken = "rename column patient, .* is called group"
+    for text, message in (("path,label,patient\n", taken), ("path,label\nc0/0.png\n", "1 cells of 2")):
         (tmp_path / "labels.csv").write_text(text)
         with pytest.raises(ValueError, match=message):
             d.open_source(tmp_path)

@@ -209,14 +209,6 @@ def test_training_is_killed_when_half_of_its_time_is_over(tmp_path, capfdbinary)
     assert b"kill -TERM" in capfdbinary.readouterr().out
 
 
-def test_threads_of_commands_do_not_spin_unless_the_user_says_so(tmp_path, monkeypatch, capfd):
-    command = "python -c 'import os; print(os.environ[\"GOMP_SPINCOUNT\"])'"
-    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
-    assert demo.call(command) == 0 and capfd.readouterr().out.endswith("\n1000\n")
-    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
-    assert demo.call(command) == 0 and capfd.readouterr().out.endswith("\n7\n")
-
-
 def toy_plan(out, device, minutes, steps):
     """Three stages that leave their name; `second` ends with code 1, which is fine there."""
     script = "import sys; open(sys.argv[1], 'a').write(sys.argv[2]); sys.exit(int(sys.argv[3]))"

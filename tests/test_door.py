@@ -13,6 +13,7 @@ from PIL import Image, ImageOps
 from test_data import make_ct, make_photos, make_split, photo
 
 import data as d
+from tools.lib import provenance
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = ("train", "val_select", "val_calib", "val_test")
@@ -128,29 +129,40 @@ def test_odd_fields_of_a_contract_are_named(four):
 
 def test_a_leak_is_found_by_names_series_and_bytes(four, tmp_path):
     held_out = d.open_for(four, "select")
-    assert d.refuse_leak({}, held_out, "x") == ([], False)  # weights that say nothing are unknown, not innocent
-    assert d.refuse_leak({"trained_groups": ["toy/P0"]}, held_out, "x") == ([], True)
+    assert provenance.refuse_leak({}, held_out, "x") == ([], False)  # unknown, not innocent
+    assert provenance.refuse_leak({"trained_groups": ["toy/P0"]}, held_out, "x") == ([], True)
     with pytest.raises(ValueError, match=r"leak: 1 groups of val_select .*toy/P2"):
-        d.refuse_leak({"trained_groups": ["Toy/p2 "]}, held_out, "val_select")
-    assert d.refuse_leak({"trained_groups": ["toy/P2"]}, held_out, "x", allow=True).groups == ["toy/P2"]
-    seen = d.provenance_of(held_out)
+        provenance.refuse_leak({"trained_groups": ["Toy/p2 "]}, held_out, "val_select")
+    assert provenance.refuse_leak({"trained_groups": ["toy/P2"]}, held_out, "x", allow=True).groups == ["toy/P2"]
+    seen = provenance.provenance_of(held_out)
     renamed = make_ct(tmp_path / "again", series=8)
     index = renamed / "_index" / "index.csv"
     index.write_text(index.read_text().replace(",toy,", ",other,").replace(",P", ",Q"))
     other = d.open_source(renamed)
     assert not set(other.groups) & set(held_out.groups)
     facts = {"trained_groups": [], "provenance": {"known": True, "seen": [seen]}}
-    assert d.refuse_leak(facts, other, "x", allow=True).groups == ["other/Q2", "other/Q3"]
+    assert provenance.refuse_leak(facts, other, "x", allow=True).groups == ["other/Q2", "other/Q3"]
     assert "toy" not in json.dumps(seen) and "P2" not in json.dumps(seen)
+
+
+def test_what_earlier_weights_had_seen_is_unknown_where_nobody_noted_it(four):
+    held_out = d.open_for(four, "select")
+    for args, known in (({}, True), ({"init": None}, True), ({"init": "a.pth"}, False), ({"gram_teacher": "b"}, False)):
+        old = {"trained_groups": ["toy/P0"], "args": args}  # of a checkpoint from before there was provenance
+        assert provenance.refuse_leak(old, held_out, "x").known is known, args
+    for odd in ([], {}, {"known": True}, {"known": True, "seen": [{}]}, {"known": 1, "seen": []}):
+        with pytest.raises(ValueError, match="field provenance of the weights is damaged"):
+            provenance.refuse_leak({"provenance": odd}, held_out, "x")
 
 
 def test_renamed_photographs_are_recognised_by_their_bytes(tmp_path):
     make_photos(tmp_path / "a")
-    facts = {"provenance": {"known": True, "seen": [d.provenance_of(d.open_source(tmp_path / "a"), files=True)]}}
+    seen = provenance.provenance_of(d.open_source(tmp_path / "a"), files=True)
+    facts = {"provenance": {"known": True, "seen": [seen]}}
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "new.png").write_bytes((tmp_path / "a" / "c0" / "0.png").read_bytes())
     Image.new("RGB", (9, 9)).save(tmp_path / "b" / "own.png")
-    assert d.refuse_leak(facts, d.open_source(tmp_path / "b"), "x", allow=True) == (["new.png"], True)
+    assert provenance.refuse_leak(facts, d.open_source(tmp_path / "b"), "x", allow=True) == (["new.png"], True)
 
 
 # hostile and damaged files
@@ -163,7 +175,9 @@ def test_only_named_formats_are_opened_by_content(tmp_path):
     for kind, content in cases.items():
         (tmp_path / "a.png").write_bytes(content)
         source = d.open_source(tmp_path)
-        with pytest.raises(OSError, match=rf"a\.png cannot be read: its content is {kind}, expected PNG or JPEG"):
+        with pytest.raises(
+            OSError, match=rf"a\.png cannot be read: its content is {kind}, expected PNG, JPEG, WEBP, BMP, TIFF"
+        ):
             source.read(0)
         with pytest.raises(OSError, match=rf"content is {kind}"):
             d.read_view(source, 0)
@@ -178,7 +192,7 @@ def test_what_is_no_file_is_refused_not_waited_for(tmp_path):
         source.read(0)
     os.mkfifo(tmp_path / "labels.csv")
     with pytest.raises(OSError, match="is a FIFO, not a file"):
-        d.read_labels(tmp_path / "labels.csv")
+        d.read_labels(tmp_path / "labels.csv", tmp_path)
     (root / "_index" / "index.csv").unlink()
     os.mkfifo(root / "_index" / "index.csv")
     with pytest.raises(OSError, match="is a FIFO, not a file"):
@@ -272,3 +286,13 @@ def test_photographs_are_upright_wherever_they_are_read(tmp_path, orientation, e
     view = d.render_eval(small[None], d.eval_view("photo", 32), moved)
     full = d.render_eval(truth[None], d.eval_view("photo", 32))
     assert max(small.shape[1:]) < 200 and (view - full).abs().mean() < 0.05
+
+
+@pytest.mark.parametrize("encoding", ["hu16-v1", "rgb-v1"])
+def test_a_slice_is_found_by_path_and_z_and_no_other_takes_its_place(tmp_path, encoding):
+    source = d.open_source(make_ct(tmp_path, encoding, series=2))
+    for i in range(len(source)):
+        row = source.rows[i]
+        assert d.find_slice(source, row["path"], str(row["z"])) == i
+        assert d.find_slice(source, row["path"], row["z"] + 100) is None
+    assert d.find_slice(source, "toy/none.npy") is None and d.find_slice(source, source.rows[0]["path"]) is not None

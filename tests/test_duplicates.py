@@ -208,7 +208,7 @@ def test_strangers_with_close_hashes_are_told_apart_in_ct(tmp_path):
     for name, volume in zip("ab", volumes):
         np.save(tmp_path / "d" / f"{name}.npy", volume)
     index(tmp_path, [(f"d/{n}.npy", "hu16-v1", f"P{n}", 1) for n in "ab"], 64)
-    _, thumbs = cd.look_at_all(open_source(tmp_path), [0, 1], 1)
+    _, thumbs, _ = cd.look_at_all(open_source(tmp_path), [0, 1], 1)
     assert cd.hamming(cd.phash(thumbs[:1]), cd.phash(thumbs[1:]))[0] <= 3
     assert cd.ALIKE_PHOTO < cd.correlation(thumbs[:1], thumbs[1:])[0] < cd.ALIKE_CT
     assert check(tmp_path)["groups"] == []

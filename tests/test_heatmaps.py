@@ -13,7 +13,7 @@ import data as d
 from model import build_vit
 from tools import lidc_nodules, make_phantom, preprocess_dicom
 from tools import nodule_heatmaps as h
-from tools.lib import judge
+from tools.lib import judge, provenance
 from tools.lib.sheet import BAD
 
 torch.set_num_threads(1)
@@ -418,7 +418,9 @@ def test_seen_patients_are_refused_or_said_in_red(root, tmp_path, capsys):
 
 def test_a_series_is_recognised_under_another_name_of_its_patient(root, tmp_path):
     source = d.open_source(root)
-    entry = d.provenance_of(source.take(np.flatnonzero(source.rows.column("group") == "toy/P4"))) | {"groups": []}
+    entry = provenance.provenance_of(source.take(np.flatnonzero(source.rows.column("group") == "toy/P4"))) | {
+        "groups": []
+    }
     ckpt = save(tmp_path / "run.pth", bright_vit(), trained=["other/A"], provenance={"known": True, "seen": [entry]})
     with pytest.raises(ValueError, match="leak: 1 groups of split val_test .*toy/P4"):
         look(root, ckpt)

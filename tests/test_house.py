@@ -15,7 +15,7 @@ from tools.lib import cli
 ROOT = Path(__file__).resolve().parent.parent
 LEAVES = {  # what each may import beside the standard library; never a file of ours
     "model.py": {"torch", "safetensors"},
-    "data.py": {"torch", "numpy", "PIL"},
+    "data.py": {"torch", "numpy", "PIL", "pillow_heif"},  # the last is an optional extra
     "losses.py": {"torch"},
     "checkpoint.py": {"torch"},
 }
@@ -220,6 +220,32 @@ def test_help_and_unknown_flags_at_the_border(name, tmp_path, monkeypatch, capsy
         assert ended.value.code == code
         assert printed.out.startswith("usage:") if code == 0 else len(printed.err.splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", programs())
+def test_a_program_that_computes_says_how_threads_wait_before_torch_loads_them(name):
+    body = ast.parse((ROOT / name).read_text()).body
+    names = [
+        n.names[0].name if isinstance(n, ast.Import) else n.module
+        for n in body
+        if isinstance(n, (ast.Import, ast.ImportFrom))
+    ]
+    first = next(n for n in names if top_of(n) in {"torch", "safetensors", *OURS})
+    assert first == "tools.lib.threads" or "torch" not in names
+
+
+@pytest.mark.parametrize(
+    "given, spins",
+    [({}, "GOMP_SPINCOUNT = '1000'"), ({"GOMP_SPINCOUNT": "7"}, "= '7'"), ({"OMP_WAIT_POLICY": "active"}, "'ACTIVE'")],
+)
+def test_openmp_has_heard_it(given, spins):
+    """OMP_DISPLAY_ENV lets the library print what it goes by, when it is loaded."""
+    env = {"PATH": os.environ["PATH"], "OMP_DISPLAY_ENV": "VERBOSE", **given}
+    lines = "import tools.lib.threads; assert 'torch' not in __import__('sys').modules; import torch"
+    said = subprocess.run([sys.executable, "-c", lines], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    if "GOMP_SPINCOUNT" not in said.stderr:
+        pytest.skip("another OpenMP than GNU's")
+    assert spins in said.stderr and ("'1000'" in said.stderr) == (not given)
 
 
 def test_gitignore_entries_are_anchored():

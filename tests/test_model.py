@@ -265,6 +265,39 @@ def test_ssl_model_sends_cls_and_chosen_patches_through_the_heads():
     tokens = vit.forward_crops(crops, mask)
     torch.testing.assert_close(out.cls_logits, torch.cat([ssl.dino_head(t.cls) for t in tokens]))
     torch.testing.assert_close(out.patch_logits, ssl.ibot_head(tokens[0].patches[mask]))
+    for a, b in zip(out.cls, tokens):
+        torch.testing.assert_close(a, b.cls)
+    assert out.patches is None
+    whole = ssl(crops, mask, patches=True)
+    torch.testing.assert_close(whole.patches, tokens[0].patches)
+    assert whole.patch_logits is None and ssl(crops).patch_logits is None
+
+
+@pytest.mark.parametrize("options", [{}, dict(gated=True, local_cls_norm=True), dict(cls_norm=True, registers=0)])
+@pytest.mark.parametrize("rate", [0.0, 0.4])
+@pytest.mark.parametrize("patches", [False, True])
+def test_what_is_read_alone_equals_what_is_read_of_all(options, rate, patches):
+    vit, crops, draw = small_vit(**options).train(), random_crops(), torch.Generator().manual_seed(5)
+    mask = torch.rand(4, 8, generator=draw) < 0.4
+    at = mask.flatten().nonzero()[:, 0]
+    keep = m.draw_keep(draw, vit.depth, [4, 6], rate)
+    rope = [m.draw_rope(draw, 2.0) for _ in range(2)]
+    found = []
+    for alone in (True, False):
+        vit.zero_grad()
+        if alone:
+            cls, dense = vit.forward_read(crops, [mask, None], keep, rope, None if patches else at)
+        else:
+            tokens = vit.forward_crops(crops, [mask, None], keep, rope)
+            cls, dense = [t.cls for t in tokens], tokens[0].patches.flatten(0, 1)
+            dense = dense if patches else dense[at]
+        weights = torch.randn(10 + len(dense), vit.dim, generator=torch.Generator().manual_seed(7))
+        (torch.cat([*cls, dense]) * weights).sum().backward()
+        gradients = {k: p.grad for k, p in vit.named_parameters() if p.grad is not None}
+        found.append({"cls": torch.cat(cls), "dense": dense, **gradients})
+    assert found[0].keys() == found[1].keys()
+    for name, value in found[0].items():
+        torch.testing.assert_close(value, found[1][name], atol=1e-5, rtol=1e-4, msg=lambda s: f"{name}: {s}")  # noqa: B023
 
 
 # precision, compilation, recomputation, many processes
@@ -340,7 +373,7 @@ def distributed_worker(rank, folder):
 
 
 def loss_of(out):
-    return out.cls_logits.square().mean() + out.patch_logits.square().sum() / 10 + out.tokens[1].cls.square().mean()
+    return out.cls_logits.square().mean() + out.patch_logits.square().sum() / 10 + out.cls[1].square().mean()
 
 
 def test_two_processes_with_ddp_and_fsdp_give_the_gradients_of_one(tmp_path):
@@ -717,6 +750,8 @@ ODD_FACTS = {
     "eval_view": [None, 64, {}, {"size": 64}, {"size": "64", "window": None}, {"size": 64, "window": 7},
                   {"size": 0, "window": None}, {"size": 64, "window": "40"}, {"size": 64, "window": ["a", "b"]}],
     "trained_groups": ["lidc/1", 7, {"lidc/1": 1}, ["lidc/1", 7]], "split_sha256": [7], "index_sha256": [["1"]],
+    "provenance": [None, [], {"known": 1, "seen": []}, {"known": True, "seen": [{"salt": "", "groups": [["x"]]}]},
+                   {"known": True, "seen": [{"salt": "", "groups": ["x"] * 10**6}] * 20}],
     "teacher": [None, [1], "w", {3: torch.ones(2)}, torch.ones(2)],
 }  # fmt: skip
 

@@ -19,7 +19,7 @@ import data
 import train_probe as t
 from data import NODULE
 from model import build_vit
-from tools.lib import fits, judge, metrics
+from tools.lib import fits, judge, metrics, provenance
 
 torch.set_num_threads(1)
 
@@ -353,7 +353,7 @@ def test_a_series_is_recognised_under_another_name_of_its_patient(study, tmp_pat
     root, _ = study
     source = data.open_source(root / "data")
     groups = source.rows.column("group")
-    entry = data.provenance_of(source.take(np.flatnonzero(groups == "toy/P25"))) | {"groups": []}
+    entry = provenance.provenance_of(source.take(np.flatnonzero(groups == "toy/P25"))) | {"groups": []}
     make_checkpoint(root / "renamed.pth", ["other/A"], provenance={"known": True, "seen": [entry]})
     before = looks(root)
     with pytest.raises(ValueError, match="leak: 1 groups of val_test .*toy/P25"):

@@ -18,6 +18,7 @@ import checkpoint
 import data as d
 from model import build_vit, load_backbone, read_facts, state_to_hf
 from tools import release
+from tools.lib import provenance
 
 torch.set_num_threads(1)
 FILES = "LICENSE README.md SHA256SUMS config.json model.safetensors preprocessor_config.json provenance.json".split()
@@ -63,12 +64,12 @@ def save_results(path, ckpt, seen=(), **more):
     return path
 
 
-def provenance(out):
+def hashes_in(out):
     return json.loads((out / "provenance.json").read_text())
 
 
 def hashes(salt, names):
-    return sorted(d.fingerprint(salt, d.plain_name(name)) for name in names)
+    return sorted(provenance.fingerprint(salt, provenance.plain_name(name)) for name in names)
 
 
 @pytest.fixture
@@ -173,7 +174,7 @@ def test_groups_of_photographs_are_names_of_files_and_stay_behind(tmp_path):
 
 def test_the_release_says_in_hashes_what_the_weights_have_seen(ckpt, tmp_path):
     out = export(ckpt)
-    assert provenance(out) == {"version": 1, "known": True, "seen": [
+    assert hashes_in(out) == {"version": 1, "known": True, "seen": [
         {"salt": "1" * 64, "groups": hashes("1" * 64, PATIENTS), "series": [], "files": []}]}  # fmt: skip
     card = (out / "README.md").read_text()
     assert "(4 groups)" in card and "unknown" not in card and "never seen" not in card
@@ -182,7 +183,7 @@ def test_the_release_says_in_hashes_what_the_weights_have_seen(ckpt, tmp_path):
     ckpt = save(tmp_path / "run" / "next.pth", provenance={"known": True, "seen": [own, earlier]},
                 flags=dict(init="/home/anna/first"))  # fmt: skip
     out = export(ckpt, "--license", out / "LICENSE", name="next")
-    assert provenance(out)["known"] and provenance(out)["seen"] == [own, earlier | {"series": [], "files": []}]
+    assert hashes_in(out)["known"] and hashes_in(out)["seen"] == [own, earlier | {"series": [], "files": []}]
     assert "(3 groups, 1 series)" in (out / "README.md").read_text()
 
 
@@ -196,7 +197,7 @@ def test_weights_of_unknown_origin_stay_unknown(tmp_path, flags, groups):
     results = save_results(tmp_path / "results.json", ckpt)
     out = export(ckpt, "--license", tmp_path / "licence", "--probe", results)
     card = (out / "README.md").read_text()
-    assert provenance(out)["known"] is False and len(provenance(out)["seen"][0]["groups"]) == len(groups or ())
+    assert hashes_in(out)["known"] is False and len(hashes_in(out)["seen"][0]["groups"]) == len(groups or ())
     assert "**What the backbone was pretrained on is unknown**: " in card
     assert "**What the backbone was pretrained on is unknown: it may have met these patients.**" in card
     assert "found none of these patients" not in card
@@ -210,16 +211,16 @@ def test_a_release_does_not_launder_a_leak(tmp_path):
     (tmp_path / "run").mkdir()
     facts = dict(index_sha256=source.index_sha256, split_sha256=source.split_sha256, trained_groups=source.groups)
     out = export(save(tmp_path / "run" / "last.pth", **facts), "--data", root)
-    assert len(provenance(out)["seen"][0]["series"]) == 6
+    assert len(hashes_in(out)["seen"][0]["series"]) == 6
     make_split(root, {f"toy/P{k}": "train" if k > 5 else "val_select" for k in range(7)})
-    for found in ({"provenance": provenance(out)}, read_facts(out)):
-        exposure = d.refuse_leak(found, d.open_for(root, "select"), "val_select", allow=True)
+    for found in ({"provenance": hashes_in(out)}, read_facts(out)):
+        exposure = provenance.refuse_leak(found, d.open_for(root, "select"), "val_select", allow=True)
         assert exposure.groups == [f"toy/P{k}" for k in range(5)] and exposure.known
     index = root / "_index" / "index.csv"
     index.write_text(index.read_text().replace(",P", ",renamed"))
     make_split(root, {f"toy/renamed{k}": "val_select" for k in range(7)})
     with pytest.raises(ValueError, match="leak: 5 groups"):
-        d.refuse_leak(read_facts(out), d.open_for(root, "select"), "val_select")
+        provenance.refuse_leak(read_facts(out), d.open_for(root, "select"), "val_select")
 
 
 def test_copies_of_photographs_are_recognised_by_their_bytes(tmp_path, capsys):
@@ -228,14 +229,14 @@ def test_copies_of_photographs_are_recognised_by_their_bytes(tmp_path, capsys):
     (tmp_path / "run").mkdir()
     facts = dict(index_sha256=photos.index_sha256, split_sha256=None, trained_groups=photos.groups)
     ckpt = save(tmp_path / "run" / "last.pth", "photo", flags=dict(no_split=True), **facts)
-    assert provenance(export(ckpt))["seen"][0]["files"] == []
+    assert hashes_in(export(ckpt))["seen"][0]["files"] == []
     assert "copies of these photographs will not be recognised" in capsys.readouterr().out
     out = export(ckpt, "--data", tmp_path / "photos", name="with-data")
-    assert len(provenance(out)["seen"][0]["files"]) == 6 and "6 files" in (out / "README.md").read_text()
+    assert len(hashes_in(out)["seen"][0]["files"]) == 6 and "6 files" in (out / "README.md").read_text()
     (tmp_path / "copies").mkdir()
     shutil.copy(photos.path(2), tmp_path / "copies" / f"renamed{photos.path(2).suffix}")
     with pytest.raises(ValueError, match="leak: 1 groups of them"):
-        d.refuse_leak({"provenance": provenance(out)}, d.open_source(tmp_path / "copies"), "them")
+        provenance.refuse_leak({"provenance": hashes_in(out)}, d.open_source(tmp_path / "copies"), "them")
 
 
 BAD_PROVENANCE = [[], {"known": 1, "seen": []}, {"known": True, "seen": {}}, {"known": True, "seen": [3]},

@@ -3,10 +3,12 @@ import gc
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from unittest import mock
@@ -25,7 +27,7 @@ from torch.nn import functional as F
 import checkpoint
 import data
 import train_ssl as t
-from model import ProjectionHead, SSLModel, SSLOutput, Tokens, build_vit, draw_rope, state_from_original
+from model import ProjectionHead, SSLModel, SSLOutput, build_vit, draw_rope, state_from_original
 from tools import make_phantom, make_splits, preprocess_dicom, release
 from tools.lib import loop, optim
 from tools.lib.loop import read_recipes
@@ -291,6 +293,29 @@ def test_a_stopped_and_resumed_run_ends_with_the_same_bits(folder, tmp_path, mon
     assert state["gram"] is not None and state["gram_refreshes"] == 2 and state["images"] == 72
 
 
+def test_an_update_prepared_while_the_one_before_runs_changes_no_bit(folder, tmp_path, monkeypatch):
+    """As on a card; through the update in which Gram anchoring begins, and through an interruption."""
+    flags = ("--steps", "9", "--drop-path", "0.3", "--micro-batch", "4", "--koleo-group", "4", "--workers", "1")
+    assert train(folder, tmp_path / "whole", *flags) == 0
+    real, depth = t.one_update, []
+
+    def watched(run, micro_batches, now, wish, ahead):
+        if now.lr and len(depth) == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        update = real(run, micro_batches, now, wish, ahead)
+        depth.append(len(ahead.__self__.ready))
+        return update
+
+    monkeypatch.setattr(t, "one_update", watched)
+    monkeypatch.setattr(
+        t.Upcoming, "ahead", lambda self, clock=t.contextlib.nullcontext: self.left and self.prepare(clock)
+    )
+    assert train(folder, tmp_path / "ahead", *flags) == 0 and len(depth) == 5
+    assert train(folder, tmp_path / "ahead", *flags) == 0
+    assert depth == [1] * 8 + [0]  # always one ahead, none beyond the end
+    same(weights(tmp_path / "whole"), weights(tmp_path / "ahead"))
+
+
 def test_a_finished_run_says_so_and_extends_only_on_request(folder, tmp_path, capsys):
     out = tmp_path / "run"
     train(folder, out, "--steps", "4")
@@ -378,6 +403,34 @@ def test_a_full_disk_is_loud_and_does_not_stop_the_run(folder, tmp_path, monkeyp
     assert train(folder, tmp_path / "run", "--steps", "5") == 1  # trained to the end, which is not on disk
     failed = [row for row in lines(tmp_path / "run", "event") if "SAVE FAILED" in row["event"]]
     assert [row["step"] for row in failed] == [2, 4, 5] and "No space left" in failed[0]["event"]
+    monkeypatch.undo()
+    assert train(folder, tmp_path / "run", "--steps", "5") == 0  # there is room again: from the start
+    train(folder, tmp_path / "whole", "--steps", "5")
+    same(weights(tmp_path / "whole"), weights(tmp_path / "run"))
+
+
+def test_names_that_appear_late_cost_a_save_and_change_no_bit(folder, tmp_path, monkeypatch):
+    """As on a network folder: a rename has returned, and its name is not there yet."""
+    real, late = os.replace, []
+
+    def delayed(old, new):
+        if Path(new).suffix != ".pth":
+            return real(old, new)
+        os.link(old, f"{old}.hidden")
+        late.append(threading.Timer(0.3, real, (f"{old}.hidden", new)))
+        late[-1].start()
+        return None
+
+    monkeypatch.setattr(checkpoint.os, "replace", delayed)
+    assert train(folder, tmp_path / "run", "--steps", "5") == 1
+    failed = [row["event"] for row in lines(tmp_path / "run", "event") if "SAVE FAILED" in row["event"]]
+    assert failed and "No such file" in failed[0]
+    for timer in late:
+        timer.join()
+    monkeypatch.undo()
+    assert train(folder, tmp_path / "run", "--steps", "5", "--extend", "2") == 0
+    train(folder, tmp_path / "whole", "--steps", "5", "--extend", "2")
+    same(weights(tmp_path / "whole"), weights(tmp_path / "run"))
 
 
 def test_a_damaged_newest_checkpoint_falls_back_and_still_ends_the_same(folder, tmp_path, capsys):
@@ -423,16 +476,54 @@ def test_one_run_per_folder(folder, tmp_path, monkeypatch):
         (["--sizes", "448x112"], "'448x112' is not GLOBAL/LOCAL"),
         (["--global-size", "40"], "height 40 is not a multiple of the patch size 16"),
         (["--init", "/nowhere"], "no weights at /nowhere"),
-        (["--mask-ratio", "0.5", "1.5"], "--mask-ratio 0.5 1.5: must lie within 0 and 1"),
-        (["--field", "0", "1"], "--field 0 1: a view of no size"),
+        (["--mask-ratio", "0.5", "0.1"], "--mask-ratio 0.5 0.1: the smaller comes first"),
         (["--warmup", "9"], "--warmup 9 is more than --steps 2"),
-        (["--gram-start", "-1"], "--gram-start -1.0 is below 0"),
+        (["--w-dino", "0", "--w-ibot", "0", "--w-koleo", "0", "--gram-start", "1"], "are all 0: nothing would be"),
+        (["--batch-size", "16384", "--micro-batch", "64"], "--batch-size 16384 is more than the "),
     ],
 )
 def test_bad_flags_say_what_to_do(folder, tmp_path, flags, message):
     with pytest.raises((ValueError, OSError)) as caught:
         train(folder, tmp_path / "run", "--steps", "2", *flags)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--workers -1", "--workers: must be at least 0, got -1"),
+        ("--drop-path 1", "--drop-path: must be below 1, got 1"),
+        ("--lr -1", "--lr: must be at least 0, got -1"),
+        ("--lr nan", "--lr: must be at least 0 and below inf, got nan"),
+        ("--time-limit inf", "--time-limit: must be below inf, got inf"),
+        ("--weight-decay -0.1 0", "--weight-decay: must be at least 0, got -0.1"),
+        ("--clip 0", "--clip: must be above 0, got 0"),
+        ("--w-koleo -1", "--w-koleo: must be at least 0, got -1"),
+        ("--teacher-temp 0 0", "--teacher-temp: must be above 0, got 0"),
+        ("--student-temp 0", "--student-temp: must be above 0, got 0"),
+        ("--mask-ratio 0.5 1.5", "--mask-ratio: must be at most 1, got 1.5"),
+        ("--field 0 1", "--field: must be above 0, got 0"),
+        ("--gram-start -1", "--gram-start: must be at least 0, got -1"),
+        ("--koleo-group 1", "--koleo-group: must be at least 2"),
+        ("--steps 1e5", "--steps: invalid int value: '1e5'"),
+        (f"--seed {2**70}", "--seed: must be at most 1e+18"),
+        ("--batchsize 32", "there is no --batchsize; did you mean --batch-size?"),
+    ],
+)
+def test_a_flag_outside_its_range_is_one_line_before_anything_is_made(tmp_path, monkeypatch, capsys, flags, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        t.main(["--data", "x", *flags.split()])
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and message in said and len(said.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_number_of_every_program_has_a_range():
+    """A bare int or float takes nan, -1 and 1e400."""
+    for path in [*t.Path(t.__file__).parent.glob("*.py"), *(t.Path(t.__file__).parent / "tools").glob("*.py")]:
+        bare = re.findall(r'"(--[a-z-]+)", type=(?:int|float)\b', path.read_text())
+        assert set(bare) <= {"--child", "--layer"}, (path.name, bare)  # internal; counted from the end, and checked
 
 
 def test_the_log_holds_what_it_promises(folder, tmp_path):
@@ -592,7 +683,7 @@ def test_gram_snapshots_are_a_function_of_the_step():
 
 def test_retrieval_against_a_loop():
     def fake(crops):  # the first pixels are the features
-        return SSLOutput([Tokens(crops[0].flatten(1)[:, :7], None, None)], None, None)
+        return SSLOutput([crops[0].flatten(1)[:, :7]], None, None, None)
 
     random = np.random.default_rng(0)
     images = torch.from_numpy(random.integers(0, 255, (12, 3, 32, 32))).byte()
@@ -769,21 +860,21 @@ def test_a_thousand_slices_are_learned_by_heart(tmp_path_factory):
     assert t.main(["--data", str(root / "processed"), "--out", str(out), *flags.split()]) == 0
     excess = {row["step"]: row["excess"] for row in lines(out, "excess")}
     last = lines(out, "excess")[-1]
-    source = data.open_source(root / "processed", "train", 1000)
+    source = data.open_for(root / "processed", "fit", limit=1000)
     recipe = read_recipes(json.loads((out / "config.json").read_text()))[0]
     batches = list(data.make_loader(source, recipe, 0, range(2), 500, fixed=True))
     series = torch.from_numpy(np.concatenate([source.series[b.ids] for b in batches]))
 
     def found(net):
         with torch.no_grad():
-            cls = torch.cat([net([data.render(b.images, b.plan).globals]).tokens[0].cls for b in batches])
+            cls = torch.cat([net([data.render(b.images, b.plan).globals]).cls[0] for b in batches])
             spaces = {"cls": F.normalize(cls, dim=-1), "bottleneck": net.dino_head.bottleneck(cls)}
         pairs = {name: torch.cat([x.unflatten(0, (2, -1)) for x in f.split(1000)], 1) for name, f in spaces.items()}
         return {name: t.losses.retrieval(*views, series)["top1"].item() for name, views in pairs.items()}
 
     args = t.resolve(t.build_parser().parse_args(["--data", "x", *flags.split()]), 1)
     random, trained = t.build(args)
-    t.unpack_weights(trained, checkpoint.load(out / "last.pth")["teacher"])
+    checkpoint.unpack_weights(trained, checkpoint.load(out / "last.pth")["teacher"])
     print(excess, last, found(trained), found(random), sep="\n")
     assert last["excess"] < 0.1 * excess[50]
     assert last["marginal_entropy"] > 0.5 and last["rankme"] > 0.25 * 64

@@ -27,12 +27,14 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Iterator
 from pathlib import Path
 from statistics import mean, median
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import tools.lib.threads  # noqa: F401 - before torch
+
+# isort: split
 import numpy as np
 import pydicom
 import torch
@@ -44,7 +46,7 @@ import checkpoint
 import data
 import train_ssl
 from model import ARCHS
-from tools.lib.cli import ROOT, Parser, positive, run
+from tools.lib.cli import ROOT, Parser, above_zero, positive, run
 from tools.lib.loop import flops_per_image, git_commit, setup_distributed
 from tools.lib.machine import DTYPES, check_gemm, describe, synchronize
 
@@ -165,10 +167,10 @@ def peak_gb(device):
 
 
 class Way(NamedTuple):
-    """One way to do the update: a run at step 0, its endless micro-batches, and the values of its last schedules."""
+    """One way to do the update: a run at step 0, its endless updates, and the values of its last schedules."""
 
     run: train_ssl.Run
-    batches: Iterator
+    upcoming: train_ssl.Upcoming
     now: train_ssl.Now
 
 
@@ -191,19 +193,19 @@ def make_run(args, device):
 
 
 def make_way(made):
-    args, cuda = made.args, made.device.type == "cuda"
-    batches = data.make_loader(
-        made.source, made.recipes, args.seed, range(10**6), args.batch_size, args.micro_batch, 0, 1,
-        args.workers if cuda else 0, made.student.backbone.patch_size, train_ssl.masking(args), pin_memory=cuda,
-    )  # fmt: skip
-    return Way(made, batches, train_ssl.values_at(args.steps - 1, args))  # late: the weight of Gram is above 0
+    args = made.args
+    args.workers = args.workers if made.device.type == "cuda" else 0
+    patch_size = made.student.backbone.patch_size
+    batches = train_ssl.start_reading(args, made.source, made.recipes, range(10**6), patch_size, 0, 1, made.device)
+    upcoming = train_ssl.Upcoming(made, batches, args.batch_size // args.micro_batch, 10**6)
+    return Way(made, upcoming, train_ssl.values_at(args.steps - 1, args))  # late: the weight of Gram is above 0
 
 
 def update(way, clock=contextlib.nullcontext):
     """One whole update, reading included."""
-    with clock("read"):
-        read = [next(way.batches) for _ in range(way.run.args.batch_size // way.run.args.micro_batch)]
-    if train_ssl.one_update(way.run, read, way.now, clock=clock).bad:
+    _, micro_batches = way.upcoming.take(clock)
+    ahead = functools.partial(way.upcoming.ahead, clock)
+    if train_ssl.one_update(way.run, micro_batches, way.now, ahead=ahead, clock=clock).bad:
         raise ValueError("loss or gradient is not finite: measure with other --flags")
 
 
@@ -536,8 +538,8 @@ def build_parser():
     p.add_argument("--precision", nargs="+", choices=["fp32", "bf16"], help="of step; default: bf16 on a GPU, else "
                    "fp32, and bf16 if the CPU has it")
     p.add_argument("--flags", default="", help="further flags of train_ssl.py, in one string")
-    p.add_argument("--seconds", type=float, help="turns of each way, 3 at least; step: twice; default: 30, --quick: 8")
-    p.add_argument("--images", type=float, default=1e8, help="sweep prints the days that so many images take")
+    p.add_argument("--seconds", type=above_zero, help="turns of each way, 3 at least; step: twice; default 30, quick 8")
+    p.add_argument("--images", type=above_zero, default=1e8, help="sweep prints the days that so many images take")
     p.add_argument("--point", help="internal: measure this one point (JSON) and print its rows")
     return p
 # fmt: on

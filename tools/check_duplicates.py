@@ -23,8 +23,9 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from checkpoint import write_text
-from data import slice_name
-from tools.lib.cli import Parser, positive, run, shown
+from data import Unreadable, slice_name
+from tools.lib import broken
+from tools.lib.cli import Parser, positive, run, shown, within
 from tools.lib.files import read_json_file
 from tools.lib.groups import join, open_data
 
@@ -47,8 +48,11 @@ def ready(source):
 
 
 def look(i):
-    """(sha256 of the pixels of slice i, "" if it has one colour; grey thumbnail [32,32])."""
-    pixels = SOURCE.read(i).numpy()  # [3,H,W]
+    """(sha256 of the pixels of image i, "" if it has one colour; grey thumbnail [32,32]; why it cannot be read)."""
+    try:
+        pixels = SOURCE.read(i).numpy()  # [3,H,W]
+    except Unreadable as error:
+        return "", np.zeros((SIDE, SIDE), np.uint8), str(error)
     if pixels.dtype == np.int16:
         codes = (pixels[1].astype(np.float32).clip(-1000, 1000) + 1000) * (255 / 2000)  # air to dense bone
         grey = Image.fromarray(codes.astype(np.uint8))
@@ -56,18 +60,19 @@ def look(i):
         grey = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0))).convert("L")
     digest = hashlib.sha256(f"{pixels.shape}".encode() + pixels.tobytes()).hexdigest()
     constant = (pixels == pixels[:, :1, :1]).all()
-    return "" if constant else digest, np.asarray(grey.resize((SIDE, SIDE), Image.Resampling.BILINEAR))
+    return "" if constant else digest, np.asarray(grey.resize((SIDE, SIDE), Image.Resampling.BILINEAR)), ""
 
 
 def look_at_all(source, order, workers):
-    """(digests, thumbnails [N,32,32]) of the slices in `order`; a file that cannot be read is an error."""
-    digests, thumbs = [], np.empty((len(order), SIDE, SIDE), np.uint8)
+    """(digests, thumbnails [N,32,32], {position: why it cannot be read}) of the images in `order`."""
+    digests, thumbs, bad = [], np.empty((len(order), SIDE, SIDE), np.uint8), {}
     with Pool(workers, ready, (source,)) as pool:
-        found = tqdm(pool.imap(look, order, chunksize=16), total=len(order), unit="slice", desc="read")
-        for i, (digest, thumb) in enumerate(found):
+        found = tqdm(pool.imap(look, order, chunksize=16), total=len(order), unit="image", desc="read", disable=None)
+        for i, (digest, thumb, why) in enumerate(found):
             digests.append(digest)
             thumbs[i] = thumb
-    return digests, thumbs
+            bad |= {i: why} if why else {}
+    return digests, thumbs, bad
 
 
 def phash(thumbs):
@@ -95,7 +100,7 @@ def near_pairs(hashes, owners, distance):
     """
     bands = np.array_split(np.arange(64), distance + 3)
     masks = [np.uint64(sum(1 << int(bit) for band in chosen for bit in band)) for chosen in combinations(bands, 3)]
-    for table, mask in enumerate(tqdm(masks, desc="compare", unit="table")):
+    for table, mask in enumerate(tqdm(masks, desc="compare", unit="table", disable=None)):
         order = np.argsort(hashes & mask, kind="stable")
         key = (hashes & mask)[order]
         left, step = np.arange(len(key)), 0
@@ -160,17 +165,17 @@ def say(title, members):
 def build_parser():
     p = Parser(__doc__)
     p.add_argument("--data", type=Path, required=True, help="processed CT folder, or folder tree of photographs")
-    p.add_argument("--distance", type=int, default=3, help="largest number of differing hash bits, 0 to 8")
+    p.add_argument(
+        "--distance", type=within("[0, 8]", int), default=3, help="hash bits that may differ; at 9 strangers match"
+    )
     p.add_argument("--workers", type=positive, default=os.cpu_count(), help="reading processes")
+    broken.add_flag(p)
     p.add_argument("--max-pairs", type=positive, default=1000, help="pairs listed in the file; all count and join")
     return p
 
 
 def main(argv=None):
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    if not 0 <= args.distance <= 8:
-        parser.error("--distance: 0 to 8; at 9 bits strangers begin to match")
+    args = build_parser().parse_args(argv)
     source = open_data(args.data)
     splits = args.data / "_splits" / "splits.json"
     split_of = read_splits(splits)
@@ -180,7 +185,8 @@ def main(argv=None):
     group = rows.column("group")[order]
     names, owners = np.unique(group, return_inverse=True)
 
-    digests, thumbs = look_at_all(source, order, args.workers)
+    digests, thumbs, bad = look_at_all(source, order, args.workers)
+    broken.check(bad, len(order), len(order), args.skip_bad)  # those left out have no contrast: they match nothing
     exact = exact_pairs(digests, owners)
     least = ALIKE_PHOTO if source.encoding == "photo" else ALIKE_CT
     near, flat = look_alikes(digests, thumbs, owners, args.distance, least)
@@ -192,6 +198,7 @@ def main(argv=None):
         "slices": len(source),
         "groups": len(names),
         "constant": digests.count(""),  # one colour: matched by nothing
+        "broken": len(bad),  # counted as constant too
         "flat": flat,  # too little contrast to hash: matched exactly only
         "exact_pairs": len(exact),
         "near_pairs": len(near),

@@ -28,7 +28,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from checkpoint import atomic_write, write_text
 from tools.lib import judge, page, sheet
-from tools.lib.cli import ROOT, Parser, pick_device, run
+from tools.lib.cli import ROOT, Parser, above_zero, pick_device, run
 from tools.lib.files import last_per_step, read_json_file, read_lines
 
 PHANTOM = "--patients 60 --slices 32 --size 256"  # 2,112 slices, 0.3 GB as DICOM and as much again in HU
@@ -46,8 +46,6 @@ PROMISE_S = 350  # of the whole demo: 6 minutes, less what no plan foresees
 MINUTES = {"cpu": 3.0, "cuda": 1.0}  # of pretraining on a quiet machine; the rest takes 2 minutes on 2 CPU cores
 STARTS_S = 12  # of the two starts of pretraining, on 2 quiet cores
 LEAST = 40  # updates, on however slow a machine
-# Threads of OpenMP that wait by spinning make training beside a busy neighbour 20 times slower (2 cores, 2026-11).
-PATIENT = {"GOMP_SPINCOUNT": "1000"}
 HONEST = "A phantom is a drawing of a chest, not a patient: these numbers say that the code works, nothing about CT."
 BASELINES = {  # predictor: how it is called here, and what is compared with what
     "probe": ("frozen probe", ()),
@@ -183,7 +181,7 @@ def to_run(command):
 def call(command):
     """Print and run one command -> exit code."""
     print(f"$ {command}", flush=True)
-    return subprocess.run(to_run(command), cwd=ROOT, env={**PATIENT, **os.environ}).returncode
+    return subprocess.run(to_run(command), cwd=ROOT).returncode
 
 
 def last_step(run_dir):
@@ -205,7 +203,7 @@ def call_and_kill(command, run_dir, at_step, seconds):
     """Run a training command and end it with SIGTERM, as a scheduler does, at a step or when its time is up."""
     print(f"$ {command}", flush=True)
     end, killed, kept = time.monotonic() + seconds, threading.Event(), []
-    process = subprocess.Popen(to_run(command), cwd=ROOT, stderr=subprocess.PIPE, env={**PATIENT, **os.environ})
+    process = subprocess.Popen(to_run(command), cwd=ROOT, stderr=subprocess.PIPE)
     reader = threading.Thread(target=pass_on, args=(process.stderr, killed, kept))
     reader.start()
     try:
@@ -413,8 +411,8 @@ def build_parser():
     parser = Parser(__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for everything")
     parser.add_argument("--device", default="auto", help="auto (CUDA/ROCm if there, else CPU), cpu, cuda")
-    parser.add_argument("--minutes", type=float, help="of pretraining, however long the rest takes; default: up to "
-                        f"{MINUTES['cpu']:g}, on a GPU {MINUTES['cuda']:g}, within 6 minutes of the whole")  # fmt: skip
+    parser.add_argument("--minutes", type=above_zero, help="of pretraining, however long the rest takes; default: up "
+                        f"to {MINUTES['cpu']:g}, on a GPU {MINUTES['cuda']:g}, 6 minutes in all")  # fmt: skip
     parser.add_argument("--keep", action="store_true", help="go on where an earlier demo stopped; default: start anew")
     parser.add_argument("--stage", nargs="+", choices=NAMES, help="only these, on what is there", metavar="NAME")
     return parser
@@ -459,8 +457,6 @@ def run_stage(k, device, folder, out, notes):
 def main(argv=None):
     parser = build_parser()
     args = parser.parse_args(argv)
-    if args.minutes is not None and not args.minutes > 0:
-        parser.error(f"--minutes {args.minutes:g} must be positive")
     out, card = args.out.resolve(), pick_device(args.device)
     machine = f"{os.cpu_count()} CPU cores"
     if card.type == "cuda":

@@ -37,7 +37,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from checkpoint import atomic_write, fsync_folder
-from tools.lib.cli import Parser, positive, run, shown
+from tools.lib.cli import Parser, above_zero, natural, not_negative, positive, run, shown
 
 VERSION = 1
 BASE_URL = "https://services.cancerimagingarchive.net/nbia-api/services/v4"  # public, no token
@@ -312,12 +312,14 @@ def build_parser():
     p.add_argument("--out", type=Path, required=True, help="folder for collections, such as data/raw")
     p.add_argument("--base-url", default=BASE_URL, help="NBIA REST service")
     p.add_argument("--min-images", type=positive, default=8, help="leave out series with fewer images (scouts)")
-    p.add_argument("--max-series", type=int, default=0, help="only the first N by SeriesInstanceUID; 0 = all")
+    p.add_argument("--max-series", type=natural, default=0, help="only the first N by SeriesInstanceUID; 0 = all")
     p.add_argument("--workers", type=positive, default=4, help="series at once")
-    p.add_argument("--retries", type=int, default=6, help="further tries of a request after a network error")
-    p.add_argument("--backoff", type=float, default=2.0, help="seconds before the first retry; doubles up to 60")
-    p.add_argument("--timeout", type=float, default=60.0, help="seconds without a byte until a request is tried again")
-    p.add_argument("--free-gb", type=float, default=10.0, help="disk space that must stay free, in GB")
+    p.add_argument("--retries", type=natural, default=6, help="further tries of a request after a network error")
+    p.add_argument("--backoff", type=not_negative, default=2.0, help="seconds before the first retry; doubles up to 60")
+    p.add_argument(
+        "--timeout", type=above_zero, default=60.0, help="seconds without a byte until a request is tried again"
+    )
+    p.add_argument("--free-gb", type=not_negative, default=10.0, help="disk space that must stay free, in GB")
     return p
 
 
@@ -328,8 +330,6 @@ def main(argv=None):
         parser.error(f"--base-url {args.base_url}: begins with http:// or https://")
     if not re.fullmatch(r"[^/\\.][^/\\]*", args.collection):
         parser.error(f"--collection {args.collection!r}: a name, not a path")
-    if min(args.retries, args.max_series, args.backoff, args.free_gb) < 0 or args.timeout <= 0:
-        parser.error("--retries, --max-series, --backoff, --free-gb: at least 0; --timeout: above 0")
     url, stop, no_md5 = args.base_url.rstrip("/"), threading.Event(), threading.Event()
     service = Service(url, args.retries, args.backoff, args.timeout, stop, no_md5)
     print(f"asking {url} for the series of {args.collection}", file=sys.stderr)

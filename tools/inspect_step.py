@@ -12,13 +12,16 @@ import math
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import tools.lib.threads  # noqa: F401 - before torch
+
+# isort: split
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import denormalise, eval_view, look_windows, make_loader, open_for, open_source, render, select, slice_name
 from tools.lib import sheet
-from tools.lib.cli import Parser, positive, run
+from tools.lib.cli import Parser, positive, run, within
 from tools.lib.loop import read_config, read_recipes
 
 SIDE = 448  # pixels, about, of a slice and of a global crop; crops are enlarged by whole factors only
@@ -147,17 +150,16 @@ def build_parser():
     parser = Parser(__doc__)
     parser.add_argument("--run", required=True, type=Path, help="folder of the run")
     parser.add_argument("--step", required=True, type=positive, help="the update that made this step, 1 or more")
-    parser.add_argument("--images", type=positive, default=8, help="images to draw, the first of the batch; at most 64")
+    parser.add_argument(
+        "--images", type=within("[1, 64]", int), default=8, help="to draw, the first of the batch; at most 64"
+    )
     parser.add_argument("--data", type=Path, help="where the run's data lies now; default: where it was")
     parser.add_argument("--out", type=Path, help="PNG to write; default: RUN/inspect/step_<step>.png")
     return parser
 
 
 def main(argv=None):
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    if args.images > 64:
-        parser.error(f"--images {args.images}: a picture of more than 64 rows is unreadable")
+    args = build_parser().parse_args(argv)
     config = read_config(args.run)
     flags = config["args"]
     source = open_data(config, args.data)

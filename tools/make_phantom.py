@@ -26,7 +26,7 @@ from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, ImplicitVRLittle
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from tools.lib.cli import Parser, positive, run
+from tools.lib.cli import Parser, natural, positive, run, within
 
 # z y x: centre as a fractional index in the volume ordered by position; z_mm y_mm x_mm: the same in patient
 # coordinates. kind: nodule, or small (< 3 mm: one point in the XML, no masks). malignancy: ratings of `readers`.
@@ -898,9 +898,11 @@ def build_parser():
     parser = Parser(__doc__)
     parser.add_argument("--out", type=Path, default=Path("data/raw"), help="folder to write to; must be new or empty")
     parser.add_argument("--patients", type=positive, default=40, help="number of patients")
-    parser.add_argument("--slices", type=positive, default=32, help="slices per series, at least 8")
-    parser.add_argument("--size", type=positive, default=256, help="pixels per side of a slice, at least 64")
-    parser.add_argument("--seed", type=int, default=0, help="one seed, one phantom, to the byte")
+    parser.add_argument("--slices", type=within("[8, 1e18]", int), default=32, help="slices per series, at least 8")
+    parser.add_argument(
+        "--size", type=within("[64, 1e18]", int), default=256, help="pixels per side of a slice, at least 64"
+    )
+    parser.add_argument("--seed", type=natural, default=0, help="one seed, one phantom, to the byte")
     parser.add_argument("--workers", type=positive, default=os.cpu_count(), help="processes; the files stay the same")
     parser.add_argument("--force", action="store_true", help="first remove PHANTOM-* and truth.csv from --out")
     parser.add_argument("--preview", type=Path, help="draw the first six patients on this PNG")
@@ -908,11 +910,7 @@ def build_parser():
 
 
 def main(argv=None):
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    for name, value, least in (("--size", args.size, 64), ("--slices", args.slices, 8)):
-        if value < least:
-            parser.error(f"argument {name}: must be at least {least}, got {value}")
+    args = build_parser().parse_args(argv)
     prepare(args.out, args.force)
     numbers = range(1, args.patients + 1)
     jobs = ((args.seed, number, args.out, args.slices, args.size) for number in numbers)

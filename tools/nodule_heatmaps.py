@@ -22,17 +22,20 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import tools.lib.threads  # noqa: F401 - before torch
+
+# isort: split
 import numpy as np
 import torch
 from PIL import Image, ImageColor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 from model import load_backbone, read_facts
-from tools.lib import judge, sheet
-from tools.lib.cli import Parser, natural, pick_device, positive, run, shown
+from tools.lib import judge, provenance, sheet
+from tools.lib.cli import Parser, above_zero, natural, pick_device, positive, run, shown
 from tools.lib.files import write_json
 from tools.lib.metrics import auc, interval, ratio, resample
 
@@ -61,11 +64,11 @@ class Target(NamedTuple):
 # Where to look.
 
 
-def read_nodules(path, groups):
+def read_nodules(path, root, groups):
     """Rows of a label table that belong to these groups."""
     if not path.exists():
         raise FileNotFoundError(f"--labels {path} does not exist; make it with tools/lidc_nodules.py")
-    rows, nodules = data.read_labels(path)
+    rows, nodules = data.read_labels(path, root)
     if not nodules:
         raise ValueError(f"{path} is no table of nodules; make it with tools/lidc_nodules.py")
     for number, row in enumerate(rows, 2):
@@ -171,9 +174,8 @@ def choose(source, rows, n, masks, crop_mm, patches, seed):
     targets, skipped = [], []
     for k in np.random.default_rng(seed).permutation(len(rows)):
         row, target = rows[k], "its slice is not in the index"
-        z = row["z"] if source.encoding == "hu16-v1" else None
-        image = data.find_slice(source, row["path"], z)
-        if image is not None and source.rows.columns["z"][image] == int(row["z"]):
+        image = data.find_slice(source, row["path"], row["z"])
+        if image is not None:
             target = aim(source, image, row, masks, crop_mm, patches, seed)
         if isinstance(target, str):
             skipped.append({"id": row["id"], "reason": target})
@@ -438,7 +440,7 @@ def build_parser():
                         "all: every patient, whatever the split")  # fmt: skip
     parser.add_argument("--allow-seen", action="store_true", help="look at training patients too; said in the titles")
     parser.add_argument("--allow-duplicates", action="store_true", help="also if some cross the splits; titled so")
-    parser.add_argument("--crop-mm", type=float, default=96, help="side of a crop")
+    parser.add_argument("--crop-mm", type=above_zero, default=96, help="side of a crop")
     parser.add_argument("--size", type=positive, default=448, help="pixels of a crop; 448 of 96 mm: patches of 3.4 mm")
     parser.add_argument("--layer", type=int, default=-1, help="block whose attention is drawn; -1: the last")
     parser.add_argument("--seed", type=natural, default=0, help="of nodules, crops, random weights and resamples")
@@ -471,9 +473,9 @@ def main(argv=None):
     labels = data.find_table(args.data, args.labels) if args.labels else args.data / "_labels" / "nodules.csv"
     groups = source.rows.column("group")
     inside = args.split == "all" or data.split_names(source) == args.split
-    rows = read_nodules(labels, set(groups[inside].ravel().tolist()))
+    rows = read_nodules(labels, args.data, set(groups[inside].ravel().tolist()))
     judged = np.flatnonzero(np.isin(groups, [row["group"] for row in rows]))
-    exposure = data.refuse_leak(facts, source.take(judged), f"split {args.split}", args.allow_seen)
+    exposure = provenance.refuse_leak(facts, source.take(judged), f"split {args.split}", args.allow_seen)
     vit = load_backbone(args.ckpt)
     view, patches = judge.choose_view(facts, source.encoding, args.size, vit.patch_size), args.size // vit.patch_size
     device, masks = pick_device(args.device), args.data / "_labels" / "masks"

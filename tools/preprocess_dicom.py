@@ -35,9 +35,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from checkpoint import atomic_write, fsync_folder
-from data import RGB_WINDOWS, WINDOWS_HU, file_sha256, plain_name, window_codes
+from data import RGB_WINDOWS, WINDOWS_HU, file_sha256, window_codes
 from tools.lib import manifest as manifests
-from tools.lib.cli import Parser, positive, run, shown
+from tools.lib.cli import Parser, positive, run, shown, within
 from tools.lib.dicom import (
     REASONS,
     Reject,
@@ -50,6 +50,7 @@ from tools.lib.dicom import (
     scan_file,
 )
 from tools.lib.files import walk_files, write_json
+from tools.lib.provenance import plain_name
 
 VERSION = 1  # part of every series' input hash: raise it when the same files would give other pixels or rows
 ENCODINGS = {"rgb": "rgb-v1", "hu16": "hu16-v1"}
@@ -460,7 +461,9 @@ def build_parser():
     parser.add_argument("--dataset", required=True, type=dataset_name, help="its name; groups are dataset/patient")
     parser.add_argument("--format", choices=ENCODINGS, default="rgb", help="PNGs, or exact HU in one .npy a series")
     parser.add_argument("--workers", type=positive, default=os.cpu_count(), help="processes")
-    parser.add_argument("--min-slices", type=positive, default=8, help="shorter series are rejected; at least 3")
+    parser.add_argument(
+        "--min-slices", type=within("[3, 1e18]", int), default=8, help="shorter series are rejected; at least 3"
+    )
     parser.add_argument("--allow-gaps", action="store_true", help="of an irregular series keep the longest regular run")
     parser.add_argument("--keep-ids", action="store_true", help="keep ids also without PatientIdentityRemoved YES")
     parser.add_argument("--key-file", type=Path, help="secret for hashed ids; default: dinox_id_key beside --out")
@@ -472,8 +475,6 @@ def main(argv=None):
     parser = build_parser()
     args = parser.parse_args(argv)
     root, raw, encoding = args.out.resolve(), args.raw.resolve(), ENCODINGS[args.format]
-    if args.min_slices < 3:
-        parser.error(f"--min-slices {args.min_slices}: an inner slice needs two neighbours, so at least 3")
     key_file = args.key_file or default_key_file(root)
     if key_file.resolve().is_relative_to(root):
         parser.error(f"--key-file {key_file} lies inside --out, which may be shared: keep it elsewhere")

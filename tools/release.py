@@ -20,10 +20,13 @@ from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import tools.lib.threads  # noqa: F401 - before torch
+
+# isort: split
 import safetensors.torch
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import checkpoint
 import data
 from checkpoint import atomic_write, write_text
@@ -33,6 +36,7 @@ from tools.lib.cli import ROOT, Parser, run, shown
 from tools.lib.files import created_utc, read_json_file, write_json, wrong_field
 from tools.lib.judge import UNKNOWN, in_words
 from tools.lib.loop import LARGEST_VIEW
+from tools.lib.provenance import BORROWED, claimed, provenance_of
 
 TOLERANCE = 1e-5  # of reloaded outputs, absolute; they are layer-normalised, so of order 1
 # what a stranger may read of the flags: numbers, and of texts only these, which name choices and never files
@@ -52,7 +56,6 @@ METRICS = {  # of results.json: name on the card, least and most
     "ece": ("calibration error", 0, 1),
 }
 LONGEST = 4000  # letters of a text from results.json
-BORROWED = ("init", "gram_teacher")  # flags that bring in weights, which may be somebody else's
 INPUTS = {
     "hu16-v1": """The three channels are the slices z-1, z, z+1 of one volume in HU, through one window:
 
@@ -186,7 +189,7 @@ def read_facts(path):
     return {key: content.get(key) for key in (*fields, "provenance")}
 
 
-# What the weights were trained on, as hashes: data.refuse_leak compares them with what is to be judged.
+# What the weights were trained on, as hashes: provenance.refuse_leak compares them with what is to be judged.
 
 
 def wrong_provenance(found):
@@ -207,20 +210,15 @@ def wrong_provenance(found):
     return None
 
 
-def provenance_of(facts, source):
+def provenance_file(facts, source):
     """{version, known, seen}: that of the checkpoint; of an older one made from its trained_groups.
 
     source: the images of the run, or None; adds hashes of series, and of photographs hashes of the bytes of each file.
     """
-    found = facts["provenance"]
-    if found is None:
-        salt, groups = facts["index_sha256"], facts["trained_groups"]
-        hashes = sorted({data.fingerprint(salt, data.plain_name(name)) for name in groups or ()})
-        borrowed = any(facts["args"].get(flag) for flag in BORROWED)  # and nobody noted what those had seen
-        found = {"known": groups is not None and not borrowed, "seen": [{"salt": salt, "groups": hashes}]}
-    seen = [*found["seen"]]
+    found = claimed(facts)
+    seen = found["seen"]
     if source is not None:
-        seen.append(data.provenance_of(source, files=source.encoding == "photo"))
+        seen = [*seen, provenance_of(source, files=source.encoding == "photo")]
     merged = {}
     for entry in seen:
         own = merged.setdefault(entry["salt"], {key: set() for key in ("groups", "series", "files")})
@@ -560,7 +558,7 @@ def main(argv=None):
     facts, results = read_facts(args.ckpt), read_results(args.probe, args.ckpt)
     texts = dict(licence=licence_of(facts, args.license), created=created_utc())
     source = open_trained(facts, args.data)
-    provenance = provenance_of(facts, source)
+    provenance = provenance_file(facts, source)
     texts |= dict(data=datasets(facts, source), lineage=lineage(provenance))
     texts |= probe_numbers(results, facts, provenance["known"])
     if source is not None and source.crossing:

@@ -16,7 +16,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import PURPOSES, RGB_WINDOWS, WINDOWS_HU, open_for, open_source, slice_name, window_codes
 from tools.lib import sheet
-from tools.lib.cli import Parser, natural, positive, run, shown
+from tools.lib.cli import Parser, natural, run, shown, within
 
 SIDE = 288  # pixels of a tile: six of them make a sheet of 1,784
 LUNG_HU = (-950, -500)  # aerated lung; air is below, tissue above
@@ -220,7 +220,7 @@ def inspect_sample(source, i):
 def build_parser():
     parser = Parser(__doc__)
     parser.add_argument("--data", required=True, type=Path, help="processed CT folder, or folder tree of photographs")
-    parser.add_argument("--n", type=positive, default=10, help="slices to look at, at most 100")
+    parser.add_argument("--n", type=within("[1, 100]", int), default=10, help="images to look at, at most 100")
     parser.add_argument("--seed", type=natural, default=0, help="another seed draws other slices")
     parser.add_argument("--split", help="only slices of train, val_select or val_calib; default: of everything")
     parser.add_argument("--out", type=Path, help="PNG to write; default: DATA/_validation/samples_<split>_<seed>.png")
@@ -228,10 +228,7 @@ def build_parser():
 
 
 def main(argv=None):
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    if args.n > 100:
-        parser.error(f"--n {args.n}: a sheet of more than 100 rows is unreadable; use several --seed")
+    args = build_parser().parse_args(argv)
     source = open_split(args.data, args.split)
     chosen = np.random.default_rng(args.seed).permutation(len(source))[: args.n]
     failed, pictures = 0, []

@@ -10,7 +10,9 @@ Imports the standard library only (torch where a device is picked), so `--help` 
 import argparse
 import contextlib
 import ctypes
+import difflib
 import dis
+import operator
 import re
 import sys
 from pathlib import Path
@@ -35,24 +37,49 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description):
         super().__init__(description=description.split("\n\n")[0], allow_abbrev=False, formatter_class=Help)
 
+    def parse_known_args(self, args=None, namespace=None):
+        self.given = list(sys.argv[1:] if args is None else args)
+        return super().parse_known_args(args, namespace)
+
     def error(self, message):
+        """A flag that does not exist comes first: `--dat x` also lacks --data."""
+        known = self._option_string_actions
+        for flag in (word.split("=")[0] for word in self.given if re.match("--?[A-Za-z][^ ]*$", word)):
+            if flag not in known:
+                near = difflib.get_close_matches(flag.replace("_", "-"), known, 1)
+                message = f"there is no {shown(flag)}; " + (f"did you mean {near[0]}?" if near else "--help lists all")
+                break
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-def positive(text):
-    """argparse type: an integer of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
+TESTS = {
+    "[": ("at least", operator.ge),
+    "(": ("above", operator.gt),
+    "]": ("at most", operator.le),
+    ")": ("below", operator.lt),
+}
 
 
-def natural(text):
-    """argparse type: an integer of at least 0."""
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"must be at least 0, got {value}")
-    return value
+def within(interval, kind=float):
+    """argparse type: a finite number in an interval such as "[0, 1)", which 0 is in and 1 is not."""
+    ends = [(*TESTS[mark], float(end)) for mark, end in zip(interval[0] + interval[-1], interval[1:-1].split(","))]
+
+    def parse(text):
+        value = kind(text)
+        if broken := [f"{words} {end:g}" for words, test, end in ends if not test(value, end)]:
+            raise argparse.ArgumentTypeError(f"must be {' and '.join(broken)}, got {shown(text)}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse says "invalid float value"
+    return parse
+
+
+positive = within("[1, 1e18]", int)
+natural = within("[0, 1e18]", int)
+share = within("[0, 1]")  # also a probability
+not_negative = within("[0, inf)")
+above_zero = within("(0, inf)")
+finite = within("(-inf, inf)")
 
 
 def pick_device(name):

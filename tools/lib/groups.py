@@ -4,8 +4,9 @@ from collections import defaultdict
 
 import numpy as np
 
-from data import open_source, plain_name
+from data import open_source
 from tools.lib.cli import shown
+from tools.lib.provenance import plain_name
 
 MANY = 10  # patients under one id: what more of them share is a placeholder
 SHARED = {  # column -> why groups with one value of it are one patient

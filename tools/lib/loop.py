@@ -23,8 +23,8 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import checkpoint
-from data import RECIPES, Recipe, denormalise, provenance_of, refuse_leak, regular
-from model import read_facts
+from data import RECIPES, Recipe, denormalise, regular
+from model import check_arch
 from tools.lib import limits
 from tools.lib.cli import pick_device, shown
 from tools.lib.files import append_line, is_a, read_json_file, wrong_field
@@ -68,11 +68,24 @@ def shard(model, device):
 
 
 def largest_over_ranks(values, device):
-    """Element-wise maximum over ranks, on the host: the one transfer from the device in each update."""
-    t = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=device) for v in values])
+    """Element-wise maximum over ranks: the one transfer from the device in each update -> a function that waits for it.
+
+    What is queued on the device after this call is not waited for.
+    """
+    tensors = (v if isinstance(v, torch.Tensor) else torch.full((), float(v), device=device) for v in values)
+    t = torch.stack([v.float() for v in tensors])
     if dist.is_initialized():
         dist.all_reduce(t, dist.ReduceOp.MAX)
-    return t.tolist()
+    if device.type != "cuda":
+        return t.tolist
+    host, arrived = torch.empty_like(t, device="cpu", pin_memory=True).copy_(t, non_blocking=True), torch.cuda.Event()
+    arrived.record()
+
+    def wait():
+        arrived.synchronize()
+        return host.tolist()
+
+    return wait
 
 
 def divisor(flag, value, whole, of):
@@ -164,6 +177,9 @@ def check_flags(args, saved, harmless):
     return changed
 
 
+RESUMED = "step args arch student teacher gram optimizer centers index_sha256 split_sha256".split()
+
+
 def find_run(args, source, harmless, rank, world):
     """(checkpoint to go on from or None, its plain values, harmless changes of flags); refuses what is another run."""
     out, newest = Path(args.out), [None, False]
@@ -182,6 +198,13 @@ def find_run(args, source, harmless, rank, world):
         raise ValueError(f"{out} holds {path.name} and --resume never was given; choose another --out")
     # latest() has just verified it; tensors stay on disk
     state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    if missing := [name for name in RESUMED if name not in state]:
+        raise ValueError(f"{path}: field {missing[0]} is missing; use an older step_*.pth of the same run")
+    try:  # before anything of its size is made
+        weights = {k.removeprefix("backbone."): v for k, v in state["student"].items() if k.startswith("backbone.")}
+        check_arch(state["arch"], weights)
+    except (ValueError, LookupError, AttributeError) as error:
+        raise ValueError(f"{path}: {error}; use an older step_*.pth of the same run") from None
     facts = {key: value for key, value in state.items() if key not in ("student", "teacher", "gram", "optimizer")}
     changed = check_flags(args, facts["args"], harmless)
     for name in ("index_sha256", "split_sha256"):
@@ -190,23 +213,6 @@ def find_run(args, source, harmless, rank, world):
                 f"{args.data}: {name} differs from that of {path}; put the old data back, or use another --out"
             )
     return path, facts, changed
-
-
-def trained_on(weights, source, held_out):
-    """What this run's weights will have seen: its own groups and those behind the weights it is given.
-
-    None of the latter may be held out. weights: paths or None; those that do not say what they were trained on make
-    the whole unknown.
-    """
-    groups, known, seen = {*source.groups}, True, [provenance_of(source)]
-    for path in dict.fromkeys(filter(None, weights)):
-        facts = read_facts(path)
-        if held_out:
-            refuse_leak(facts, held_out, f"val_select (the weights are {path})")
-        earlier = facts.get("provenance") or {"known": bool(facts.get("trained_groups")), "seen": []}
-        groups |= {*(facts.get("trained_groups") or ())}
-        known, seen = known and earlier["known"], seen + [e for e in earlier["seen"] if e not in seen]
-    return {"trained_groups": sorted(groups), "provenance": {"known": known, "seen": seen}}
 
 
 @dataclasses.dataclass
@@ -290,21 +296,27 @@ def device_peak(device):
     return next((peak for card, peak in PEAK_TFLOPS.items() if card in name), None)
 
 
-def forward_flops(vit, size):
+def forward_flops(vit, size, read=None):
+    """Of one image; `read`: tokens for which the last block does more than keys, values and queries (None: all)."""
     patches = (size // vit.patch_size) ** 2
     tokens, weights = patches + 1 + vit.registers, sum(p.numel() for p in vit.blocks.parameters() if p.ndim == 2)
     attention, embedding = 2 * vit.depth * tokens**2 * vit.dim, patches * vit.patch_embed.proj.weight.numel()
-    return 2 * (tokens * weights + attention + embedding)
+    last = vit.blocks[-1]
+    rowwise = sum(p.numel() for part in (last.attn.proj, last.mlp) for p in part.parameters() if p.ndim == 2)
+    saved = 0 if read is None else (tokens - read) * rowwise
+    return 2 * (tokens * weights - saved + attention + embedding)
 
 
 def flops_per_image(student, recipe, args, with_gram):
     """Multiply-adds x 2 of one image in one update: student forward and backward, teacher forward, Gram forward."""
-    big, small = (forward_flops(student.backbone, s) for s in (recipe.global_size, recipe.local_size))
-    patches = (recipe.global_size // student.backbone.patch_size) ** 2
+    vit, patches = student.backbone, (recipe.global_size // student.backbone.patch_size) ** 2
     masked = 2 * patches * args.mask_probability * sum(args.mask_ratio) / 2
+    target = forward_flops(vit, recipe.global_size, 1 + masked / 2)
+    big = forward_flops(vit, recipe.global_size, 1 + patches) if with_gram else target
+    small = forward_flops(vit, recipe.local_size, 1)
     head = 2 * sum(p.numel() for p in student.dino_head.parameters())
     learned = 3 * (2 * big + recipe.local_crops * small + head * (2 + recipe.local_crops + masked))
-    targets = 2 * big + head * (2 + masked)
+    targets = 2 * target + head * (2 + masked)
     return learned + targets + (2 * forward_flops(student.backbone, recipe.gram_size) if with_gram else 0)
 
 
