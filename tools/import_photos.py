@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from checkpoint import write_text
-from data import BROKEN, PHOTO_ENDINGS, open_photo, read_csv, to_rgb, turn_of
+from data import BROKEN, INDEX_COLUMNS, PHOTO_ENDINGS, label_columns, open_photo, read_csv, to_rgb, turn_of
 from tools.lib.cli import Parser, positive, run, shown
 from tools.lib.files import VERSION, created_utc, csv_text, parse, read_json_file, walk_files, write_json
 
@@ -298,6 +298,10 @@ def main(argv=None):
         raise ValueError(f"--from {args.source}: no pictures ({kind})")
     name_classes(rows, args.classes == "as-is")
     rows, refused = place_rows(rows, name)
+    facts = dict.fromkeys(key for _, row, _ in rows.values() for key in row)
+    label_columns(labels, ["path", *facts])  # would open_source take them?
+    if taken := sorted({*facts} & {*INDEX_COLUMNS}):
+        raise ValueError(f"--from {args.source}: rename column {taken[0]}, a word of ours")
     tables = [read_rows(table) for table in (index, labels)]
     indexed, labelled = ({p: row for p, row in old.items() if not p.startswith(f"{name}/")} for old in tables)
     limits = args.min_side, args.max_aspect
