@@ -164,7 +164,7 @@ def test_mistakes_are_named(streets, tmp_path, capsys):
     for flags, words in (
         (["--size", "32x900"], "--size: each side at least 64, got 32x900"),
         (["--size", "64"], "--size: invalid size value: '64'"),
-        (["--object-share", 0.0001, 0.1], "--object-share: from 0.00081 (10 pixels) to 0.2"),
+        (["--object-share", 0.0001, 0.01], "--object-share: from 0.00081 (10 pixels) to 0.1"),
         (["--object-share", 0.1, 0.01], "--object-share"),
         (["--flip", 0.5], "--flip: from 0 to below 0.5"),
     ):
