@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data import read_labels
 from tools import import_photos
 
 ODD = (
@@ -30,7 +31,7 @@ def picture(path, size=(40, 48), colour=None, **options):
     return path
 
 
-def source(root, names):
+def pictures(root, names):
     """A folder of pictures; labels alternate."""
     for name in names:
         picture(root / name)
@@ -83,7 +84,7 @@ def metadata_jsonl(root, rows):
 
 @pytest.mark.parametrize("write", [labels_json, bare_csv, csv_with_header, metadata_csv, metadata_jsonl])
 def test_tables_of_every_form_give_the_same_labels_and_exact_paths(tmp_path, write):
-    rows = source(tmp_path / "raw", ODD)
+    rows = pictures(tmp_path / "raw", ODD)
     write(tmp_path / "raw", rows)
     found = bring(tmp_path / "raw", tmp_path / "out")
     named = {row["path"]: row["label"] for row in found}
@@ -98,6 +99,8 @@ def test_tables_of_every_form_give_the_same_labels_and_exact_paths(tmp_path, wri
         (f"s/{name}", "40", "48", "1", "") for name in ODD
     )
     assert all(int(row["bytes"]) == (tmp_path / "out" / row["path"]).stat().st_size for row in index)
+    read, _ = read_labels(tmp_path / "out" / "labels.csv", tmp_path / "out")
+    assert {row["path"]: row["label"] for row in read} == named
 
 
 @pytest.mark.parametrize("classes", [("no_roadwork", "roadwork"), ("0", "1"), ("class_0", "Class 1"), ("0", "55")])
@@ -139,15 +142,17 @@ def test_parquet_shards_or_a_line_that_says_what_is_missing(tmp_path, monkeypatc
         ("no_roadwork", "d", "train"),
     ]
     assert [(tmp_path / "out" / row["path"]).read_bytes() for row in found] == contents[:4]
-    assert list(refused(tmp_path / "out")) == ["s/data/train-00001-of-00002/000001.jpg"]
-    assert not (tmp_path / "out" / "s/data/train-00001-of-00002/000001.jpg").exists()
+    assert list(refused(tmp_path / "out")) == ["s/data/train-00001-of-00002/000002.jpg"]
+    assert not (tmp_path / "out" / "s/data/train-00001-of-00002/000002.jpg").exists()
 
 
 def test_published_parts_are_never_pooled_without_a_word(tmp_path):
     for part, n in (("train", 3), ("Test", 2), ("validation", 1)):
         for k in range(n):
             picture(tmp_path / "raw" / part / "roadwork" / f"{k}.jpg")
-    with pytest.raises(ValueError, match=r"has parts \(test 2, train 3, val 1\).*--parts test,train,val takes all"):
+    with pytest.raises(
+        ValueError, match=r"has parts \(test 2, train 3, val 1\).*name some; --parts test,train,val keeps all"
+    ):
         bring(tmp_path / "raw", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert len(bring(tmp_path / "raw", tmp_path / "out", "--parts", "train")) == 3
@@ -163,7 +168,7 @@ def test_published_parts_are_never_pooled_without_a_word(tmp_path):
 
 
 def test_an_unknown_label_is_an_error_that_names_it(tmp_path):
-    rows = source(tmp_path / "raw", ["a.jpg", "b.jpg", "c.jpg"])
+    rows = pictures(tmp_path / "raw", ["a.jpg", "b.jpg", "c.jpg"])
     write_csv(tmp_path / "raw" / "labels.csv", [*rows[:2], ("c.jpg", "roadwrok")])
     with pytest.raises(
         ValueError, match=r"unknown labels 'roadwrok' \(1\), first in labels.csv, row 3; known are no_road"
@@ -190,22 +195,24 @@ def test_what_is_unfit_is_listed_with_its_reason_and_stays_out(tmp_path, capsys)
     (raw / "page.jpg").write_text("<html>not found</html>")
     (raw / "empty.jpg").touch()
     Image.fromarray(np.zeros((32, 32), np.uint16)).save(raw / "deep.png")
-    picture(raw / "kind.webp")
+    picture(raw / "kind.gif")
+    picture(raw / "fine.webp")
     (raw / "folder.jpg").mkdir()
     names = sorted(p.name for p in raw.iterdir()) + ["gone.jpg", "good.jpg"]
     write_csv(raw / "labels.csv", [(name, 1) for name in names])
     found = bring(raw, tmp_path / "out")
-    assert [row["path"] for row in found] == ["s/good.jpg", "s/trailing.jpg", "s/turned.jpg"]
+    good = ["fine.webp", "good.jpg", "trailing.jpg", "turned.jpg"]
+    assert [row["path"] for row in found] == [f"s/{name}" for name in good]
     reasons = {path.removeprefix("s/"): reason for path, reason in refused(tmp_path / "out").items()}
     expected = {"small.jpg": "too small: 15 x 44", "long.png": "too long: 20 x 61", "cut.jpg": "truncated",
                 "gone.jpg": "missing", "page.jpg": "content is HTML", "empty.jpg": "content is unknown",
-                "deep.png": "mode I;16", "kind.webp": "ends in none of",
+                "deep.png": "mode I;16", "kind.gif": "ends in none of",
                 "folder.jpg": "a folder, not a file",
-                "good.jpg": "named twice: labels.csv, row 13, and labels.csv, row 5"}  # fmt: skip
+                "good.jpg": "named twice: labels.csv, row 14, and labels.csv, row 6"}  # fmt: skip
     assert reasons.keys() == expected.keys()
     for name, reason in expected.items():
         assert reason in reasons[name], (name, reasons[name])
-    assert sorted(p.name for p in (tmp_path / "out" / "s").iterdir()) == ["good.jpg", "trailing.jpg", "turned.jpg"]
+    assert sorted(p.name for p in (tmp_path / "out" / "s").iterdir()) == good
     index = {row["path"]: row for row in table(tmp_path / "out" / "_index" / "photos.csv")}
     assert [index["s/turned.jpg"][key] for key in ("height", "width", "upright")] == ["44", "20", "0"]
     assert index["s/gone.jpg"]["reason"] == "missing" and index["s/gone.jpg"]["bytes"] == ""
@@ -234,30 +241,33 @@ def gps(lat, lon, taken="2025:06:01 12:30:00"):
 def test_exif_gives_place_and_time_and_nothing_else(tmp_path):
     raw = tmp_path / "raw"
     for name, exif in (
-        ("a", gps(52.5, -13.25)),
-        ("b", gps(-33.125, 151.2, "0000:00:00 00:00:00")),
+        ("a", gps(-52.5, -13.25)),
+        ("b", gps(33.125, 151.2, "0000:00:00 00:00:00")),
         ("c", Image.Exif()),
     ):
         picture(raw / f"{name}.jpg", exif=exif)
     picture(raw / "zero.jpg", exif=gps(0, 0))
     write_csv(
         raw / "labels.csv",
-        [("path", "label", "lat"), *((f"{n}.jpg", 1, "1.5" * (n == "zero")) for n in ("a", "b", "c", "zero"))],
+        [
+            ("path", "label", "lat", "time"),
+            *((f"{n}.jpg", 1, "-33" * (n == "b"), "noon" * (n == "a")) for n in ("a", "b", "c", "zero")),
+        ],
     )
     found = bring(raw, tmp_path / "out", "--facts", "exif")
     assert list(found[0]) == ["path", "label", "source", "lat", "lon", "time"]
     assert [(row["lat"], row["lon"], row["time"]) for row in found] == [
-        ("52.500000", "-13.250000", "2025-06-01T12:30:00"),
-        ("-33.125000", "151.200000", ""),
+        ("-52.500000", "-13.250000", "noon"),
+        ("-33", "", ""),  # what the source says stays, and stays alone
         ("", "", ""),
-        ("1.5", "", "2025-06-01T12:30:00"),  # 0, 0 is no place; what the source says stays
+        ("", "", "2025-06-01T12:30:00"),  # 0, 0 is no place
     ]
     assert "SECRET" not in "".join(p.read_text() for p in (tmp_path / "out").rglob("*.[cj]s*"))
-    assert list(bring(raw, tmp_path / "out")[0]) == ["path", "label", "source", "lat"]
+    assert list(bring(raw, tmp_path / "out")[0]) == ["path", "label", "source", "lat", "time"]
 
 
 def test_links_by_default_copies_if_asked_and_the_same_again_changes_nothing(tmp_path):
-    rows = source(tmp_path / "raw", ["a.jpg", "b.jpg", "c/d.jpg"])
+    rows = pictures(tmp_path / "raw", ["a.jpg", "b.jpg", "c/d.jpg"])
     labels_json(tmp_path / "raw", rows)
     out, one = tmp_path / "out", tmp_path / "out" / "s" / "c" / "d.jpg"
     bring(tmp_path / "raw", out)
@@ -279,7 +289,7 @@ def test_links_by_default_copies_if_asked_and_the_same_again_changes_nothing(tmp
 
 
 def test_where_hard_links_fail_there_are_symbolic_ones_then_copies(tmp_path, monkeypatch):
-    labels_json(tmp_path / "raw", source(tmp_path / "raw", ["a.jpg"]))
+    labels_json(tmp_path / "raw", pictures(tmp_path / "raw", ["a.jpg"]))
 
     def no(*_):
         raise OSError("cross-device link")
@@ -297,7 +307,7 @@ def test_where_hard_links_fail_there_are_symbolic_ones_then_copies(tmp_path, mon
 
 def test_sources_add_up_and_an_import_again_replaces_its_own_only(tmp_path):
     for name, files in (("a", ["1.jpg", "2.jpg"]), ("b", ["1.jpg", "3.jpg"])):
-        labels_json(tmp_path / name, source(tmp_path / name, files))
+        labels_json(tmp_path / name, pictures(tmp_path / name, files))
         bring(tmp_path / name, tmp_path / "out", name=name)
     labels_json(tmp_path / "a", [("2.jpg", 0)])
     found = bring(tmp_path / "a", tmp_path / "out", name="a")
@@ -311,11 +321,11 @@ def test_sources_add_up_and_an_import_again_replaces_its_own_only(tmp_path):
 
 
 def test_mistakes_are_named(tmp_path):
-    rows = source(tmp_path / "raw", ["a.jpg"])
+    rows = pictures(tmp_path / "raw", ["a.jpg"])
     cases = (
         ("labels.json", '{"a": 1', "labels.json is damaged, or no JSON"),
         ("labels.json", '{"a": 1}', "expected objects with filename and label"),
-        ("labels.json", '[{"name": "a", "label": 1}]', "entry 1: no column path, filename.*but name, label"),
+        ("labels.json", '[{"name": "a", "label": 1}]', "row 1: no column path, filename.*but name, label"),
         ("labels.csv", "a.jpg,1,2\n", "row 1: 3 cells, expected path,label"),
         ("labels.csv", "../a.jpg,1\n", "row 1: ../a.jpg leads out of the source"),
         ("labels.csv", "", "no pictures"),
@@ -325,6 +335,14 @@ def test_mistakes_are_named(tmp_path):
         with pytest.raises(ValueError, match=words):
             bring(tmp_path / "raw", tmp_path / "out")
         (tmp_path / "raw" / name).unlink()
+    for column, words in (
+        ("grop", "looks like 'group'; rename it"),
+        ("series", "rename column series, a word of ours"),
+    ):
+        write_csv(tmp_path / "raw" / "labels.csv", [("path", "label", column), ("a.jpg", 1, "x")])
+        with pytest.raises(ValueError, match=words):
+            bring(tmp_path / "raw", tmp_path / "out")
+    (tmp_path / "raw" / "labels.csv").unlink()
     labels_json(tmp_path / "raw", rows)
     with pytest.raises(ValueError, match="lies inside --from"):
         bring(tmp_path / "raw", tmp_path / "raw" / "out")

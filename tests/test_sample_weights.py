@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -18,17 +19,16 @@ KM = 1 / 111.195  # degrees of latitude per kilometre
 def folder(tmp_path_factory):
     """80 pictures, split; facts.csv tells source and place: every tenth has none, others lie north of a town."""
     root = tmp_path_factory.mktemp("photos")
-    facts = [("Path", "label", "Source", "lat", "lon")]
+    facts = [("path", "label", "source", "lat", "lon")]
     names = [f"p{k:02d} é.png" for k in range(80)]
     for k, name in enumerate(names):
         Image.new("RGB", (8, 8), (k, 3 * k, 0)).save(root / name)
         label, km = ("yes", "no")[k % 4 > 0], (10, 49.9, 50.1, 199, 201, 499, 501, 3000)[k % 8]
         place = ("", "") if k % 10 == 0 else (f"{TOWN[0] + km * KM:.6f}", TOWN[1])
         facts.append((name, label, ("natix", "extra")[k % 3 == 0], *place))
-    write(root / "labels.csv", [row[:2] for row in [("path", "label"), *facts[1:]]])
-    write(root / "facts.csv", facts)
+    write(root / "labels.csv", facts)
     ratios = "train=0.5,val_select=0.2,val_calib=0.2,val_test=0.1"
-    assert make_splits.main(["--data", str(root), "--ratios", ratios]) == 0
+    assert make_splits.main(["--data", str(root), "--ratios", ratios, "--min-per-class", "1"]) == 0
     return root
 
 
@@ -50,10 +50,10 @@ def split_of(folder):
 def weigh(folder, tmp_path, *columns):
     """{path: weight} and the facts of the same paths."""
     out = tmp_path / "weights.csv"
-    argv = ["--data", folder, "--labels", "facts.csv", "--out", out, "--by", *columns]
+    argv = ["--data", folder, "--out", out, "--by", *columns]
     assert sample_weights.main(list(map(str, argv))) == 0
     return {row["path"]: float(row["weight"]) for row in table(out)}, {
-        row["Path"]: row for row in table(folder / "facts.csv")
+        row["path"]: row for row in table(folder / "labels.csv")
     }
 
 
@@ -67,9 +67,9 @@ def test_classes_and_sources_get_their_shares_and_only_train_is_written(folder, 
     assert share(weights, lambda path: facts[path]["label"] == "yes") == pytest.approx(0.5)
     assert np.mean(list(weights.values())) == pytest.approx(1)
     alike, _ = weigh(folder, tmp_path, "source")
-    assert share(alike, lambda path: facts[path]["Source"] == "natix") == pytest.approx(0.5)
+    assert share(alike, lambda path: facts[path]["source"] == "natix") == pytest.approx(0.5)
     mixed, _ = weigh(folder, tmp_path, "source:natix=70,extra=30")
-    assert share(mixed, lambda path: facts[path]["Source"] == "natix") == pytest.approx(0.7)
+    assert share(mixed, lambda path: facts[path]["source"] == "natix") == pytest.approx(0.7)
     product, _ = weigh(folder, tmp_path, "class", "source:natix=0.7,extra=0.3")
     first = next(iter(weights))
     for path in weights:
@@ -118,29 +118,26 @@ def test_pictures_near_the_region_are_drawn_more_often(folder, tmp_path, capsys)
 
 
 def test_centres_that_are_places_of_held_out_pictures_are_refused(folder, tmp_path):
-    rows = {row["Path"]: row for row in table(folder / "facts.csv")}
-    held = write(tmp_path / "facts.csv", [("path", "label", "lat", "lon"), *(
-        (path, "no", 40 + k / 10, 5) for k, path in enumerate(sorted(rows)))])  # fmt: skip
-    own = {row["path"]: row for row in table(held)}
+    own = shutil.copytree(folder, tmp_path / "photos")
+    places = {path: (40 + k / 10, 5) for k, path in enumerate(sorted(split_of(folder)))}
+    write(own / "labels.csv", [("path", "label", "lat", "lon"), *((path, "no", *at) for path, at in places.items())])
     for split in ("train", "val_select", "val_calib", "val_test"):
         path = next(path for path, name in split_of(folder).items() if name == split)
-        regions = write(tmp_path / "regions.csv", [("lat", "lon"), (60, 60), (own[path]["lat"], own[path]["lon"])])
-        argv = ["--data", folder, "--labels", held, "--out", tmp_path / "w.csv", "--by", f"gps:{regions}"]
+        regions = write(tmp_path / "regions.csv", [("lat", "lon"), (60, 60), places[path]])
         if split == "train":
-            assert sample_weights.main(list(map(str, argv))) == 0
+            weigh(own, tmp_path, f"gps:{regions}")
             continue
         with pytest.raises(ValueError, match="regions.csv, row 2: this centre is the place of a picture outside train"):
-            sample_weights.main(list(map(str, argv)))
-    write(held, [("path", "label", "lat", "lon"), *((path, "no", 40, 5) for path in rows)])
-    write(regions, [("lat", "lon"), (40, 5)])
-    assert sample_weights.main(list(map(str, argv))) == 0  # a picture of train lies there too
+            weigh(own, tmp_path, f"gps:{regions}")
+    write(own / "labels.csv", [("path", "label", "lat", "lon"), *((path, "no", 40, 5) for path in places)])
+    weigh(own, tmp_path, f"gps:{write(regions, [('lat', 'lon'), (40, 5)])}")  # a picture of train lies there too
 
 
 def predictions(folder, path, split="train"):
     """Every third is given 0.9 for yes, one exactly 0.7."""
-    rows = [row for row in table(folder / "facts.csv") if split_of(folder)[row["Path"]] == split]
+    rows = [row for row in table(folder / "labels.csv") if split_of(folder)[row["path"]] == split]
     lines = [("id", "group", "label", "p_no", "p_yes", "decision", "set")]
-    lines += [(row["Path"], "", row["label"], 0, (0.9, 0.7, 0.1)[k % 3], "", "") for k, row in enumerate(rows)]
+    lines += [(row["path"], "", row["label"], 0, (0.9, 0.7, 0.1)[k % 3], "", "") for k, row in enumerate(rows)]
     return write(path, lines)
 
 
@@ -167,31 +164,29 @@ def test_mistakes_are_named(folder, tmp_path):
         ("source:natix=1", "--by source:natix=1: each source of train needs a share above 0; there are extra"),
         ("source:natix=1,extra=0", "needs a share above 0"),
         ("source:natix", "write it like source:natix=70,extra=30"),
-        ("gps", "needs a table of centres"),
+        ("gps", "need a table with columns lat, lon: write gps:FILE"),
         (f"gps:{regions}", "there must be one"),
-        (f"gps:{odd}", r"row 1: \[95.0, 0.0\] is no place on Earth"),
+        (f"gps:{odd}", r"odd.csv: \[95.0, 0.0\] is no place on Earth"),
         (f"gps:{text}", "a lat or lon is no number"),
-        ("hard", "has id and two columns p_<class>"),
-        (f"hard:{tmp_path / 'p.csv'}", "has columns p_no, p_maybe, but train has label yes"),
+        (f"gps:{tmp_path / 'p.csv'}", "each row needs lat, lon as its header names them"),
+        ("hard", "need a table with columns id"),
+        (f"hard:{folder / 'labels.csv'}", "each row needs id as its header"),
+        (f"hard:{write(tmp_path / 'one.csv', [('id', 'p_yes')])}", "columns id, p_yes; a table of predictions has two"),
+        (f"hard:{tmp_path / 'p.csv'}", "has classes no, maybe, but train has label yes"),
     ):
         with pytest.raises(ValueError, match=words):
             weigh(folder, tmp_path, column)
     with pytest.raises(ValueError, match="each once"):
         weigh(folder, tmp_path, "class", "class")
-    write(tmp_path / "few.csv", table_without_one(folder))
-    with pytest.raises(ValueError, match=r"few.csv has no row of p.* \(1 pictures of train\)"):
-        sample_weights.main(["--data", str(folder), "--labels", str(tmp_path / "few.csv"), "--by", "class"])
-    with pytest.raises(ValueError, match="labels.csv has no column source; it has path, label"):
-        sample_weights.main(["--data", str(folder), "--by", "source"])
-    assert not (tmp_path / "weights.csv").exists() and not (folder / "_labels").exists()
-
-
-def table_without_one(folder):
-    path = next(path for path, split in split_of(folder).items() if split == "train")
-    return [
-        ("path", "label"),
-        *((row["Path"], row["label"]) for row in table(folder / "facts.csv") if row["Path"] != path),
-    ]
+    own = shutil.copytree(folder, tmp_path / "photos")
+    write(own / "labels.csv", [("path", "label"), *((path, "no") for path in split_of(folder))])
+    for column, words in (("source", "labels.csv has no column source"), (f"gps:{regions}", "there must be one")):
+        with pytest.raises(ValueError, match=words):
+            weigh(own, tmp_path, column)
+    write(regions, [("lat", "lon"), (1, 1)])
+    with pytest.raises(ValueError, match="labels.csv has no column lat"):
+        weigh(own, tmp_path, f"gps:{regions}")
+    assert not (tmp_path / "weights.csv").exists()
 
 
 def test_looking_at_no_picture_it_records_no_look(folder, tmp_path):
