@@ -56,9 +56,19 @@ SIGNATURES = {b"%!PS": "EPS", b"\xc5\xd0\xd3\xc6": "EPS", b"%PDF": "PDF", b"GIF8
               b"<": "HTML, XML or SVG", b"PK": "zip"}  # fmt: skip
 PURPOSES = {"fit": "train", "select": "val_select", "calibrate": "val_calib", "test": "val_test"}
 TABLES = ("labels.csv", "weights.csv")  # ours, in a folder of pictures
-ODD_PATH = re.compile(r"^[./\s]|\\|//|/\.|\s$")
+ODD_PATH = re.compile(r"^[./\s]|\\|//|/\.|\s$", re.MULTILINE)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as released DINOv3 weights expect
-STREAMS = {"order": 1, "crops": 2, "masks": 3, "limit": 4, "sizes": 5, "rope": 6, "depth": 7}  # none meets another
+STREAMS = {
+    "order": 1,
+    "crops": 2,
+    "masks": 3,
+    "limit": 4,
+    "sizes": 5,
+    "rope": 6,
+    "depth": 7,
+    "augment": 8,
+    "mix": 9,
+}  # none meets another
 
 
 # what numpy and pillow say of broken files; tokenize: the header of a .npy is a Python literal
@@ -129,6 +139,10 @@ class Rows:
         values = self.columns[key]
         return np.array(self.names[key])[values] if key in self.names else values
 
+    def texts(self, key):
+        """A column as a list of texts."""
+        return [v.decode() if isinstance(v, bytes) else str(v) for v in self.column(key).tolist()]
+
     def take(self, index):
         return Rows({key: values[index] for key, values in self.columns.items()}, self.names)
 
@@ -161,7 +175,7 @@ def read_index(path):
             lines = f"{1024 * number + 2} to {1024 * number + len(rows) + 1}"
             raise ValueError(f"{path}: in lines {lines} a row is malformed: {str(error)[:200]}") from None
     if not columns["path"]:
-        raise ValueError(f"{path} has no rows; run tools/preprocess_dicom.py")
+        raise ValueError(f"{path} has no rows; preprocess again")
     rows = Rows({k: np.concatenate(v) for k, v in columns.items()}, {k: list(v) for k, v in names.items()})
     check_rows(path, rows, np.concatenate(keys))
     return rows
@@ -188,7 +202,7 @@ def check_rows(path, rows, keys):
     for reason, bad in wrong.items():
         if bad.any():
             line, name = bad.argmax() + 2, names[bad.argmax()].decode()
-            raise ValueError(f"{path}, line {line} ({name[:200]}): {reason}; run tools/preprocess_dicom.py again")
+            raise ValueError(f"{path}, line {line} ({name[:200]}): {reason}; preprocess again")
 
 
 def encode_column(key, texts, names):
@@ -286,8 +300,9 @@ def below(root, name):
     return os.path.relpath(plain, top) if plain.startswith(top + "/") else plain
 
 
-def label_rows(path, root, unlabelled=False):
-    """Of a label table first (names of its columns, is it one of nodules?), then each row as {name: cell}."""
+def label_pieces(path, root, unlabelled=False):
+    """Of a label table first (names of its columns, is it one of nodules?), then pieces: (number of the first row,
+    {name: list of cells})."""
     pieces = read_csv(path)
     header = next(pieces)
     if len(header) == 1 and (marks := [mark for mark in ";\t" if mark in header[0]]):
@@ -296,24 +311,29 @@ def label_rows(path, root, unlabelled=False):
         say_once(f"{path}: columns are separated by {marks[0]!r}")
     names, nodules = label_columns(path, header)
     yield names, nodules
-    said = False
-    for number, line in enumerate((line for piece in pieces for line in piece if line), 2):
-        row = dict(zip(names, line))
-        if len(line) != len(names):
-            raise ValueError(f"{path}, row {number}: {len(line)} cells of {len(names)}; write it anew")
-        if not (unlabelled or row["label"].strip()):
-            raise ValueError(f"{path}, row {number}: no label; give it one, or leave the row out")
-        if ODD_PATH.search(row["path"]) and (plain := below(root, row["path"])) != row["path"]:
-            if not said:
-                say_once(f"{path}: paths are read as below {root}: {row['path']!r} as {plain!r}, and so on")
-            said, row["path"] = True, plain
-        yield row
+    number, said = 2, False
+    for piece in pieces:
+        lines = [line for line in piece if line]
+        for k, line in enumerate(lines):
+            if len(line) != len(names):
+                raise ValueError(f"{path}, row {number + k}: {len(line)} cells of {len(names)}; write it anew")
+        columns = dict(zip(names, map(list, zip(*lines)))) if lines else {name: [] for name in names}
+        if not unlabelled and (empty := [k for k, label in enumerate(columns["label"]) if not label.strip()]):
+            raise ValueError(f"{path}, row {number + empty[0]}: no label; give it one, or leave the row out")
+        if ODD_PATH.search("\n".join(columns["path"])):
+            plain = [below(root, name) if ODD_PATH.search(name) else name for name in columns["path"]]
+            changed = [pair for pair in zip(columns["path"], plain) if pair[0] != pair[1]]
+            if changed and not said:
+                say_once(f"{path}: paths are read as below {root}: {changed[0][0]!r} as {changed[0][1]!r}, and so on")
+            said, columns["path"] = said or bool(changed), plain
+        yield number, columns
+        number += len(lines)
 
 
 def read_labels(path, root, unlabelled=False):
     """A label table of images below root -> (rows as dicts, are they nodules?)."""
-    (_, nodules), *rows = label_rows(path, root, unlabelled)
-    return rows, nodules
+    (names, nodules), *pieces = label_pieces(path, root, unlabelled)
+    return [dict(zip(names, cells)) for _, columns in pieces for cells in zip(*columns.values())], nodules
 
 
 def is_dicom(path):
@@ -321,30 +341,51 @@ def is_dicom(path):
         return f.read(132)[128:] == b"DICM"
 
 
+def indexed_photos(path):
+    """_index/photos.csv of an import -> (sorted paths, their sizes in bytes); no picture is touched."""
+    pieces, found = read_csv(path), []
+    header = next(pieces)
+    try:
+        name, size, reason = (header.index(key) for key in ("path", "bytes", "reason"))
+        for rows in pieces:
+            found += [(row[name], int(row[size])) for row in rows if not row[reason]]
+    except (ValueError, LookupError) as error:
+        raise ValueError(f"{path} is damaged ({error}); delete it, or import the pictures again") from None
+    found.sort()
+    return [name for name, _ in found], np.array([size for _, size in found], np.int64)
+
+
 def index_photos(root):
-    paths = photo_paths(root)
+    index = root / "_index" / "photos.csv"
+    paths, sizes = indexed_photos(index) if index.exists() else (photo_paths(root), None)
     if not paths:
         some = itertools.islice((path for path in root.rglob("*") if path.is_file()), 100)
         raw = "; it holds DICOM files as acquired: preprocess them first" if any(map(is_dicom, some)) else ""
         raise FileNotFoundError(f"{root} has neither _index/index.csv nor a picture ({' '.join(PHOTO_ENDINGS)}){raw}")
     table, at = root / "labels.csv", {path: i for i, path in enumerate(paths)}
-    texts, group_of, missing = {"label": [b""] * len(paths)}, list(paths), []
-    rows = label_rows(table, root, unlabelled=True) if table.exists() else iter([((), False)])
-    names, nodules = next(rows)
+    group_of, missing, same = list(paths), [], {}
+    pieces = label_pieces(table, root, unlabelled=True) if table.exists() else iter([(("label",), False)])
+    names, nodules = next(pieces)
     if nodules:
         raise ValueError(f"{table} is a table of CT nodules; expected path,label[,group]")
     if taken := sorted({*names} & {*INDEX_COLUMNS} - {"path"}):
         raise ValueError(f"{table}: rename column {taken[0]}, a word of ours; what must stay together is called group")
-    texts |= {name: [b""] * len(paths) for name in names if name not in ("path", "label", "group")}
-    for number, row in enumerate(rows, 2):
-        if (i := at.get(row["path"])) is None:
-            missing.append(row["path"])
-            continue
-        if (label := texts["label"][i].decode()).strip() not in ("", row["label"].strip()) and row["label"].strip():
-            raise ValueError(f"{table}, row {number}: {paths[i]} has label {row['label']}, and {label} above; keep one")
-        group_of[i] = row.get("group") or paths[i]  # of a path that stands in two groups the last
-        for name, column in texts.items():
-            column[i] = row[name].encode()
+    texts = {name: [""] * len(paths) for name in names if name not in ("path", "group")}
+    for number, columns in pieces:
+        where = [at.get(name) for name in columns["path"]]
+        missing += [name for name, i in zip(columns["path"], where) if i is None]
+        for name, cells in columns.items():
+            if name != "path":  # one object for equal texts: a million labels are few
+                columns[name] = list(map(same.setdefault, cells, cells))
+        for k, (i, label) in enumerate(zip(where, columns["label"])):
+            if i is not None and label.strip() and texts["label"][i].strip() not in ("", label.strip()):
+                both = f"{paths[i]} has label {label}, and {texts['label'][i]} above"
+                raise ValueError(f"{table}, row {number + k}: {both}; keep one")
+        for name, cells in columns.items():
+            column = group_of if name == "group" else texts.get(name)
+            for i, cell in zip(where, cells if column is not None else ()):
+                if i is not None and (cell or name != "group"):  # of a path that stands in two groups the last
+                    column[i] = cell
     if missing:
         name = min(missing)
         like = [p for p in paths if p.casefold() == name.casefold()]
@@ -355,13 +396,16 @@ def index_photos(root):
     codes = np.array([groups.setdefault(group, len(groups)) for group in group_of], np.int32)
     columns, texts_of = {"path": np.array([p.encode() for p in paths]), "group": codes, "series": codes}, {}
     for name, column in texts.items():
-        if max(map(len, column)) * len(column) <= 4 * sum(map(len, column)) + 64 * len(column):
-            columns[name] = np.array(column)
+        found = dict.fromkeys(column)
+        longest = max(len(text.encode()) for text in found)
+        if longest * len(column) <= 4 * sum(map(len, column)) + 64 * len(column):
+            columns[name] = np.array([text.encode() for text in column])
         else:  # one long text would make all rows as long
-            found = {}
-            columns[name] = np.array([found.setdefault(text, len(found)) for text in column], np.int32)
-            texts_of[name] = [text.decode() for text in found]
-    named = "\n".join(f"{p},{group}" for p, group in zip(paths, group_of))  # they decide who is trained on
+            codes = dict(zip(found, range(len(found))))
+            columns[name], texts_of[name] = np.array([codes[text] for text in column], np.int32), list(found)
+    if sizes is not None:
+        columns["bytes"] = sizes
+    named = "\n".join(map(",".join, zip(paths, group_of)))  # they decide who is trained on
     sha = hashlib.sha256(named.encode()).hexdigest()
     return Rows(columns, {"group": list(groups), "series": list(groups), **texts_of}), sha
 
@@ -426,11 +470,14 @@ def upright(image, turn):
 class Source:
     """Images of one encoding: len(source), source.read(i) -> [C, H, W], source.rows[i] -> metadata, source.groups."""
 
-    def __init__(self, root, encoding, rows, index_sha256, split_sha256=None, splits=None, crossing=0):
+    def __init__(self, root, encoding, rows, index_sha256, split_sha256=None, splits=None, crossing=0,
+                 earlier_looks=0):  # fmt: skip
         self.root, self.encoding, self.rows = root, encoding, rows
         self.index_sha256, self.split_sha256 = index_sha256, split_sha256
         self.splits = splits  # split of each row, where it was opened for a purpose
         self.crossing = crossing  # sets of duplicates that lie in several splits, where that was allowed
+        self.earlier_looks = earlier_looks  # at val_test, by other weights or another policy, where it was opened
+        self.upto, self.weights_sha256 = None, None  # running sum of weights, and their table: see weighed
         used = np.unique(rows.columns["group"])
         self.groups = sorted(rows.names["group"][code] for code in used)
         # neighbours in a volume are near copies, so one batch should hold one slice per series
@@ -445,6 +492,7 @@ class Source:
     def read(self, i):
         """uint8 [3, H, W] of rgb-v1 and photographs (upright); int16 HU [3, H, W] of hu16-v1: slices z-1, z, z+1."""
         path = self.path(i)
+        self.check(i)
         try:
             if self.encoding == "hu16-v1":
                 image = read_slices(path, int(self.rows.columns["z"][i]))
@@ -458,6 +506,15 @@ class Source:
             raise Unreadable(f"{path} has {image.shape[1:]} pixels, the index says {self.size(i)}")
         return torch.from_numpy(np.ascontiguousarray(image))
 
+    def check(self, i):
+        """Refuse a picture that is no longer the one that was indexed."""
+        if "bytes" in self.rows.columns:
+            path, known = self.path(i), int(self.rows.columns["bytes"][i])
+            found = os.stat(path).st_size if path.exists() else None
+            if found != known:
+                state = "is gone" if found is None else f"has {found} bytes"
+                raise Unreadable(f"{path} {state}, {known} when it was indexed: import it again")
+
     def size(self, i):
         return int(self.rows.columns["rows"][i]), int(self.rows.columns["cols"][i])
 
@@ -470,10 +527,16 @@ class Source:
     def take(self, index):
         splits = None if self.splits is None else self.splits[index]
         rows = self.rows.take(index)
-        return Source(self.root, self.encoding, rows, self.index_sha256, self.split_sha256, splits, self.crossing)
+        return Source(self.root, self.encoding, rows, self.index_sha256, self.split_sha256, splits, self.crossing,
+                      self.earlier_looks)  # fmt: skip
 
     def order(self, seed, step, batch):
-        """Sample ids of one update: a new permutation each epoch; one slice per series and batch where possible."""
+        """Sample ids of one update: a new permutation each epoch; one slice per series and batch where possible.
+
+        With weights (see weighed): drawn with replacement, as often as each weighs.
+        """
+        if self.upto is not None:
+            return np.searchsorted(self.upto, self.upto[-1] * rng(seed, "order", step).random(batch), "right")
         updates = max(len(self) // batch, 1)  # per epoch; what does not fill a batch is left out, other ones each epoch
         epoch, position = divmod(step, updates)
         return epoch_order(self, seed, epoch, batch)[position]
@@ -492,6 +555,32 @@ def epoch_order(source, seed, epoch, batch):
     shuffled = random.permutation(source.series.max() + 1)[source.series[ids]]
     dealt = ids[np.argsort(shuffled, kind="stable")].reshape(batch, updates).T  # card i goes to update i % updates
     return random.permuted(dealt[random.permutation(updates)], axis=1)
+
+
+def weighed(source, table):
+    """The source, whose images are drawn as often as a table path,weight says (tools/sample_weights.py writes it)."""
+    table, pieces = find_table(source.root, Path(table)), []
+    header, *pieces = read_csv(table)
+    if source.encoding != "photo" or header != ["path", "weight"]:
+        raise ValueError(
+            f"--weights {table}: expected columns path,weight of photographs, found {','.join(header)[:99]}"
+        )
+    try:
+        found = {name: float(weight) for rows in pieces for name, weight in rows}
+    except ValueError as error:
+        raise ValueError(f"--weights {table}: a row is not a path and a number ({error}); write it anew") from None
+    names = source.rows.texts("path")
+    if strangers := found.keys() - {*names}:
+        some = f"{min(strangers)!r} ({len(strangers)} in all)"
+        raise ValueError(f"--weights {table} names {some}, which is not among the images to train on; write it anew")
+    if absent := [name for name in names if name not in found]:
+        raise ValueError(f"--weights {table} does not name {absent[0]!r} ({len(absent)} in all); write it anew")
+    weights = np.array([found[name] for name in names])
+    if not (np.isfinite(weights).all() and weights.min() >= 0 and weights.max() > 0):
+        raise ValueError(f"--weights {table}: weights are numbers from 0 up, not all 0; write it anew")
+    source = source.take(np.arange(len(source)))
+    source.upto, source.weights_sha256 = np.cumsum(weights), file_sha256(table)
+    return source
 
 
 def read_slices(path, z):
@@ -559,8 +648,10 @@ def open_source(root, limit=None, z_stride=1):
         split_pair = [divmod(int(p), len(rows.names["patient"])) for p in pairs]
         rows.names["group"] = [f"{rows.names['dataset'][d]}/{rows.names['patient'][p]}" for d, p in split_pair]
         rows.columns["group"] = codes.astype(np.int32)
-    elif index.parent.exists():  # as photographs, every slice would be its own group
-        raise FileNotFoundError(f"{index} is missing beside its folder; run tools/preprocess_dicom.py")
+    elif (
+        index.parent.exists() and not (index.parent / "photos.csv").exists()
+    ):  # as photographs, every slice would be its own group
+        raise FileNotFoundError(f"{index} is missing beside its folder; preprocess again")
     else:
         (rows, sha), encoding = index_photos(root), "photo"
     return thin(Source(root, encoding, rows, sha), limit, z_stride)
@@ -592,25 +683,26 @@ def open_for(root, purpose, used_by=None, limit=None, z_stride=1, allow_duplicat
     path = split_path(source.root)
     if not np.isin(splits, wanted).any():
         raise ValueError(f"{path} has no image in {' or '.join(wanted)}; it has {sorted(set(splits.tolist()))}")
-    crossing = crossing_duplicates(source, splits)
+    crossing = crossing_duplicates(source, splits, allow_duplicates)
     if crossing and not allow_duplicates:
         raise ValueError(
             f"{len(crossing)} sets of duplicate pictures lie in several splits, first {', '.join(crossing[0][:3])}; "
-            "make the split again with tools/make_splits.py --force, or go on with --allow-duplicates"
+            "make the split again with --force, or go on with --allow-duplicates"
         )
-    if "test" in purposes:
-        record_look(source.root, used_by)
+    looks = record_look(source.root, used_by) if "test" in purposes else 0
     everything = Source(source.root, source.encoding, source.rows, source.index_sha256, file_sha256(path), splits,
-                        len(crossing))  # fmt: skip
+                        len(crossing), looks)  # fmt: skip
     return thin(everything.take(np.flatnonzero(np.isin(splits, wanted))), limit, z_stride)
 
 
-def split_path(root):
-    return Path(root) / "_splits" / "splits.json"
+def split_path(root, name="splits.json"):
+    return Path(root) / "_splits" / name
 
 
 def read_contract(path, remedy):
-    """A JSON file of _splits/ -> dict with version 1, index_sha256 and groups."""
+    """A JSON file of _splits/ -> dict of version 1."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist; {remedy}")
     try:
         contract = json.loads(regular(path).read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
@@ -621,19 +713,26 @@ def read_contract(path, remedy):
     return contract
 
 
+def read_splits(path, remedy):
+    """splits.json -> the contract, whose groups {group: split} are whole; whether it fits an index is not asked."""
+    contract = read_contract(path, remedy)
+    of_group, known = contract.get("groups"), set(PURPOSES.values())
+    if not isinstance(of_group, dict) or not all(isinstance(split, str) for split in of_group.values()):
+        raise ValueError(f"{path}: groups must name one split for each group; {remedy}")
+    if unknown := set(of_group.values()) - known:  # nobody would ever look at it
+        raise ValueError(f"{path}: {min(unknown)!r} is no split, known are {', '.join(PURPOSES.values())}; {remedy}")
+    return contract
+
+
 def split_names(source):
     """Split of each row of a Source, by a contract made for this very index. No image is opened."""
     path = split_path(source.root)
     make = f"python tools/make_splits.py --data {source.root} (with the --ratios and --labels you want)"
     again = f"make it again, with --force: {make}"
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist; make it with: {make}")
-    contract = read_contract(path, again)
+    contract = read_splits(path, again if path.exists() else f"make it with: {make}")
+    of_group = contract["groups"]
     if contract.get("index_sha256") != source.index_sha256:
         raise ValueError(f"{path} was made for another index; {again}")
-    of_group = contract.get("groups")
-    if not isinstance(of_group, dict) or not all(isinstance(split, str) for split in of_group.values()):
-        raise ValueError(f"{path}: groups must name one split for each group; {again}")
     if strangers := [g for g in source.groups if g not in of_group]:
         raise ValueError(f"{path} does not name group {strangers[0]} ({len(strangers)} in all); {again}")
     known = sorted(set(of_group.values()))
@@ -651,44 +750,80 @@ def split_names(source):
     return np.array(known)[split]
 
 
-def crossing_duplicates(source, splits):
-    """Sets of groups that share pictures, by _splits/duplicates.json, and lie in several splits."""
-    path = source.root / "_splits" / "duplicates.json"
-    remedy = "run tools/check_duplicates.py again, or delete the file"
-    if not path.exists():
-        return []
-    contract = read_contract(path, remedy)
+def read_duplicates(source, path=None, allowed=False):
+    """Lists of groups that share pictures, by _splits/duplicates.json or another file, made for this very index.
+
+    allowed: one that was made for another index is said and not used.
+    """
+    path = path or split_path(source.root, "duplicates.json")
+    again = f"run python tools/check_duplicates.py --data {source.root} again"
+    contract = read_contract(path, again)
+    sets, names = contract.get("groups"), set(source.rows.names["group"])
     if contract.get("index_sha256") != source.index_sha256:
-        print(f"note: {path} was made for another index and is not used; {remedy}")
+        if not allowed:
+            raise ValueError(
+                f"{path} was made for another index; {again}, or delete the file, or go on without it "
+                "(--allow-duplicates, where a program has it)"
+            )
+        print(f"note: {path} was made for another index and is not used; {again}, or delete the file")
         return []
-    if not isinstance(contract.get("groups"), list) or not all(isinstance(s, list) for s in contract["groups"]):
-        raise ValueError(f"{path}: groups must be lists of names; {remedy}")
-    named = dict(zip(np.array(source.rows.names["group"])[source.rows.columns["group"]].tolist(), splits.tolist()))
-    return [members for members in contract["groups"] if len({named[g] for g in members if g in named}) > 1]
+    whole = isinstance(sets, list) and all(isinstance(members, list) and members for members in sets)
+    if not whole or not all(isinstance(name, str) and name in names for members in sets for name in members):
+        raise ValueError(f"{path}: groups must be lists of groups of the index; {again}")
+    return sets
+
+
+def crossing_duplicates(source, splits, allowed):
+    """Sets of groups that share pictures and lie in several splits."""
+    if not split_path(source.root, "duplicates.json").exists():
+        return []
+    sets = read_duplicates(source, allowed=allowed)
+    split_of = dict(zip(np.array(source.rows.names["group"])[source.rows.columns["group"]].tolist(), splits.tolist()))
+    return [members for members in sets if len({split_of[g] for g in members if g in split_of}) > 1]
 
 
 USED_BY = "program weights_sha256 policy_sha256 labels_sha256 why".split()
 
 
+def append_line(path, line, sync=False):
+    """One write of one line of JSON, so that readers never see half of it, nor lines of two programs mixed.
+
+    A line that a full disk cut is ended first. sync: returns when it is on the disk.
+    """
+    with open(path, "ab+") as f:
+        f.seek(max(f.seek(0, os.SEEK_END) - 1, 0))
+        cut = f.read(1) not in (b"", b"\n")
+        try:
+            f.write(b"\n" * cut + json.dumps(line).encode() + b"\n")
+            f.flush()
+            if sync:
+                os.fsync(f.fileno())
+        except OSError as error:
+            error.filename = error.filename or str(path)
+            raise
+
+
 def record_look(root, used_by):
-    """Add a line to _splits/test_uses.jsonl; say how many looks by other weights or another policy came before."""
+    """Add a line to _splits/test_uses.jsonl -> how many looks by other weights or another policy came before."""
     if not isinstance(used_by, dict) or sorted(used_by) != sorted(USED_BY):
         raise ValueError(f"opening val_test needs used_by with {', '.join(USED_BY)}")
-    path, earlier = Path(root) / "_splits" / "test_uses.jsonl", set()
+    path, earlier, damaged = split_path(root, "test_uses.jsonl"), set(), 0
     for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError, AttributeError):
+        try:
             earlier.add(tuple(str(json.loads(line).get(key)) for key in ("weights_sha256", "policy_sha256")))
-    others = earlier - {(str(used_by["weights_sha256"]), str(used_by["policy_sha256"]))}
+        except (ValueError, AttributeError, RecursionError):
+            damaged += 1
+    others = len(earlier - {(str(used_by["weights_sha256"]), str(used_by["policy_sha256"]))})
     if others:
         print(
-            f"val_test was looked at before by {len(others)} other weights or policies ({path}): the best of several "
-            "looks is optimistic"
+            f"val_test was looked at before by {others} other weights or policies ({path}): the best of several looks "
+            "is optimistic"
         )
+    if damaged:
+        print(f"{path} has {damaged} damaged lines, which count as looks by others")
     when = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    with open(path, "ab") as f:  # one write of one line: looks of two programs do not mix
-        f.write(json.dumps({"version": 1, "when": when, **used_by}).encode() + b"\n")
-        f.flush()
-        os.fsync(f.fileno())
+    append_line(path, {"version": 1, "when": when, **used_by}, sync=True)
+    return others + damaged
 
 
 # The plan: every random choice about every view, drawn from (seed, step, sample id) alone.
@@ -717,7 +852,7 @@ class Recipe:
 
 RECIPES = {  # <- change the views here
     "ct": Recipe("ct", field=(0.04, 1.0)),  # from a 60 mm square, where a nodule is large, to the whole body
-    "ct_any_window": Recipe("ct", field=(0.04, 1.0), windows="any"),  # did not learn: tools/recipes/LOG.md
+    "ct_any_window": Recipe("ct", field=(0.04, 1.0), windows="any"),  # did not learn in 600 updates of a small ViT
     "photo": Recipe("photo", blur=(1.0, 0.1, 0.5), solarize=(0.0, 0.2, 0.0)),
 }
 
@@ -1256,6 +1391,8 @@ def read_photo(path, boxes_of, sizes):
             high = np.minimum(high, size)
             y0, x0, y1, x1 = stored_box((*low.astype(int).tolist(), *high.astype(int).tolist()), size, turn)
             image = upright(np.asarray(to_rgb(file).reduce(factor, box=(x0, y0, x1, y1))).transpose(2, 0, 1), turn)
+            # reduce() ends each stored axis with what is left of a cell; turned upright, it may be the beginning
+            low = low + np.where(turn[:2], (high - low) % -factor, 0)
     except BROKEN as error:
         raise Unreadable(f"{path} cannot be read: {error}") from None
     return torch.from_numpy(image.copy()), (boxes * drafted - np.tile(low, 2)) / factor
@@ -1274,6 +1411,7 @@ def read_view(source, i, boxes=None, size=224):
         return eval_boxes([(height, width)], body and [body]) if boxes is None else boxes
 
     if source.encoding == "photo":
+        source.check(i)
         return read_photo(source.path(i), chosen, size)
     image = source.read(i)
     at = chosen(*image.shape[1:], source.body(i))
@@ -1331,6 +1469,7 @@ class Updates(torch.utils.data.Dataset):
             own = select(choices, [j])
             try:
                 if self.source.encoding == "photo":
+                    self.source.check(i)
                     image, moved = read_photo(self.source.path(i), functools.partial(boxes_in, own), sides(own.recipe))
                     own = own._replace(boxes=moved[:, None])
                 else:
@@ -1362,7 +1501,7 @@ def as_read(batch):
 
 def ignore_signals(_):
     """In a reading process: signals are for the run, which still needs its batches. torchrun sends them to all."""
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 
 

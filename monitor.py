@@ -111,7 +111,7 @@ def open_slices(state, root, notes):
     run_args, given = state["args"], root
     root = Path(given or run_args["data"])
     if not given and not root.is_dir():
-        raise FileNotFoundError(f"{shown(root, 400)} is not a folder, and so the run's flags name it; give --data")
+        raise FileNotFoundError(f"{shown(root, 400)} is no folder here; the run's flags name it: give --data")
     source = data.open_source(root) if run_args["no_split"] else data.open_for(root, "select", allow_duplicates=True)
     if source.encoding != state["encoding"]:
         raise ValueError(f"--data {root} holds {source.encoding}, the run was trained on {state['encoding']}")

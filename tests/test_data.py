@@ -5,7 +5,9 @@ import functools
 import hashlib
 import json
 import multiprocessing
+import os
 import resource
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -523,6 +525,16 @@ def test_readers_start_at_once_and_leave_the_global_generator_alone(ct):
     assert torch.equal(torch.get_rng_state(), before)
     assert next(loader).step == 0
     loader.close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_readers_ignore_what_tells_a_run_to_save(ct, number):
+    others = set(multiprocessing.active_children())
+    loader = d.make_loader(ct, SMALL, 0, range(20), 4, workers=1)
+    (reader,) = set(multiprocessing.active_children()) - others
+    assert next(loader).step == 0
+    os.kill(reader.pid, number)  # a batch system sends it to every process of the job
+    assert [batch.step for batch in loader] == list(range(1, 20))
 
 
 def test_a_script_that_fails_ends_though_its_readers_are_deaf(ct):

@@ -126,6 +126,22 @@ def test_photographs_exact_copies_near_copies_and_strangers(tmp_path):
     assert all(pair["distance"] <= 3 for pair in found["pairs"])
 
 
+def test_copies_with_two_labels_are_named_with_both_files(tmp_path, capsys):
+    """In one group or two, equal or nearly so; an unlabelled copy contradicts nobody."""
+    pictures = {f"{name}.png": picture(seed, 96) for name, seed in zip("abcdefgh", (0, 0, 0, 1, 1, 2, 3, 3))}
+    root = photographs(tmp_path, {name: np.stack([p] * 3, 2) for name, p in pictures.items()})
+    Image.open(root / "f.png").convert("RGB").save(root / "near.jpg", quality=90)
+    rows = "a.png,yes,s b.png,no,s c.png,yes,t d.png,yes, e.png,yes, f.png,no, near.jpg,yes, g.png,yes,".split()
+    (root / "labels.csv").write_text("\n".join(["path,label,group", *rows]) + "\n")
+    found = check(root)
+    assert found["counts"]["exact_sets"] == 3 and found["counts"]["conflicting"] == 2
+    assert found["conflicts"] == [
+        {"a": "a.png", "b": "b.png", "labels": ["yes", "no"]},
+        {"a": "f.png", "b": "near.jpg", "labels": ["no", "yes"]},
+    ]
+    assert "TWO LABELS of one picture: a.png is yes, b.png is no" in capsys.readouterr().out
+
+
 def test_equal_bytes_in_another_shape_are_not_equal(tmp_path):
     wide = np.stack([picture(i)[:48] for i in range(3)], 2)
     photographs(tmp_path, {"wide.png": wide, "tall.png": wide.reshape(96, 48, 3)})

@@ -66,7 +66,7 @@ REFUSED = {
     "an empty name": (USUAL.replace("group\n", "group,\n").replace("\nice", ",\nice"), "column '' has no name"),
     "twice": ("path,label,label\n", "column 'label' has no name, or stands there twice"),
     "a word of ours": ("path,label,patient\n", "rename column patient, .*called group"),
-    "another case": (USUAL.replace("ice/1.jpg", "Ice/1.JPG"), "1 missing files, Ice/1.JPG; write ice/1.jpg instead"),
+    "another case": (USUAL.replace("ice/1.jpg", "Ice/1.JPG"), "first Ice/1.JPG; write ice/1.jpg instead"),
     "no folder": ("path,label\n9.jpg,x\n", "1 missing files, first 9.jpg$"),
     "outside": ("path,label\n/elsewhere/x.jpg,x\n", "first /elsewhere/x.jpg$"),
     "two labels": (USUAL + "./ice/0.jpg,sea,g0\n", "row 12: ice/0.jpg has label sea, and ice above; keep one"),

@@ -629,7 +629,7 @@ def test_of_a_run_that_was_copied_from_elsewhere_the_data_is_asked_for(toy, caps
     checkpoint.save(toy.folder / "last.pth", toy.state)
     assert toy.look() == 3
     said = capsys.readouterr().err
-    assert "/mnt/elsewhere/processed is not a folder" in said and "the run's flags name it; give --data" in said
+    assert "/mnt/elsewhere/processed is no folder here; the run's flags name it: give --data" in said
     assert toy.look("--data", root) == 0
 
 

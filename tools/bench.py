@@ -47,7 +47,7 @@ import data
 import train_ssl
 from model import ARCHS
 from tools.lib.cli import ROOT, Parser, above_zero, positive, run
-from tools.lib.loop import flops_per_image, git_commit, setup_distributed
+from tools.lib.loop import flops_per_image, git_commit, is_out_of_memory, moment, seconds_between, setup_distributed
 from tools.lib.machine import DTYPES, check_gemm, describe, synchronize
 
 RESULTS = ROOT / "tools" / "bench_results"
@@ -128,26 +128,19 @@ class Phases:
     """
 
     def __init__(self, device):
-        self.cuda, self.marks = device.type == "cuda", []
-
-    def mark(self):
-        if not self.cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+        self.device, self.marks = device, []
 
     @contextlib.contextmanager
     def __call__(self, name):
-        start = self.mark()
+        start = moment(self.device)
         yield
-        self.marks.append((name, start, self.mark()))
+        self.marks.append((name, start, moment(self.device)))
 
     def seconds(self):
         """{name: seconds}, for after a synchronize."""
         sums = {}
         for name, start, end in self.marks:
-            sums[name] = sums.get(name, 0) + (start.elapsed_time(end) / 1e3 if self.cuda else end - start)
+            sums[name] = sums.get(name, 0) + seconds_between(start, end)
         return sums
 
 
@@ -187,7 +180,9 @@ def train_args(point, name):
 
 def make_run(args, device):
     """A run at step 0, with its Gram teacher in use if it has one."""
-    made = train_ssl.build_run(args, None, data.open_source(args.data), 0, 1, device)
+    source = data.open_source(args.data)
+    recipes = train_ssl.make_recipes(args, source.encoding)
+    made = train_ssl.build_run(args, None, source, recipes, 0, 1, device)
     train_ssl.refresh_gram(made, 0)
     return made
 
@@ -467,7 +462,7 @@ def measure(point):
     try:
         return MEASURES[point["what"]](point, device)
     except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
+        if not is_out_of_memory(error):
             raise
         return [{"error": "does not fit in memory"}]
 

@@ -11,7 +11,7 @@ import json
 import os
 import signal
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from itertools import combinations
 from multiprocessing import Pool
 from pathlib import Path
@@ -23,10 +23,9 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from checkpoint import write_text
-from data import Unreadable, slice_name
+from data import Unreadable, read_splits, slice_name, split_path
 from tools.lib import broken
 from tools.lib.cli import Parser, positive, run, shown, within
-from tools.lib.files import read_json_file
 from tools.lib.groups import join, open_data
 
 VERSION = 1
@@ -146,15 +145,13 @@ def look_alikes(digests, thumbs, owners, distance, least):
     return np.array(sorted(found), np.int64).reshape(-1, 2), len(thumbs) - len(textured)
 
 
-def read_splits(path):
-    """{group: split} of a splits.json, empty where there is none yet."""
-    if not path.exists():
-        return {}
-    again = "make it again with tools/make_splits.py --force"
-    split_of = read_json_file(path, {"groups": dict}, again, VERSION)["groups"]
-    if not all(isinstance(split, str) for split in split_of.values()):
-        raise ValueError(f"{path} field 'groups' must name one split for each group; {again}")
-    return split_of
+def conflicts(labels, digests, near):
+    """Pairs (a, b) of equal or nearly equal pictures that carry different labels; of equal ones each with the first."""
+    first, found = {}, []
+    for i, (digest, label) in enumerate(zip(digests, labels)):
+        if digest and label and labels[j := first.setdefault(digest, i)] != label:
+            found.append((j, i))
+    return found + [(a, b) for a, b in near.tolist() if labels[a] and labels[b] and labels[a] != labels[b]]
 
 
 def say(title, members):
@@ -177,8 +174,8 @@ def build_parser():
 def main(argv=None):
     args = build_parser().parse_args(argv)
     source = open_data(args.data)
-    splits = args.data / "_splits" / "splits.json"
-    split_of = read_splits(splits)
+    splits, again = split_path(args.data), "make it again with tools/make_splits.py --force"
+    split_of = read_splits(splits, again)["groups"] if splits.exists() else {}
     rows = source.rows
     z = rows.columns.get("z", np.zeros(len(rows), int))
     order = np.lexsort((z, rows.columns["path"])).tolist()  # the answer does not depend on the index's order
@@ -194,16 +191,22 @@ def main(argv=None):
     linked = group[pairs].tolist()
     sets = join({name for members in linked for name in members}, linked)
     crossing = [members for members in sets if len({split_of[name] for name in members if name in split_of}) > 1]
+    label = [text.strip() for text in rows.texts("label")] if source.encoding == "photo" else [""] * len(order)
+    label = [label[i] for i in order]
+    odd = conflicts(label, digests, near)
+    copies = Counter(digests)
     counts = {
         "slices": len(source),
         "groups": len(names),
         "constant": digests.count(""),  # one colour: matched by nothing
         "broken": len(bad),  # counted as constant too
         "flat": flat,  # too little contrast to hash: matched exactly only
+        "exact_sets": sum(n > 1 for digest, n in copies.items() if digest),  # of slices, in one group or several
         "exact_pairs": len(exact),
         "near_pairs": len(near),
         "joined_groups": sum(len(members) for members in sets),
         "crossing": len(crossing),
+        "conflicting": len(odd),
     }
     listed = pairs[: args.max_pairs]
     title = {i: slice_name(source, order[i]) for i in set(listed.ravel().tolist())}
@@ -215,12 +218,19 @@ def main(argv=None):
         "correlation": least,
         "counts": counts,
         "groups": sets,
+        "conflicts": [
+            {"a": slice_name(source, order[a]), "b": slice_name(source, order[b]), "labels": [label[a], label[b]]}
+            for a, b in odd
+        ],
         "pairs": [{"a": title[a], "b": title[b], "distance": d} for (a, b), d in zip(listed.tolist(), distances)],
     }
-    path = args.data / "_splits" / "duplicates.json"
+    path = split_path(args.data, "duplicates.json")
     path.parent.mkdir(exist_ok=True)
     write_text(path, json.dumps(payload, indent=1) + "\n")
     print("wrote", path, *(f"{key}={n}" for key, n in counts.items()))
+    for pair in payload["conflicts"][:10]:
+        a, b, (one, other) = *(shown(pair[key]) for key in "ab"), map(shown, pair["labels"])
+        print(f"TWO LABELS of one picture: {a} is {one}, {b} is {other}")
     for members in sets[:10]:
         say("same pictures in", members)
     for members in crossing[:10]:

@@ -21,9 +21,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from checkpoint import write_text
-from data import file_sha256, find_table, read_labels
+from data import file_sha256, find_table, read_duplicates, read_labels, read_splits, split_path
 from tools.lib.cli import Parser, natural, run, shown
-from tools.lib.files import read_json_file
 from tools.lib.groups import join, open_data, same_patients
 from tools.lib.provenance import plain_name
 
@@ -161,9 +160,8 @@ def keep_for_training(units, contents, alone, placed):
 def earlier_splits(path, units, ratios):
     """{index of unit: split} of an existing splits.json, whose groups keep theirs."""
     again = "make the split anew, without --extend and with --force"
-    contract = read_json_file(path, {"groups": dict, "ratios": dict}, again, VERSION)
-    stood = contract["groups"]
-    if odd := sorted({str(split) for split in stood.values()} - set(ratios)):
+    stood = read_splits(path, again)["groups"]
+    if odd := sorted(set(stood.values()) - set(ratios)):
         raise ValueError(f"{path} has {odd[0]}, which --ratios or --four-way does not name; say the same as before")
     placed = {}
     for i, unit in enumerate(units):
@@ -228,14 +226,14 @@ def verify(groups, counts, slices, sets):
     assert sum(c["slices"] for c in counts.values()) == sum(slices.values()), "slices do not add up"
     assert all(len({groups[name] for name in members}) == 1 for members in sets), "joined groups straddle two splits"
     if empty := [split for split, c in counts.items() if not c["groups"]]:
-        raise ValueError(f"{empty[0]} would be empty (--stable draws at random); add patients, or take another --seed")
+        raise ValueError(f"{empty[0]} would be empty (--stable draws at random); add groups, or take another --seed")
 
 
-def show(counts):
+def show(counts, images):
     """Print the table of counts; at most six labels, since photographs may have a thousand."""
     labels = list(counts["train"]["labels"])
     names = [shown(label, 40) for label in labels[:6]]
-    lines = [["split", "groups", "slices", *names, *["..."][: len(labels) > 6]]]
+    lines = [["split", "groups", images, *names, *["..."][: len(labels) > 6]]]
     lines += [[split, c["groups"], c["slices"], *list(c["labels"].values())[:6]] for split, c in counts.items()]
     for line in lines:
         print(" ".join(f"{cell!s:>11}" for cell in line))
@@ -255,18 +253,6 @@ def write(path, payload, force):
     path.parent.mkdir(exist_ok=True)
     write_text(path, content)
     print("wrote", path)
-
-
-def read_duplicates(path, digest, names, data):
-    """Lists of groups that check_duplicates.py found to share pictures of this index."""
-    again = f"run python tools/check_duplicates.py --data {data} again"
-    found = read_json_file(path, {"index_sha256": str, "groups": list}, again, VERSION)
-    if found["index_sha256"] != digest:
-        raise ValueError(f"{path} was made for another index; {again}, or delete the file")
-    for members in found["groups"]:
-        if not (isinstance(members, list) and members and all(isinstance(n, str) and n in names for n in members)):
-            raise ValueError(f"{path} field 'groups' must be lists of groups of the index; {again}")
-    return found["groups"]
 
 
 def build_parser():
@@ -317,17 +303,18 @@ def main(argv=None):
     for path, _, group, _ in labels:
         together["label group", plain_name(group or group_of[path])].add(group_of[path])
     sets = [sorted(members) for members in together.values()] + same_patients(source)
-    duplicates = args.duplicates or args.data / "_splits" / "duplicates.json"
+    duplicates = args.duplicates or split_path(args.data, "duplicates.json")
     if args.duplicates or duplicates.exists():
-        copies = read_duplicates(duplicates, source.index_sha256, slices, args.data)
+        copies = read_duplicates(source, duplicates)
         sets += copies
         print(f"{duplicates}: {len(copies)} sets of groups share pictures and stay together")
 
     units = join(slices, sets)
     if len(units) < len(ratios):
         raise ValueError(f"{len(units)} independent groups cannot fill {len(ratios)} splits; add groups or drop splits")
-    print(f"{len(source)} slices in {len(slices)} groups, {len(units)} of them independent")
-    path = args.data / "_splits" / "splits.json"
+    images = "images" if photos else "slices"
+    print(f"{len(source)} {images} in {len(slices)} groups, {len(units)} of them independent")
+    path = split_path(args.data)
     placed = earlier_splits(path, units, ratios) if args.extend else {}
     if photos:
         contents = pictures_of(units, labels, column, [p.decode() for p in source.rows.column("path").tolist()])
@@ -361,7 +348,7 @@ def main(argv=None):
     if alone:
         payload["train_only"] = sorted(alone)
     write(path, payload, args.force or args.extend)
-    show(counts)
+    show(counts, images)
     print("sha256", file_sha256(path))
     return 0
 

@@ -135,14 +135,6 @@ def last_per_step(rows, key):
     return kept
 
 
-def append_line(path, line):
-    """One write of one line, so that readers never see half of it; a line that a full disk cut is ended first."""
-    with open(path, "ab+") as f:
-        f.seek(max(f.seek(0, os.SEEK_END) - 1, 0))
-        cut = f.read(1) not in (b"", b"\n")
-        f.write(b"\n" * cut + json.dumps(line).encode() + b"\n")
-
-
 def csv_cell(cell):
     """A cell that no spreadsheet runs as a formula and no terminal obeys; all but texts stay as they are.
 

@@ -28,6 +28,7 @@ td:first-child { white-space: nowrap; } td small { color: #555; white-space: now
 .row { display: flex; flex-wrap: wrap; gap: 12px; align-items: flex-start; } .scroll { overflow-x: auto; }
 figure { margin: .5em 0; } figcaption { color: #555; font-size: .9em; } img { max-width: 100%; }
 svg.plot { width: 370px; max-width: 100%; height: auto; border: 1px solid #e2e5e9; }
+@media (max-width: 600px) { body { padding: 0 .5em; } th, td { padding: .2em .3em; font-size: 13px; } }
 .good, .warn, .bad { padding: .5em .8em; border-left: 6px solid; }
 .good { border-color: #238b45; background: #eef7f0; } .warn { border-color: #d98c00; background: #fdf6e7; }
 .bad { border-color: #cb181d; background: #fcedec; }

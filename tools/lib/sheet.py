@@ -30,7 +30,7 @@ HEAT = ((0, 0, 0), (70, 10, 100), (170, 40, 90), (240, 110, 30), (250, 210, 60),
 
 @functools.lru_cache
 def font(size):
-    return ImageFont.load_default(size)
+    return ImageFont.load_default(max(size, LEAST))
 
 
 def picture(values, zoom=1):
@@ -149,7 +149,7 @@ def curves(lines, low, high, ticks, size, marks=()):
     """
     width, height = size
     image = Image.new("RGB", size, "#1c2126")
-    draw, bottom = ImageDraw.Draw(image), height - 20
+    draw, top, bottom = ImageDraw.Draw(image), 64 if marks else 8, height - 20
 
     def across(x):
         return (x - low) / (high - low) * (width - 1)
@@ -159,11 +159,11 @@ def curves(lines, low, high, ticks, size, marks=()):
         draw.text((across(x) + 2, 1 + 15 * (k % 4)), text, fill=DIM, font=font(LEAST))
     for x, y, colour in lines:
         heights = np.sqrt(np.asarray(y, float) / max(np.max(y), 1e-12))
-        points = [(across(a), bottom - b * (bottom - 64)) for a, b in zip(x, heights)]
+        points = [(across(a), bottom - b * (bottom - top)) for a, b in zip(x, heights)]
         draw.line(points, fill=colour, width=2)
     draw.line([0, bottom, width, bottom], fill=DIM)
     for x in ticks:
-        anchor = "l" if across(x) < 12 else "r" if across(x) > width - 12 else "m"
+        anchor = "l" if across(x) < 20 else "r" if across(x) > width - 20 else "m"
         draw.text((across(x), height - 4), str(x), fill=DIM, font=font(LEAST), anchor=f"{anchor}s")
     return image
 
