@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data import read_labels
+from data import open_source
 from tools import import_photos
 
 ODD = (
@@ -98,8 +98,9 @@ def test_tables_of_every_form_give_the_same_labels_and_exact_paths(tmp_path, wri
         (f"s/{name}", "40", "48", "1", "") for name in ODD
     )
     assert all(int(row["bytes"]) == (tmp_path / "out" / row["path"]).stat().st_size for row in index)
-    read, _ = read_labels(tmp_path / "out" / "labels.csv", tmp_path / "out")
-    assert {row["path"]: row["label"] for row in read} == named
+    source = open_source(tmp_path / "out")
+    assert dict(zip(source.rows.texts("path"), source.rows.texts("label"))) == named
+    assert all(source.read(i).shape == (3, 40, 48) for i in range(len(rows)))
 
 
 @pytest.mark.parametrize("classes", [("no_roadwork", "roadwork"), ("0", "1"), ("class_0", "Class 1"), ("0", "55")])
