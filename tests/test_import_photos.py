@@ -3,13 +3,12 @@
 import csv
 import json
 import os
-import time
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from data import read_labels
+from data import open_source
 from tools import import_photos
 
 ODD = (
@@ -99,8 +98,9 @@ def test_tables_of_every_form_give_the_same_labels_and_exact_paths(tmp_path, wri
         (f"s/{name}", "40", "48", "1", "") for name in ODD
     )
     assert all(int(row["bytes"]) == (tmp_path / "out" / row["path"]).stat().st_size for row in index)
-    read, _ = read_labels(tmp_path / "out" / "labels.csv", tmp_path / "out")
-    assert {row["path"]: row["label"] for row in read} == named
+    source = open_source(tmp_path / "out")
+    assert dict(zip(source.rows.texts("path"), source.rows.texts("label"))) == named
+    assert all(source.read(i).shape == (3, 40, 48) for i in range(len(rows)))
 
 
 @pytest.mark.parametrize("classes", [("no_roadwork", "roadwork"), ("0", "1"), ("class_0", "Class 1"), ("0", "55")])
@@ -268,10 +268,12 @@ def test_exif_gives_place_and_time_and_nothing_else(tmp_path):
 
 def test_links_by_default_copies_if_asked_and_the_same_again_changes_nothing(tmp_path):
     rows = pictures(tmp_path / "raw", ["a.jpg", "b.jpg", "c/d.jpg"])
-    labels_json(tmp_path / "raw", rows)
+    (tmp_path / "raw" / "link.jpg").symlink_to("a.jpg")
+    labels_json(tmp_path / "raw", [*rows, ("link.jpg", 0)])
     out, one = tmp_path / "out", tmp_path / "out" / "s" / "c" / "d.jpg"
     bring(tmp_path / "raw", out)
     assert os.path.samefile(one, tmp_path / "raw" / "c" / "d.jpg")
+    assert os.path.samefile(out / "s" / "link.jpg", out / "s" / "a.jpg") and not (out / "s" / "link.jpg").is_symlink()
     before = {p: (p.read_bytes(), p.stat().st_ino) for p in out.rglob("*.jpg")}
     files = {p: p.read_bytes() for p in out.rglob("*.csv")}
     bring(tmp_path / "raw", out)
@@ -366,6 +368,6 @@ def test_fifty_thousand_rows_take_seconds(tmp_path):
     for name, _ in rows:
         os.link(one, tmp_path / "raw" / name)
     bare_csv(tmp_path / "raw", rows)
-    start = time.process_time(), time.perf_counter()
+    before = sum(os.times()[:4])  # of this process and those it waited for; wall time of a shared machine says little
     assert len(bring(tmp_path / "raw", tmp_path / "out", "--workers", 2)) == 50_000
-    assert time.perf_counter() - start[1] < 60, "about 10 s on two quiet cores"
+    assert sum(os.times()[:4]) - before < 45, "16 s on a busy machine, 2026-11"

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data import open_for, weighed
 from tools import make_splits, sample_weights
 
 TOWN = (52.52, 13.40)
@@ -187,6 +188,15 @@ def test_mistakes_are_named(folder, tmp_path):
     with pytest.raises(ValueError, match="labels.csv has no column lat"):
         weigh(own, tmp_path, f"gps:{regions}")
     assert not (tmp_path / "weights.csv").exists()
+
+
+def test_training_draws_by_the_file(folder, tmp_path):
+    weights, facts = weigh(folder, tmp_path, "class", "source:natix=90,extra=10")
+    source = weighed(open_for(folder, "fit"), tmp_path / "weights.csv")
+    paths = source.rows.texts("path")
+    drawn = np.concatenate([source.order(0, step, 100) for step in range(40)])
+    natix = np.mean([facts[paths[i]]["source"] == "natix" for i in drawn])
+    assert natix == pytest.approx(share(weights, lambda path: facts[path]["source"] == "natix"), abs=0.03) > 0.8
 
 
 def test_looking_at_no_picture_it_records_no_look(folder, tmp_path):

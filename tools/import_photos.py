@@ -191,11 +191,14 @@ def put(file, target, copy):
     copied = there and not linked and (there.st_size, there.st_mtime_ns) == (known.st_size, known.st_mtime_ns)
     if copied if copy else linked:
         return
-    new = target.with_name(f".{os.getpid()}.new")
+    new, real = (
+        target.with_name(f".{os.getpid()}.new"),
+        os.path.realpath(file) if file.is_symlink() else file.absolute(),
+    )
     for way in [shutil.copy2] if copy else [os.link, os.symlink, shutil.copy2]:
         new.unlink(missing_ok=True)
         try:
-            way(file.resolve(), new)
+            way(real, new)
             break
         except OSError:
             if way is shutil.copy2:

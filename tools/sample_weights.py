@@ -34,8 +34,7 @@ def fact(source, name):
     """A column of labels.csv as texts, one for each picture."""
     if name not in source.rows.columns:
         raise ValueError(f"{source.root / 'labels.csv'} has no column {name}; add it, or weigh by others")
-    texts = source.rows.column(name).tolist()
-    return [text.decode() if isinstance(text, bytes) else text for text in texts]
+    return source.rows.texts(name)
 
 
 def read_table(path, *columns):
