@@ -12,15 +12,16 @@ def multipliers(name, depth, layer_decay, patch_lr):
         if name.startswith("blocks."):
             layer = int(name.split(".")[1]) + 1
         lr = layer_decay ** (depth + 1 - layer) * (patch_lr if name.startswith("patch_embed") else 1.0)
-    undecayed = name.endswith("bias") or "norm" in name or "gamma" in name
+    undecayed = name.endswith(("bias", "magnitude", "tau")) or "norm" in name or "gamma" in name
     return lr, 0.0 if undecayed else 1.0, "last_layer" in name
 
 
 def param_groups(model, layer_decay, patch_lr):
-    """AdamW groups of equal multipliers; every parameter is in exactly one."""
+    """AdamW groups of equal multipliers; every parameter that is trained is in exactly one."""
     groups = {}
     for name, p in model.named_parameters():
-        groups.setdefault(multipliers(name, model.backbone.depth, layer_decay, patch_lr), []).append(p)
+        if p.requires_grad:
+            groups.setdefault(multipliers(name, model.backbone.depth, layer_decay, patch_lr), []).append(p)
     return [dict(params=ps, lr_factor=lr, wd_factor=wd, last=last) for (lr, wd, last), ps in groups.items()]
 
 
