@@ -687,7 +687,7 @@ class Head(nn.Module):
     def __init__(self, dim, classes, dropout=0.0):
         super().__init__()
         self.dropout = dropout
-        self.linear = nn.Linear(dim, classes)
+        self.last_layer = nn.Linear(dim, classes)
         init_linears(self)
 
     def forward(self, x, keep=None):
@@ -696,7 +696,7 @@ class Head(nn.Module):
             x = F.dropout(x, self.dropout, self.training)
         else:
             x = x * keep / (1 - self.dropout)
-        return self.linear(x)
+        return self.last_layer(x)
 
 
 class Classifier(nn.Module):
@@ -708,9 +708,9 @@ class Classifier(nn.Module):
     def __init__(self, backbone, head, pool="cls", layers=1):
         super().__init__()
         width = backbone.dim * layers * (2 if pool == "both" else 1)
-        if pool not in ("cls", "mean", "both") or head.linear.in_features != width:
+        if pool not in ("cls", "mean", "both") or head.last_layer.in_features != width:
             raise ValueError(f"pool {brief(pool)} of {layers} layers: known are cls, mean and both, and the head is "
-                             f"for {head.linear.in_features} features, not {width}")  # fmt: skip
+                             f"for {head.last_layer.in_features} features, not {width}")  # fmt: skip
         self.backbone, self.head, self.pool, self.layers = backbone, head, pool, layers
         unread = [backbone.local_cls_norm]  # DDP waits for the gradient of each trained parameter
         if backbone.cls_norm is not None and pool != "both":

@@ -266,7 +266,7 @@ def test_the_optimizer_holds_exactly_what_is_trained():
     names = m.add_adapters(vit, 4, 8, "doran", "qv", unfreeze=1)
     net = m.Classifier(vit, m.Head(64, 3))
     trained = {name for name, p in net.named_parameters() if p.requires_grad}
-    assert trained == {f"backbone.{name}" for name in names} | {"head.linear.weight", "head.linear.bias"}
+    assert trained == {f"backbone.{name}" for name in names} | {"head.last_layer.weight", "head.last_layer.bias"}
     expected = {name for name, _ in vit.named_parameters() if name.startswith("blocks.1.")}
     expected |= {f"blocks.0.norm{i}.{kind}" for i in "12" for kind in ("weight", "bias")} | {"norm.weight", "norm.bias"}
     expected |= {f"blocks.0.attn.qkv.{kind}" for kind in ("lora_a", "lora_b", "magnitude", "tau")}
@@ -436,7 +436,7 @@ def test_features_leave_registers_out():
     for pool, expected in (("cls", cls), ("mean", patches.mean(1)), ("both", torch.cat([cls, patches.mean(1)], 1))):
         net = m.Classifier(vit, m.Head(expected.shape[1], 3), pool).eval()
         assert torch.equal(net.features(images), expected)
-        assert torch.equal(net(images), F.linear(expected, net.head.linear.weight, net.head.linear.bias))
+        assert torch.equal(net(images), F.linear(expected, net.head.last_layer.weight, net.head.last_layer.bias))
     first, last = vit.intermediate(images, 2)
     net = m.Classifier(vit, m.Head(256, 3), "both", layers=2)
     assert torch.equal(
@@ -464,10 +464,10 @@ def test_a_frozen_backbone_stays_in_eval_mode_and_dropout_can_be_given():
     assert logits.requires_grad and not net.features(crops()[0]).requires_grad
     keep = torch.rand(4, 64) < 0.5
     features = net.features(crops()[0])
-    assert torch.equal(net(crops()[0], keep), net.head.linear(features * keep * 2))
-    assert torch.equal(net.eval()(crops()[0]), net.head.linear(features))
+    assert torch.equal(net(crops()[0], keep), net.head.last_layer(features * keep * 2))
+    assert torch.equal(net.eval()(crops()[0]), net.head.last_layer(features))
     vit.norm.requires_grad_()
     assert all(module.training for module in net.train().modules())
     torch.manual_seed(0)
-    shares = (net.head(torch.ones(1000, 64), torch.rand(1000, 64) < 0.5) - net.head.linear(torch.ones(64))).mean(0)
+    shares = (net.head(torch.ones(1000, 64), torch.rand(1000, 64) < 0.5) - net.head.last_layer(torch.ones(64))).mean(0)
     assert shares.abs().max() < 0.05  # the mean is kept
