@@ -151,7 +151,8 @@ def is_flag(value):
 
 
 def is_arch(value):
-    return is_text(value["name"]) and is_dict(value["overrides"], is_size)
+    adapters = value.get("adapters", {"rank": 1})  # rank, alpha, norm, targets, unfreeze, blocks
+    return is_text(value["name"]) and is_dict(value["overrides"], is_size) and is_dict(adapters, is_flag)
 
 
 def is_view(value):

@@ -33,7 +33,7 @@ from torch.nn import functional as F
 import checkpoint
 import data
 import losses
-from model import ProjectionHead, SSLModel, Tokens, build_vit
+from model import ProjectionHead, SSLModel, Tokens, build_arch
 from tools.lib import broken, page, provenance, runs, sheet
 from tools.lib.cli import Parser, finite, is_ours, natural, pick_device, positive, run, shown
 from tools.lib.files import NUMBER, read_json_file
@@ -95,7 +95,7 @@ def build(state, who, device):
     """The student or the EMA teacher of a checkpoint."""
     args, arch = state["args"], state["arch"]
     with torch.device("meta"):  # no time or memory for weights that are replaced at once
-        vit = build_vit(arch["name"], **arch["overrides"])
+        vit = build_arch(arch)
         shape = (vit.dim, args["head_hidden"], args["head_bottleneck"], args["prototypes"])
         model = SSLModel(vit, ProjectionHead(*shape), ProjectionHead(*shape))
     own, found = model.state_dict(), state[who]
