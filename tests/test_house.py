@@ -25,7 +25,13 @@ PROGRAMS = {
     "monitor.py": {"torch", "numpy", "PIL"},
 }
 TOOLS = {"torch", "numpy", "pydicom", "PIL", "safetensors", "tqdm"}
-COPIED = ("metrics", "optim")  # of tools/lib: imports numpy and torch only, and is copied alone
+COPIED = (
+    "metrics",
+    "calibrate",
+    "conformal",
+    "fusion",
+    "optim",
+)  # of tools/lib: imports numpy and torch only, and is copied alone
 TOP_LEVEL = sorted(LEAVES | PROGRAMS)
 OURS = {Path(name).stem for name in TOP_LEVEL} | {"tools"}
 
