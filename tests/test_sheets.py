@@ -283,8 +283,8 @@ def test_the_picture_holds_the_crops_and_masks_of_that_update(tmp_path, kind):
 def test_gram_crops_appear_when_training_starts_to_use_them(tmp_path):
     root = make_ct(tmp_path / "data")
     make_run(root, tmp_path / "run", [replace(SMALL, gram_size=64)], gram_start=2)  # used from update 2, counted from 0
-    widths = [inspect(tmp_path / "run", step, "--images", "1").shape[1] for step in (2, 3)]
-    assert widths[1] - widths[0] == 2 * (64 * 7 + sheet.GAP)
+    one, two = (inspect(tmp_path / "run", step, "--images", "1") for step in (2, 3))
+    assert one.shape[1] == two.shape[1] <= 1800 and two.shape[0] - one.shape[0] > 64 * 7  # a row more
 
 
 def test_split_subset_sizes_and_overfit_are_those_of_the_run(tmp_path):

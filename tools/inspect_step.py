@@ -123,7 +123,7 @@ def describe(source, batch, v, j):
 
 
 def draw_image(source, batch, j, patch_size, with_gram):
-    """One row: the slice with its boxes, then every view of image j of a micro-batch."""
+    """Of image j: the slice with its boxes and the globals, below them the locals, and the Gram teacher's crops."""
     crops = render(batch.images[j : j + 1], select(batch.plan, [j]))
     masks = batch.masks.unflatten(0, (2, -1))[:, j]  # [2, N]
     zoom, side = zoom_of(batch.plan.recipe.global_size), math.isqrt(masks.shape[1])
@@ -133,22 +133,17 @@ def draw_image(source, batch, j, patch_size, with_gram):
         lines = describe(source, batch, v, j)
         lines[1] += f"{', ' * bool(lines[1])}{int(mask.sum())} of {len(mask)} patches masked"
         tiles.append(sheet.titled(tile, lines, colour_of(v)))
-    tiles.append(draw_locals(source, batch, j, denormalise(crops.locals)))
+    small = [
+        sheet.titled(sheet.picture(crop, zoom), describe(source, batch, v, j), colour_of(v))
+        for v, crop in enumerate(denormalise(crops.locals), 2)
+    ]
+    gram = []
     for v, crop in enumerate(denormalise(crops.gram) if with_gram and crops.gram is not None else ()):
         tile = sheet.picture(crop, zoom_of(crop.shape[1]))
-        tiles.append(sheet.titled(tile, [f"Gram teacher's global {v + 1}", "not blurred"], colour_of(v)))
-    return sheet.row(tiles)
-
-
-def draw_locals(source, batch, j, crops):
-    """The local crops in two rows, enlarged as the global ones are."""
-    zoom = zoom_of(batch.plan.recipe.global_size)
-    tiles = [
-        sheet.titled(sheet.picture(crop, zoom), describe(source, batch, v, j), colour_of(v))
-        for v, crop in enumerate(crops, 2)
-    ]
-    half = -(-len(tiles) // 2)
-    return sheet.stack([sheet.row(part) for part in (tiles[:half], tiles[half:]) if part])
+        gram.append(sheet.titled(tile, [f"Gram teacher's global {v + 1}", "not blurred"], colour_of(v)))
+    fit = (sheet.WIDTH + sheet.GAP) // (max([t.width for t in small], default=1) + sheet.GAP)  # locals in one row
+    rows = [tiles, *(small[k : k + fit] for k in range(0, len(small), fit)), gram]
+    return sheet.stack([sheet.row(some) for some in rows if some])
 
 
 def colour_of(view):
