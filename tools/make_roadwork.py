@@ -295,7 +295,7 @@ def textures(height, width):
     for octave in (6, 12, 24, 48):
         noise = Image.fromarray(rng.random((octave, octave)).astype(np.float32))
         field += np.asarray(noise.resize(field.shape[::-1], Image.Resampling.BICUBIC)) / octave
-    field = (field - field.min()) / np.ptp(field)
+    field = ((field - field.min()) / np.ptp(field)).astype(np.float32)
     thin, thick = (np.clip((field - low) * gain, 0, 0.88) for low, gain in ((0.52, 2.7), (0.3, 1.6)))
     return np.repeat(np.clip(grain, 0, 16).astype(np.uint8)[..., None], 3, 2), thin, thick
 
