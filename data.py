@@ -1,7 +1,7 @@
 """From files to a batch that is a pure function of (seed, step). Copyable: imports torch, numpy and pillow only.
 
     source = open_for("data/processed", "fit")
-    loader = make_loader(source, RECIPES["ct"], seed=0, steps=range(1000), batch=32)
+    loader = make_loader(source, "ct", seed=0, steps=range(1000), batch=32)
     for batch in loader:
         crops = render(batch.images.to(device), batch.plan)
 
@@ -1509,10 +1509,14 @@ def make_loader(source, recipes, seed, steps, batch, micro_batch=None, rank=0, w
                 masking=(0.5, (0.1, 0.5)), skip_bad=0, pin_memory=False, fixed=False):  # fmt: skip
     """An iterator over the micro-batches of `steps` (a range) in order; starts at any step at once.
 
+    recipes: a name in RECIPES, a Recipe, or several of them, of which each update draws one.
     A file that cannot be read is an error; up to `skip_bad` of them are printed and replaced wherever they come up.
     fixed: every epoch is the first one again, its batches, crops and masks (to overfit on purpose; other company in a
     batch would give an image other targets by Sinkhorn: 0.15 nats of 128 images and 1024 prototypes, 2026-11).
     """
+    if isinstance(recipes, str) and recipes not in RECIPES:
+        raise ValueError(f"there is no recipe {recipes!r}; known are {', '.join(RECIPES)}")
+    recipes = RECIPES[recipes] if isinstance(recipes, str) else recipes
     recipes = [recipes] if isinstance(recipes, Recipe) else recipes
     micro_batch = micro_batch or batch // world
     updates = Updates(source, recipes, seed, steps, batch, micro_batch, rank, world, patch_size, masking, fixed)

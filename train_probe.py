@@ -28,7 +28,6 @@ import tools.lib.threads  # noqa: F401 - before torch
 import numpy as np
 import torch
 from torch.nn import functional as F
-from tqdm import tqdm
 
 import data
 from checkpoint import atomic_write, write_text
@@ -37,6 +36,7 @@ from tools.lib import broken, fits, judge, page, provenance
 from tools.lib.cli import Parser, natural, pick_device, positive, run, shown
 from tools.lib.files import csv_text
 from tools.lib.loop import git_commit, other_encoding
+from tools.lib.progress import progress
 
 REPEATS = 5  # of cross-validation
 PIXELS = 16  # side of the raw-pixel baseline
@@ -265,7 +265,7 @@ def extract(vit, source, table, framing, device, name):
     step = max(1, batch // scales)
     batches = [range(k, min(k + step, len(table.rows))) for k in range(0, len(table.rows), step)]
     features, pixels = [], []
-    with tqdm(total=len(table.rows), desc=name, unit="sample", disable=None) as bar:
+    with progress(total=len(table.rows), desc=name, unit="sample") as bar:
         todo = functools.partial(make_views, source, table, framing=framing, grid=grid, device=device)
         for views, inside in ahead(todo, batches, framing.workers):
             tokens = vit(views)
@@ -405,7 +405,7 @@ def judge_one(name, plan, table, predictors, exposure, source, args):
     keep, folds = plan
     part, tested = table.take(keep), folds[0][1].any(0)
     predictors = {n: (classifier, [X[keep] for X in Xs]) for n, (classifier, Xs) in predictors.items()}
-    bar = tqdm(folds, f"fit {name}", unit="repeat", disable=None)
+    bar = progress(folds, f"fit {name}", unit="repeat")
     predictions, settings = fits.held_out(predictors, part.labels, part.groups, bar)
     judged, probe = part.take(tested), predictions["probe"]
     predictions = {n: p[:, tested] for n, p in predictions.items()}

@@ -550,6 +550,13 @@ def test_a_script_that_fails_ends_though_its_readers_are_deaf(ct):
     assert done.returncode == 1 and "no such luck" in done.stderr
 
 
+def test_a_loader_takes_the_name_of_a_recipe(ct):
+    named, given = (next(d.make_loader(ct, recipe, 0, range(1), 4)) for recipe in ("ct", d.RECIPES["ct"]))
+    assert equal(named, given)
+    with pytest.raises(ValueError, match="there is no recipe 'xray'; known are ct, ct_any_window, photo"):
+        d.make_loader(ct, "xray", 0, range(1), 4)
+
+
 @pytest.mark.parametrize("workers", [1, 4])
 def test_batches_do_not_depend_on_workers(ct, workers):
     plain, other = batches(ct), batches(ct, workers=workers)

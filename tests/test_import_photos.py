@@ -371,3 +371,27 @@ def test_fifty_thousand_rows_take_seconds(tmp_path):
     before = sum(os.times()[:4])  # of this process and those it waited for; wall time of a shared machine says little
     assert len(bring(tmp_path / "raw", tmp_path / "out", "--workers", 2)) == 50_000
     assert sum(os.times()[:4]) - before < 45, "16 s on a busy machine, 2026-11"
+
+
+def test_the_originals_are_never_where_the_import_lies(tmp_path):
+    """A second import with other limits removed the only copy of what no longer fitted."""
+    pictures(tmp_path / "data" / "natix", ["no_roadwork/a.jpg", "roadwork/b.jpg"])
+    before = sorted(path for path in tmp_path.rglob("*") if path.is_file())
+    write_csv(tmp_path / "rows.csv", [["data/natix/no_roadwork/a.jpg", 0], ["data/natix/roadwork/b.jpg", 1]])
+    for source, name in (("data/natix", "natix"), ("data/natix", "data"), ("rows.csv", "natix")):
+        out = tmp_path / ("data" if name == "natix" else ".")
+        with pytest.raises(ValueError, match="would hold the import and holds originals in"):
+            import_photos.main(["--from", str(tmp_path / source), "--out", str(out), "--name", name])
+    (tmp_path / "rows.csv").unlink()
+    assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == before
+
+
+def test_a_source_of_which_nothing_is_fit_is_an_error_and_leaves_what_was_there(tmp_path):
+    pictures(tmp_path / "raw", ["no_roadwork/a.jpg", "roadwork/b.jpg"])
+    rows = bring(tmp_path / "raw", tmp_path / "out")
+    argv = ["--from", tmp_path / "raw", "--out", tmp_path / "out", "--name", "s", "--min-side", 500]
+    with pytest.raises(ValueError, match="none of 2 pictures is fit, first s/.*: too small"):
+        import_photos.main(list(map(str, argv)))
+    assert table(tmp_path / "out" / "labels.csv") == rows and len(open_source(tmp_path / "out")) == 2
+    with pytest.raises(SystemExit):
+        import_photos.main([*map(str, argv), "--max-aspect", "nan"])

@@ -76,6 +76,7 @@ def options(words):
 
 STUB = """#!/bin/sh
 { printf '%s\\t' "$@"; echo; } >> "$CALLS"
+[ -z "$SAVES" ] || touch "$SAVES"
 call=$(wc -l < "$CALLS")
 set -- $CODES
 [ "$call" -le $# ] || exit 0
@@ -140,6 +141,14 @@ def test_the_long_run_starts_again_only_where_that_helps(tmp_path):
         assert dry(tmp_path, words, f"1 {last}", WAIT="0")[0] == last
     code, calls, _ = dry(tmp_path, words, "1 " * 30, WAIT="0")
     assert code == 1 and len(calls) == 20
+    # 2 is a mistake of the user's, or a disk that is gone for a minute: not where this very command has saved already
+    run = tmp_path / "run"
+    run.mkdir()
+    words = recipe("big_run", "DATA", run)
+    (run / "step_00000001.pth").touch()
+    os.utime(run / "step_00000001.pth", (1e9, 1e9))  # of an earlier start
+    assert dry(tmp_path, words, "1 2 0", WAIT="0")[0] == 2
+    assert dry(tmp_path, words, "1 2 0", WAIT="0", SAVES=str(run / "step_00000002.pth"))[0] == 0
 
 
 def tree(pid):

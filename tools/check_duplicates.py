@@ -18,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -27,6 +26,7 @@ from data import Unreadable, read_splits, slice_name, split_path
 from tools.lib import broken
 from tools.lib.cli import Parser, positive, run, shown, within
 from tools.lib.groups import join, open_data
+from tools.lib.progress import progress
 
 VERSION = 1
 SIDE = 32  # of the thumbnail that is hashed and compared
@@ -66,7 +66,7 @@ def look_at_all(source, order, workers):
     """(digests, thumbnails [N,32,32], {position: why it cannot be read}) of the images in `order`."""
     digests, thumbs, bad = [], np.empty((len(order), SIDE, SIDE), np.uint8), {}
     with Pool(workers, ready, (source,)) as pool:
-        found = tqdm(pool.imap(look, order, chunksize=16), total=len(order), unit="image", desc="read", disable=None)
+        found = progress(pool.imap(look, order, chunksize=16), total=len(order), unit="image", desc="read")
         for i, (digest, thumb, why) in enumerate(found):
             digests.append(digest)
             thumbs[i] = thumb
@@ -99,7 +99,7 @@ def near_pairs(hashes, owners, distance):
     """
     bands = np.array_split(np.arange(64), distance + 3)
     masks = [np.uint64(sum(1 << int(bit) for band in chosen for bit in band)) for chosen in combinations(bands, 3)]
-    for table, mask in enumerate(tqdm(masks, desc="compare", unit="table", disable=None)):
+    for table, mask in enumerate(progress(masks, desc="compare", unit="table")):
         order = np.argsort(hashes & mask, kind="stable")
         key = (hashes & mask)[order]
         left, step = np.arange(len(key)), 0

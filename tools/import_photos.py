@@ -27,7 +27,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from checkpoint import write_text
 from data import BROKEN, INDEX_COLUMNS, PHOTO_ENDINGS, label_columns, open_photo, read_csv, to_rgb, turn_of
-from tools.lib.cli import Parser, positive, run, shown
+from tools.lib.cli import Parser, positive, run, shown, within
 from tools.lib.files import VERSION, created_utc, csv_text, parse, read_json_file, walk_files, write_json
 
 # class -> what sources call it; case, spaces and hyphens do not matter. 19, 20, 55: labels of Mapillary Vistas
@@ -277,7 +277,9 @@ def build_parser():
     p.add_argument("--facts", choices=("exif",), help="exif: columns lat, lon, time, where the source has none")
     p.add_argument("--copy", action="store_true", help="copy pictures instead of linking them")
     p.add_argument("--min-side", type=positive, default=224, help="pixels; a smaller picture is refused")
-    p.add_argument("--max-aspect", type=float, default=3.0, help="long side over short side; above it is refused")
+    p.add_argument(
+        "--max-aspect", type=within("[1, 1000]"), default=3.0, help="long side over short side; above it is refused"
+    )
     p.add_argument("--workers", type=positive, default=os.cpu_count(), help="reading processes")
     return p
 
@@ -301,6 +303,12 @@ def main(argv=None):
         raise ValueError(f"--from {args.source}: no pictures ({kind})")
     name_classes(rows, args.classes == "as-is")
     rows, refused = place_rows(rows, name)
+    own = (out / name).resolve()
+    if inside := [f for f in {file.parent for _, _, file in rows.values()} if f.resolve().is_relative_to(own)]:
+        # a later import would remove there what is no longer fit: the originals
+        raise ValueError(
+            f"{own} would hold the import and holds originals in {inside[0]}: give another --name or --out"
+        )
     facts = dict.fromkeys(key for _, row, _ in rows.values() for key in row)
     label_columns(labels, ["path", *facts])  # would open_source take them?
     if taken := sorted({*facts} & {*INDEX_COLUMNS}):
@@ -322,9 +330,8 @@ def main(argv=None):
                 facts = {key: text for key, text in facts.items() if key == "time" or not known.keys() & {"lat", "lon"}}
                 labelled[path] = {"path": path, "source": name} | facts | known
                 counts[row["label"]] += 1
-    for path, row in tables[0].items():  # of an earlier import, no longer wanted
-        if not row["reason"] and path not in labelled:
-            (out / path).unlink(missing_ok=True)
+    if not counts:
+        raise ValueError(f"--from {args.source}: none of {len(rows)} pictures is fit, first {': '.join(refused[0])}")
     header = ["path", "label", "group", "source", "part", "lat", "lon", "time"]
     header = [*dict.fromkeys(header + [key for row in labelled.values() for key in row])]
     header = [key for key in header if any(row.get(key) for row in labelled.values()) or key in header[:2]]
@@ -338,6 +345,9 @@ def main(argv=None):
     for file, columns, table in ((index, INDEX, indexed), (labels, header, labelled)):  # last: what it names is there
         cells = ([row.get(key, "") for key in columns] for _, row in sorted(table.items()))
         write_text(file, csv_text([columns, *cells], exact=1))  # paths begin with NAME, so no spreadsheet runs them
+    for path, row in tables[0].items():  # of an earlier import, no longer named
+        if not row["reason"] and path not in labelled:
+            (out / path).unlink(missing_ok=True)
     print(f"{labels}: {', '.join(f'{n} {shown(label)}' for label, n in sorted(counts.items()))} of {name}, "
           f"{len(labelled)} in all; columns {','.join(map(shown, header))}")  # fmt: skip
     for reason, n in reasons.most_common(12):

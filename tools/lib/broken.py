@@ -13,10 +13,10 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-from tqdm import tqdm
 
 from data import Unreadable, read_view
 from tools.lib.cli import natural, shown
+from tools.lib.progress import progress
 
 SECONDS = 60  # to look for more of them, once one was met
 LISTED = 50
@@ -38,8 +38,8 @@ def find(source, seconds=math.inf):
             return str(source.path(i)), str(error)
         return None
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(total=len(files), desc="look for broken files", unit="file",
-                                                          disable=None) as bar:  # fmt: skip
+    bar = progress(total=len(files), desc="look for broken files", unit="file")
+    with ThreadPoolExecutor(os.cpu_count()) as pool, bar:
         for start in range(0, len(files), 64):
             if time.monotonic() > end:
                 break

@@ -41,6 +41,9 @@ CLAIMS = {  # pair whose AUCs are compared: what a proven gain means, a proven l
 }  # fmt: skip
 
 
+FEWEST = 8  # groups: resampling fewer gives intervals far too short (of 2, one point)
+
+
 # ----- numbers
 
 
@@ -58,6 +61,8 @@ def estimate(statistic, predictions, groups, repeats=2000):
         return np.stack([np.mean([one[name] for one in values], 0) for name in names], 1)
 
     drawn, out = resample(means, groups, repeats), {}
+    if len(np.unique(groups)) < FEWEST:
+        drawn = np.full_like(drawn, np.nan)
     for name, low, high in zip(names, *interval(drawn)):
         values = [point[name] for point in points]
         out[name] = {"value": np.mean(values), "low": low, "high": high, "spread": np.std(values)}
