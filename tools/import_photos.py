@@ -22,13 +22,12 @@ from itertools import chain
 from multiprocessing import Pool
 from pathlib import Path, PurePosixPath
 
-from tqdm import tqdm
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from checkpoint import write_text
 from data import BROKEN, INDEX_COLUMNS, PHOTO_ENDINGS, label_columns, open_photo, read_csv, to_rgb, turn_of
 from tools.lib.cli import Parser, positive, run, shown, within
 from tools.lib.files import VERSION, created_utc, csv_text, parse, read_json_file, walk_files, write_json
+from tools.lib.progress import progress
 
 # class -> what sources call it; case, spaces and hyphens do not matter. 19, 20, 55: labels of Mapillary Vistas
 ALIASES = {"no_roadwork": "no_roadwork class_0 0", "roadwork": "roadwork class_1 1 19 20 55"}
@@ -319,7 +318,7 @@ def main(argv=None):
     jobs = ((file, out / path, args.copy, args.facts, limits) for path, (_, _, file) in rows.items())
     counts = Counter()
     with Pool(args.workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:  # Ctrl+C is for the parent
-        looks = tqdm(pool.imap(examine, jobs, chunksize=32), "import", len(rows), unit="picture", disable=None)
+        looks = progress(pool.imap(examine, jobs, chunksize=32), "import", len(rows), unit="picture")
         for (path, (_, row, _)), (seen, facts) in zip(rows.items(), looks):
             path = path.encode(errors="backslashreplace").decode()
             indexed[path] = dict(zip(INDEX, [path, *seen]))
