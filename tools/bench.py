@@ -481,7 +481,7 @@ def measure(point):
 def measure_all(points, most):
     """All rows; a sweep doubles its micro-batch until one does not fit or `most` is reached."""
     rows, todo = [], deque(points)
-    with tqdm(total=len(todo), unit="point") as bar:
+    with tqdm(total=len(todo), unit="point", disable=None) as bar:
         while todo:
             point = todo.popleft()
             bar.set_description(f"{point['what']}: {point['setting'][:50]}")

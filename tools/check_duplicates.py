@@ -6,14 +6,13 @@ make_splits.py then keeps together. Exit code 1 if a duplicate crosses the split
     python tools/check_duplicates.py --data data/processed --workers 16
 """
 
+import functools
 import hashlib
 import json
 import os
-import signal
 import sys
 from collections import defaultdict
 from itertools import combinations
-from multiprocessing import Pool
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +25,7 @@ from checkpoint import write_text
 from data import read_splits, slice_name, split_path
 from tools.lib.cli import Parser, positive, run, shown, within
 from tools.lib.groups import join, open_data
+from tools.lib.workers import parallel
 
 VERSION = 1
 SIDE = 32  # of the thumbnail that is hashed and compared
@@ -38,10 +38,9 @@ BITS = np.array([bin(i).count("1") for i in range(1 << 16)], np.uint8)  # numpy 
 
 
 def ready(source):
-    """In a worker: keep the source, leave Ctrl+C to the parent, take photographs of any size."""
+    """In a worker: keep the source, take photographs of any size."""
     global SOURCE
     SOURCE = source
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     Image.MAX_IMAGE_PIXELS = None
 
 
@@ -61,11 +60,10 @@ def look(i):
 def look_at_all(source, order, workers):
     """(digests, thumbnails [N,32,32]) of the slices in `order`; a file that cannot be read is an error."""
     digests, thumbs = [], np.empty((len(order), SIDE, SIDE), np.uint8)
-    with Pool(workers, ready, (source,)) as pool:
-        found = tqdm(pool.imap(look, order, chunksize=16), total=len(order), unit="slice", desc="read")
-        for i, (digest, thumb) in enumerate(found):
-            digests.append(digest)
-            thumbs[i] = thumb
+    found = parallel(look, order, workers, functools.partial(ready, source), chunk=16)
+    for i, (digest, thumb) in enumerate(tqdm(found, "read", len(order), unit="slice", disable=None)):
+        digests.append(digest)
+        thumbs[i] = thumb
     return digests, thumbs
 
 
@@ -94,7 +92,7 @@ def near_pairs(hashes, owners, distance):
     """
     bands = np.array_split(np.arange(64), distance + 3)
     masks = [np.uint64(sum(1 << int(bit) for band in chosen for bit in band)) for chosen in combinations(bands, 3)]
-    for table, mask in enumerate(tqdm(masks, desc="compare", unit="table")):
+    for table, mask in enumerate(tqdm(masks, "compare", unit="table", disable=None)):
         order = np.argsort(hashes & mask, kind="stable")
         key = (hashes & mask)[order]
         left, step = np.arange(len(key)), 0
