@@ -11,11 +11,9 @@ none). A picture depends on --seed, --size, --object-share, its scene and its fr
 
 import math
 import os
-import signal
 import sys
 from datetime import datetime, timedelta
 from functools import lru_cache
-from multiprocessing import Pool
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,6 +25,7 @@ from checkpoint import write_text
 from tools.lib.cli import Parser, natural, positive, run
 from tools.lib.files import csv_text
 from tools.lib.progress import progress
+from tools.lib.workers import parallel
 
 COLUMNS = "path label group source lat lon time weather daytime street truth objects object_share".split()
 LABELS = ("no_roadwork", "roadwork")
@@ -395,9 +394,8 @@ def main(argv=None):
         raise FileExistsError(f"--out {out} is there and not empty: name a new folder")
     frames, fixed = args.frames_per_scene, (args.size, (low, high), args.flip)
     jobs = ((out, i, args.seed, frames, *fixed) for i in range(args.images))
-    with Pool(args.workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:  # Ctrl+C is for the parent
-        found = pool.imap(write_picture, jobs, chunksize=frames)
-        rows = list(progress(found, total=args.images, unit="picture", desc="streets"))
+    drawn = parallel(write_picture, jobs, args.workers, chunk=frames)
+    rows = list(progress(drawn, total=args.images, unit="picture", desc="streets"))
     write_text(out / "labels.csv", csv_text([COLUMNS, *rows]))  # last: a labels.csv is always whole
     flipped, positives = sum(row[1] != row[10] for row in rows), sum(row[10] == LABELS[1] for row in rows)
     scenes = len({row[2] for row in rows})
