@@ -1372,8 +1372,9 @@ class Batch(NamedTuple):
     bad: list  # [(path, reason)] of files that were replaced by their neighbour in the batch
 
 
-def read_photo(path, boxes_of, sizes):
-    """Only what boxes need of a photograph, upright, reduced while each keeps twice its size -> (image, boxes in it).
+def read_photo(path, boxes_of, sizes, keep=2):
+    """Only what boxes need of a photograph, upright, reduced while each keeps `keep` times the size of its view
+    -> (image, boxes in it).
 
     boxes_of(height, width) -> boxes [V, 4] of the upright picture; sizes: pixels of their views, one or [V].
     """
@@ -1381,7 +1382,7 @@ def read_photo(path, boxes_of, sizes):
         with open_photo(path) as file:
             turn, size = turn_of(file)
             boxes = boxes_of(*size)
-            factor = max(1, int(((boxes[:, 2:] - boxes[:, :2]).min(1) / (2 * np.asarray(sizes))).min()))
+            factor = max(1, int(((boxes[:, 2:] - boxes[:, :2]).min(1) / (keep * np.asarray(sizes))).min()))
             W, H = file.size
             file.draft("RGB", (-(-W // factor), -(-H // factor)))  # JPEG decodes at 1/2, 1/4 or 1/8 for free
             drafted = np.array([file.height / H, file.width / W][:: -1 if turn[2] else 1] * 2)
@@ -1398,7 +1399,7 @@ def read_photo(path, boxes_of, sizes):
     return torch.from_numpy(image.copy()), (boxes * drafted - np.tile(low, 2)) / factor
 
 
-def read_view(source, i, boxes=None, size=224):
+def read_view(source, i, boxes=None, size=224, keep=2):
     """For one look at an image: (pixels [3, h, w], boxes [S, 4] in them). boxes: None is that of eval_boxes, a layout
     those of view_boxes.
 
@@ -1412,7 +1413,7 @@ def read_view(source, i, boxes=None, size=224):
 
     if source.encoding == "photo":
         source.check(i)
-        return read_photo(source.path(i), chosen, size)
+        return read_photo(source.path(i), chosen, size, keep)
     image = source.read(i)
     at = chosen(*image.shape[1:], source.body(i))
     if boxes is None:

@@ -648,15 +648,9 @@ def log_line(run, log, update, now, pace):
     peak, images = loop.device_peak(run.device), done * args.batch_size
     line = {"images": images, "epoch": images / len(run.source), **values, **now._asdict()}
     line |= {f"grad_norm_{name}": float(norm) for name, norm in update.norms.items()}
-    line |= {
-        "images_s": rate,
-        "data_wait": pace.waited / seconds,
-        "tflops": tflops,
-        "memory_gb": loop.memory_gb(run.device),
-    }
+    line |= dict(images_s=rate, data_wait=pace.waited / seconds, tflops=tflops, memory_gb=loop.memory_gb(run.device))
+    line |= dict(mfu=tflops / (peak * world)) if peak else {}
     line["seconds_to_go"] = (args.steps + args.extend - done) * seconds / max(updates, 1)
-    if peak:
-        line["mfu"] = tflops / (peak * world)
     log.numbers(done, line)
     if done > args.grace:
         for text in loop.warnings_in_words(values, pace.loss, *seen.features.shape):
@@ -693,15 +687,10 @@ def open_data(args):
     if args.no_split:
         source = data.open_source(args.data, args.limit, args.z_stride)
         return data.weighed(source, args.weights) if args.weights else source, None
-    everything = data.open_source(args.data)
-    source = data.open_for(
-        everything, "fit", limit=args.limit, z_stride=args.z_stride, allow_duplicates=args.allow_duplicates
-    )
+    everything, more = data.open_source(args.data), dict(z_stride=args.z_stride, allow_duplicates=args.allow_duplicates)
+    source = data.open_for(everything, "fit", limit=args.limit, **more)
     source = data.weighed(source, args.weights) if args.weights else source
-    if not args.eval_every:
-        return source, None
-    more = dict(z_stride=args.z_stride, allow_duplicates=args.allow_duplicates)
-    return source, data.open_for(everything, "select", **more)
+    return source, data.open_for(everything, "select", **more) if args.eval_every else None
 
 
 def start_reading(args, source, recipes, steps, patch_size, rank, world, device):
@@ -730,7 +719,8 @@ def build_run(args, backbone, source, recipes, rank, world, device, gram_arch=No
     nets = [m for m in (student, teacher, gram_net) if m is not None]
     if args.compile:  # every size is a shape of its own: at the usual 8 torch goes on uncompiled
         torch._dynamo.config.recompile_limit = 64
-        for block in (block for m in nets for block in getattr(m, "backbone", m).blocks[:-1]):  # the last: other rows
+        # but for the last block, which runs on other rows each time and would be compiled anew
+        for block in (block for m in nets for block in getattr(m, "backbone", m).blocks[:-1]):
             block.compile(dynamic=False)  # mixed --sizes: guessed dynamic shapes fail in the backward (torch 2.13, CPU)
     for m in nets:
         if args.fsdp and world > 1:
