@@ -36,7 +36,7 @@ import losses
 from model import ProjectionHead, SSLModel, Tokens, build_vit
 from tools.lib import page, provenance, runs, sheet
 from tools.lib.cli import Parser, finite, is_ours, natural, pick_device, positive, run, shown
-from tools.lib.files import NUMBER, read_json_file
+from tools.lib.files import NUMBER, plain, read_json_file, write_json
 from tools.lib.fits import neighbours
 from tools.lib.limits import AGREES, ONE_HOT, UNIFORM
 from tools.lib.loop import lock
@@ -272,12 +272,12 @@ def label_numbers(vit, source, path, view, most):
     rows = [row | {"slice": data.find_slice(source, row["path"], float(row["z"]) if volumes else None)} for row in rows]
     rows = [row for row in rows if row["slice"] is not None]
     rows = [rows[k] for k in data.rng(0, "limit").permutation(len(rows))[:most]]  # of tables for other splits: none
-    ids, labels = [row["slice"] for row in rows], [row["label"] for row in rows]
+    ids, labels = [row["slice"] for row in rows], [row["label"].strip() for row in rows]
     groups, regions = source.rows.columns["group"][ids], None
     if len(set(labels)) < 2 or len(set(groups)) < 3:
         return {}
     if nodules:
-        half = 25 / source.rows.columns["spacing_y"][ids][:, None]  # mm
+        half = 25 / np.stack([source.rows.columns[f"spacing_{axis}"][ids] for axis in "yx"], 1)  # mm -> pixels
         centres = np.array([[float(row["y"]), float(row["x"])] for row in rows])
         regions = np.concatenate([centres - half, centres + half], 1)
     with torch.no_grad():
@@ -434,11 +434,6 @@ def judge(n, beat, heat, history, alike, warming, args):
 # ------------------------------------------------------------------ outputs
 
 
-def plain(values):
-    """JSON has no NaN."""
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-
-
 @contextlib.contextmanager
 def writing(path):
     """Errors of what is written in here name a path, which "No space left on device" alone does not."""
@@ -451,7 +446,7 @@ def writing(path):
 
 def write_status(status, out, prom):
     with writing(out):
-        checkpoint.write_text(out / "status.json", json.dumps(status, indent=1, allow_nan=False))
+        write_json(out / "status.json", status)
     prom = prom or out / "metrics.prom"
     with writing(prom):
         checkpoint.write_text(prom, page.prometheus(status, WORDS))
@@ -543,7 +538,7 @@ def look(args, out):
     status = {"version": 1, "run": folder.resolve().name, "step": state["step"], "when": when, "time": began,
               "verdict": verdict, "code": max((f.level for f in findings), default=0), "warming": warming,
               "seconds": time.time() - began, "findings": [f._asdict() for f in findings], "notes": notes,
-              "setting": setting, "numbers": plain(numbers), "pulse": plain(beat), "sensors": heat}  # fmt: skip
+              "setting": setting, "numbers": plain(numbers), "pulse": plain(beat), "sensors": plain(heat)}  # fmt: skip
     print(f"{shown(status['run'])} step {state['step']}: {verdict}")
     print(*(f"  {f.word}: {shown(f.text, 600)}\n" for f in findings), *(f"note: {n}\n" for n in notes), sep="", end="")
     write_status(status, out, args.prom)
@@ -562,7 +557,7 @@ def look(args, out):
 def draw(out, seed, step, images, first, drawn, notes):
     """Write the pictures of a look, and what later looks need of it -> {title: pictures of the page}."""
     chosen = {"version": 1, "seed": seed, "images": list(images)}
-    checkpoint.write_text(out / "images.json", json.dumps(chosen, indent=1))
+    write_json(out / "images.json", chosen)
     checkpoint.atomic_write(out / "first.npz", lambda f: np.savez(f, **first))
     now, then = (out / f"step_{n:08d}" for n in (step, int(first["step"])))
     strips, unread = sheet.save_look(now, drawn)

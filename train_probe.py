@@ -35,7 +35,7 @@ from checkpoint import atomic_write, write_text
 from model import load_backbone, read_facts
 from tools.lib import fits, judge, page, provenance
 from tools.lib.cli import Parser, natural, pick_device, positive, run, shown
-from tools.lib.files import csv_text
+from tools.lib.files import csv_text, json_text, write_json
 from tools.lib.loop import git_commit
 
 REPEATS = 5  # of cross-validation
@@ -461,11 +461,10 @@ def main(argv=None):
         "git_commit": git_commit(),
         "seconds": round(time.perf_counter() - start, 1),
     }
-    args.out.mkdir(parents=True, exist_ok=True)
-    write_text(args.out / "results.json", judge.to_json(summary) + "\n")
+    write_json(args.out / "results.json", summary)
     scores = {name: (plans[name][0], probe, plans[name][1]) for name, (_, _, probe) in outcomes.items()}
     write_text(args.out / "predictions.csv", csv_text(judge.prediction_rows(table, splits, scores)))
-    facts = [[key, judge.to_json(summary[key])] for key in ("weights", "labels", "split_sha256", "recipe", "notes")]
+    facts = [[key, json_text(summary[key])] for key in ("weights", "labels", "split_sha256", "recipe", "notes")]
     parts = [*(part for _, part, _ in outcomes.values()), page.section("Facts", page.table(["what", "value"], facts))]
     write_text(args.out / "report.html", page.page(f"Probe of {args.ckpt.name} on {path.name}", *parts))
     print("\n".join([*notes, *(str(args.out / n) for n in ("results.json", "predictions.csv", "report.html"))]))

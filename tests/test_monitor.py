@@ -1039,6 +1039,20 @@ def test_labels_are_read_by_header_and_only_of_slices_that_may_be_looked_at(toy,
     assert toy.look("--labels", tmp_path / "blank.csv") == 0 and toy.status()["numbers"]["knn_slices"] == 5
     write_table(tmp_path / "one.csv", header, [[*row[:5], 1, *row[6:]] for row in rows])
     assert toy.look("--labels", tmp_path / "one.csv") == 0 and "knn" not in toy.status()["numbers"]  # one class
+    write_table(tmp_path / "spaced.csv", header, [[*row[:5], "1" + " " * row[5], *row[6:]] for row in rows])
+    assert toy.look("--labels", tmp_path / "spaced.csv") == 0 and "knn" not in toy.status()["numbers"]  # still one
+    opened = data.open_for
+
+    def narrow(*args, **more):
+        source = opened(*args, **more)
+        source.rows.columns["spacing_x"] = source.rows.columns["spacing_x"] * 2
+        return source
+
+    monkeypatch.setattr(data, "open_for", narrow)
+    asked.clear()
+    assert toy.look("--labels", tmp_path / "nodules.csv") == 0
+    boxes = np.concatenate([r for r in asked if r is not None])
+    assert np.allclose(boxes, [[30 - half, 20 - half / 2, 30 + half, 20 + half / 2]] * 6)  # 50 mm along both axes
 
 
 # pictures

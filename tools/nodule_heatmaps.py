@@ -512,7 +512,7 @@ def main(argv=None):
                   patients=len(patients), numbers=numbers, skipped=skipped,
                   nodules=list_nodules(targets, own))  # fmt: skip
     out = args.out or args.ckpt.parent / "heatmaps"
-    write_json(out / "heatmaps.json", report, indent=1)
+    write_json(out / "heatmaps.json", report)
     drawn = tqdm(zip(targets, maps.swapaxes(0, 1), own), "draw", len(targets), unit="nodule", disable=None)
     pictures = [draw(source, target, some, values, args.crop_mm) for target, some, values in drawn]
     sheet.save(out / "heatmaps.png", draw_sheet(title, warning, sentences, numbers, pictures))

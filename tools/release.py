@@ -11,7 +11,6 @@ path of this machine and no patient id in clear gets in.
     cd release/dinox-lidc-vit-small && sha256sum -c SHA256SUMS
 """
 
-import json
 import os
 import re
 import shutil
@@ -387,9 +386,8 @@ def write_weights(vit, facts, folder):
     config |= {"image_size": facts["eval_view"]["size"], "dtype": "float32"}
     packed = safetensors.torch.save(state, {"format": "pt"})
     atomic_write(folder / "model.safetensors", lambda f: f.write(packed))
-    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
-    processor = processor_config(facts["eval_view"]["size"])
-    write_text(folder / "preprocessor_config.json", json.dumps(processor, indent=2) + "\n")
+    write_json(folder / "config.json", config, indent=2)
+    write_json(folder / "preprocessor_config.json", processor_config(facts["eval_view"]["size"]), indent=2)
     return config
 
 
@@ -409,7 +407,7 @@ def fill(folder, ckpt, facts, name, texts, provenance):
     print(f"reloaded: largest difference of any output {difference:.1e}")
     numbers = dict(difference=difference, millions=sum(p.numel() for p in vit.parameters()) / 1e6)
     numbers |= dict(weights_sha256=file_sha256(folder / "model.safetensors"), checkpoint_sha256=file_sha256(ckpt))
-    write_json(folder / "provenance.json", provenance)
+    write_json(folder / "provenance.json", provenance, indent=None)
     write_text(folder / "LICENSE", texts["licence"])
     write_text(folder / "README.md", write_card(facts, config, name, texts | numbers))
     write_sums(folder)
