@@ -34,7 +34,7 @@ import checkpoint
 import data
 import losses
 from model import ProjectionHead, SSLModel, Tokens, build_vit
-from tools.lib import page, provenance, runs, sheet
+from tools.lib import machine, page, provenance, runs, sheet
 from tools.lib.cli import Parser, finite, is_ours, natural, pick_device, positive, run, shown
 from tools.lib.files import NUMBER, plain, read_json_file, write_json
 from tools.lib.fits import neighbours
@@ -363,7 +363,7 @@ class Finding(NamedTuple):
 
 def throttling(beat, heat, history, rise, drop):
     """One sentence if it has become hotter while images/s fell, against the medians of earlier looks."""
-    before = [(runs.hottest(h["sensors"]), h["pulse"].get("images_s")) for h in history]
+    before = [(machine.hottest(h["sensors"]), h["pulse"].get("images_s")) for h in history]
     before = [pair for pair in before if None not in pair]
     if len(before) < 3 or heat is None or not beat.get("images_s"):
         return None
@@ -531,8 +531,8 @@ def look(args, out):
     numbers, first, drawn = measure(state, source, images, out, args, notes)
     lines, beat = take_pulse(folder, state, size, notes)
     setting, history, alike = recall(state, source, images, numbers, out, args, notes)
-    heat, warming = runs.sensors(args.sysfs) | runs.card_sensors(), state["step"] <= state["args"]["grace"]
-    findings = judge(numbers, beat, runs.hottest(heat), history, alike, warming, args)
+    heat, warming = machine.sensors(args.sysfs) | machine.card_sensors(), state["step"] <= state["args"]["grace"]
+    findings = judge(numbers, beat, machine.hottest(heat), history, alike, warming, args)
     verdict = findings[0].word if findings else "warming up" if warming else "healthy"
     when = datetime.datetime.fromtimestamp(began, datetime.timezone.utc).isoformat(timespec="seconds")
     status = {"version": 1, "run": folder.resolve().name, "step": state["step"], "when": when, "time": began,
@@ -547,7 +547,7 @@ def look(args, out):
         checkpoint.write_text(out / "history.jsonl", "".join(json.dumps(h) + "\n" for h in [*history, own]))
         sections = draw(out, args.seed, state["step"], images, first, drawn, notes) if drawn else {}
         looks = sorted([*alike, own], key=lambda h: h["step"])
-        looks = [{"step": h["step"], **h["numbers"], "temperature": runs.hottest(h["sensors"])} for h in looks]
+        looks = [{"step": h["step"], **h["numbers"], "temperature": machine.hottest(h["sensors"])} for h in looks]
         limits = {key: value for key, value in vars(args).items() if key.startswith(("min_", "max_"))}
         report = checkpoint.write_text(out / "report.html", page.run_page(status, looks, lines, limits, sections))
     print(shown(report, 400))
