@@ -418,6 +418,7 @@ def main(argv=None):
     start = time.perf_counter()
 
     # ----------------------------------------------------------------- labels, splits, leaks
+    before = provenance.stamp(args.ckpt)
     source, facts = data.open_source(args.data), read_facts(args.ckpt)
     path = data.find_table(args.data, args.labels)
     table = read_table(path, source)
@@ -438,6 +439,7 @@ def main(argv=None):
     device = pick_device(args.device)
     used = np.any([keep for keep, _ in plans.values()], 0)
     look = judge.used_by("train_probe.py", args.ckpt, path, f"frozen probe, --protocol {args.protocol}")
+    provenance.refuse_change(args.ckpt, before)
     chosen, part = open_samples(source, table.take(used), splits[used], look, args.allow_duplicates)
     predictors = gather(args, vit, look["weights_sha256"], chosen, part, framing, device)
     outcomes = {

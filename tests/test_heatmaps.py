@@ -436,6 +436,15 @@ def test_a_series_is_recognised_under_another_name_of_its_patient(root, tmp_path
     assert not looks(root)
 
 
+def test_weights_that_change_while_they_are_read_are_refused(root, tmp_path, monkeypatch):
+    ckpt, new = save(tmp_path / "run.pth", bright_vit()), save(tmp_path / "new.pth", bright_vit())
+    real = h.load_backbone
+    monkeypatch.setattr(h, "load_backbone", lambda path: (real(path), new.replace(path))[0])
+    with pytest.raises(ValueError, match=r"run\.pth changed while it was read"):
+        look(root, ckpt)
+    assert not looks(root)
+
+
 def test_every_look_at_val_test_is_recorded(root, tmp_path):
     ckpt = save(tmp_path / "run.pth", bright_vit())
     look(root, ckpt, "--split", "train")

@@ -162,6 +162,27 @@ def test_names_inside_the_weights_are_looked_at_too(tmp_path):
         release.refuse_secrets(tmp_path, {"LIDC-IDRI-0079"})
 
 
+def test_a_word_of_the_card_is_no_secret(tmp_path):
+    (tmp_path / "run").mkdir()
+    groups = ["images", "training", "pictures", "height", "software", "patients", "evaluates", "IMG_0001.jpg"]
+    out = export(save(tmp_path / "run" / "last.pth", "photo", trained_groups=groups))
+    assert b"IMG_0001" not in (out / "README.md").read_bytes()
+    assert {"IMG_0001.jpg"} == {s for s in release.secrets_of(dict(trained_groups=groups, args={})) if "/" not in s}
+
+
+def test_weights_that_change_while_they_are_read_are_refused(ckpt, tmp_path, monkeypatch):
+    (tmp_path / "new").mkdir()
+    new, real = save(tmp_path / "new" / "last.pth"), release.load_backbone
+
+    def load_and_save(path):
+        if path == ckpt:
+            new.replace(ckpt)
+        return real(path)
+
+    monkeypatch.setattr(release, "load_backbone", load_and_save)
+    refused(r"last\.pth changed while it was read", ckpt)
+
+
 def test_groups_of_photographs_are_names_of_files_and_stay_behind(tmp_path):
     (tmp_path / "run").mkdir()
     ckpt = save(tmp_path / "run" / "last.pth", "photo", trained_groups=["holiday/anna.jpg", "holiday/ben.jpg"])

@@ -467,6 +467,7 @@ def main(argv=None):
         parser.error(f"--crop-mm {args.crop_mm:g} must be positive")
     if args.n < 2:
         parser.error("--n 1: chance is measured on other nodules, so at least 2 are needed")
+    before = provenance.stamp(args.ckpt)
     source, facts = data.open_source(args.data), read_facts(args.ckpt)
     if source.encoding == "photo":
         raise ValueError(f"--data {args.data} holds photographs; nodules need a processed CT folder")
@@ -481,6 +482,7 @@ def main(argv=None):
     device, masks = pick_device(args.device), args.data / "_labels" / "masks"
     why = f"heatmaps of {args.n} nodules, --split {args.split}"
     used_by = judge.used_by("tools/nodule_heatmaps.py", args.ckpt, labels, why)
+    provenance.refuse_change(args.ckpt, before)
     source = open_split(source, args.split, used_by, args.allow_duplicates)
     targets, skipped = choose(source, rows, args.n, masks, args.crop_mm, patches, args.seed)
     for item in skipped:
