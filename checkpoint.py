@@ -59,6 +59,9 @@ def atomic_write(path, writer):
             f.flush()
             os.fsync(f.fileno())  # before the rename: a journal may keep the new name and lose the bytes behind it
         os.replace(tmp, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # "No space left on device" alone names no place
+        raise
     finally:
         tmp.unlink(missing_ok=True)  # still there only when something above failed
     fsync_folder(path.parent)
@@ -148,7 +151,8 @@ def is_flag(value):
 
 
 def is_arch(value):
-    return is_text(value["name"]) and is_dict(value["overrides"], is_size)
+    adapters = value.get("adapters", {"rank": 1})  # rank, alpha, norm, targets, unfreeze, blocks
+    return is_text(value["name"]) and is_dict(value["overrides"], is_size) and is_dict(adapters, is_flag)
 
 
 def is_view(value):

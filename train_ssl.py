@@ -30,8 +30,8 @@ from tqdm import tqdm
 import checkpoint
 import data
 import losses
-from model import ARCHS, ProjectionHead, SSLModel, build_vit, draw_keep, draw_rope, load_backbone, pack
-from tools.lib import loop, optim, provenance
+from model import ARCHS, ProjectionHead, SSLModel, build_vit, draw_keep, draw_rope, load_backbone, pack, read_facts
+from tools.lib import broken, loop, optim, provenance
 from tools.lib.cli import Parser, above_zero, natural, not_negative, positive, run, share, within
 from tools.lib.files import write_json
 
@@ -75,6 +75,7 @@ def build_parser():
     g.add_argument("--no-split", action="store_true", help="train on everything, without a contract; recorded")
     g.add_argument("--allow-duplicates", action="store_true", help="train though duplicates.json names pictures that "
                    "lie in several splits; recorded")
+    g.add_argument("--weights", help="table path,weight: photographs are drawn as often as they weigh")
     g.add_argument("--limit", type=positive, default=None, help="images to train on, a fixed random subset")
     g.add_argument("--overfit", action="store_true", help="each epoch is the first again, crops and all: a test")
     g.add_argument("--z-stride", type=positive, default=1, help="every n-th slice; neighbours stay the true ones")
@@ -176,7 +177,7 @@ def resolve(args, world):
     return args
 
 
-def choices_in_words(args):
+def choices_in_words(args, encoding):
     rows = 2 * args.batch_size
     yield f"batch {args.batch_size} as {args.micro_batch} at a time, {args.prototypes} prototypes, lr {args.lr:.2e}"
     if args.centering == "sinkhorn" and args.prototypes > 32 * rows:
@@ -184,6 +185,9 @@ def choices_in_words(args):
             f"warning: Sinkhorn shares {rows} crops among {args.prototypes} prototypes, which makes targets noisy: use "
             f"--prototypes {32 * rows} or fewer, a larger batch, or --centering softmax"
         )
+    facts = read_facts(args.init) if args.init and Path(args.init).exists() else {}
+    if foreign := loop.other_encoding(facts, encoding):
+        yield foreign
     if args.no_split:
         yield "no split: this run may have seen any image, and nothing that evaluates it can claim otherwise"
 
@@ -590,6 +594,7 @@ def pack_state(run, step):
         **run.trained,
         "index_sha256": source.index_sha256,
         "split_sha256": source.split_sha256,
+        "weights_sha256": source.weights_sha256,
     }
 
 
@@ -686,11 +691,13 @@ def main(argv=None):
 def open_data(args):
     """(images to train on, val_select or None): what is held out is read here for the log only."""
     if args.no_split:
-        return data.open_source(args.data, args.limit, args.z_stride), None
+        source = data.open_source(args.data, args.limit, args.z_stride)
+        return data.weighed(source, args.weights) if args.weights else source, None
     everything = data.open_source(args.data)
     source = data.open_for(
         everything, "fit", limit=args.limit, z_stride=args.z_stride, allow_duplicates=args.allow_duplicates
     )
+    source = data.weighed(source, args.weights) if args.weights else source
     if not args.eval_every:
         return source, None
     more = dict(z_stride=args.z_stride, allow_duplicates=args.allow_duplicates)
@@ -786,10 +793,11 @@ def train(args, rank, world, device):
     log.event(
         start, f"resumed from {path.name}" if path else "started", changed=changed, git=loop.git_commit(), world=world
     )
-    for text in choices_in_words(args) if rank == 0 else ():
+    for text in choices_in_words(args, source.encoding) if rank == 0 else ():
         tqdm.write(text)
     saver = checkpoint.Saver(out, args.keep_last, args.keep_every)
-    with stop:
+    sources = [s for s in (source, held_out) if s] if rank == 0 else []
+    with stop, broken.named(*sources):
         try:
             code = run_updates(run, batches, micros, held_out, (start, total), (log, saver, stop))
         finally:
@@ -815,8 +823,8 @@ def run_updates(run, batches, micros, held_out, steps, tools):
         refresh_gram(run, step)
         try:
             read, micro_batches = upcoming.take()
-            for broken, why in (bad for batch in read for bad in batch.bad):
-                log.event(done, f"replaced broken file {broken}", everywhere=True, why=why)
+            for file, why in (bad for batch in read for bad in batch.bad):
+                log.event(done, f"replaced broken file {file}", everywhere=True, why=why)
             update = one_update(run, micro_batches, now, stop.why, upcoming.ahead)
         except (RuntimeError, MemoryError) as error:
             if not loop.is_out_of_memory(error):

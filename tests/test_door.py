@@ -196,7 +196,9 @@ def test_only_named_formats_are_opened_by_content(tmp_path):
     for kind, content in cases.items():
         (tmp_path / "a.png").write_bytes(content)
         source = d.open_source(tmp_path)
-        with pytest.raises(OSError, match=rf"a\.png cannot be read: its content is {kind}, expected PNG or JPEG"):
+        with pytest.raises(
+            OSError, match=rf"a\.png cannot be read: its content is {kind}, expected PNG, JPEG, WEBP, BMP, TIFF"
+        ):
             source.read(0)
         with pytest.raises(OSError, match=rf"content is {kind}"):
             d.read_view(source, 0)
@@ -211,7 +213,7 @@ def test_what_is_no_file_is_refused_not_waited_for(tmp_path):
         source.read(0)
     os.mkfifo(tmp_path / "labels.csv")
     with pytest.raises(OSError, match="is a FIFO, not a file"):
-        d.read_labels(tmp_path / "labels.csv")
+        d.read_labels(tmp_path / "labels.csv", tmp_path)
     (root / "_index" / "index.csv").unlink()
     os.mkfifo(root / "_index" / "index.csv")
     with pytest.raises(OSError, match="is a FIFO, not a file"):
@@ -334,3 +336,53 @@ def test_a_slice_is_found_by_path_and_z_and_no_other_takes_its_place(tmp_path, e
         assert d.find_slice(source, row["path"], str(row["z"])) == i
         assert d.find_slice(source, row["path"], row["z"] + 100) is None
     assert d.find_slice(source, "toy/none.npy") is None and d.find_slice(source, source.rows[0]["path"]) is not None
+
+
+def test_an_index_of_photographs_is_taken_as_it_is_and_a_changed_picture_is_noticed_when_read(tmp_path):
+    make_photos(tmp_path)
+    names = sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.glob("c*/*"))
+    rows = [f"{name},{(tmp_path / name).stat().st_size}," for name in names]
+    (tmp_path / "_index").mkdir()
+    index = tmp_path / "_index" / "photos.csv"
+    index.write_text("\n".join(["path,bytes,reason", *rows, "c0/small.png,10,too small"]) + "\n")
+    Image.new("RGB", (9, 9)).save(tmp_path / "new.png")  # not imported yet
+    source = d.open_source(tmp_path)
+    assert [row.decode() for row in source.rows.column("path")] == names
+    before = source.read(0)
+    os.utime(tmp_path / names[0])  # another time is no change
+    assert torch.equal(d.open_source(tmp_path).read(0), before)
+    assert d.open_source(tmp_path).index_sha256 == source.index_sha256
+    with open(tmp_path / names[1], "ab") as f:
+        f.write(b"\0")
+    (tmp_path / names[2]).unlink()
+    for read in (d.Source.read, d.read_view):
+        with pytest.raises(OSError, match=f"{names[1]} has .* bytes, .* when it was indexed"):
+            read(source, 1)
+        with pytest.raises(OSError, match=f"{names[2]} is gone"):
+            read(source, 2)
+    batch = next(d.make_loader(source, d.RECIPES["photo"], 0, range(1), len(names), skip_bad=2))
+    assert sorted(Path(path).name for path, _ in batch.bad) == sorted(Path(name).name for name in names[1:3])
+    index.write_text("path,bytes\nc0/0.png,x\n")
+    with pytest.raises(ValueError, match="photos.csv is damaged"):
+        d.open_source(tmp_path)
+
+
+@pytest.mark.proof
+def test_a_million_pictures_are_listed_in_seconds(tmp_path):
+    """At most 5 s of a core and 500 MB beyond what torch takes."""
+    (tmp_path / "_index").mkdir()
+    names = [f"s/{i % 2}/image_{i:07d}.jpg" for i in range(1_000_000)]
+    (tmp_path / "_index" / "photos.csv").write_text("path,bytes,reason\n" + "".join(f"{n},123456,\n" for n in names))
+    rows = (f"{n},{'yes' if i % 2 else 'no'},scene {i // 5},s\n" for i, n in enumerate(names))
+    (tmp_path / "labels.csv").write_text("path,label,group,source\n" + "".join(rows))
+    code = (
+        "import resource, sys, time; import data\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3\n"
+        "before, start = peak(), time.process_time()\n"
+        "source = data.open_source(sys.argv[1])\n"
+        "print(len(source), time.process_time() - start, peak() - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, capture_output=True, text=True, check=True)
+    count, seconds, megabytes = map(float, done.stdout.split()[-3:])
+    print(done.stdout)
+    assert count == 1_000_000 and seconds < 5 and megabytes < 500

@@ -26,6 +26,7 @@ from test_train import latest_step, lines, same
 
 import checkpoint
 import train_ssl
+from data import open_for
 from tools import make_splits
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -349,7 +350,8 @@ TABLE = {
     "checkpointing": (DEFAULT, ON),
     "allow_duplicates": (DEFAULT, ON),
     "no_split": (DEFAULT,),  # without a look at val_select: see ALONE
-    "limit": (DEFAULT, "20"),
+    "weights": (DEFAULT,),  # of photographs: see ALONE
+    "limit": (DEFAULT, "24"),
     "overfit": (DEFAULT, ON),
     "z_stride": (DEFAULT, "2"),
     "aug": (DEFAULT, "ct_any_window", "photo"),
@@ -454,8 +456,14 @@ ALONE = [
     {"compile": ON, "sizes": "32/16,48/32", "precision": DEFAULT},  # as highres.sh says, which runs uncompiled above
     {"no_split": ON},
     {"arch": "vit_tiny", "init": DEFAULT},
-    {"drop_path": "1"},
-    {"w_dino": "0", "w_ibot": "0", "w_koleo": "0"},
+    {
+        "data": "{photos}",
+        "weights": "{drawn}",
+        "z_stride": DEFAULT,
+        "limit": DEFAULT,
+        "aug": DEFAULT,
+        "overfit": DEFAULT,
+    },
 ]
 ROWS = PAIRS + [row | more for row, more in zip(PAIRS, ALONE)]
 
@@ -487,10 +495,12 @@ def kitchen(tmp_path_factory):
     root = tmp_path_factory.mktemp("kitchen")
     groups = {f"toy/P{i}": "train" if i < 8 else "val_select" for i in range(11)}
     for name, encoding in (("ct", "hu16-v1"), ("rgb", "rgb-v1")):
-        make_split(make_ct(root / name, encoding, series=12), groups)
+        make_split(make_ct(root / name, encoding, series=12, slices=14), groups)
     ratios = ["--ratios", "train=0.5,val_select=0.3,val_test=0.2"]
-    assert make_splits.main(["--data", str(make_photos(root / "photos", 32)), *ratios]) == 0
-    files = {name: root / name for name in ("ct", "rgb", "photos")}
+    assert make_splits.main(["--data", str(make_photos(root / "photos", 64)), *ratios]) == 0
+    files = {name: root / name for name in ("ct", "rgb", "photos")} | {"drawn": root / "photos" / "weights.csv"}
+    rows = (f"{name},{1 + k % 3}\n" for k, name in enumerate(open_for(root / "photos", "fit").rows.texts("path")))
+    files["drawn"].write_text("path,weight\n" + "".join(rows))
     words = [*flag_words({k: v[0] for k, v in TABLE.items()}), "--steps", "2"]
     assert train_ssl.main([w.format(out=root / "weights", **files) for w in words]) == 0
     return files | {"weights": root / "weights" / "last.pth"}

@@ -210,7 +210,7 @@ def test_an_existing_split_is_kept_without_force(tmp_path):
 
 def test_an_image_in_two_label_groups_joins_them(tmp_path):
     root = photographs(tmp_path, [f"{i}.png" for i in range(9)])
-    table(root / "labels.csv", ["0.png,x,g1", "0.png,y,g2", "1.png,x,g1", "2.png,x,g2"], "path,label,group")
+    table(root / "labels.csv", ["0.png,x,g1", "0.png,x,g2", "1.png,y,g1", "2.png,x,g2"], "path,label,group")
     found = split(root, "--min-per-class", 0)
     assert len({found["groups"][name] for name in ("g1", "g2")}) == 1
     assert {k: sum(c["labels"][k] for c in found["counts"].values()) for k in "xy"} == {"x": 3, "y": 1}
@@ -254,7 +254,7 @@ def test_bad_ratios_are_refused(ratios):
     "lines, header, message",
     [
         (["lidc/s0001/0001.png,x"], "file,label", "unknown columns file,label; expected"),
-        (["x,lidc/s0001/0001.png"], "label,path", "unknown columns label,path"),
+        (["lidc/s0001/0001.png,x", "lidc/s0001/0001.png,y"], "path,label", "row 3: .*0001.png has label y, and x"),
         (["lidc/s0001/0009.png,x"], "path,label", "row 2: no image 'lidc/s0001/0009.png' in the data"),
         (["lidc/s0001/0001.png,"], "path,label", "row 2"),
         (["lidc/s0001/0001.png,x,g"], "path,label", "row 2"),
@@ -446,7 +446,7 @@ def test_pictures_follow_the_shares_of_each_class_where_scenes_allow(tmp_path, s
 
 def test_a_class_that_is_too_rare_in_a_split_is_an_error(tmp_path):
     root = road(tmp_path, {("yes", "a"): [1] * 30, ("no", "a"): [1] * 60})
-    with pytest.raises(ValueError, match="val_test would have 3 pictures of yes, fewer than --min-per-class 5"):
+    with pytest.raises(ValueError, match="would have [34] pictures of yes, fewer than --min-per-class 5"):
         split(root)
     assert not (root / "_splits").exists()
     assert numbers_of(split(root, "--min-per-class", 3), "yes")["val_test"] == 3

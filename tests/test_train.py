@@ -21,7 +21,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from conftest import HEALTHY
 from safetensors import safe_open
-from test_data import make_ct, make_split
+from test_data import make_ct, make_photos, make_split
 from torch.nn import functional as F
 
 import checkpoint
@@ -686,7 +686,7 @@ def test_a_log_that_cannot_be_written_stops_nothing(folder, tmp_path, monkeypatc
 
     monkeypatch.setattr("tools.lib.loop.append_line", full_disk)
     assert train(folder, tmp_path / "run", "--steps", "2") == 0
-    assert "the log cannot be written, training goes on" in capsys.readouterr().err
+    assert "the log cannot be written, which stops nothing" in capsys.readouterr().err
     assert checkpoint.load(tmp_path / "run" / "last.pth")["step"] == 2
 
 
@@ -716,6 +716,16 @@ def test_patients_behind_given_weights_count_as_seen(folder, tmp_path):
     (tmp_path / "one" / "last.pth").unlink()  # the run has all it needs
     assert train(folder, tmp_path / "two", "--steps", "2", "--extend", "1", *given) == 0
     assert checkpoint.load(tmp_path / "two" / "last.pth")["trained_groups"] == [f"toy/P{i}" for i in range(8)]
+
+
+def test_weights_of_another_encoding_are_named(folder, tmp_path, capsys):
+    train(folder, tmp_path / "one", "--steps", "2")
+    photos, last = make_photos(tmp_path / "photos"), str(tmp_path / "one" / "last.pth")
+    flags = ["--data", str(photos), "--no-split", "--batch-size", "4", "--koleo-group", "4", "--steps", "2"]
+    train(photos, tmp_path / "two", *flags, "--init", last)
+    assert "note: the weights were trained on hu16-v1, these images are photo" in capsys.readouterr().out
+    train(folder, tmp_path / "three", "--steps", "2", "--init", last)
+    assert "note: the weights" not in capsys.readouterr().out
 
 
 def test_a_release_does_not_launder_a_leak(folder, tmp_path):

@@ -105,3 +105,39 @@ def test_a_view_is_what_pillow_makes_of_its_box(tmp_path):
         for plane, channel in zip(whole.split(), seen):  # mode F: in bytes Pillow rounds twice
             want = plane.convert("F").crop((x0, y0, x1, y1)).resize((24, 24), Image.Resampling.BICUBIC)
             np.testing.assert_allclose(255 * channel, np.clip(np.asarray(want), 0, 255), atol=0.02)
+
+
+# drawing by weight
+
+
+def weigh(root, rows):
+    (root / "weights.csv").write_text("\n".join(["path,weight", *(f"{name},{w}" for name, w in rows)]) + "\n")
+    return root / "weights.csv"
+
+
+def test_images_are_drawn_with_replacement_as_often_as_they_weigh(tmp_path):
+    source = d.open_source(make_photos(tmp_path, 6))
+    names, weights = source.rows.texts("path"), np.array([0, 1, 2, 3, 4, 10])
+    table = weigh(tmp_path, zip(names[::-1], weights[::-1]))  # in any order of rows
+    drawn = d.weighed(source, table)
+    ids = np.concatenate([drawn.order(7, step, 50) for step in range(200)])
+    counts = np.bincount(ids, minlength=6)
+    assert counts[0] == 0
+    expected = 10_000 * weights / weights.sum()
+    assert (np.abs(counts - expected) < 5 * np.sqrt(expected) + 1).all()  # five standard deviations
+    np.testing.assert_array_equal(drawn.order(7, 3, 50), d.weighed(source, table).order(7, 3, 50))
+    assert (drawn.order(8, 3, 50) != drawn.order(7, 3, 50)).any() and drawn.weights_sha256 == d.file_sha256(table)
+    batch = next(d.make_loader(drawn, d.RECIPES["photo"], 7, range(3, 4), 8))
+    np.testing.assert_array_equal(batch.ids, drawn.order(7, 3, 8))
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda rows: rows[1:], "does not name 'c0/0.png'"), (lambda rows: [*rows, ("x.png", 1)], "names 'x.png'"),
+    (lambda rows: [(n, -1) for n, _ in rows], "from 0 up"), (lambda rows: [(n, 0) for n, _ in rows], "not all 0"),
+    (lambda rows: [(n, "nan") for n, _ in rows], "from 0 up"), (lambda rows: [(n, "x") for n, _ in rows], "a number"),
+])  # fmt: skip
+def test_weights_that_do_not_fit_are_refused(tmp_path, change, words):
+    source = d.open_source(make_photos(tmp_path, 4))
+    rows = [(name, 1) for name in source.rows.texts("path")]
+    with pytest.raises(ValueError, match=words):
+        d.weighed(source, weigh(tmp_path, change(rows)))

@@ -40,7 +40,6 @@ import pydicom
 import torch
 from PIL import Image, ImageFilter
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
 import checkpoint
 import data
@@ -50,6 +49,7 @@ from tools.lib.cli import ROOT, Parser, above_zero, positive, run
 from tools.lib.files import write_json
 from tools.lib.loop import flops_per_image, git_commit, is_out_of_memory, moment, seconds_between, setup_distributed
 from tools.lib.machine import DTYPES, check_gemm, describe, synchronize
+from tools.lib.progress import progress
 
 RESULTS = ROOT / "tools" / "bench_results"
 WAYS = (["", "accumulate 2", "accumulate 4"], ["", "compile"])  # apart: compiling may fail, and has weights of its own
@@ -482,7 +482,7 @@ def measure(point):
 def measure_all(points, most):
     """All rows; a sweep doubles its micro-batch until one does not fit or `most` is reached."""
     rows, todo = [], deque(points)
-    with tqdm(total=len(todo), unit="point", disable=None) as bar:
+    with progress(total=len(todo), unit="point") as bar:
         while todo:
             point = todo.popleft()
             bar.set_description(f"{point['what']}: {point['setting'][:50]}")

@@ -21,10 +21,10 @@ import numpy as np
 from pydicom import dcmread
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, ImplicitVRLittleEndian
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tools.lib.cli import Parser, natural, positive, run, within
+from tools.lib.progress import progress
 from tools.lib.workers import parallel
 
 # z y x: centre as a fractional index in the volume ordered by position; z_mm y_mm x_mm: the same in patient
@@ -916,10 +916,7 @@ def main(argv=None):
     total = args.slices * sum(map(series_of, numbers))
     shown, nodules, malignant = [], 0, 0
     unfinished = args.out / ".truth.csv.tmp"  # renamed last: a truth.csv is always whole
-    with (
-        open(unfinished, "w", newline="") as f,
-        tqdm(total=total, unit="slice", desc="phantom", disable=None) as bar_of_slices,
-    ):
+    with open(unfinished, "w", newline="") as f, progress(total=total, unit="slice", desc="phantom") as bar_of_slices:
         table = csv.DictWriter(f, TRUTH_COLUMNS)
         table.writeheader()
         for slices, rows in parallel(write_patient, jobs, args.workers):

@@ -11,22 +11,21 @@ none). A picture depends on --seed, --size, --object-share, its scene and its fr
 
 import math
 import os
-import signal
 import sys
 from datetime import datetime, timedelta
 from functools import lru_cache
-from multiprocessing import Pool
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 from PIL import Image, ImageDraw
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from checkpoint import write_text
 from tools.lib.cli import Parser, natural, positive, run
 from tools.lib.files import csv_text
+from tools.lib.progress import progress
+from tools.lib.workers import parallel
 
 COLUMNS = "path label group source lat lon time weather daytime street truth objects object_share".split()
 LABELS = ("no_roadwork", "roadwork")
@@ -152,14 +151,14 @@ def orange_things(rng, s, height, width, shares):
         for x in rng.uniform(-reach, reach, 30):
             thing = kind, x, z, tall, COLOURS["orange"], code
             if not any(hides(thing, other) or hides(other, thing) for other in found):
-                break
-        found.append(thing)
+                found.append(thing)
+                break  # without a free place it is left out
     return found
 
 
 def hides(a, b):
     """Whether a thing stands before another, or almost."""
-    near = THINGS[a[0]][3] / a[2] + THINGS[b[0]][3] / b[2]
+    near = sum(THINGS[kind][3] * tall / THINGS[kind][1] / z for kind, _, z, tall, *_ in (a, b))  # half their widths
     return a[2] < b[2] + 2 and abs(a[1] / a[2] - b[1] / b[2]) < near
 
 
@@ -295,7 +294,7 @@ def textures(height, width):
     for octave in (6, 12, 24, 48):
         noise = Image.fromarray(rng.random((octave, octave)).astype(np.float32))
         field += np.asarray(noise.resize(field.shape[::-1], Image.Resampling.BICUBIC)) / octave
-    field = (field - field.min()) / np.ptp(field)
+    field = ((field - field.min()) / np.ptp(field)).astype(np.float32)
     thin, thick = (np.clip((field - low) * gain, 0, 0.88) for low, gain in ((0.52, 2.7), (0.3, 1.6)))
     return np.repeat(np.clip(grain, 0, 16).astype(np.uint8)[..., None], 3, 2), thin, thick
 
@@ -387,17 +386,16 @@ def main(argv=None):
     (height, width), (low, high), out = args.size, args.object_share, args.out
     if min(args.size) < 64:
         parser.error(f"argument --size: each side at least 64, got {height}x{width}")
-    if not 10 / (height * width) <= low <= high <= 0.2:
-        parser.error(f"argument --object-share: from {10 / height / width:.2g} (10 pixels) to 0.2, got {low} {high}")
+    if not 10 / (height * width) <= low <= high <= 0.1:
+        parser.error(f"argument --object-share: from {10 / height / width:.2g} (10 pixels) to 0.1, got {low} {high}")
     if not 0 <= args.flip < 0.5:
         parser.error(f"argument --flip: from 0 to below 0.5, got {args.flip}")
     if out.exists() and (out.is_file() or any(out.iterdir())):
         raise FileExistsError(f"--out {out} is there and not empty: name a new folder")
     frames, fixed = args.frames_per_scene, (args.size, (low, high), args.flip)
     jobs = ((out, i, args.seed, frames, *fixed) for i in range(args.images))
-    with Pool(args.workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:  # Ctrl+C is for the parent
-        found = pool.imap(write_picture, jobs, chunksize=frames)
-        rows = list(tqdm(found, total=args.images, unit="picture", desc="streets", disable=None))
+    drawn = parallel(write_picture, jobs, args.workers, chunk=frames)
+    rows = list(progress(drawn, total=args.images, unit="picture", desc="streets"))
     write_text(out / "labels.csv", csv_text([COLUMNS, *rows]))  # last: a labels.csv is always whole
     flipped, positives = sum(row[1] != row[10] for row in rows), sum(row[10] == LABELS[1] for row in rows)
     scenes = len({row[2] for row in rows})

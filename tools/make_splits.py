@@ -31,12 +31,17 @@ THREE_WAY = "train=0.85,val_select=0.05,val_test=0.10"
 FOUR_WAY = "train=0.60,val_select=0.15,val_calib=0.15,val_test=0.10"
 
 
-def read_table(table, known):
-    """[(path, label, group or "", source or "")] of a label table."""
-    rows, _ = read_labels(table)
+def read_table(table, root, known):
+    """[(path, label, group or "", source or "")] of a table; pictures have one label, slices any number."""
+    rows, nodules = read_labels(table, root)
+    label_of = {}
     for number, row in enumerate(rows, 2):
-        if row["path"] not in known:
-            raise ValueError(f"{table}, row {number}: no image {shown(row['path'])!r} in the data; leave the row out")
+        path, label = row["path"], row["label"].strip()
+        if path not in known:
+            raise ValueError(f"{table}, row {number}: no image {shown(path)!r} in the data; leave the row out")
+        if not nodules and label_of.setdefault(path, label) != label:
+            here = f"{shown(path)} has label {shown(label)}, and {shown(label_of[path])} above"
+            raise ValueError(f"{table}, row {number}: {here}; keep one")
     return [(row["path"], *(row.get(key, "").strip() for key in ("label", "group", "source"))) for row in rows]
 
 
@@ -209,8 +214,8 @@ def check_classes(counts, least):
         for label, n in c["labels"].items():
             if n < least:
                 raise ValueError(
-                    f"{split} would have {n} pictures of {shown(label)}, fewer than --min-per-class {least}: add some, "
-                    "or smaller groups, or give another number"
+                    f"{split} would have {n} pictures of {shown(label)}, fewer than --min-per-class {least}: add "
+                    "pictures of it, or allow fewer"
                 )
 
 
@@ -220,14 +225,14 @@ def verify(groups, counts, slices, sets):
     assert sum(c["slices"] for c in counts.values()) == sum(slices.values()), "slices do not add up"
     assert all(len({groups[name] for name in members}) == 1 for members in sets), "joined groups straddle two splits"
     if empty := [split for split, c in counts.items() if not c["groups"]]:
-        raise ValueError(f"{empty[0]} would be empty (--stable draws at random); add patients, or take another --seed")
+        raise ValueError(f"{empty[0]} would be empty (--stable draws at random); add groups, or take another --seed")
 
 
-def show(counts):
+def show(counts, images):
     """Print the table of counts; at most six labels, since photographs may have a thousand."""
     labels = list(counts["train"]["labels"])
     names = [shown(label, 40) for label in labels[:6]]
-    lines = [["split", "groups", "slices", *names, *["..."][: len(labels) > 6]]]
+    lines = [["split", "groups", images, *names, *["..."][: len(labels) > 6]]]
     lines += [[split, c["groups"], c["slices"], *list(c["labels"].values())[:6]] for split, c in counts.items()]
     for line in lines:
         print(" ".join(f"{cell!s:>11}" for cell in line))
@@ -288,7 +293,7 @@ def main(argv=None):
     slices = Counter(column)
     usual = args.data / "labels.csv"
     table = find_table(args.data, args.labels) if args.labels else usual if photos and usual.exists() else None
-    labels = read_table(table, group_of) if table else []
+    labels = read_table(table, args.data, group_of) if table else []
     together = defaultdict(set)  # groups that share a dataset (if asked), or a value in the table's group column
     for name in slices if args.group_by == "dataset" else ():
         together["dataset", plain_name(name.split("/")[0])].add(name)
@@ -304,7 +309,8 @@ def main(argv=None):
     units = join(slices, sets)
     if len(units) < len(ratios):
         raise ValueError(f"{len(units)} independent groups cannot fill {len(ratios)} splits; add groups or drop splits")
-    print(f"{len(source)} slices in {len(slices)} groups, {len(units)} of them independent")
+    images = "images" if photos else "slices"
+    print(f"{len(source)} {images} in {len(slices)} groups, {len(units)} of them independent")
     path = split_path(args.data)
     placed = earlier_splits(path, units, ratios) if args.extend else {}
     if photos:
@@ -339,7 +345,7 @@ def main(argv=None):
     if alone:
         payload["train_only"] = sorted(alone)
     write(path, payload, args.force or args.extend)
-    show(counts)
+    show(counts, images)
     print("sha256", file_sha256(path))
     return 0
 

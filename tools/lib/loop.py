@@ -228,8 +228,8 @@ def find_run(args, source, harmless, rank, world):
         raise ValueError(f"{path}: {error}; use an older step_*.pth of the same run") from None
     facts = {key: value for key, value in state.items() if key not in ("student", "teacher", "gram", "optimizer")}
     changed = check_flags(args, facts["args"], harmless)
-    for name in ("index_sha256", "split_sha256"):
-        if facts[name] != getattr(source, name):
+    for name in ("index_sha256", "split_sha256", "weights_sha256"):
+        if facts.get(name) != getattr(source, name):
             raise ValueError(
                 f"{args.data}: {name} differs from that of {path}; put the old data back, or use another --out"
             )
@@ -346,6 +346,13 @@ def flops_per_image(student, recipe, args, with_gram):
     return learned + targets + (2 * forward_flops(student.backbone, recipe.gram_size) if with_gram else 0)
 
 
+def other_encoding(facts, encoding):
+    """A sentence where weights (their facts) were trained on images of another kind, else None."""
+    if (trained := facts.get("encoding", encoding)) == encoding:
+        return None
+    return f"note: the weights were trained on {shown(trained)}, these images are {encoding}: they may fit them badly"
+
+
 def warnings_in_words(numbers, loss_before, rows, dim):
     """What the collapse numbers of one log line say, if anything."""
     most = min(rows, dim)
@@ -391,7 +398,7 @@ class Log:
         try:
             yield
         except OSError as error:
-            tqdm.write(f"{self.path.parent}: the log cannot be written, training goes on: {error}", file=sys.stderr)
+            tqdm.write(f"{self.path.parent}: the log cannot be written, which stops nothing: {error}", file=sys.stderr)
 
     def event(self, step, text, everywhere=False, **more):
         """everywhere: what one rank alone knows, told by those too that are quiet else."""
