@@ -34,7 +34,7 @@ from checkpoint import atomic_write, write_text
 from model import load_backbone, read_facts
 from tools.lib import broken, fits, judge, page, provenance
 from tools.lib.cli import Parser, natural, pick_device, positive, run, shown
-from tools.lib.files import csv_text
+from tools.lib.files import csv_text, json_text, write_json
 from tools.lib.loop import git_commit, other_encoding
 from tools.lib.progress import progress
 
@@ -431,6 +431,7 @@ def main(argv=None):
     start = time.perf_counter()
 
     # ----------------------------------------------------------------- labels, splits, leaks
+    before = provenance.stamp(args.ckpt)
     source, facts = data.open_source(args.data), read_facts(args.ckpt)
     if foreign := other_encoding(facts, source.encoding):
         print(foreign)
@@ -454,6 +455,7 @@ def main(argv=None):
     device = pick_device(args.device)
     used = np.any([keep for keep, _ in plans.values()], 0)
     look = judge.used_by("train_probe.py", args.ckpt, path, f"frozen probe, --protocol {args.protocol}")
+    provenance.refuse_change(args.ckpt, before)
     chosen, part = open_samples(source, table.take(used), splits[used], look, args.allow_duplicates)
     with broken.named(chosen.take(part.rows)):
         predictors = gather(args, vit, look["weights_sha256"], chosen, part, framing, device)
@@ -478,12 +480,11 @@ def main(argv=None):
         "git_commit": git_commit(),
         "seconds": round(time.perf_counter() - start, 1),
     }
-    args.out.mkdir(parents=True, exist_ok=True)
-    write_text(args.out / "results.json", judge.to_json(summary) + "\n")
+    write_json(args.out / "results.json", summary)
     scores = {name: (plans[name][0], probe, plans[name][1]) for name, (_, _, probe) in outcomes.items()}
     write_text(args.out / "predictions.csv", csv_text(judge.prediction_rows(table, splits, scores)))
     keys = ("weights", "labels", "split_sha256", "recipe", "notes")
-    facts = [[key, judge.to_json(summary[key])] for key in keys if summary[key]]
+    facts = [[key, json_text(summary[key])] for key in keys if summary[key]]
     parts = [*(part for _, part, _ in outcomes.values()), page.section("Facts", page.table(["what", "value"], facts))]
     write_text(args.out / "report.html", page.page(f"Probe of {args.ckpt.name} on {path.name}", *parts))
     print("\n".join([*notes, *(str(args.out / n) for n in ("results.json", "predictions.csv", "report.html"))]))

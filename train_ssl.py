@@ -12,7 +12,6 @@ import contextlib
 import copy
 import dataclasses
 import gc
-import json
 import math
 import os
 import time
@@ -34,6 +33,7 @@ import losses
 from model import ARCHS, ProjectionHead, SSLModel, build_vit, draw_keep, draw_rope, load_backbone, pack, read_facts
 from tools.lib import broken, loop, optim, provenance
 from tools.lib.cli import Parser, above_zero, natural, not_negative, positive, run, share, within
+from tools.lib.files import write_json
 
 # ------------------------------------------------------------------ flags
 
@@ -627,7 +627,7 @@ def write_config(run):
         "split_sha256": source.split_sha256,
         **loop.circumstances(run.device, run.world),
     }
-    checkpoint.write_text(Path(args.out) / "config.json", json.dumps(config, indent=1))
+    write_json(Path(args.out) / "config.json", config)
 
 
 def log_line(run, log, update, now, pace):

@@ -152,6 +152,15 @@ def test_a_second_door_is_noticed():
     assert doors('open(p / "test_uses.jsonl")') == {"test_uses.jsonl"}
 
 
+@pytest.mark.parametrize("name", existing(PROGRAMS) + modules_of("tools") + modules_of("tools/lib"))
+def test_json_files_are_written_in_one_way(name):
+    """files.write_json: null where a number is NaN, a folder that is made, an atomic write."""
+    for call in ast.walk(ast.parse((ROOT / name).read_text())):
+        if isinstance(call, ast.Call) and ast.unparse(call.func).split(".")[-1] in ("write_text", "atomic_write"):
+            found = ast.unparse(call)
+            assert "json.dumps" not in found or ".jsonl" in found or name == "tools/lib/files.py", (name, call.lineno)
+
+
 WITH_BARS = sorted({*PROGRAMS, *modules_of("tools"), *modules_of("tools/lib")} - {"tools/lib/progress.py"})
 
 

@@ -46,6 +46,7 @@ import data
 import train_ssl
 from model import ARCHS
 from tools.lib.cli import ROOT, Parser, above_zero, positive, run
+from tools.lib.files import write_json
 from tools.lib.loop import flops_per_image, git_commit, is_out_of_memory, moment, seconds_between, setup_distributed
 from tools.lib.machine import DTYPES, check_gemm, describe, synchronize
 from tools.lib.progress import progress
@@ -593,8 +594,8 @@ def build_parser():
 
 def main(argv=None):
     args = build_parser().parse_args(argv)
-    if args.json and not args.json.parent.is_dir():  # now, not after an hour
-        raise FileNotFoundError(f"--json {args.json}: {args.json.parent} is not a folder")
+    if args.json:  # now, not after an hour
+        args.json.parent.mkdir(parents=True, exist_ok=True)
     if args.point:
         print(json.dumps(measure(json.loads(args.point))))
         return 0
@@ -619,7 +620,7 @@ def main(argv=None):
     report = dict(version=1, date=f"{now:%Y-%m-%d}", commit=git_commit(), command=sys.argv[1:], quick=args.quick)
     report |= dict(machine=machine, rows=rows)
     if args.json:
-        checkpoint.write_text(args.json, json.dumps(report, indent=1))
+        write_json(args.json, report)
     print("\n".join([*in_lines(report, args.markdown), "", *advice(rows, args.images)]))
     return int(any("error" in row for row in rows if row["what"] != "sweep"))
 

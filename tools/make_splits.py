@@ -10,7 +10,6 @@ found to share pictures, if it was run.
 """
 
 import hashlib
-import json
 import sys
 from collections import Counter, defaultdict
 from fractions import Fraction
@@ -20,9 +19,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from checkpoint import write_text
 from data import file_sha256, find_table, read_duplicates, read_labels, read_splits, split_path
 from tools.lib.cli import Parser, natural, run, shown
+from tools.lib.files import json_text, write_json
 from tools.lib.groups import join, open_data, same_patients
 from tools.lib.provenance import plain_name
 
@@ -260,14 +259,12 @@ def show(counts, images):
 
 def write(path, payload, force):
     """Write once: the same content again is fine, another content needs --force."""
-    content = json.dumps(payload, indent=1) + "\n"
-    if path.exists() and path.read_bytes() == content.encode():
+    if path.exists() and path.read_bytes() == json_text(payload).encode() + b"\n":
         print("unchanged", path)
         return
     if path.exists() and not force:
         raise ValueError(f"{path} exists and differs; checkpoints may depend on it, --force replaces it")
-    path.parent.mkdir(exist_ok=True)
-    write_text(path, content)
+    write_json(path, payload)
     print("wrote", path)
 
 
