@@ -106,7 +106,7 @@ def build_parser():
     g.add_argument("--w-dino", type=not_negative, default=1.0, help="weight of the cls cross entropy")
     g.add_argument("--w-ibot", type=not_negative, default=1.0, help="weight of the masked patch cross entropy")
     g.add_argument("--w-koleo", type=not_negative, default=0.1, help="weight of the spreading term, twice as in DINOv3")
-    g.add_argument("--koleo-group", type=within("[2, 1e18]", int), help="samples to spread apart; default: 16")
+    g.add_argument("--koleo-group", type=positive, help="samples to spread apart; default: 16")
     g.add_argument("--centering", choices=["sinkhorn", "softmax", "none"], default="sinkhorn", help="of targets")
     g.add_argument("--student-temp", type=above_zero, default=0.1, help="temperature")
     g.add_argument("--teacher-temp", type=above_zero, nargs=2, default=(0.04, 0.07), help="first and final temperature")
@@ -147,6 +147,8 @@ def check_together(args):
         low, high = getattr(args, name) or (0, 1)
         if low > high:
             raise ValueError(f"--{name.replace('_', '-')} {low:g} {high:g}: the smaller comes first")
+    if args.koleo_group < 2 <= args.micro_batch:
+        raise ValueError("--koleo-group 1: a sample alone has no neighbour to be spread from; give 2 or more")
     if not (args.w_dino or args.w_ibot or args.w_koleo or args.gram_weight):
         raise ValueError("--w-dino, --w-ibot, --w-koleo and --gram-weight are all 0: nothing would be learned")
 
