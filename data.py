@@ -303,6 +303,8 @@ def below(root, name):
 def label_pieces(path, root, unlabelled=False):
     """Of a label table first (names of its columns, is it one of nodules?), then pieces: (number of the first row,
     {name: list of cells})."""
+    if not Path(path).exists():
+        raise FileNotFoundError(f"the label table {path} does not exist")
     pieces = read_csv(path)
     header = next(pieces)
     if len(header) == 1 and (marks := [mark for mark in ";\t" if mark in header[0]]):

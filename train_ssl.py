@@ -94,7 +94,7 @@ def build_parser():
     g = p.add_argument_group("model")
     g.add_argument("--arch", choices=list(ARCHS), default="vit_small", help="backbone")
     g.add_argument("--init", default=None, help="backbone weights to start from: what model.load_backbone reads")
-    g.add_argument("--prototypes", type=positive, default=8192, help="per head; at most 32 for each crop of a batch")
+    g.add_argument("--prototypes", type=within("[2, 1e9]", int), default=8192, help="per head; 32 per crop at most")
     g.add_argument("--head-hidden", type=positive, default=2048, help="width of the heads")
     g.add_argument("--head-bottleneck", type=positive, default=256, help="dimension of the sphere before prototypes")
     g.add_argument("--prototype-norm", type=above_zero, default=1.0, help="length of prototypes at the start: 1 in "
@@ -115,7 +115,7 @@ def build_parser():
     g.add_argument("--gram-start", type=not_negative, default=0.5, help="update or share; 1: never")
     g.add_argument("--gram-refresh", type=not_negative, default=0.1, help="updates or share between snapshots")
     g.add_argument("--gram-max-refreshes", type=natural, default=3, help="snapshots after the first")
-    g.add_argument("--gram-scale", type=positive, default=2, help="resolution of the Gram crops over the global ones")
+    g.add_argument("--gram-scale", type=within("[1, 8]", int), default=2, help="Gram crops are so much larger")
     g.add_argument("--gram-weight", type=not_negative, default=2.0, help="final weight; 0: no Gram anchoring")
     g.add_argument("--gram-ramp", type=not_negative, default=0.01, help="updates or share until that weight")
     g.add_argument("--gram-teacher", default=None, help="weights of a fixed Gram teacher, used from --gram-start on")
@@ -512,6 +512,8 @@ def masking(args):
 
 def make_recipes(args, encoding):
     kind = ("photo" if encoding == "photo" else "ct") if args.aug == "auto" else args.aug
+    if (encoding == "photo") != (data.RECIPES[kind].kind == "photo"):
+        raise ValueError(f"--aug {kind} is not for these images, whose encoding is {encoding}; leave it away")
     base = dataclasses.replace(data.RECIPES[kind], local_crops=args.local_crops)
     scales = {"field": args.field, "global_scale": args.global_scale, "local_scale": args.local_scale}
     base = dataclasses.replace(base, **{name: tuple(scale) for name, scale in scales.items() if scale})
@@ -527,17 +529,18 @@ def make_recipes(args, encoding):
     return recipes
 
 
+# ------------------------------------------------------------------ main
+
+
 def check_sizes(recipes, patch):
-    for size in (size for recipe in recipes for size in (recipe.global_size, recipe.local_size)):
-        if size % patch:
+    """Refuse views that are no whole number of patches."""
+    for size in sorted({size for r in recipes for size in (r.global_size, r.local_size)}):
+        if size < patch or size % patch:
             nearest = max(1, round(size / patch)) * patch
             raise ValueError(
-                f"--sizes, --global-size or --local-size: {size} is not a multiple of the patch size {patch}; "
-                f"nearest: {nearest}"
+                f"views of {size} pixels (--global-size, --local-size, --sizes): not a multiple of the patch size "
+                f"{patch}; nearest: {nearest}"
             )
-
-
-# ------------------------------------------------------------------ main
 
 
 def build_backbone(args, arch=None):
@@ -750,6 +753,8 @@ def train(args, rank, world, device):
         )
 
     # ------------------------------------------------------------------ run folder, what to resume
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file; name the folder of the run")
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         locked = loop.lock(out)

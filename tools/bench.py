@@ -599,6 +599,7 @@ def main(argv=None):
     if args.point:
         print(json.dumps(measure(json.loads(args.point))))
         return 0
+    train_ssl.build_parser().parse_args(["--data", "x", *shlex.split(args.flags)])  # now, not at each point
     if args.what == "show":
         for file in sorted(RESULTS.glob("*.json")):
             print("\n".join(in_lines(json.loads(file.read_text()), args.markdown)) + "\n")
