@@ -1154,7 +1154,7 @@ def test_the_body_has_no_holes_and_no_table():
 
 
 def test_the_marked_patch_is_the_most_structured_of_the_lung():
-    grey, inside = np.zeros((96, 96)), np.zeros((2, 96, 96))
+    grey, inside = np.full((96, 96), 0.7, np.float32), np.zeros((2, 96, 96))  # without structure: rounding is none
     random = np.random.default_rng(0)
 
     def patch(r, c):
