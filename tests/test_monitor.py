@@ -687,7 +687,7 @@ def test_a_first_report_has_no_empty_parts_and_explains_each_number(toy):
     assert {key for key, _ in cells} == (toy.status()["numbers"].keys() | toy.status()["pulse"].keys()) - {
         "view_slices"
     }
-    assert "DINO loss" in page  # the log has many points
+    assert "DINO loss" in page and "How to read the pictures" in page  # the log has many points
 
 
 def test_features_are_drawn_at_four_times_the_resolution_of_training(toy, monkeypatch):
