@@ -100,7 +100,7 @@ class AdEMAMix(Stepper):
 class Sophia(Stepper):
     """Mean gradient over a diagonal Hessian, each number clipped to 1 (arXiv:2305.14342).
 
-    Give observe() what hutchinson() or gauss_newton() estimate, {parameter: its diagonal}, before the first and about every tenth step.
+    Before the first and about every tenth step give observe() an estimate by hutchinson() or gauss_newton().
     """
 
     def __init__(self, params, lr=2e-4, betas=(0.965, 0.99), gamma=0.01, eps=1e-12, weight_decay=0.0):
