@@ -1008,7 +1008,8 @@ def read_tensors(path):
                 raise ValueError("tensors claim more bytes than the file holds")
         return content
     except Exception as error:  # noqa: BLE001 - each reader has its own many ways to say that bytes are wrong
-        reason = " ".join(str(error).split())[:200]
+        code = re.search(r"GLOBAL (\S+)", str(error))  # of torch's page only the fact: its advice is to trust the file
+        reason = f"it needs code to load: {code[1][:100]}" if code else " ".join(str(error).split())[:200]
         raise ValueError(f"{path} is damaged, or not safetensors or a weights-only torch file: {reason}") from None
 
 

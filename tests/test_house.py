@@ -15,7 +15,7 @@ from tools.lib import cli
 ROOT = Path(__file__).resolve().parent.parent
 LEAVES = {  # what each may import beside the standard library; never a file of ours
     "model.py": {"torch", "safetensors"},
-    "data.py": {"torch", "numpy", "PIL"},
+    "data.py": {"torch", "numpy", "PIL", "pillow_heif"},  # the last is an optional extra
     "losses.py": {"torch"},
     "checkpoint.py": {"torch"},
 }
@@ -25,7 +25,13 @@ PROGRAMS = {
     "monitor.py": {"torch", "numpy", "PIL"},
 }
 TOOLS = {"torch", "numpy", "pydicom", "PIL", "safetensors", "tqdm"}
-COPIED = ("metrics", "optim")  # of tools/lib: imports numpy and torch only, and is copied alone
+COPIED = (
+    "metrics",
+    "calibrate",
+    "conformal",
+    "fusion",
+    "optim",
+)  # of tools/lib: imports numpy and torch only, and is copied alone
 TOP_LEVEL = sorted(LEAVES | PROGRAMS)
 OURS = {Path(name).stem for name in TOP_LEVEL} | {"tools"}
 

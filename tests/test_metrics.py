@@ -1,6 +1,7 @@
 """Each number against a loop that spells out its definition; each interval against the truth of a simulation."""
 
 import ast
+import json
 import math
 from pathlib import Path
 
@@ -259,3 +260,218 @@ def test_metrics_import_numpy_only():
     tree = ast.parse(Path(m.__file__).read_text())
     assert [n.names[0].name for n in ast.walk(tree) if isinstance(n, ast.Import)] == ["numpy"]
     assert not [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)]
+
+
+# calibration in other bins, decisions, selection: each against its definition in loops
+
+
+def slow_gaps(p, truth, bins):
+    """[(share, |mean p - mean truth|, mean truth, n)] of bins given as lists of indices."""
+    kept = [b for b in bins if len(b)]
+    return [(len(b) / len(p), abs(np.mean(p[b]) - np.mean(truth[b])), np.mean(truth[b]), len(b)) for b in kept]
+
+
+def test_calibration_errors_are_their_definitions():
+    random = np.random.default_rng(4)
+    labels, p = random.integers(0, 2, 200), np.round(random.random(200), 2)  # ties
+    found = m.calibration_errors(labels, p)
+    width = slow_gaps(p, labels, [np.flatnonzero(np.minimum(np.floor(p * 15), 14) == b) for b in range(15)])
+    assert found["ece"] == pytest.approx(sum(share * gap for share, gap, _, _ in width))
+    assert found["mce"] == pytest.approx(max(gap for _, gap, _, _ in width))
+    first = np.array([(p < value).sum() for value in p])  # samples of one value share a bin
+    mass = slow_gaps(p, labels, [np.flatnonzero(first * 15 // 200 == b) for b in range(15)])
+    assert found["ece_mass"] == pytest.approx(sum(share * gap for share, gap, _, _ in mass))
+    squared = sum(share * (gap**2 - hit * (1 - hit) / max(n - 1, 1)) for share, gap, hit, n in mass)
+    assert found["ece_debiased"] == pytest.approx(math.sqrt(max(squared, 0)))
+    q = 1 - p
+    width0 = slow_gaps(q, 1 - labels, [np.flatnonzero(np.minimum(np.floor(q * 15), 14) == b) for b in range(15)])
+    both = [sum(share * gap for share, gap, _, _ in gaps) for gaps in (width, width0)]
+    assert found["ece_classes"] == pytest.approx(np.mean(both))
+    assert m.calibration_errors([0, 1, 1, 1], [0.5] * 4)["mce"] == pytest.approx(0.25)
+
+
+def test_of_a_perfect_model_the_debiased_error_alone_is_small():
+    random = np.random.default_rng(5)
+    plain, debiased = [], []
+    for _ in range(50):
+        p = random.random(300)
+        found = m.calibration_errors(random.random(300) < p, p)
+        plain.append(found["ece_mass"])
+        debiased.append(found["ece_debiased"])
+    assert np.mean(plain) > 0.06 and np.mean(debiased) < 0.04 and np.median(debiased) < 0.03
+
+
+def test_nll_is_the_mean_log_of_the_truth():
+    labels, scores, weights = make(1)
+    p = probability(scores)
+    expected = -np.mean([math.log(p[i] if labels[i] else 1 - p[i]) for i in range(len(p))])
+    assert m.nll(labels, p) == pytest.approx(expected) == m.nll(labels, np.stack([1 - p, p], 1))
+    y, q = repeated(weights, labels, p)
+    assert m.nll(labels, p, weights) == pytest.approx(m.nll(y, q))
+    assert m.nll([0, 1], [1.0, 1.0]) == pytest.approx(-math.log(1e-15) / 2)
+
+
+def test_rates_count_by_hand_and_an_absent_class_is_none():
+    found = m.rates([1, 1, 1, 0, 0, 0, 0, 0], [1, 1, 0, 1, 0, 0, 0, 0])
+    assert found["confusion"] == [[4, 1], [1, 2]] and found["n"] == 8
+    wanted = {"accuracy": 6 / 8, "precision": 2 / 3, "recall": 2 / 3, "f1": 2 / 3, "fnr": 1 / 3, "fpr": 1 / 5}
+    assert {name: found[name] for name in wanted} == pytest.approx(wanted)
+    assert found["balanced_accuracy"] == pytest.approx((2 / 3 + 4 / 5) / 2)
+    assert found["mcc"] == pytest.approx(
+        slow_mcc(np.array([1, 1, 1, 0, 0, 0, 0, 0]), np.array([1, 1, 0, 1, 0, 0, 0, 0]))
+    )
+    alone = m.rates([0, 0, 0], [0, 1, 0])
+    assert alone["accuracy"] == pytest.approx(2 / 3) and alone["fpr"] == pytest.approx(1 / 3)
+    assert [alone[name] for name in ("recall", "fnr", "f1", "mcc", "balanced_accuracy")] == [None] * 5
+    silent = m.rates([0, 1], [0, 0])
+    assert silent["precision"] is None and silent["recall"] == 0 == silent["f1"] and silent["mcc"] == 0
+    with pytest.raises(ValueError, match="classes are 0 to 1"):
+        m.rates([0, 1], [0, 2])
+
+
+def test_rates_of_three_classes_are_means_over_classes():
+    random = np.random.default_rng(8)
+    labels, said = random.integers(0, 3, 90), random.integers(0, 3, 90)
+    found = m.rates(labels, said, 3)
+    each = [m.rates(labels == k, said == k) for k in range(3)]
+    for name in ("precision", "recall", "f1", "fnr", "fpr"):
+        assert found[name] == pytest.approx(np.mean([one[name] for one in each])), name
+    assert m.rates(labels % 2, said % 2, 3)["recall"] is None
+
+
+def shuffled_orders(errors, confidence, statistic, repeats=4000):
+    """Mean of a statistic of the ordered errors over random orders of what is tied."""
+    random, values = np.random.default_rng(0), []
+    for _ in range(repeats):
+        order = np.lexsort((random.random(len(errors)), -confidence))
+        values.append(statistic(errors[order].astype(float)))
+    return np.mean(values)
+
+
+@pytest.mark.parametrize("ties", [True, False])
+def test_areas_under_risk_are_means_over_the_orders_of_ties(ties):
+    random = np.random.default_rng(9)
+    errors, confidence = random.random(25) < 0.3, random.random(25)
+    confidence = np.round(confidence * 4) if ties else confidence
+    n, repeats = len(errors), 4000 if ties else 1
+    kept = lambda e: np.cumsum(e)  # noqa: E731
+    expected = shuffled_orders(errors, confidence, lambda e: np.mean(kept(e) / np.arange(1, n + 1)), repeats)
+    assert m.aurc(errors, confidence) == pytest.approx(expected, abs=0.004 if ties else 1e-12)
+    expected = shuffled_orders(errors, confidence, lambda e: (kept(e) - e / 2).sum() / n**2, repeats)
+    assert m.augrc(errors, confidence) == pytest.approx(expected, abs=0.002 if ties else 1e-12)
+    accuracy = 1 - errors.mean()  # the closed form of Traub 2024, equation 6, where ties count half
+    closed = (1 - slow_auc(1 - errors.astype(int), confidence)) * accuracy * (1 - accuracy) + (1 - accuracy) ** 2 / 2
+    assert m.augrc(errors, confidence) == pytest.approx(closed, abs=1e-12)
+
+
+def test_selection_of_perfect_worst_and_constant_confidence():
+    errors = np.arange(100) < 20
+    perfect, worst, constant = (
+        m.selective(errors, c) for c in (-errors.astype(float), errors.astype(float), np.ones(100))
+    )
+    assert perfect["augrc"] == perfect["augrc_best"] == pytest.approx(0.02) and perfect["aurc"] == perfect["aurc_best"]
+    assert worst["augrc"] == pytest.approx(0.2 - 0.02) and constant["augrc"] == pytest.approx(0.1)
+    assert perfect["coverage_at"]["0.01"] == 0.8 and worst["coverage_at"]["0.1"] == 0 == constant["coverage_at"]["0.1"]
+    assert perfect["risk_at"]["0.7"] == 0 and constant["risk_at"]["0.5"] == pytest.approx(0.2)
+    assert m.augrc(np.ones(7), np.arange(7)) == pytest.approx(0.5)
+
+
+def test_coverage_at_a_risk_goes_on_behind_a_breach():
+    """torch-uncertainty's CovAtxRisk counts from the wrong end; others stop where the risk is broken first."""
+    errors = np.array([1] + [0] * 19 + [1] * 20)  # risk 1, 1/2, 1/3 .. 1/20, then up again
+    confidence = -np.arange(40.0)
+    found = m.selective(errors, confidence)["coverage_at"]
+    slow = {r: max([i / 40 for i in range(1, 41) if errors[:i].mean() <= r] + [0]) for r in (0.01, 0.02, 0.05, 0.1)}
+    assert found == pytest.approx({f"{r:g}": value for r, value in slow.items()}) and found["0.1"] == 0.525
+
+
+def test_recall_at_a_precision_is_the_best_threshold():
+    for seed in range(6):
+        labels, scores, weights = make(seed)
+        best = max([tp / labels.sum() for tp, fp in thresholds(labels, scores) if tp >= 0.9 * (tp + fp)] + [0])
+        assert m.recall_at(labels, scores) == pytest.approx(best)
+        assert m.recall_at(labels, scores, weights=weights) == pytest.approx(
+            m.recall_at(*repeated(weights, labels, scores))
+        )
+
+
+def test_slices_flag_what_falls_behind_and_never_what_is_small():
+    labels = np.arange(100) % 2
+    said, column = labels.copy(), np.array(["day"] * 70 + ["night"] * 25 + ["fog"] * 5)
+    said[70:80] = 1 - said[70:80]
+    said[95:98] = 1 - said[95:98]
+    rows = m.slices(labels, said, column)
+    assert [(r["slice"], r["n"], r["flagged"]) for r in rows] == [
+        ("day", 70, False),
+        ("night", 25, True),
+        ("fog", 5, False),
+    ]
+    assert rows[1]["gap"] == pytest.approx(0.87 - 0.6)
+    alone = m.slices(labels, said, labels, of="mcc")
+    assert all(r["mcc"] is None and r["gap"] is None and not r["flagged"] for r in alone)
+
+
+def test_worth_is_json_and_says_none_for_what_one_class_cannot_tell():
+    random = np.random.default_rng(3)
+    labels, scores, _ = make(2)
+    p = np.stack([1 - probability(scores), probability(scores)], 1)
+    full, index = m.worth(labels, p), random.permutation(len(labels))
+    assert json.loads(json.dumps(full)) == full and None not in full.values()
+    for name, value in m.worth(labels[index], p[index]).items():
+        assert value == (full[name] if isinstance(value, (dict, list)) else pytest.approx(full[name])), f"{name}: order"
+    alone = m.worth(labels * 0, p)
+    assert [alone[n] for n in ("auc", "mcc", "nll", "ece", "recall")] == [None] * 5 and alone["accuracy"] is not None
+    assert json.loads(json.dumps(alone, allow_nan=False))["augrc"] > 0
+    three = m.worth(random.integers(0, 2, 30), random.dirichlet(np.ones(3), 30))
+    assert three["auc"] is None and three["nll"] is not None
+
+
+def test_strata_keep_the_number_of_groups_of_each_class():
+    groups, labels = np.arange(30) // 2, (np.arange(30) < 8).astype(int)
+    drawn = np.concatenate(list(m.draws(groups, 200, 0, strata=labels)))
+    assert set(drawn[:, labels == 1].sum(1)) == {8.0} and set(drawn[:, labels == 0].sum(1)) == {22.0}
+    free = np.concatenate(list(m.draws(groups, 200, 0)))
+    assert len(set(free[:, labels == 1].sum(1))) > 3 and drawn.mean() == pytest.approx(1)
+    spread = drawn[:, ::2].var(0)  # of a group that is drawn among k: 1 - 1 / k
+    assert spread[:4].mean() == pytest.approx(3 / 4, abs=0.1) and spread[4:].mean() == pytest.approx(10 / 11, abs=0.1)
+
+
+def test_paired_differences_are_tighter_than_intervals_apart():
+    random = np.random.default_rng(6)
+    labels, scores, _ = make(7, 200, ties=False)
+    other = scores + random.normal(size=200) * 0.3
+    auc_of = lambda values, weights: m.auc(labels, values, weights)  # noqa: E731
+    found = m.paired(auc_of, scores, other, np.arange(200), 400, strata=labels)
+    assert found["difference"] == pytest.approx(m.auc(labels, scores) - m.auc(labels, other))
+    assert found["low"] < found["difference"] < found["high"] and found["high"] - found["low"] < 0.06
+    assert m.paired(auc_of, scores, scores, np.arange(200), 100)["p"] == 1
+
+
+def test_holm_raises_p_values_step_by_step():
+    assert m.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert m.holm([0.9, 0.5]) == pytest.approx([1.0, 1.0]) and len(m.holm([])) == 0
+
+
+def test_metrics_agree_with_scikit_learn_where_it_is_installed():
+    sklearn = pytest.importorskip("sklearn.metrics")
+    labels, scores, _ = make(11, 300)
+    p, said = probability(scores), (scores > 0.4).astype(int)
+    assert m.auc(labels, scores) == pytest.approx(sklearn.roc_auc_score(labels, scores))
+    assert m.average_precision(labels, scores) == pytest.approx(sklearn.average_precision_score(labels, scores))
+    assert m.nll(labels, p) == pytest.approx(sklearn.log_loss(labels, p))
+    found = m.rates(labels, said)
+    for name, theirs in {"mcc": sklearn.matthews_corrcoef, "f1": sklearn.f1_score, "recall": sklearn.recall_score,
+                         "precision": sklearn.precision_score, "balanced_accuracy": sklearn.balanced_accuracy_score,
+                         }.items():  # fmt: skip
+        assert found[name] == pytest.approx(theirs(labels, said)), name
+    assert found["confusion"] == sklearn.confusion_matrix(labels, said).tolist()
+
+
+def test_no_other_file_defines_what_metrics_exports():
+    """One idea, one place; `check` and `ratio` are words of arithmetic that others use for themselves."""
+    root = Path(m.__file__).resolve().parents[2]
+    names = {n.name for n in ast.parse(Path(m.__file__).read_text()).body if isinstance(n, ast.FunctionDef)}
+    for path in [*root.glob("*.py"), *(root / "tools").rglob("*.py")]:
+        if path != Path(m.__file__).resolve():
+            defined = {n.name for n in ast.parse(path.read_text()).body if isinstance(n, ast.FunctionDef)}
+            assert not defined & (names - {"check", "ratio"}), path

@@ -7,19 +7,21 @@ error for the data as given, NaN for a resample.
 
     low, high = bootstrap(lambda i: auc(labels[i], scores[i]), groups)                  # any statistic
     values = resample(lambda w: auc(labels, scores, w), groups)                         # the same, fast: [repeats]
+
+What a table of numbers needs (`rates`, `worth`, `slices`) says None where a class is absent: never 0, never NaN.
 """
 
 import numpy as np
 
 
-def check(labels, values, weights=None):
-    """-> labels as int [n], values as float [n] or [n, K], weights [.., n]; refuses NaN and one class."""
+def check(labels, values, weights=None, classes=2):
+    """-> labels as int [n], values as float [n] or [n, K], weights [.., n]; refuses NaN, and fewer classes."""
     labels, values = np.asarray(labels), np.asarray(values, np.float64)
     if len(labels) != len(values) or not len(labels):
         raise ValueError(f"{len(labels)} labels and {len(values)} predictions: give one of each per sample")
     if not np.isfinite(values).all():
         raise ValueError(f"{np.sum(~np.isfinite(values))} predictions are NaN or infinite; look at the features")
-    if len(np.unique(labels)) < 2:
+    if len(np.unique(labels)) < classes:
         raise ValueError(f"all {len(labels)} labels are {labels[0]}: with one class there is nothing to tell apart")
     weights = np.ones(len(labels)) if weights is None else np.asarray(weights, np.float64)
     return labels.astype(int), values, weights
@@ -92,6 +94,13 @@ def sensitivity_at(labels, scores, specificity=0.9, weights=None):
     return np.where(fp[..., -1] > 0, sensitivity, np.nan)[()]
 
 
+def recall_at(labels, scores, precision=0.9, weights=None):
+    """Largest recall of a threshold whose precision is at least this; 0 where none has it."""
+    tp, fp = counts_above(labels, scores, weights)
+    allowed = tp >= (precision - 1e-12) * (tp + fp)
+    return ratio(np.where(allowed, tp, 0).max(-1), tp[..., -1])
+
+
 def roc_curve(labels, scores):
     """False and true positive rates from (0, 0) to (1, 1)."""
     tp, fp = counts_above(labels, scores)
@@ -139,19 +148,132 @@ def reliability(labels, probabilities, bins=10, weights=None):
 
     Probability and truth of class 1; of several classes those of the likeliest one.
     """
-    labels, p, weights = check(labels, probabilities, weights)
+    labels, p, weights = check(labels, probabilities, weights, classes=1)  # of a draw by chance all may be of one
     if p.min() < 0 or p.max() > 1:
         raise ValueError(f"probabilities from {p.min():.3g} to {p.max():.3g}: calibration needs 0 to 1")
-    truth = labels.astype(float) if p.ndim == 1 else (labels == p.argmax(1)).astype(float)
-    p = p if p.ndim == 1 else p.max(1)
+    p, truth = claims(labels, p)
     member = np.minimum((p * bins).astype(int), bins - 1)[:, None] == np.arange(bins)  # [n, bins]
     return [weights @ (member * values[:, None]) for values in (np.ones_like(p), p, truth)]
+
+
+def claims(labels, p):
+    """The probability that is judged and whether it came true: that of class 1; of several classes the likeliest."""
+    return (p, labels.astype(float)) if p.ndim == 1 else (p.max(1), (labels == p.argmax(1)).astype(float))
+
+
+def binned(p, truth, bins, mass=False):
+    """Weight, summed probability and truth of each bin that is not empty; equal probabilities share a bin."""
+    if mass:
+        _, place, count = np.unique(p, return_inverse=True, return_counts=True)
+        member = ((np.cumsum(count) - count) * bins // len(p))[place]  # by the first of equal ones
+    else:
+        member = np.minimum((p * bins).astype(int), bins - 1)
+    sums = np.stack([np.bincount(member, values, bins) for values in (np.ones_like(p), p, truth)])
+    return sums[:, sums[0] > 0]
 
 
 def calibration_error(labels, probabilities, bins=10, weights=None):
     """Expected calibration error: mean over samples of |mean probability - mean truth| of their bin."""
     weight, probability, truth = reliability(labels, probabilities, bins, weights)
     return ratio(np.abs(probability - truth).sum(-1), weight.sum(-1))
+
+
+def calibration_errors(labels, probabilities, bins=15):
+    """{ece, ece_mass (bins of equal mass), ece_classes (mean over classes, Nixon 2019), ece_debiased, mce (largest)}.
+
+    ece_debiased: root of the mean squared gap less what chance adds to it (Kumar 2019, arXiv:1909.10155).
+    """
+    labels, p, _ = check(labels, probabilities)
+    columns = np.stack([1 - p, p], 1) if p.ndim == 1 else p
+    each = [binned(columns[:, k], labels == k, bins) for k in range(columns.shape[1])]
+    sums = {"ece": reliability(labels, p, bins), "ece_mass": binned(*claims(labels, p), bins, mass=True)}
+    values = {name: np.abs(said - true).sum() / weight.sum() for name, (weight, said, true) in sums.items()}
+    values["ece_classes"] = np.mean([np.abs(said - true).sum() / weight.sum() for weight, said, true in each])
+    weight, said, true = sums["ece_mass"]
+    chance = true / weight * (1 - true / weight) / np.maximum(weight - 1, 1)
+    squared = (weight * (((said - true) / weight) ** 2 - chance)).sum() / weight.sum()
+    weight, said, true = binned(*claims(labels, p), bins)
+    values |= {"ece_debiased": np.sqrt(max(0.0, squared)), "mce": np.max(np.abs(said - true) / weight)}
+    return {name: float(value) for name, value in values.items()}
+
+
+def nll(labels, probabilities, weights=None):
+    """Mean of -log of the probability of the truth; probabilities below 1e-15 count as 1e-15."""
+    labels, p, weights = check(labels, probabilities, weights)
+    truth = np.where(labels == 1, p, 1 - p) if p.ndim == 1 else p[np.arange(len(p)), labels]
+    return mean(-np.log(np.maximum(truth, 1e-15)), weights)
+
+
+def confusion(labels, predictions, classes=2):
+    """Counts [truth, said] of 0..classes-1."""
+    labels, predictions = np.asarray(labels, int), np.asarray(predictions, int)
+    if not len(labels) or len(labels) != len(predictions):
+        raise ValueError(f"{len(labels)} labels and {len(predictions)} predictions: give one of each per sample")
+    if min(labels.min(), predictions.min()) < 0 or max(labels.max(), predictions.max()) >= classes:
+        raise ValueError(f"classes are 0 to {classes - 1}, not {sorted(set(labels.tolist() + predictions.tolist()))}")
+    return np.bincount(labels * classes + predictions, minlength=classes**2).reshape(classes, classes)
+
+
+def rates(labels, predictions, classes=2):
+    """{n, accuracy, balanced_accuracy, precision, recall, f1, mcc, fnr, fpr, confusion}, None where undefined.
+
+    Of two classes those of class 1; of several the means over one class against the rest.
+    """
+    table = confusion(labels, predictions, classes).astype(np.float64)
+    hit, truth, said, n = np.diag(table), table.sum(1), table.sum(0), table.sum()
+    recall = ratio(hit, truth)
+    each = {"precision": ratio(hit, said), "recall": recall, "fnr": 1 - recall, "fpr": ratio(said - hit, n - truth)}
+    each["f1"] = ratio(2 * hit, truth + said) + 0 * recall  # NaN where the class is absent
+    values = {name: value[1] if classes == 2 else value.mean() for name, value in each.items()}
+    values |= {"accuracy": hit.sum() / n, "balanced_accuracy": recall.mean()}
+    values["mcc"] = np.nan if (truth == 0).any() else mcc(labels, predictions)
+    values = {name: float(value) if np.isfinite(value) else None for name, value in values.items()}
+    return {"n": int(n), **values, "confusion": table.astype(int).tolist()}
+
+
+def errors_kept(errors, confidence):
+    """Expected errors [n] among the i most confident, i = 0..n (ties in random order); where a threshold can cut."""
+    errors, confidence = np.asarray(errors, np.float64), np.asarray(confidence, np.float64)
+    if not len(errors) or len(errors) != len(confidence) or not np.isfinite(confidence).all():
+        raise ValueError(f"{len(errors)} errors, {len(confidence)} confidences: one finite number of each per sample")
+    order = np.argsort(-confidence, kind="stable")
+    cuts = np.append(0, np.flatnonzero(np.append(np.diff(confidence[order]) != 0, True)) + 1)
+    at_cuts = np.append(0, np.cumsum(errors[order]))[cuts]
+    return np.interp(np.arange(len(errors) + 1), cuts, at_cuts), cuts
+
+
+def aurc(errors, confidence):
+    """Area under risk against coverage: mean over i of the error rate of the i most confident (Geifman 2019)."""
+    kept, _ = errors_kept(errors, confidence)
+    return float(np.mean(kept[1:] / np.arange(1, len(kept))))
+
+
+def augrc(errors, confidence):
+    """Area under (errors that are accepted) / n against coverage, 0 to 0.5 (Traub 2024, arXiv:2407.01032)."""
+    kept, _ = errors_kept(errors, confidence)
+    n = len(kept) - 1
+    return float((kept[1:] + kept[:-1]).sum() / 2 / n**2)
+
+
+def risk_coverage(errors, confidence):
+    """Coverage and risk (error rate of what is accepted) at every threshold, from the strictest to all."""
+    kept, cuts = errors_kept(errors, confidence)
+    return cuts[1:] / (len(kept) - 1), kept[cuts[1:]] / cuts[1:]
+
+
+def selective(errors, confidence):
+    """{aurc, augrc, each with the best that an ordering could reach, risk_at {coverage}, coverage_at {risk}}.
+
+    risk_at: of the strictest threshold that accepts at least this share. coverage_at: the largest share that a
+    threshold accepts with at most this risk, also beyond a breach; 0 where none has it.
+    """
+    share, risk = risk_coverage(errors, confidence)
+    best = -np.asarray(errors, np.float64)
+    values = {"aurc": aurc(errors, confidence), "aurc_best": aurc(errors, best)}
+    values |= {"augrc": augrc(errors, confidence), "augrc_best": augrc(errors, best)}
+    values["risk_at"] = {f"{c:g}": float(risk[np.argmax(share >= c - 1e-12)]) for c in (0.5, 0.7, 0.8, 0.9, 0.95)}
+    under = {r: share[risk <= r + 1e-12].max(initial=0.0) for r in (0.01, 0.02, 0.05, 0.1)}
+    return values | {"coverage_at": {f"{r:g}": float(most) for r, most in under.items()}}
 
 
 def matched_pairs(labels, sizes, tolerance=0.1):
@@ -177,20 +299,28 @@ def matched_auc(labels, scores, sizes, tolerance=0.1, weights=None, folds=None):
 # The bootstrap draws whole groups (patients) with replacement: nodules of one patient are no independent facts.
 
 
-def draws(groups, repeats, seed):
-    """How often each sample is in each resample, in pieces [some, n] of at most 4 million counts."""
+def draws(groups, repeats, seed, strata=None):
+    """How often each sample is in each resample, in pieces [some, n] of at most 4 million counts.
+
+    strata [n] (say labels): groups are drawn within their stratum, the highest of their samples.
+    """
     _, member = np.unique(np.asarray(groups), return_inverse=True)
     count, random = member.max() + 1, np.random.default_rng(seed)
+    stratum = np.zeros(count, int)
+    if strata is not None:
+        np.maximum.at(stratum, member, np.unique(np.asarray(strata), return_inverse=True)[1])
+    order, size = np.argsort(stratum, kind="stable"), np.bincount(stratum)
+    first, size = (np.cumsum(size) - size)[stratum[order]], size[stratum[order]]
     step = max(1, 4_000_000 // len(member))
     for start in range(0, repeats, step):
         rows = min(step, repeats - start)
-        drawn = random.integers(0, count, (rows, count)) + count * np.arange(rows)[:, None]
+        drawn = order[first + random.integers(0, size, (rows, count))] + count * np.arange(rows)[:, None]
         yield np.bincount(drawn.ravel(), minlength=rows * count).reshape(rows, count)[:, member]
 
 
-def resample(statistic, groups, repeats=2000, seed=0):
+def resample(statistic, groups, repeats=2000, seed=0, strata=None):
     """statistic(weights [r, n]) -> [r, ...], over `repeats` resamples in all; same groups and seed, same draws."""
-    return np.concatenate([statistic(weights.astype(np.float64)) for weights in draws(groups, repeats, seed)])
+    return np.concatenate([statistic(weights.astype(np.float64)) for weights in draws(groups, repeats, seed, strata)])
 
 
 def interval(values, level=0.95):
@@ -209,6 +339,22 @@ def p_value(differences):
         return float("nan")
     one_sided = min(np.sum(differences <= 0), np.sum(differences >= 0))
     return float(min(1.0, 2 * (one_sided + 1) / (len(differences) + 1)))
+
+
+def holm(p_values):
+    """p-values of several questions, each raised so that all of them together err as rarely as one (Holm 1979)."""
+    p = np.asarray(p_values, np.float64)
+    order = np.argsort(p, kind="stable")
+    raised = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
+    return np.minimum(raised, 1.0)[np.argsort(order, kind="stable")]
+
+
+def paired(statistic, first, second, groups, repeats=2000, seed=0, strata=None):
+    """statistic(values, weights) of two predictors over the same resamples -> {difference, low, high, p}."""
+    drawn = resample(lambda w: statistic(first, w) - statistic(second, w), groups, repeats, seed, strata)
+    low, high = interval(drawn)
+    point = statistic(first, None) - statistic(second, None)
+    return {"difference": float(point), "low": float(low), "high": float(high), "p": p_value(drawn)}
 
 
 def bootstrap(statistic, groups, repeats=2000, seed=0):
@@ -241,3 +387,32 @@ def all_metrics(labels, probabilities, weights=None, folds=None):
         values["sensitivity_at_90"] = sensitivity_at(labels, p, 0.9, weights)
     values |= {"accuracy": accuracy(labels, classes, weights), "mcc": mcc(labels, classes, weights)}
     return values | {"brier": brier(labels, p, weights), "ece": calibration_error(labels, p, 10, weights)}
+
+
+def worth(labels, probabilities):
+    """Point values of all that probabilities [n, K] are worth, ready for JSON; None where one class is absent."""
+    labels, p = np.asarray(labels, int), np.asarray(probabilities, np.float64)
+    said = decisions(score_of(p))
+    values = {**rates(labels, said, p.shape[1]), **selective(said != labels, p.max(1))}
+    ranks = {"auc": auc, "average_precision": average_precision}
+    ranks |= {"recall_at_90": recall_at} if p.shape[1] == 2 else {}
+    classes = len(np.unique(labels))
+    values |= {name: float(of(labels, score_of(p))) if classes == p.shape[1] else None for name, of in ranks.items()}
+    if classes < 2:
+        return values | dict.fromkeys("nll brier ece ece_mass ece_classes ece_debiased mce".split())
+    values |= {"nll": float(nll(labels, p)), "brier": float(brier(labels, score_of(p)))}
+    return values | calibration_errors(labels, score_of(p))
+
+
+def slices(labels, predictions, column, classes=2, minimum=20, gap=0.05, of="accuracy"):
+    """`rates` of each value of a fact column [n] -> rows {slice, n, ..., gap, flagged}, smallest n last.
+
+    gap: how far `of` lies below that of all samples. Slices below `minimum` are listed, never flagged.
+    """
+    labels, predictions, column = np.asarray(labels), np.asarray(predictions), np.asarray(column).astype(str)
+    everything, rows = rates(labels, predictions, classes)[of], []
+    for name in np.unique(column):
+        row = {"slice": str(name), **rates(labels[column == name], predictions[column == name], classes)}
+        row["gap"] = None if row[of] is None or everything is None else everything - row[of]
+        rows.append({**row, "flagged": row["n"] >= minimum and row["gap"] is not None and row["gap"] > gap})
+    return sorted(rows, key=lambda row: -row["n"])
