@@ -366,12 +366,16 @@ def cascade_loss(stages, positive, budgets, log_sigma, tau=1.0):
     log_sigma [1 + T], learned: the uncertainty of the end-to-end term and of each stage.
     """
     with exact(stages):
-        survive = []
+        terms, kept, lost = [], 1, 0
         for scores, budget in zip(wide(stages), budgets):
             ranks = soft_ranks(scores, tau)
-            survive.append((ranks[:budget].sum(0) / ranks.sum(0).detach()).clamp(1e-7, 1 - 1e-7))
-        together = torch.stack([torch.stack(survive).prod(0), *survive])  # [1 + T, n]
-        terms = F.binary_cross_entropy(together, positive.to(together).expand_as(together), reduction="none").sum(-1)
+            mass = ranks.sum(0).detach()
+            keep = ranks[:budget].sum(0) / mass
+            lose = (ranks[budget:].sum(0) / mass).detach() + keep.detach() - keep  # 1 - keep, exact near 0
+            kept, lost = kept * keep, lost + kept * lose
+            terms.append((keep, lose))
+        right = torch.stack([torch.where(positive.bool(), *pair) for pair in [(kept, lost), *terms]])  # [1 + T, n]
+        terms = -right.clamp(min=1e-30).log().sum(-1)
         return (terms / (2 * (2 * log_sigma).exp()) + log_sigma).sum()
 
 

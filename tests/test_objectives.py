@@ -177,12 +177,16 @@ def test_cascade():
     assert_close(losses.cascade_loss(stages, positive, budgets, log_sigma, tau=0.5).item(), total)
     # the sum over places is a constant for the gradient
     own = stages.clone().requires_grad_()
-    sums = [losses.soft_ranks(scores, 0.5).sum(0) for scores in stages]
-    kept = [losses.soft_ranks(scores, 0.5)[:budget].sum(0) / n for scores, n, budget in zip(own, sums, budgets)]
+    sums = [losses.soft_ranks(scores, 2.0).sum(0) for scores in stages]
+    kept = [losses.soft_ranks(scores, 2.0)[:budget].sum(0) / n for scores, n, budget in zip(own, sums, budgets)]
     terms = [F.binary_cross_entropy(v, positive.double(), reduction="sum") for v in (kept[0] * kept[1], *kept)]
     (expected,) = torch.autograd.grad(sum(term / 2 for term in terms), own)
-    found = losses.cascade_loss(own, positive, budgets, torch.zeros(3), tau=0.5)
+    found = losses.cascade_loss(own, positive, budgets, torch.zeros(3), tau=2.0)
     assert_close(torch.autograd.grad(found, own)[0], expected)
+    # a positive that is surely dropped, p about 1e-19, still has a slope
+    sure = torch.tensor([[0.0, 30, 1, 2, 3, 4]]).requires_grad_()
+    losses.cascade_loss(sure, torch.tensor([1, 0, 0, 0, 0, 0]), (2,), torch.zeros(2)).backward()
+    assert sure.grad[0, 0] < -1 and sure.grad.isfinite().all()
     # the best order costs least
     best = positive.double() - 0.1 * torch.rand(6)
     costs = [
