@@ -152,6 +152,17 @@ def test_a_second_door_is_noticed():
     assert doors('open(p / "test_uses.jsonl")') == {"test_uses.jsonl"}
 
 
+WITH_BARS = sorted({*PROGRAMS, *modules_of("tools"), *modules_of("tools/lib")} - {"tools/lib/progress.py"})
+
+
+@pytest.mark.parametrize("name", existing(WITH_BARS))
+def test_bars_are_drawn_for_people_only(name):
+    """disable=None: where nobody watches (cron, a pipe), no bar fills the log."""
+    for node in ast.walk(ast.parse((ROOT / name).read_text())):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("tqdm", "trange"):
+            assert any(k.arg == "disable" and k.value.value is None for k in node.keywords), (name, node.lineno)
+
+
 @pytest.mark.parametrize("name", modules_of("tools/lib"))
 def test_a_module_does_not_run(name):
     text = (ROOT / name).read_text()

@@ -11,22 +11,21 @@ none). A picture depends on --seed, --size, --object-share, its scene and its fr
 
 import math
 import os
-import signal
 import sys
 from datetime import datetime, timedelta
 from functools import lru_cache
-from multiprocessing import Pool
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 from PIL import Image, ImageDraw
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from checkpoint import write_text
 from tools.lib.cli import Parser, natural, positive, run
 from tools.lib.files import csv_text
+from tools.lib.progress import progress
+from tools.lib.workers import parallel
 
 COLUMNS = "path label group source lat lon time weather daytime street truth objects object_share".split()
 LABELS = ("no_roadwork", "roadwork")
@@ -295,7 +294,7 @@ def textures(height, width):
     for octave in (6, 12, 24, 48):
         noise = Image.fromarray(rng.random((octave, octave)).astype(np.float32))
         field += np.asarray(noise.resize(field.shape[::-1], Image.Resampling.BICUBIC)) / octave
-    field = (field - field.min()) / np.ptp(field)
+    field = ((field - field.min()) / np.ptp(field)).astype(np.float32)
     thin, thick = (np.clip((field - low) * gain, 0, 0.88) for low, gain in ((0.52, 2.7), (0.3, 1.6)))
     return np.repeat(np.clip(grain, 0, 16).astype(np.uint8)[..., None], 3, 2), thin, thick
 
@@ -395,9 +394,8 @@ def main(argv=None):
         raise FileExistsError(f"--out {out} is there and not empty: name a new folder")
     frames, fixed = args.frames_per_scene, (args.size, (low, high), args.flip)
     jobs = ((out, i, args.seed, frames, *fixed) for i in range(args.images))
-    with Pool(args.workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:  # Ctrl+C is for the parent
-        found = pool.imap(write_picture, jobs, chunksize=frames)
-        rows = list(tqdm(found, total=args.images, unit="picture", desc="streets", disable=None))
+    drawn = parallel(write_picture, jobs, args.workers, chunk=frames)
+    rows = list(progress(drawn, total=args.images, unit="picture", desc="streets"))
     write_text(out / "labels.csv", csv_text([COLUMNS, *rows]))  # last: a labels.csv is always whole
     flipped, positives = sum(row[1] != row[10] for row in rows), sum(row[10] == LABELS[1] for row in rows)
     scenes = len({row[2] for row in rows})

@@ -248,7 +248,8 @@ def main(argv=None):
     title = f"{args.data}: {summary} ({source.encoding}, split {args.split or 'all'}, seed {args.seed})"
     out = args.out or args.data / "_validation" / f"samples_{args.split or 'all'}_{args.seed}.png"
     width, colour = max(p.width for p in pictures), sheet.BAD if failed else sheet.GOOD
-    sheet.save(out, sheet.stack([sheet.heading(title, width, colour, 20), *pictures]))
+    whole = [sheet.heading(title, width, colour, 20)] if len(chosen) > 1 else []  # one says it itself
+    sheet.save(out, sheet.stack([*whole, *pictures]))
     print(f"{summary}; wrote {out}")
     return 1 if failed else 0
 
