@@ -10,6 +10,9 @@ Tokens come in the order [cls | registers | patches]. One training step on image
     loss = torch.nn.functional.cross_entropy(head(vit(images).cls), labels)
     loss.backward()
     optimizer.step()
+
+With names = add_adapters(vit, rank=16, alpha=32, norm="dora", targets="qv") before the optimizer, of the backbone only
+these low-rank changes are trained (give it what requires_grad), and merge_adapters(vit) is a plain one afterwards.
 """
 
 import hashlib

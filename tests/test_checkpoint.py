@@ -402,7 +402,8 @@ WRONG = {
     "args": [["lr", 1], None, "lr", {1: 2}, {"lr": {}}, {"lr": [[1]]}, {"lr": BOMB}],
     "arch": [None, "vit_test", {}, {"overrides": {}}, {"name": "vit_test"}, {"name": 3, "overrides": {}}]
     + [{"name": "vit_test", "overrides": o} for o in ([], None, {"depth": 10**9}, {"dim": 10**12}, {"dim": "64"})]
-    + [{"name": "vit_test", "overrides": {"layerscale": math.nan}}, {"name": "vit_test", "overrides": {7: 7}}],
+    + [{"name": "vit_test", "overrides": {"layerscale": math.nan}}, {"name": "vit_test", "overrides": {7: 7}}]
+    + [{"name": "vit_test", "overrides": {}, "adapters": a} for a in (None, [4], {1: 2}, {"blocks": BOMB})],
     "encoding": [None, 3, ["hu16-v1"]],
     "eval_view": [None, 224, {}, {"size": 224}, {"size": "224", "window": None}, {"size": 0, "window": None}]
     + [{"size": 10**9, "window": None}, {"size": 224, "window": "40"}, {"size": 224, "window": [40]}],
