@@ -1,7 +1,7 @@
 """The prediction table: what a model says of each sample. Joined by id, never by position.
 
 runs/<name>/predictions/<split>.npz: ids, groups, labels (-1: none), logits float32 [N, V, C]; beside it .json (classes,
-split, layout, eval_view, hashes of weights, split and npz) and .csv for people (id,group,label,p_<class>...,decision,set).
+split, layout, eval_view, hashes of weights, split and npz) and .csv for people (id,group,label,p_<class>,decision,set).
 write(run / "predictions", Predictions(ids, groups, labels, logits, facts))
 table = read(run, "val_calib")          # a run, its predictions folder, or the .npz itself
 """
