@@ -59,6 +59,9 @@ def atomic_write(path, writer):
             f.flush()
             os.fsync(f.fileno())  # before the rename: a journal may keep the new name and lose the bytes behind it
         os.replace(tmp, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # "No space left on device" alone names no place
+        raise
     finally:
         tmp.unlink(missing_ok=True)  # still there only when something above failed
     fsync_folder(path.parent)
@@ -148,7 +151,8 @@ def is_flag(value):
 
 
 def is_arch(value):
-    return is_text(value["name"]) and is_dict(value["overrides"], is_size)
+    adapters = value.get("adapters", {"rank": 1})  # rank, alpha, norm, targets, unfreeze, blocks
+    return is_text(value["name"]) and is_dict(value["overrides"], is_size) and is_dict(adapters, is_flag)
 
 
 def is_view(value):
@@ -161,6 +165,7 @@ FIELDS = {  # what a field must be where it is there at all; whatever a test of 
     "args": (lambda v: is_dict(v, is_flag), "flags, each a plain value or a short list of such"),
     "optimizer": (is_dict, "a dict by name"),
     "arch": (is_arch, "a name and overrides, numbers up to a million"),
+    "gram_arch": (lambda v: v is None or is_arch(v), "None, or a name and overrides as in arch"),
     "encoding": (is_text, "a text"),
     "eval_view": (is_view, "a size in pixels and a window of two numbers or None"),
     "trained_groups": (lambda v: v is None or is_list(v, is_text), "texts, or None: unknown"),

@@ -1,7 +1,7 @@
 """From files to a batch that is a pure function of (seed, step). Copyable: imports torch, numpy and pillow only.
 
     source = open_for("data/processed", "fit")
-    loader = make_loader(source, RECIPES["ct"], seed=0, steps=range(1000), batch=32)
+    loader = make_loader(source, "ct", seed=0, steps=range(1000), batch=32)
     for batch in loader:
         crops = render(batch.images.to(device), batch.plan)
 
@@ -19,12 +19,14 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import signal
 import stat
 import struct
 import sys
 import tokenize
 import warnings
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -48,18 +50,34 @@ WINDOWS_HU = {"lung": (-600, 1500), "soft": (40, 400), "bone": (300, 1500)}  # l
 RGB_WINDOWS = ("lung", "soft", "bone")  # channel order of rgb-v1: slices z-1, z, z+1
 WIDE_HU = (-150, 1500)  # halfway between lung and bone: air, tissue and calcium are all inside (-900 .. 600 HU)
 AIR_HU = -1024
-PHOTO_ENDINGS = (".png", ".jpg", ".jpeg")
-FORMATS = ("PNG", "JPEG")  # what is opened, by content: pillow would start Ghostscript for an EPS file
-SIGNATURES = {b"%!PS": "EPS", b"\xc5\xd0\xd3\xc6": "EPS", b"%PDF": "PDF", b"GIF8": "GIF", b"RIFF": "WebP or AVI",
-              b"BM": "BMP", b"II*\0": "TIFF", b"MM\0*": "TIFF", b"<": "HTML, XML or SVG", b"PK": "zip"}  # fmt: skip
+PHOTO_ENDINGS, HEIC_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"), (".heic", ".heif")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")  # opened by content: pillow would start Ghostscript for an EPS file
+SIGNATURES = {b"%!PS": "EPS", b"\xc5\xd0\xd3\xc6": "EPS", b"%PDF": "PDF", b"GIF8": "GIF", b"RIFF": "AVI or broken",
+              b"<": "HTML, XML or SVG", b"PK": "zip"}  # fmt: skip
 PURPOSES = {"fit": "train", "select": "val_select", "calibrate": "val_calib", "test": "val_test"}
+TABLES = ("labels.csv", "weights.csv")  # ours, in a folder of pictures
+ODD_PATH = re.compile(r"^[./\s]|\\|//|/\.|\s$", re.MULTILINE)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as released DINOv3 weights expect
-STREAMS = {"order": 1, "crops": 2, "masks": 3, "limit": 4, "sizes": 5, "rope": 6, "depth": 7}  # none meets another
+STREAMS = {
+    "order": 1,
+    "crops": 2,
+    "masks": 3,
+    "limit": 4,
+    "sizes": 5,
+    "rope": 6,
+    "depth": 7,
+    "augment": 8,
+    "mix": 9,
+}  # none meets another
 
 
 # what numpy and pillow say of broken files; tokenize: the header of a .npy is a Python literal
 BROKEN = (OSError, ValueError, SyntaxError, EOFError, LookupError, struct.error, tokenize.TokenError)
 BROKEN += (Image.DecompressionBombError,)
+
+
+class Unreadable(OSError):
+    """An image that cannot be read; the text names its file and why."""
 
 
 def rng(seed, stream, *key):
@@ -121,15 +139,19 @@ class Rows:
         values = self.columns[key]
         return np.array(self.names[key])[values] if key in self.names else values
 
+    def texts(self, key):
+        """A column as a list of texts."""
+        return [v.decode() if isinstance(v, bytes) else str(v) for v in self.column(key).tolist()]
+
     def take(self, index):
         return Rows({key: values[index] for key, values in self.columns.items()}, self.names)
 
 
-def read_csv(path):
+def read_csv(path, delimiter=","):
     """Header, then the rows in pieces (larger ones are 3x slower: garbage collection)."""
     try:
         with open(regular(path), newline="", encoding="utf-8-sig") as f:  # spreadsheets begin with a byte order mark
-            reader = csv.reader(f)
+            reader = csv.reader(f, delimiter=delimiter)
             yield next(reader, [])
             while rows := list(itertools.islice(reader, 1024)):
                 yield rows
@@ -153,7 +175,7 @@ def read_index(path):
             lines = f"{1024 * number + 2} to {1024 * number + len(rows) + 1}"
             raise ValueError(f"{path}: in lines {lines} a row is malformed: {str(error)[:200]}") from None
     if not columns["path"]:
-        raise ValueError(f"{path} has no rows; run tools/preprocess_dicom.py")
+        raise ValueError(f"{path} has no rows; preprocess again")
     rows = Rows({k: np.concatenate(v) for k, v in columns.items()}, {k: list(v) for k, v in names.items()})
     check_rows(path, rows, np.concatenate(keys))
     return rows
@@ -180,7 +202,7 @@ def check_rows(path, rows, keys):
     for reason, bad in wrong.items():
         if bad.any():
             line, name = bad.argmax() + 2, names[bad.argmax()].decode()
-            raise ValueError(f"{path}, line {line} ({name[:200]}): {reason}; run tools/preprocess_dicom.py again")
+            raise ValueError(f"{path}, line {line} ({name[:200]}): {reason}; preprocess again")
 
 
 def encode_column(key, texts, names):
@@ -196,81 +218,226 @@ def encode_column(key, texts, names):
     return np.fromiter(map(int, texts), np.int32, len(texts))
 
 
+@functools.lru_cache
+def say_once(text):
+    """A line for people, once; of several readers (they are processes) the first one says it."""
+    if multiprocessing.parent_process() is None or multiprocessing.current_process().name.endswith("-1"):
+        print(text)
+
+
+@functools.lru_cache
+def heic_formats():
+    """What pillow-heif, an optional extra, adds to FORMATS."""
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        return ()
+    register_heif_opener()
+    return ("HEIF",)
+
+
 def photo_paths(root):
-    """Sorted paths below root, with forward slashes, of PNG and JPEG files; folders named _x or .x are ours."""
+    """Sorted paths of pictures below root, with forward slashes; says what else is there. Folders _x or .x are ours."""
 
     def stop(error):
         raise error
 
-    found, seen = [], set()
+    found, seen, others = [], set(), Counter()
+    endings = PHOTO_ENDINGS + (HEIC_ENDINGS if heic_formats() else ())
     for folder, folders, files in os.walk(root, onerror=stop, followlinks=True):
         if (real := os.path.realpath(folder)) in seen:
             raise ValueError(f"{folder}: links lead to {real} twice, so its images would count twice; remove one")
         seen.add(real)
         folders[:] = [name for name in folders if name[0] not in "._"]
-        names = [name for name in files if name[0] != "." and name.lower().endswith(PHOTO_ENDINGS)]
+        files = [name for name in files if name[0] != "." and (name not in TABLES or Path(folder) != root)]
+        names = [name for name in files if name.lower().endswith(endings)]
+        others.update(Path(name).suffix.lower() for name in set(files).difference(names))
         for name in names:
             if not name.isascii() and name.encode(errors="ignore").decode() != name:
                 raise ValueError(f"{folder}: the file name {ascii(name)} is not UTF-8; rename the file")
         found += [Path(folder, name).relative_to(root).as_posix() for name in names]
+    if found and others:
+        kinds = ", ".join(f"{n} {ending or 'without an ending'}" for ending, n in others.most_common(8))
+        hint = "; pip install pillow-heif reads .heic" if others.keys() & set(HEIC_ENDINGS) else ""
+        say_once(f"{root}: {others.total()} files are no pictures and are not read: {kinds}{hint}")
     return sorted(found)
 
 
-def read_labels(path, unlabelled=False):
-    """A label table -> (rows as dicts, are they nodules?): path,label[,group], or columns that begin with NODULE."""
-    header, *pieces = read_csv(path)
-    nodules, rows = header[: len(NODULE)] == NODULE, []
-    if not nodules and header not in (["path", "label"], ["path", "label", "group"]):
-        raise ValueError(
-            f"{path}: unknown columns {','.join(header)}; expected path,label[,group], or first {','.join(NODULE)}"
-        )
-    for number, line in enumerate((line for piece in pieces for line in piece if line), 2):
-        rows.append(dict(zip(header, line)))
-        if len(line) != len(header):
-            raise ValueError(f"{path}, row {number}: {len(line)} cells of {len(header)}; write it anew")
-        if not (unlabelled or rows[-1]["label"].strip()):
-            raise ValueError(f"{path}, row {number}: no label; give it one, or leave the row out")
-    return rows, nodules
+@functools.lru_cache(None)
+def edits(a, b):
+    """Letters to insert, delete or change between two words (Levenshtein's distance)."""
+    if not (a and b):
+        return len(a) + len(b)
+    return min(edits(a[1:], b) + 1, edits(a, b[1:]) + 1, edits(a[1:], b[1:]) + (a[0] != b[0]))
+
+
+def label_columns(path, header):
+    """Names of columns as we know them, whatever their case and outer spaces; a misspelt one is an error."""
+    names = [name.strip() for name in header]
+    nodules = len({*map(str.lower, names)} & {*NODULE}) > 4
+    known = NODULE if nodules else ["path", "label", "group"]
+    names = [name.lower() if name.lower() in known else name for name in names]
+    for name in [name for name in known if name not in names]:
+        if near := [other for other in names if other not in known and edits(other.lower()[:99], name) < 3]:
+            raise ValueError(
+                f"{path}: column {near[0]!r} looks like {name!r}; rename it to that, or to a word less alike"
+            )
+    if names[: len(NODULE)] != NODULE and (nodules or not {"path", "label"} <= {*names}):
+        expected = f"first {','.join(NODULE)}" if nodules else "path,label[,group][,any facts]"
+        raise ValueError(f"{path}: unknown columns {','.join(header)[:200]}; expected {expected}")
+    if odd := [name for k, name in enumerate(names) if not name or name in names[:k]]:
+        raise ValueError(f"{path}: column {odd[0]!r} has no name, or stands there twice; write {','.join(names)} anew")
+    if names != header:
+        say_once(f"{path}: columns {','.join(header)} are read as {','.join(names)}")
+    if not nodules and (facts := [name for name in names if name not in known]):
+        say_once(f"{path}: further columns are kept as facts: {', '.join(facts)}")
+    return names, nodules
+
+
+def below(root, name):
+    """`./a.jpg`, `b\\a.jpg` or an absolute path below root as the path that it has there."""
+    plain, top = os.path.normpath(name.strip().replace("\\", "/")), os.path.abspath(root)
+    return os.path.relpath(plain, top) if plain.startswith(top + "/") else plain
+
+
+def label_pieces(path, root, unlabelled=False):
+    """Of a label table first (names of its columns, is it one of nodules?), then pieces: (number of the first row,
+    {name: list of cells})."""
+    pieces = read_csv(path)
+    header = next(pieces)
+    if len(header) == 1 and (marks := [mark for mark in ";\t" if mark in header[0]]):
+        pieces = read_csv(path, marks[0])
+        header = next(pieces)
+        say_once(f"{path}: columns are separated by {marks[0]!r}")
+    names, nodules = label_columns(path, header)
+    yield names, nodules
+    number, said = 2, False
+    for piece in pieces:
+        lines = [line for line in piece if line]
+        for k, line in enumerate(lines):
+            if len(line) != len(names):
+                raise ValueError(f"{path}, row {number + k}: {len(line)} cells of {len(names)}; write it anew")
+        columns = dict(zip(names, map(list, zip(*lines)))) if lines else {name: [] for name in names}
+        if not unlabelled and (empty := [k for k, label in enumerate(columns["label"]) if not label.strip()]):
+            raise ValueError(f"{path}, row {number + empty[0]}: no label; give it one, or leave the row out")
+        if ODD_PATH.search("\n".join(columns["path"])):
+            plain = [below(root, name) if ODD_PATH.search(name) else name for name in columns["path"]]
+            changed = [pair for pair in zip(columns["path"], plain) if pair[0] != pair[1]]
+            if changed and not said:
+                say_once(f"{path}: paths are read as below {root}: {changed[0][0]!r} as {changed[0][1]!r}, and so on")
+            said, columns["path"] = said or bool(changed), plain
+        yield number, columns
+        number += len(lines)
+
+
+def read_labels(path, root, unlabelled=False):
+    """A label table of images below root -> (rows as dicts, are they nodules?)."""
+    (names, nodules), *pieces = label_pieces(path, root, unlabelled)
+    return [dict(zip(names, cells)) for _, columns in pieces for cells in zip(*columns.values())], nodules
+
+
+def is_dicom(path):
+    with open(path, "rb") as f:
+        return f.read(132)[128:] == b"DICM"
+
+
+def indexed_photos(path):
+    """_index/photos.csv of an import -> (sorted paths, their sizes in bytes); no picture is touched."""
+    pieces, found = read_csv(path), []
+    header = next(pieces)
+    try:
+        name, size, reason = (header.index(key) for key in ("path", "bytes", "reason"))
+        for rows in pieces:
+            found += [(row[name], int(row[size])) for row in rows if not row[reason]]
+    except (ValueError, LookupError) as error:
+        raise ValueError(f"{path} is damaged ({error}); delete it, or import the pictures again") from None
+    found.sort()
+    return [name for name, _ in found], np.array([size for _, size in found], np.int64)
 
 
 def index_photos(root):
-    paths = photo_paths(root)
+    index = root / "_index" / "photos.csv"
+    paths, sizes = indexed_photos(index) if index.exists() else (photo_paths(root), None)
     if not paths:
-        raise FileNotFoundError(f"{root} has neither _index/index.csv nor a PNG or JPEG file")
-    table = root / "labels.csv"
-    lines, nodules = read_labels(table, unlabelled=True) if table.exists() else ([], False)
+        some = itertools.islice((path for path in root.rglob("*") if path.is_file()), 100)
+        raw = "; it holds DICOM files as acquired: preprocess them first" if any(map(is_dicom, some)) else ""
+        raise FileNotFoundError(f"{root} has neither _index/index.csv nor a picture ({' '.join(PHOTO_ENDINGS)}){raw}")
+    table, at = root / "labels.csv", {path: i for i, path in enumerate(paths)}
+    group_of, missing, same = list(paths), [], {}
+    pieces = label_pieces(table, root, unlabelled=True) if table.exists() else iter([(("label",), False)])
+    names, nodules = next(pieces)
     if nodules:
         raise ValueError(f"{table} is a table of CT nodules; expected path,label[,group]")
-    labels = {row["path"]: row for row in lines}  # of a path that stands in two groups the last
-    if missing := sorted(labels.keys() - set(paths)):
-        raise FileNotFoundError(f"{table} names {len(missing)} missing files, first {missing[0]}")
-    rows = [labels.get(p, {}) for p in paths]
+    if taken := sorted({*names} & {*INDEX_COLUMNS} - {"path"}):
+        raise ValueError(f"{table}: rename column {taken[0]}, a word of ours; what must stay together is called group")
+    texts = {name: [""] * len(paths) for name in names if name not in ("path", "group")}
+    for number, columns in pieces:
+        where = [at.get(name) for name in columns["path"]]
+        missing += [name for name, i in zip(columns["path"], where) if i is None]
+        for name, cells in columns.items():
+            if name != "path":  # one object for equal texts: a million labels are few
+                columns[name] = list(map(same.setdefault, cells, cells))
+        for k, (i, label) in enumerate(zip(where, columns["label"])):
+            if i is not None and label.strip() and texts["label"][i].strip() not in ("", label.strip()):
+                both = f"{paths[i]} has label {label}, and {texts['label'][i]} above"
+                raise ValueError(f"{table}, row {number + k}: {both}; keep one")
+        for name, cells in columns.items():
+            column = group_of if name == "group" else texts.get(name)
+            for i, cell in zip(where, cells if column is not None else ()):
+                if i is not None and (cell or name != "group"):  # of a path that stands in two groups the last
+                    column[i] = cell
+    if missing:
+        name = min(missing)
+        like = [p for p in paths if p.casefold() == name.casefold()]
+        like = like or [p for p in paths if p.endswith("/" + os.path.basename(name))]
+        hint = f"; write {like[0]} instead" if len(like) == 1 else ""
+        raise FileNotFoundError(f"{table} names {len(missing)} missing files, first {name}{hint}")
     groups = {}
-    codes = np.array([groups.setdefault(r.get("group") or p, len(groups)) for p, r in zip(paths, rows)], np.int32)
-    columns = {"path": np.array([p.encode() for p in paths]), "group": codes, "series": codes}
-    columns["label"] = np.array([r.get("label", "").encode() for r in rows])
-    named = (f"{p},{r.get('group') or p}" for p, r in zip(paths, rows))  # groups too: they decide who is trained on
-    sha = hashlib.sha256("\n".join(named).encode()).hexdigest()
-    return Rows(columns, {"group": list(groups), "series": list(groups)}), sha
+    codes = np.array([groups.setdefault(group, len(groups)) for group in group_of], np.int32)
+    columns, texts_of = {"path": np.array([p.encode() for p in paths]), "group": codes, "series": codes}, {}
+    for name, column in texts.items():
+        found = dict.fromkeys(column)
+        longest = max(len(text.encode()) for text in found)
+        if longest * len(column) <= 4 * sum(map(len, column)) + 64 * len(column):
+            columns[name] = np.array([text.encode() for text in column])
+        else:  # one long text would make all rows as long
+            codes = dict(zip(found, range(len(found))))
+            columns[name], texts_of[name] = np.array([codes[text] for text in column], np.int32), list(found)
+    if sizes is not None:
+        columns["bytes"] = sizes
+    named = "\n".join(map(",".join, zip(paths, group_of)))  # they decide who is trained on
+    sha = hashlib.sha256(named.encode()).hexdigest()
+    return Rows(columns, {"group": list(groups), "series": list(groups), **texts_of}), sha
 
 
 @contextlib.contextmanager
 def open_photo(path):
     """The opened picture, if its content is of FORMATS; another content is named as what it is."""
     try:
-        with Image.open(regular(path), formats=FORMATS) as file:
-            yield file
+        file = Image.open(regular(path), formats=FORMATS + heic_formats())
+        several = file.format in ("TIFF", "WEBP") and file.n_frames > 1
+    except TypeError:  # pillow, of such a page of a TIFF
+        raise ValueError("a page without height or width") from None
     except Image.UnidentifiedImageError:
         with open(path, "rb") as f:
             start = f.read(12)
         kind = next((name for magic, name in SIGNATURES.items() if start.startswith(magic)), "unknown")
         kind = "HEIC or AVIF" if start[4:8] == b"ftyp" else kind
-        raise ValueError(f"its content is {kind}, expected PNG or JPEG") from None
+        raise ValueError(f"its content is {kind}, expected {', '.join(FORMATS + heic_formats())}") from None
+    with file:
+        if several:
+            say_once("of pictures with several pages or frames the first is read")
+        yield file
 
 
 def to_rgb(file):
     if file.mode.startswith(("I", "F")):  # pillow would clip 16 bits at 255 without a word
         raise ValueError(f"pixels of mode {file.mode}, expected 8 bits per channel; convert the file")
+    if file.mode in ("RGBA", "LA", "PA") or "transparency" in file.info:
+        file = file.convert("RGBA")
+        if file.getextrema()[3][0] < 255:
+            say_once("transparent pictures are put on white")
+            file = Image.alpha_composite(Image.new("RGBA", file.size, "white"), file)
     return file.convert("RGB")
 
 
@@ -303,11 +470,14 @@ def upright(image, turn):
 class Source:
     """Images of one encoding: len(source), source.read(i) -> [C, H, W], source.rows[i] -> metadata, source.groups."""
 
-    def __init__(self, root, encoding, rows, index_sha256, split_sha256=None, splits=None, crossing=0):
+    def __init__(self, root, encoding, rows, index_sha256, split_sha256=None, splits=None, crossing=0,
+                 earlier_looks=0):  # fmt: skip
         self.root, self.encoding, self.rows = root, encoding, rows
         self.index_sha256, self.split_sha256 = index_sha256, split_sha256
         self.splits = splits  # split of each row, where it was opened for a purpose
         self.crossing = crossing  # sets of duplicates that lie in several splits, where that was allowed
+        self.earlier_looks = earlier_looks  # at val_test, by other weights or another policy, where it was opened
+        self.upto, self.weights_sha256 = None, None  # running sum of weights, and their table: see weighed
         used = np.unique(rows.columns["group"])
         self.groups = sorted(rows.names["group"][code] for code in used)
         # neighbours in a volume are near copies, so one batch should hold one slice per series
@@ -322,6 +492,7 @@ class Source:
     def read(self, i):
         """uint8 [3, H, W] of rgb-v1 and photographs (upright); int16 HU [3, H, W] of hu16-v1: slices z-1, z, z+1."""
         path = self.path(i)
+        self.check(i)
         try:
             if self.encoding == "hu16-v1":
                 image = read_slices(path, int(self.rows.columns["z"][i]))
@@ -330,10 +501,19 @@ class Source:
                     turn = turn_of(file)[0] if self.encoding == "photo" else TURNS[1]
                     image = upright(np.asarray(to_rgb(file)).transpose(2, 0, 1), turn)
         except BROKEN as error:
-            raise OSError(f"{path} cannot be read: {error}") from None
+            raise Unreadable(f"{path} cannot be read: {error}") from None
         if self.encoding != "photo" and image.shape[1:] != self.size(i):
-            raise OSError(f"{path} has {image.shape[1:]} pixels, the index says {self.size(i)}")
+            raise Unreadable(f"{path} has {image.shape[1:]} pixels, the index says {self.size(i)}")
         return torch.from_numpy(np.ascontiguousarray(image))
+
+    def check(self, i):
+        """Refuse a picture that is no longer the one that was indexed."""
+        if "bytes" in self.rows.columns:
+            path, known = self.path(i), int(self.rows.columns["bytes"][i])
+            found = os.stat(path).st_size if path.exists() else None
+            if found != known:
+                state = "is gone" if found is None else f"has {found} bytes"
+                raise Unreadable(f"{path} {state}, {known} when it was indexed: import it again")
 
     def size(self, i):
         return int(self.rows.columns["rows"][i]), int(self.rows.columns["cols"][i])
@@ -347,10 +527,16 @@ class Source:
     def take(self, index):
         splits = None if self.splits is None else self.splits[index]
         rows = self.rows.take(index)
-        return Source(self.root, self.encoding, rows, self.index_sha256, self.split_sha256, splits, self.crossing)
+        return Source(self.root, self.encoding, rows, self.index_sha256, self.split_sha256, splits, self.crossing,
+                      self.earlier_looks)  # fmt: skip
 
     def order(self, seed, step, batch):
-        """Sample ids of one update: a new permutation each epoch; one slice per series and batch where possible."""
+        """Sample ids of one update: a new permutation each epoch; one slice per series and batch where possible.
+
+        With weights (see weighed): drawn with replacement, as often as each weighs.
+        """
+        if self.upto is not None:
+            return np.searchsorted(self.upto, self.upto[-1] * rng(seed, "order", step).random(batch), "right")
         updates = max(len(self) // batch, 1)  # per epoch; what does not fill a batch is left out, other ones each epoch
         epoch, position = divmod(step, updates)
         return epoch_order(self, seed, epoch, batch)[position]
@@ -369,6 +555,32 @@ def epoch_order(source, seed, epoch, batch):
     shuffled = random.permutation(source.series.max() + 1)[source.series[ids]]
     dealt = ids[np.argsort(shuffled, kind="stable")].reshape(batch, updates).T  # card i goes to update i % updates
     return random.permuted(dealt[random.permutation(updates)], axis=1)
+
+
+def weighed(source, table):
+    """The source, whose images are drawn as often as a table path,weight says (tools/sample_weights.py writes it)."""
+    table, pieces = find_table(source.root, Path(table)), []
+    header, *pieces = read_csv(table)
+    if source.encoding != "photo" or header != ["path", "weight"]:
+        raise ValueError(
+            f"--weights {table}: expected columns path,weight of photographs, found {','.join(header)[:99]}"
+        )
+    try:
+        found = {name: float(weight) for rows in pieces for name, weight in rows}
+    except ValueError as error:
+        raise ValueError(f"--weights {table}: a row is not a path and a number ({error}); write it anew") from None
+    names = source.rows.texts("path")
+    if strangers := found.keys() - {*names}:
+        some = f"{min(strangers)!r} ({len(strangers)} in all)"
+        raise ValueError(f"--weights {table} names {some}, which is not among the images to train on; write it anew")
+    if absent := [name for name in names if name not in found]:
+        raise ValueError(f"--weights {table} does not name {absent[0]!r} ({len(absent)} in all); write it anew")
+    weights = np.array([found[name] for name in names])
+    if not (np.isfinite(weights).all() and weights.min() >= 0 and weights.max() > 0):
+        raise ValueError(f"--weights {table}: weights are numbers from 0 up, not all 0; write it anew")
+    source = source.take(np.arange(len(source)))
+    source.upto, source.weights_sha256 = np.cumsum(weights), file_sha256(table)
+    return source
 
 
 def read_slices(path, z):
@@ -413,7 +625,7 @@ def slice_name(source, i):
 
 
 def open_source(root, limit=None, z_stride=1):
-    """Everything in a processed CT folder (by its index) or in any folder of PNG and JPEG files -> Source.
+    """Everything in a processed CT folder (by its index) or in any folder of pictures -> Source.
 
     For training and evaluation see open_for. z_stride keeps every n-th slice of a series (neighbours still come from
     the full volume); limit keeps N images.
@@ -436,8 +648,10 @@ def open_source(root, limit=None, z_stride=1):
         split_pair = [divmod(int(p), len(rows.names["patient"])) for p in pairs]
         rows.names["group"] = [f"{rows.names['dataset'][d]}/{rows.names['patient'][p]}" for d, p in split_pair]
         rows.columns["group"] = codes.astype(np.int32)
-    elif index.parent.exists():  # as photographs, every slice would be its own group
-        raise FileNotFoundError(f"{index} is missing beside its folder; run tools/preprocess_dicom.py")
+    elif (
+        index.parent.exists() and not (index.parent / "photos.csv").exists()
+    ):  # as photographs, every slice would be its own group
+        raise FileNotFoundError(f"{index} is missing beside its folder; preprocess again")
     else:
         (rows, sha), encoding = index_photos(root), "photo"
     return thin(Source(root, encoding, rows, sha), limit, z_stride)
@@ -469,25 +683,26 @@ def open_for(root, purpose, used_by=None, limit=None, z_stride=1, allow_duplicat
     path = split_path(source.root)
     if not np.isin(splits, wanted).any():
         raise ValueError(f"{path} has no image in {' or '.join(wanted)}; it has {sorted(set(splits.tolist()))}")
-    crossing = crossing_duplicates(source, splits)
+    crossing = crossing_duplicates(source, splits, allow_duplicates)
     if crossing and not allow_duplicates:
         raise ValueError(
             f"{len(crossing)} sets of duplicate pictures lie in several splits, first {', '.join(crossing[0][:3])}; "
-            "make the split again with tools/make_splits.py --force, or go on with --allow-duplicates"
+            "make the split again with --force, or go on with --allow-duplicates"
         )
-    if "test" in purposes:
-        record_look(source.root, used_by)
+    looks = record_look(source.root, used_by) if "test" in purposes else 0
     everything = Source(source.root, source.encoding, source.rows, source.index_sha256, file_sha256(path), splits,
-                        len(crossing))  # fmt: skip
+                        len(crossing), looks)  # fmt: skip
     return thin(everything.take(np.flatnonzero(np.isin(splits, wanted))), limit, z_stride)
 
 
-def split_path(root):
-    return Path(root) / "_splits" / "splits.json"
+def split_path(root, name="splits.json"):
+    return Path(root) / "_splits" / name
 
 
 def read_contract(path, remedy):
-    """A JSON file of _splits/ -> dict with version 1, index_sha256 and groups."""
+    """A JSON file of _splits/ -> dict of version 1."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist; {remedy}")
     try:
         contract = json.loads(regular(path).read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
@@ -498,19 +713,26 @@ def read_contract(path, remedy):
     return contract
 
 
+def read_splits(path, remedy):
+    """splits.json -> the contract, whose groups {group: split} are whole; whether it fits an index is not asked."""
+    contract = read_contract(path, remedy)
+    of_group, known = contract.get("groups"), set(PURPOSES.values())
+    if not isinstance(of_group, dict) or not all(isinstance(split, str) for split in of_group.values()):
+        raise ValueError(f"{path}: groups must name one split for each group; {remedy}")
+    if unknown := set(of_group.values()) - known:  # nobody would ever look at it
+        raise ValueError(f"{path}: {min(unknown)!r} is no split, known are {', '.join(PURPOSES.values())}; {remedy}")
+    return contract
+
+
 def split_names(source):
     """Split of each row of a Source, by a contract made for this very index. No image is opened."""
     path = split_path(source.root)
     make = f"python tools/make_splits.py --data {source.root} (with the --ratios and --labels you want)"
     again = f"make it again, with --force: {make}"
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist; make it with: {make}")
-    contract = read_contract(path, again)
+    contract = read_splits(path, again if path.exists() else f"make it with: {make}")
+    of_group = contract["groups"]
     if contract.get("index_sha256") != source.index_sha256:
         raise ValueError(f"{path} was made for another index; {again}")
-    of_group = contract.get("groups")
-    if not isinstance(of_group, dict) or not all(isinstance(split, str) for split in of_group.values()):
-        raise ValueError(f"{path}: groups must name one split for each group; {again}")
     if strangers := [g for g in source.groups if g not in of_group]:
         raise ValueError(f"{path} does not name group {strangers[0]} ({len(strangers)} in all); {again}")
     known = sorted(set(of_group.values()))
@@ -528,44 +750,80 @@ def split_names(source):
     return np.array(known)[split]
 
 
-def crossing_duplicates(source, splits):
-    """Sets of groups that share pictures, by _splits/duplicates.json, and lie in several splits."""
-    path = source.root / "_splits" / "duplicates.json"
-    remedy = "run tools/check_duplicates.py again, or delete the file"
-    if not path.exists():
-        return []
-    contract = read_contract(path, remedy)
+def read_duplicates(source, path=None, allowed=False):
+    """Lists of groups that share pictures, by _splits/duplicates.json or another file, made for this very index.
+
+    allowed: one that was made for another index is said and not used.
+    """
+    path = path or split_path(source.root, "duplicates.json")
+    again = f"run python tools/check_duplicates.py --data {source.root} again"
+    contract = read_contract(path, again)
+    sets, names = contract.get("groups"), set(source.rows.names["group"])
     if contract.get("index_sha256") != source.index_sha256:
-        print(f"note: {path} was made for another index and is not used; {remedy}")
+        if not allowed:
+            raise ValueError(
+                f"{path} was made for another index; {again}, or delete the file, or go on without it "
+                "(--allow-duplicates, where a program has it)"
+            )
+        print(f"note: {path} was made for another index and is not used; {again}, or delete the file")
         return []
-    if not isinstance(contract.get("groups"), list) or not all(isinstance(s, list) for s in contract["groups"]):
-        raise ValueError(f"{path}: groups must be lists of names; {remedy}")
-    named = dict(zip(np.array(source.rows.names["group"])[source.rows.columns["group"]].tolist(), splits.tolist()))
-    return [members for members in contract["groups"] if len({named[g] for g in members if g in named}) > 1]
+    whole = isinstance(sets, list) and all(isinstance(members, list) and members for members in sets)
+    if not whole or not all(isinstance(name, str) and name in names for members in sets for name in members):
+        raise ValueError(f"{path}: groups must be lists of groups of the index; {again}")
+    return sets
+
+
+def crossing_duplicates(source, splits, allowed):
+    """Sets of groups that share pictures and lie in several splits."""
+    if not split_path(source.root, "duplicates.json").exists():
+        return []
+    sets = read_duplicates(source, allowed=allowed)
+    split_of = dict(zip(np.array(source.rows.names["group"])[source.rows.columns["group"]].tolist(), splits.tolist()))
+    return [members for members in sets if len({split_of[g] for g in members if g in split_of}) > 1]
 
 
 USED_BY = "program weights_sha256 policy_sha256 labels_sha256 why".split()
 
 
+def append_line(path, line, sync=False):
+    """One write of one line of JSON, so that readers never see half of it, nor lines of two programs mixed.
+
+    A line that a full disk cut is ended first. sync: returns when it is on the disk.
+    """
+    with open(path, "ab+") as f:
+        f.seek(max(f.seek(0, os.SEEK_END) - 1, 0))
+        cut = f.read(1) not in (b"", b"\n")
+        try:
+            f.write(b"\n" * cut + json.dumps(line).encode() + b"\n")
+            f.flush()
+            if sync:
+                os.fsync(f.fileno())
+        except OSError as error:
+            error.filename = error.filename or str(path)
+            raise
+
+
 def record_look(root, used_by):
-    """Add a line to _splits/test_uses.jsonl; say how many looks by other weights or another policy came before."""
+    """Add a line to _splits/test_uses.jsonl -> how many looks by other weights or another policy came before."""
     if not isinstance(used_by, dict) or sorted(used_by) != sorted(USED_BY):
         raise ValueError(f"opening val_test needs used_by with {', '.join(USED_BY)}")
-    path, earlier = Path(root) / "_splits" / "test_uses.jsonl", set()
+    path, earlier, damaged = split_path(root, "test_uses.jsonl"), set(), 0
     for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError, AttributeError):
+        try:
             earlier.add(tuple(str(json.loads(line).get(key)) for key in ("weights_sha256", "policy_sha256")))
-    others = earlier - {(str(used_by["weights_sha256"]), str(used_by["policy_sha256"]))}
+        except (ValueError, AttributeError, RecursionError):
+            damaged += 1
+    others = len(earlier - {(str(used_by["weights_sha256"]), str(used_by["policy_sha256"]))})
     if others:
         print(
-            f"val_test was looked at before by {len(others)} other weights or policies ({path}): the best of several "
-            "looks is optimistic"
+            f"val_test was looked at before by {others} other weights or policies ({path}): the best of several looks "
+            "is optimistic"
         )
+    if damaged:
+        print(f"{path} has {damaged} damaged lines, which count as looks by others")
     when = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    with open(path, "ab") as f:  # one write of one line: looks of two programs do not mix
-        f.write(json.dumps({"version": 1, "when": when, **used_by}).encode() + b"\n")
-        f.flush()
-        os.fsync(f.fileno())
+    append_line(path, {"version": 1, "when": when, **used_by}, sync=True)
+    return others + damaged
 
 
 # The plan: every random choice about every view, drawn from (seed, step, sample id) alone.
@@ -594,7 +852,7 @@ class Recipe:
 
 RECIPES = {  # <- change the views here
     "ct": Recipe("ct", field=(0.04, 1.0)),  # from a 60 mm square, where a nodule is large, to the whole body
-    "ct_any_window": Recipe("ct", field=(0.04, 1.0), windows="any"),  # did not learn: tools/recipes/LOG.md
+    "ct_any_window": Recipe("ct", field=(0.04, 1.0), windows="any"),  # did not learn in 600 updates of a small ViT
     "photo": Recipe("photo", blur=(1.0, 0.1, 0.5), solarize=(0.0, 0.2, 0.0)),
 }
 
@@ -1006,13 +1264,91 @@ def eval_boxes(sizes, regions=None):
     return np.concatenate([start, start + side], 1)
 
 
-@torch.no_grad()
+class Layout(NamedTuple):
+    """Which boxes of an image are looked at. In text: a name of LAYOUTS, then other values, as tiles:overlap=0.2,flip=1
+
+    grown: a rows x cols grid whose tiles grow by `overlap` of their side. even: equal tiles, neighbours share `overlap`
+    of one; they cover every pixel. flip: each view a second time, mirrored.
+    """
+
+    whole: int = 1  # the image, squeezed to a square
+    tiles: str = ""  # "", grown or even
+    squares: tuple = ()  # of centre, right: as large as the image allows
+    rows: int = 3
+    cols: int = 3
+    overlap: float = 0.15
+    flip: int = 0
+
+
+LAYOUTS = {
+    "whole": Layout(),
+    "centre": Layout(whole=0, squares=("centre",)),
+    "tiles": Layout(tiles="grown"),  # 10 views
+    "tiles_and_squares": Layout(tiles="even", overlap=0.25, squares=("centre", "right")),  # 12 views
+}
+
+
+def find_layout(text):
+    """A layout as text -> Layout."""
+    name, _, rest = text.partition(":")
+    if name not in LAYOUTS:
+        raise ValueError(f"layout {text!r}: no {name!r}; known are {', '.join(LAYOUTS)}")
+    layout, limits = LAYOUTS[name], {"rows": (int, 1, 16), "cols": (int, 1, 16), "overlap": (float, 0, 0.49)}
+    limits["flip"] = int, 0, 1
+    for part in filter(None, rest.split(",")):
+        key, _, value = part.partition("=")
+        kind, low, high = limits.get(key, (None, 0, 0))
+        try:
+            value = kind(value) if kind else None
+        except ValueError:
+            value = None
+        if value is None or not low <= value <= high:
+            known = ", ".join(f"{k} {a} to {b}" for k, (_, a, b) in limits.items())
+            raise ValueError(f"layout {text!r}: {part!r} is not one of {known}")
+        layout = layout._replace(**{key: value})
+    return layout
+
+
+def tile_edges(length, n, layout):
+    """Starts and ends [n, B] of the n tiles along sides of `length` [B] pixels."""
+    if layout.tiles == "grown":
+        edges, grow = np.arange(n)[:, None] * length / n, layout.overlap * length / n
+        return np.floor(np.maximum(edges - grow, 0)), np.ceil(np.minimum(edges + length / n + grow, length))
+    tile = np.ceil(length / (n - (n - 1) * layout.overlap))
+    start = np.round(np.linspace(0, 1, n)[:, None] * (length - tile))
+    return start, start + tile
+
+
+def view_boxes(sizes, layout):
+    """Boxes [V, B, 4] of a layout (or its text) in images of these (height, width) [B, 2], and flips [V]."""
+    layout = find_layout(layout) if isinstance(layout, str) else layout
+    sizes = np.asarray(sizes, np.float64)
+    height, width = sizes.T
+    boxes = [np.concatenate([np.zeros_like(sizes), sizes], 1)] * layout.whole
+    if layout.tiles:
+        (y0, y1), (x0, x1) = tile_edges(height, layout.rows, layout), tile_edges(width, layout.cols, layout)
+        boxes += [np.stack([y0[r], x0[c], y1[r], x1[c]], 1) for r in range(layout.rows) for c in range(layout.cols)]
+    for name in layout.squares:
+        square = eval_boxes(sizes)
+        moved = (sizes - square[:, 2:]) * (name == "right")  # to the right end, or to the lower one
+        boxes.append(square + np.tile(moved, 2))
+    flips = np.repeat([False, True], len(boxes))[: len(boxes) * (1 + layout.flip)]
+    return np.stack(boxes * (1 + layout.flip)), flips
+
+
 def render_eval(images, view, boxes=None):
     """Images [B, 3, H, W] through an eval_view, cut at boxes [B, 4] -> normalised [B, 3, size, size]."""
     boxes = eval_boxes([images.shape[2:]] * len(images)) if boxes is None else np.asarray(boxes)
-    nothing = np.zeros((1, len(images)))
+    return render_views(images, view, boxes[None], np.zeros(1, bool))[0]
+
+
+@torch.no_grad()
+def render_views(images, view, boxes, flips):
+    """The same for boxes [V, B, 4] and flips [V], as view_boxes makes them -> [V, B, 3, size, size]."""
+    boxes = np.asarray(boxes)
+    flips = np.repeat(np.asarray(flips)[:, None], boxes.shape[1], 1)
     with torch.autocast(images.device.type, enabled=False):
-        x = cut(images, boxes[None], nothing > 0, nothing, view["size"])[0]
+        x = cut(images, boxes, flips, np.zeros(boxes.shape[:2]), view["size"])
         if images.dtype == torch.int16:
             level, width = view["window"]
             x = (x - level) / width + 0.5
@@ -1039,7 +1375,7 @@ class Batch(NamedTuple):
 def read_photo(path, boxes_of, sizes):
     """Only what boxes need of a photograph, upright, reduced while each keeps twice its size -> (image, boxes in it).
 
-    boxes_of(height, width) -> boxes [V, 4] of the upright picture; sizes [V] pixels of their views.
+    boxes_of(height, width) -> boxes [V, 4] of the upright picture; sizes: pixels of their views, one or [V].
     """
     try:
         with open_photo(path) as file:
@@ -1055,27 +1391,34 @@ def read_photo(path, boxes_of, sizes):
             high = np.minimum(high, size)
             y0, x0, y1, x1 = stored_box((*low.astype(int).tolist(), *high.astype(int).tolist()), size, turn)
             image = upright(np.asarray(to_rgb(file).reduce(factor, box=(x0, y0, x1, y1))).transpose(2, 0, 1), turn)
+            # reduce() ends each stored axis with what is left of a cell; turned upright, it may be the beginning
+            low = low + np.where(turn[:2], (high - low) % -factor, 0)
     except BROKEN as error:
-        raise OSError(f"{path} cannot be read: {error}") from None
+        raise Unreadable(f"{path} cannot be read: {error}") from None
     return torch.from_numpy(image.copy()), (boxes * drafted - np.tile(low, 2)) / factor
 
 
 def read_view(source, i, boxes=None, size=224):
-    """For one look at an image: (pixels [3, h, w], boxes [S, 4] in them); boxes None: that of eval_boxes.
+    """For one look at an image: (pixels [3, h, w], boxes [S, 4] in them). boxes: None is that of eval_boxes, a layout
+    those of view_boxes.
 
     Of a photograph only what views of `size` pixels need is decoded; of a slice only the boxes are kept.
     """
+
+    def chosen(height, width, body=None):
+        if isinstance(boxes, Layout):
+            return view_boxes([(height, width)], boxes)[0][:, 0]
+        return eval_boxes([(height, width)], body and [body]) if boxes is None else boxes
+
     if source.encoding == "photo":
-
-        def chosen(height, width):
-            return eval_boxes([(height, width)]) if boxes is None else boxes
-
-        return read_photo(source.path(i), chosen, [size] * (1 if boxes is None else len(boxes)))
-    image, body = source.read(i), source.body(i)
+        source.check(i)
+        return read_photo(source.path(i), chosen, size)
+    image = source.read(i)
+    at = chosen(*image.shape[1:], source.body(i))
     if boxes is None:
-        return image, eval_boxes([image.shape[1:]], body and [body])
-    low, high = np.floor(boxes[:, :2].min(0)).astype(int), np.ceil(boxes[:, 2:].max(0)).astype(int)
-    return image[:, low[0] : high[0], low[1] : high[1]], boxes - np.tile(low, 2)
+        return image, at
+    low, high = np.floor(at[:, :2].min(0)).astype(int), np.ceil(at[:, 2:].max(0)).astype(int)
+    return image[:, low[0] : high[0], low[1] : high[1]], at - np.tile(low, 2)
 
 
 def pad_to_one_size(images):
@@ -1126,6 +1469,7 @@ class Updates(torch.utils.data.Dataset):
             own = select(choices, [j])
             try:
                 if self.source.encoding == "photo":
+                    self.source.check(i)
                     image, moved = read_photo(self.source.path(i), functools.partial(boxes_in, own), sides(own.recipe))
                     own = own._replace(boxes=moved[:, None])
                 else:
@@ -1133,7 +1477,7 @@ class Updates(torch.utils.data.Dataset):
                     own = place(own, [self.source.size(i)], [self.source.body(i)])
                 images.append(image)
                 boxes.append(own.boxes[:, 0])
-            except OSError as error:
+            except Unreadable as error:
                 bad.append((str(self.source.path(i)), str(error)))
                 images.append(None)
                 boxes.append(None)
@@ -1157,7 +1501,7 @@ def as_read(batch):
 
 def ignore_signals(_):
     """In a reading process: signals are for the run, which still needs its batches. torchrun sends them to all."""
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 
 
@@ -1165,10 +1509,14 @@ def make_loader(source, recipes, seed, steps, batch, micro_batch=None, rank=0, w
                 masking=(0.5, (0.1, 0.5)), skip_bad=0, pin_memory=False, fixed=False):  # fmt: skip
     """An iterator over the micro-batches of `steps` (a range) in order; starts at any step at once.
 
+    recipes: a name in RECIPES, a Recipe, or several of them, of which each update draws one.
     A file that cannot be read is an error; up to `skip_bad` of them are printed and replaced wherever they come up.
     fixed: every epoch is the first one again, its batches, crops and masks (to overfit on purpose; other company in a
     batch would give an image other targets by Sinkhorn: 0.15 nats of 128 images and 1024 prototypes, 2026-11).
     """
+    if isinstance(recipes, str) and recipes not in RECIPES:
+        raise ValueError(f"there is no recipe {recipes!r}; known are {', '.join(RECIPES)}")
+    recipes = RECIPES[recipes] if isinstance(recipes, str) else recipes
     recipes = [recipes] if isinstance(recipes, Recipe) else recipes
     micro_batch = micro_batch or batch // world
     updates = Updates(source, recipes, seed, steps, batch, micro_batch, rank, world, patch_size, masking, fixed)
@@ -1221,8 +1569,8 @@ def checked(items, skip_bad):
                 continue
             skipped.add(path)
             if len(skipped) > skip_bad:
-                raise OSError(f"{reason} (--skip-bad {skip_bad} allows no more)")
+                raise Unreadable(f"{reason} (--skip-bad {skip_bad} allows no more)")
             print(f"skipped {len(skipped)} of at most {skip_bad} broken files: {path}")
         if item.images is None:
-            raise OSError(f"no file of a whole micro-batch can be read; first: {item.bad[0][1]}")
+            raise Unreadable(f"no file of a whole micro-batch can be read; first: {item.bad[0][1]}")
         yield item

@@ -35,6 +35,13 @@ def over_ranks(x, op, group):
     return x
 
 
+def expect(good, words, **tensors):
+    """Refuse tensors of a wrong shape: what was expected, in words, and the shapes that came."""
+    if not good:
+        shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in tensors.items())
+        raise ValueError(f"{words}; got {shapes}")
+
+
 def rows_per_chunk(x):
     return max(1, CHUNK // x.shape[-1])
 
@@ -48,7 +55,9 @@ def sinkhorn(logits, temperature, iterations=3, group=None):
     Log domain: finite as long as logits / temperature is, where exp() underflows whole rows at logit std 3.
     Memory beside `logits`: the result in float32 and one chunk, 1.0 + 0.125 GiB at [4096, 65536].
     """
-    assert logits.dim() == 2 and iterations >= 1, (logits.shape, iterations)
+    expect(logits.dim() == 2, "sinkhorn: logits are [rows, prototypes]", logits=logits)
+    if iterations < 1:
+        raise ValueError(f"sinkhorn: iterations={iterations} must be at least 1")
     with exact(logits):
         log_q = wide(logits, copy=True).div_(temperature)
         chunks = log_q.split(rows_per_chunk(log_q))  # views
@@ -71,6 +80,8 @@ def softmax_center(logits, center, temperature, momentum=0.9, group=None):
 
     The targets use `center` as given; the returned one, for the next update, has moved to the mean row of all ranks.
     """
+    good = logits.dim() == 2 and center.shape == logits.shape[1:]
+    expect(good, "softmax_center: logits are [rows, prototypes], center [prototypes]", logits=logits, center=center)
     with exact(logits):
         logits, center = wide(logits), wide(center)
         probs = F.softmax((logits - center) / temperature, dim=-1)
@@ -98,8 +109,10 @@ def dino_loss(student, teacher_probs, temperature=0.1, ignore_diagonal=False):
     Cross entropy is linear in the targets, so those of one student crop are added up first: no tensor is larger
     than the inputs, and backward keeps one float32 copy of `student`.
     """
+    good = student.dim() == teacher_probs.dim() == 3 and student.shape[1:] == teacher_probs.shape[1:]
+    words = "dino_loss: logits and targets are [crops, images, prototypes] and differ in the number of crops alone"
+    expect(good, words, student=student, teacher_probs=teacher_probs)
     S, T, B = len(student), len(teacher_probs), student.shape[1]
-    assert student.shape[1:] == teacher_probs.shape[1:], (student.shape, teacher_probs.shape)
     pairs = S * T - min(S, T) if ignore_diagonal else S * T
     if pairs == 0:
         raise ValueError("dino_loss: ignore_diagonal with one student and one teacher crop leaves no pair of crops")
@@ -120,7 +133,9 @@ def ibot_loss(student, teacher_probs, mask_weights, crops, temperature=0.1):
     `crops` counts all global crops of this call (2B), masked or not, as in DINOv3: with half of them masked the
     loss is half the mean over masked crops. No masked token at all gives 0, connected to `student`.
     """
-    assert student.shape == teacher_probs.shape and mask_weights.shape == student.shape[:1], student.shape
+    good = student.dim() == 2 and student.shape == teacher_probs.shape and mask_weights.shape == student.shape[:1]
+    words = "ibot_loss: logits and targets are [masked tokens, prototypes], alike, and mask_weights [masked tokens]"
+    expect(good, words, student=student, teacher_probs=teacher_probs, mask_weights=mask_weights)
     with exact(student):
         rows = rows_per_chunk(student)  # spares three temporaries as large as `student`
         chunks = zip(student.split(rows), teacher_probs.split(rows), mask_weights.split(rows))
@@ -130,11 +145,13 @@ def ibot_loss(student, teacher_probs, mask_weights, crops, temperature=0.1):
 def koleo_loss(features, group=16):
     """-mean log distance to the nearest neighbour (arXiv:1806.03198): backbone cls tokens [B, D] of one crop.
 
-    Neighbours are sought within `group` consecutive samples (at most B), so that the value does not depend on how
-    samples are spread over micro-batches and ranks; they receive gradient too. A batch of one has no neighbour: 0,
+    Neighbours are sought within `group` consecutive samples, so that the value does not depend on how samples are
+    spread over micro-batches and ranks; they receive gradient too. `group` must divide B, which is that of this call
+    (one micro-batch on one rank), and be at least 2; a group above B is B. A batch of one has no neighbour: 0,
     connected to `features`. Identical samples stay finite: the two gradients of a pair cancel, but a third copy
     gets one of about 1e8 / (B D |x|) per number, which only clipping tames.
     """
+    expect(features.dim() == 2, "koleo_loss: features are [samples, dimensions]", features=features)
     B = len(features)
     if B > 1 and (group < 2 or B % min(group, B)):
         near = min((g for g in range(2, B + 1) if B % g == 0), key=lambda g: abs(g - group))
@@ -185,10 +202,9 @@ def gram_loss(student, teacher, per_image=True, negatives="keep", grids=None):
         if grids is not None and tuple(grids[0]) != tuple(grids[1]):
             teacher = resize_tokens(teacher, tuple(grids[1]), tuple(grids[0]))
         if student.shape[:2] != teacher.shape[:2]:
-            raise ValueError(
-                f"gram_loss: student tokens {tuple(student.shape)}, teacher tokens {tuple(teacher.shape)}: if their "
-                "resolutions differ, give grids=((rows, cols) of the student, (rows, cols) of the teacher)"
-            )
+            words = "gram_loss: tokens are [images, patches, dimensions]; if their resolutions differ, give grids="
+            words += "((rows, cols) of the student, (rows, cols) of the teacher)"
+            expect(False, words, student=student, teacher=teacher)
         return gram_distance(F.normalize(student, dim=-1), F.normalize(teacher, dim=-1), per_image, negatives)
 
 

@@ -1,4 +1,4 @@
-"""DINOv3 vision transformer, projection head, and weights in every common layout.
+"""DINOv3 vision transformer, projection head, adapters, classifier, and weights in every common layout.
 
 Copyable: imports torch and safetensors only. Facts from the DINOv3 paper (arXiv:2508.10104) and its public code.
 Letters: B images, N patches, R registers, D features, H heads, K prototypes, T packed tokens.
@@ -161,7 +161,7 @@ class Attention(nn.Module):
         if bias is not None:
             q, k, v = bias.chunk(3)
             bias = torch.cat([q, torch.zeros_like(k), v])  # with RoPE a key bias would change results
-        return F.linear(x, self.qkv.weight, bias)
+        return self.qkv(x, bias) if isinstance(self.qkv, Adapted) else F.linear(x, self.qkv.weight, bias)
 
     def split_heads(self, qkv, shape, rope):
         """[B * n, 3D] -> rotated q, k and v [B, H, n, D / H]."""
@@ -516,6 +516,226 @@ class SSLModel(nn.Module):
         )  # fmt: skip
 
 
+# Adapters (LoRA, arXiv:2106.09685, and its kin) and the classifier that supervised runs train.
+
+
+class Adapted(nn.Linear):
+    """A linear layer whose frozen weight W acts as g * (W + scale * B A): B A of low rank, one factor g per row.
+
+    lora, rslora: g = 1. dora (arXiv:2402.09353): g = magnitude / norm of the row of W + scale * B A, the norm taken as
+    a constant by the gradient. doran (arXiv:2510.04331, without its auxiliary networks): g = magnitude / (norm +
+    softplus(tau)). The rows come in equal `pieces`, of which the `chosen` ones have an A, B and tau each: q, k and v
+    are three pieces of one layer. Only products of T tokens with thin matrices are added, never one with a dense B A.
+    """
+
+    def adapt(self, rank, scale, norm, init, pieces, chosen):
+        self.scale, self.pieces, self.chosen = scale, pieces, chosen
+        count, rows, new = len(chosen), self.out_features // pieces, self.weight.new_empty
+        self.lora_a = nn.Parameter(new(count * rank, self.in_features).normal_(std=self.in_features**-0.5))
+        self.lora_b = nn.Parameter(new(count * rows, rank).zero_())
+        for w, a, b in self.adapters() if init == "pissa" else ():  # arXiv:2404.02948: B A is the principal part of W
+            u, s, vt = torch.linalg.svd(w, full_matrices=False)
+            root = (s[:rank] / scale).sqrt()
+            a.copy_(root[:, None] * vt[:rank])
+            b.copy_(u[:, :rank] * root)
+            w.sub_(scale * (b @ a))
+        self.tau = nn.Parameter(new(count).fill_(-3.0)) if norm == "doran" else None  # softplus: 0.05
+        self.magnitude = None
+        if norm in ("dora", "doran"):
+            self.magnitude = nn.Parameter(new(count * rows))
+            if not self.weight.is_meta:
+                self.magnitude.copy_(self.norms(self.changed()))
+
+    def adapters(self):
+        """(W [rows, in], A [rank, in], B [rows, rank]) of each chosen piece."""
+        weights, count = self.weight.chunk(self.pieces), len(self.chosen)
+        return zip([weights[i] for i in self.chosen], self.lora_a.chunk(count), self.lora_b.chunk(count))
+
+    @torch.no_grad()
+    def changed(self, dtype=None):
+        """W + scale * B A of each chosen piece."""
+        with torch.autocast(self.weight.device.type, enabled=False):
+            parts = ((t.to(dtype or t.dtype) for t in part) for part in self.adapters())
+            return [torch.addmm(w, b, a, alpha=self.scale) for w, a, b in parts]
+
+    def norms(self, changed):
+        """What the magnitude is divided by: [chosen rows]."""
+        norms = torch.cat([v.norm(dim=1) for v in changed]).clamp(min=1e-12)  # a row of zeros stays one
+        return norms if self.tau is None else norms + F.softplus(self.tau).repeat_interleave(len(changed[0]))
+
+    def forward(self, x, bias=None):
+        """x [T, in] -> [T, out]. At the start B = 0 and g = 1: what is added is 0, to the bit."""
+        bias = self.bias if bias is None else bias
+        parts = list(F.linear(x, self.weight, bias).chunk(self.pieces, -1))
+        thin = F.linear(x, self.lora_a).chunk(len(self.chosen), -1)
+        for i, h, b in zip(self.chosen, thin, self.lora_b.chunk(len(self.chosen))):
+            parts[i] = torch.addmm(parts[i], h, b.mT, alpha=self.scale)
+        if self.magnitude is not None:
+            gains = (self.magnitude / self.norms(self.changed())).chunk(len(self.chosen))
+            for i, g in zip(self.chosen, gains):  # g * (y - bias) + bias
+                b = 0 if bias is None else (1 - g) * bias.chunk(self.pieces)[i]
+                parts[i] = (parts[i] * g + b).to(parts[i].dtype)
+        return torch.cat(parts, -1) if len(parts) > 1 else parts[0]
+
+    @torch.no_grad()
+    def merged(self):
+        """The one weight that does the same, computed in float64."""
+        changed = self.changed(torch.float64)
+        if self.magnitude is not None:
+            gains = (self.magnitude.double() / self.norms(changed)).chunk(len(changed))
+            changed = [g[:, None] * v for g, v in zip(gains, changed)]
+        parts = list(self.weight.chunk(self.pieces))
+        for i, v in zip(self.chosen, changed):
+            parts[i] = v.to(self.weight.dtype)
+        return torch.cat(parts)
+
+
+ADAPTER_NORMS = ("lora", "rslora", "dora", "doran")
+ADAPTER_PRESETS = {"qv": "q v", "qkv": "q k v", "all": "q k v proj mlp"}
+
+
+def adapted_layers(module):
+    return {name: layer for name, layer in module.named_modules() if isinstance(layer, Adapted)}
+
+
+@torch.no_grad()
+def add_adapters(vit, rank, alpha, norm="lora", targets="all", init="zero", unfreeze=0, blocks=None):
+    """Freeze a backbone but for low-rank adapters -> names of its trainable parameters. Draws from torch's generator.
+
+    targets: a preset, or some of q k v proj mlp (mlp: fc1 fc2, or w1 w2 w3). unfreeze: the last n blocks are trained
+    whole and have no adapters, and all norms are trained too (ExPLoRA, arXiv:2406.10973). blocks: a count from the end
+    or indices; None: all that are not unfrozen. Base weights keep their names; vit.arch says how to build it again.
+    """
+    mlp = "w1 w2 w3" if isinstance(vit.blocks[0].mlp, SwiGLU) else "fc1 fc2"
+    known = f"q k v proj {mlp}".split()
+    given = ADAPTER_PRESETS.get(targets, targets) if isinstance(targets, str) else " ".join(targets)
+    names = set(re.sub(r"\bmlp\b", mlp, given.replace(",", " ")).split())
+    if not names or names - set(known):
+        raise ValueError(f"adapter targets {brief(targets)}: this backbone has {', '.join(known)}; mlp is the last "
+                         f"{len(known) - 4}, and presets are {', '.join(ADAPTER_PRESETS)}")  # fmt: skip
+    if norm not in ADAPTER_NORMS or init not in ("zero", "pissa"):
+        raise ValueError(f"adapter norm {brief(norm)}, init {brief(init)}: known are {', '.join(ADAPTER_NORMS)}; "
+                         "zero, pissa")  # fmt: skip
+    most = min(min(p.shape) for p in vit.blocks[0].mlp.parameters() if p.ndim == 2)
+    if not is_number(rank, numbers.Integral, 1, most) or not is_number(alpha, least=1e-6):
+        raise ValueError(f"adapter rank {brief(rank)}, alpha {brief(alpha)}: a rank is 1 to {most}, alpha above 0")
+    if not is_number(unfreeze, numbers.Integral, 0, vit.depth - 1):
+        raise ValueError(f"unfreeze {brief(unfreeze)}: 0 to {vit.depth - 1} of {vit.depth} blocks, adapters need one")
+    first_whole = vit.depth - unfreeze
+    blocks = first_whole if blocks is None else blocks
+    blocks = list(range(first_whole - blocks, first_whole) if isinstance(blocks, int) else blocks)
+    if not blocks or not all(is_number(i, numbers.Integral, 0, first_whole - 1) for i in blocks):
+        raise ValueError(f"adapters in blocks {brief(blocks)}: choose of 0 to {first_whole - 1}, others are unfrozen")
+    if adapted_layers(vit):
+        raise ValueError("this backbone has adapters already; merge_adapters makes a plain one of it")
+    places = {("attn." if name == "proj" else "mlp.") + name: (1, [0]) for name in known[3:] if name in names}
+    if qkv := [i for i, name in enumerate("qkv") if name in names]:
+        places["attn.qkv"] = 3, qkv
+    vit.requires_grad_(False)
+    for block in (vit.blocks[i] for i in blocks):
+        for place, part in places.items():
+            layer = block.get_submodule(place)
+            layer.__class__ = Adapted
+            layer.adapt(rank, alpha / rank ** (0.5 if norm == "rslora" else 1), norm, init, *part)
+    whole = [*vit.blocks[first_whole:], *(m for m in vit.modules() if unfreeze and isinstance(m, nn.LayerNorm))]
+    for module in whole:
+        module.requires_grad_()
+    vit.arch = {**vit.arch, "adapters": dict(rank=rank, alpha=alpha, norm=norm, targets=" ".join(sorted(names)),
+                                             unfreeze=unfreeze, blocks=blocks)}  # fmt: skip
+    return [name for name, p in vit.named_parameters() if p.requires_grad]
+
+
+def merge_adapters(vit):
+    """A plain backbone with equal outputs; the one given stays as it is."""
+    state = vit.state_dict()
+    if any(hasattr(p, "full_tensor") for p in state.values()):
+        raise ValueError("merge_adapters: these weights are shards; save a checkpoint, load_backbone merges it")
+    for name, layer in adapted_layers(vit).items():
+        state[f"{name}.weight"] = layer.merged()
+    with torch.device("meta"):
+        plain = build_vit(vit.arch["name"], **vit.arch["overrides"])
+    plain.load_state_dict({name: state[name].detach().clone() for name in plain.state_dict()}, assign=True)
+    plain.checkpointing = vit.checkpointing
+    return plain.train(vit.training)
+
+
+def build_arch(arch):
+    """What the field arch of a checkpoint describes: a backbone, with adapters where it had some."""
+    vit = build_vit(arch["name"], **arch["overrides"])
+    if "adapters" in arch:
+        try:
+            add_adapters(vit, **arch["adapters"])
+        except TypeError as error:  # of a file that somebody else made
+            raise ValueError(f"field arch says adapters {brief(arch['adapters'])}: {error}") from None
+    return vit
+
+
+def say_trained(module):
+    """One line: how many parameters are trained, and of which kinds."""
+    counts = {}
+    for name, p in module.named_parameters():
+        kind = name.rpartition(".")[2] if p.requires_grad else None
+        counts[kind] = counts.get(kind, 0) + p.numel()
+    total, frozen = sum(counts.values()), counts.pop(None, 0)
+    kinds = ", ".join(f"{kind} {n:,}" for kind, n in counts.items())
+    return f"{total - frozen:,} of {total:,} parameters are trained ({1 - frozen / total:.2%}): {kinds or 'none'}"
+
+
+class Head(nn.Module):
+    """Dropout and one linear layer: features [B, dim] -> logits [B, classes]."""
+
+    def __init__(self, dim, classes, dropout=0.0):
+        super().__init__()
+        self.dropout = dropout
+        self.last_layer = nn.Linear(dim, classes)
+        init_linears(self)
+
+    def forward(self, x, keep=None):
+        """keep [B, dim]: True where a feature passes, drawn by the caller, so that a step can be run again."""
+        if keep is None:
+            x = F.dropout(x, self.dropout, self.training)
+        else:
+            x = x * keep / (1 - self.dropout)
+        return self.last_layer(x)
+
+
+class Classifier(nn.Module):
+    """Backbone and head: images [B, C, height, width] -> logits [B, classes]. DDP and FSDP call forward.
+
+    pool: cls, mean (of the patches; cls and registers are left out) or both, of each of the last `layers` blocks.
+    """
+
+    def __init__(self, backbone, head, pool="cls", layers=1):
+        super().__init__()
+        width = backbone.dim * layers * (2 if pool == "both" else 1)
+        if pool not in ("cls", "mean", "both") or head.last_layer.in_features != width:
+            raise ValueError(f"pool {brief(pool)} of {layers} layers: known are cls, mean and both, and the head is "
+                             f"for {head.last_layer.in_features} features, not {width}")  # fmt: skip
+        self.backbone, self.head, self.pool, self.layers = backbone, head, pool, layers
+        unread = [backbone.local_cls_norm]  # DDP waits for the gradient of each trained parameter
+        if backbone.cls_norm is not None and pool != "both":
+            unread.append(backbone.norm if pool == "cls" else backbone.cls_norm)
+        for module in unread:
+            if module is not None:
+                module.requires_grad_(False)
+
+    def features(self, images):
+        found = []
+        for tokens in self.backbone.intermediate(images, self.layers):
+            found += [tokens.cls] if self.pool != "mean" else []
+            found += [tokens.patches.mean(1)] if self.pool != "cls" else []
+        return torch.cat(found, -1)
+
+    def forward(self, images, keep=None):
+        return self.head(self.features(images), keep)
+
+    def train(self, mode=True):
+        """A frozen backbone stays in eval mode."""
+        super().train(mode)
+        self.backbone.train(mode and any(p.requires_grad for p in self.backbone.parameters()))
+        return self
+
+
 # Weights in and out. Our own layout is that of the original .pth but for register_tokens (there: storage_tokens),
 # the RoPE periods (there: a buffer rounded to bfloat16; here: recomputed in float32, up to 4e-3 in the outputs) and
 # the key-bias mask (there: a buffer).
@@ -560,6 +780,7 @@ def state_to_hf(model):
     if model.local_cls_norm is not None:
         print("local_cls_norm is left out: the Hugging Face layout has no place for it (only training uses it)")
     state = {}
+    model = merge_adapters(model) if adapted_layers(model) else model
     for key, value in model.state_dict().items():
         if ".attn.qkv." in key:
             index, leaf = key.split(".")[1], key.rsplit(".", 1)[1]
@@ -787,7 +1008,8 @@ def read_tensors(path):
                 raise ValueError("tensors claim more bytes than the file holds")
         return content
     except Exception as error:  # noqa: BLE001 - each reader has its own many ways to say that bytes are wrong
-        reason = " ".join(str(error).split())[:200]
+        code = re.search(r"GLOBAL (\S+)", str(error))  # of torch's page only the fact: its advice is to trust the file
+        reason = f"it needs code to load: {code[1][:100]}" if code else " ".join(str(error).split())[:200]
         raise ValueError(f"{path} is damaged, or not safetensors or a weights-only torch file: {reason}") from None
 
 
@@ -948,7 +1170,7 @@ def load_backbone(path, allow_partial=False, quiet=False, **overrides):
     try:
         state, arch = recognise(path, content, config)
         with torch.device("meta"):  # no time or memory for weights that are replaced at once
-            vit = build_vit(arch["name"], **{**arch["overrides"], **overrides})
+            vit = build_arch({**arch, "overrides": {**arch["overrides"], **overrides}})
     except (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError) as error:  # torch, of odd shapes
         reason = " ".join(str(error).split())
         raise ValueError(reason if str(path) in reason else f"{path}: {reason[:400]}") from None
@@ -961,11 +1183,11 @@ def load_backbone(path, allow_partial=False, quiet=False, **overrides):
         if state[key].shape != own[key].shape:
             raise ValueError(f"{path}: {key} has shape {list(state[key].shape)[:8]}, expected {list(own[key].shape)}")
     too_few = sum(own[key].numel() for key in missing) > sum(own[key].numel() for key in matched)
-    if too_few or (missing or unexpected) and not allow_partial:
+    if too_few or (missing or unexpected) and ("adapters" in arch or not allow_partial):
         names = [f"missing {key}" for key in missing[:5]] + [f"unexpected {some([key])}" for key in unexpected[:5]]
         raise ValueError(f"{path}: {counts} ({', '.join(names)})")
     if missing:
         vit = vit.to_empty(device="cpu")
         vit.init_weights()
     vit.load_state_dict({k: state[k].float().clone() for k in matched}, strict=not missing, assign=True)
-    return vit.eval()
+    return (merge_adapters(vit) if "adapters" in arch else vit).eval()

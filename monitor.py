@@ -33,8 +33,8 @@ from torch.nn import functional as F
 import checkpoint
 import data
 import losses
-from model import ProjectionHead, SSLModel, Tokens, build_vit
-from tools.lib import page, provenance, runs, sheet
+from model import ProjectionHead, SSLModel, Tokens, build_arch
+from tools.lib import broken, page, provenance, runs, sheet
 from tools.lib.cli import Parser, finite, is_ours, natural, pick_device, positive, run, shown
 from tools.lib.files import NUMBER, read_json_file
 from tools.lib.fits import neighbours
@@ -46,6 +46,7 @@ DECAY = "dense features decaying"
 WORDS = ("diverging", "rank collapse", "one-hot", "uniform", "disk full", "not saving", "stalled", DECAY, "hot",
          "starved", "warming up", "healthy", "could not look")  # fmt: skip
 CHUNK = 8  # images per forward
+FINE, MOST = 4, 64  # dense features are drawn at FINE times the resolution of training, on at most MOST x MOST patches
 
 
 # fmt: off
@@ -58,8 +59,9 @@ def build_parser():
     g.add_argument("--image", action="append", help="test image: a path of the index, with #z in a volume; repeatable")
     g.add_argument("--images", type=positive, default=4, help="test images drawn by --seed where --image is not given")
     g.add_argument("--seed", type=natural, default=0, help="of the test images; the first look decides for all")
-    g.add_argument("--slices", type=positive, help="behind the numbers; default: 256 for ViT-S, 128 for -B, 64 for -L")
+    g.add_argument("--slices", type=positive, help="behind the numbers; default: 192 for ViT-S, 96 for -B, 48 for -L")
     g.add_argument("--labels", type=Path, help="table for k-NN; default: labels.csv or _labels/malignancy.csv if there")
+    broken.add_flag(g)
     g.add_argument("--device", default="cpu", help="cpu leaves the card to training; or cuda")
     g.add_argument("--threads", type=positive, default=2, help="CPU threads")
     g.add_argument("--sysfs", type=Path, default=Path("/sys"), help="where the kernel shows its sensors")
@@ -93,7 +95,7 @@ def build(state, who, device):
     """The student or the EMA teacher of a checkpoint."""
     args, arch = state["args"], state["arch"]
     with torch.device("meta"):  # no time or memory for weights that are replaced at once
-        vit = build_vit(arch["name"], **arch["overrides"])
+        vit = build_arch(arch)
         shape = (vit.dim, args["head_hidden"], args["head_bottleneck"], args["prototypes"])
         model = SSLModel(vit, ProjectionHead(*shape), ProjectionHead(*shape))
     own, found = model.state_dict(), state[who]
@@ -109,7 +111,7 @@ def open_slices(state, root, notes):
     run_args, given = state["args"], root
     root = Path(given or run_args["data"])
     if not given and not root.is_dir():
-        raise FileNotFoundError(f"{shown(root, 400)} is not a folder, and so the run's flags name it; give --data")
+        raise FileNotFoundError(f"{shown(root, 400)} is no folder here; the run's flags name it: give --data")
     source = data.open_source(root) if run_args["no_split"] else data.open_for(root, "select", allow_duplicates=True)
     if source.encoding != state["encoding"]:
         raise ValueError(f"--data {root} holds {source.encoding}, the run was trained on {state['encoding']}")
@@ -261,7 +263,7 @@ def label_numbers(vit, source, path, view, most):
 
     Tables of nodules give a square of 50 mm around each mark, others the whole image.
     """
-    rows, nodules = data.read_labels(path, unlabelled=True)
+    rows, nodules = data.read_labels(path, source.root, unlabelled=True)
     if nodules and source.encoding == "photo":
         raise ValueError(f"{path} is a table of CT nodules, {source.root} holds photographs; give path,label[,group]")
     rows = [row for row in rows if row["label"].strip()]
@@ -310,45 +312,47 @@ def choose_images(source, wanted, count, seed, out):
     return {name: of_name[name] for name in names}
 
 
-def pictures(vit, source, images, view, step, old):
-    """Every map of every test image -> (numbers, contents of first.npz, {name: (block, column, codes)} of sheet.look).
+def look_closely(vit, source, i, view):
+    """One image -> codes [3, S, S], shares of body and lung [2, S, S], attention [H, h, w], patches [h, w, D]."""
+    ((image, inside),) = views(source, [i], view, 1)
+    seen = look_through(vit, image.to(vit.cls_token.device))
+    attention, patches = (t[0].cpu().numpy() for t in (seen.attention, seen.tokens.patches))
+    whole = np.ones((2, *image.shape[2:]))  # of photographs
+    if inside is not None:
+        whole = sheet.foreground(inside[0].numpy(), source.body(i), data.eval_boxes([source.size(i)])[0])
+    return data.denormalise(image[0]).numpy(), whole, attention, patches.reshape(*attention.shape[1:], -1)
 
-    old: first.npz of the first look, {} at that look; its colours are kept.
+
+def pictures(vit, source, images, view, step, old):
+    """Every map of every test image -> (numbers, contents of first.npz, {name: (block, column, codes)} of sheet.maps).
+
+    old: first.npz of the first look, {} at that look; colours are turned towards its own.
     """
-    seen, device = {}, vit.cls_token.device
-    for name, i in images.items():
-        ((image, inside),) = views(source, [i], view, vit.patch_size)
-        ((twice, _),) = views(source, [i], dict(view, size=2 * view["size"]), vit.patch_size)
-        one, two = look_through(vit, image.to(device)), look_through(vit, twice.to(device))
-        maps = {"1x": one.attention[0].cpu().numpy(), "2x": two.attention[0].cpu().numpy()}
-        seen[name] = image[0], None if inside is None else inside[0].numpy(), maps, one.tokens.patches[0].cpu().numpy()
-    patches = np.stack([p for *_, p in seen.values()])  # [n, N, D]
-    unit = patches / np.maximum(np.linalg.norm(patches, axis=-1, keepdims=True), 1e-12)
-    together = np.concatenate(patches)  # [n * N, D]
-    grams, now = unit @ unit.transpose(0, 2, 1), sheet.principal(together)  # [n, N, N]
-    first = old or {**now._asdict(), "grams": grams.astype(np.float16), "step": step}
-    if first["grams"].shape != grams.shape or first["axes"].shape != now.axes.shape:
+    times, looks = max(1, min(FINE, MOST * vit.patch_size // view["size"])), {}
+    for t in (times, 1):  # the resolution of training last
+        looks[t] = [look_closely(vit, source, i, view | {"size": t * view["size"]}) for i in images.values()]
+    patches = {t: np.stack([p for *_, p in some]) for t, some in looks.items()}  # [n, h, w, D]
+    unit, grid = F.normalize(torch.from_numpy(patches[1]).flatten(1, 2), dim=-1), patches[times].shape[1:3]
+    grams = (unit @ unit.mT).numpy()  # [n, N, N]
+    body = np.stack([sheet.pooled(shares[0], grid) > 0.5 for _, shares, *_ in looks[times]])  # [n, h, w]
+    body |= not body.any()
+    if old and (old["grams"].shape, old["colours"].shape, old["dim"]) != (grams.shape, (*body.shape, 3), vit.dim):
         raise ValueError("first.npz is of another model or image size; give --out another folder")
-    kept = sheet.Basis(*(first[key] for key in sheet.Basis._fields))
+    basis = sheet.principal(patches[times][body], old["colours"][body] if old else None)
+    colours = basis.along(patches[times]) * body[..., None]  # [n, h, w, 3]
+    first = old or {"colours": np.half(colours), "grams": np.half(grams), "dim": vit.dim, "step": step}
     numbers = {"gram_drift": float(np.sqrt(np.square(grams - first["grams"]).mean()))}
-    numbers["colours_kept"] = kept.share(together) / max(now.share(together), 1e-12)  # variance, against the best
+    numbers["colours_kept"] = float((colours * first["colours"]).sum() / (3 * body.sum()))  # a mean correlation
     drawn = {}
-    for (name, (image, inside, maps, own)), gram in zip(seen.items(), grams):
-        i, photo, grid = images[name], source.encoding == "photo", maps["1x"].shape[1:]
-        image = data.denormalise(image).numpy()
-        raw = source.read(i).numpy()
+    for k, (name, i) in enumerate(images.items()):
+        codes, shares, *_ = looks[times][k]
+        at = np.array(sheet.marked_patch(codes.mean(0), shares, grid))
+        dense = [sheet.dense(looks[t][k][2], patches[t][k], basis, tuple(at * t // times)) for t in looks]
+        raw, photo = source.read(i).numpy(), source.encoding == "photo"
         y0, x0, y1, x1 = data.eval_boxes([raw.shape[1:]])[0].astype(int)
-        windows = {k: codes[..., y0:y1, x0:x1] for k, codes in sheet.inputs(raw, source.encoding).items()}
-        point = sheet.marked_patch(image.mean(0), inside, grid[0])
-        similarity = gram[point[0] * grid[1] + point[1]].reshape(grid)
-        colours = {(f"PCA of step {int(first['step'])}", "colours stay comparable"): kept.colours(own)}
-        if int(first["step"]) != step:  # else they are the same
-            colours[f"PCA of step {step}", "chosen anew"] = now.colours(own)
-        colours = {lines: codes.reshape(*grid, 3) for lines, codes in colours.items()}
-        mm = None if photo else (x1 - x0) * source.rows[i]["spacing_x"]
-        base = image if photo else image[1]
-        title = f"step {step}: {shown(name)}"
-        drawn[name] = *sheet.maps(title, windows, base, maps, colours, similarity, point, mm), base
+        windows = sheet.inputs(raw[:, y0:y1, x0:x1], source.encoding)
+        mm, base = (None, codes) if photo else ((x1 - x0) * source.rows[i]["spacing_x"], codes[1])
+        drawn[name] = *sheet.maps(f"step {step}: {shown(name)}", windows, base, shares[0], dense, basis.share, mm), base
     return numbers, first, drawn
 
 
@@ -468,9 +472,9 @@ def measure(state, source, images, out, args, notes):
     if not all(finite):
         return {"nonfinite": 1 - sum(finite) / len(finite)}, None, []
     vit = teacher.backbone
-    slices = args.slices or (256 if vit.dim <= 384 else 128 if vit.dim <= 768 else 64)
+    slices = args.slices or (192 if vit.dim <= 384 else 96 if vit.dim <= 768 else 48)
     held = source.take(np.sort(data.rng(0, "limit").permutation(len(source))[:slices]))
-    fewer = held.take(np.arange(len(held))[:: 4 if len(held) >= 128 else 2 if len(held) >= 64 else 1])
+    fewer = held.take(np.arange(len(held))[:: 4 if len(held) >= 96 else 2 if len(held) >= 48 else 1])
     start, end = run_args["teacher_temp"]
     temperature = start + (end - start) * min(1, state["step"] / max(run_args["teacher_temp_warmup"], 1))
     numbers = snapshot(
@@ -531,7 +535,7 @@ def look(args, out):
     """The whole look -> exit code. Everything is known and printed before anything is written."""
     began, folder, notes = time.time(), args.ckpt.parent, []
     state, size = runs.read_checkpoint(args.ckpt)
-    source = open_slices(state, args.data, notes)
+    source = broken.leave_out(open_slices(state, args.data, notes), args.skip_bad)
     images = choose_images(source, args.image, args.images, args.seed, out)
     numbers, first, drawn = measure(state, source, images, out, args, notes)
     lines, beat = take_pulse(folder, state, size, notes)

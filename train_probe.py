@@ -28,22 +28,22 @@ import tools.lib.threads  # noqa: F401 - before torch
 import numpy as np
 import torch
 from torch.nn import functional as F
-from tqdm import tqdm
 
 import data
 from checkpoint import atomic_write, write_text
 from model import load_backbone, read_facts
-from tools.lib import fits, judge, page, provenance
+from tools.lib import broken, fits, judge, page, provenance
 from tools.lib.cli import Parser, natural, pick_device, positive, run, shown
 from tools.lib.files import csv_text
-from tools.lib.loop import git_commit
+from tools.lib.loop import git_commit, other_encoding
+from tools.lib.progress import progress
 
 REPEATS = 5  # of cross-validation
 PIXELS = 16  # side of the raw-pixel baseline
 VALUES = 1 << 22  # pixel values that are padded and made float at once: 16 MB, however large the batch
 CPU_VIEWS = 32  # per forward on a CPU: 96 of ViT-S take 0.37 GB more and the same 11.3 s of two cores (2026-11)
 TITLES = {"test": "Fit on train, scored once on val_test",
-          "cv": "Cross-validation, 5 x 5 folds of patients"}  # fmt: skip
+          "cv": "Cross-validation, 5 x 5 folds of {}"}  # fmt: skip
 
 
 class Table(NamedTuple):
@@ -57,6 +57,7 @@ class Table(NamedTuple):
     patients: np.ndarray
     centres: np.ndarray | None  # [n, 2] y, x in pixels
     sizes: np.ndarray | None  # [n, 2] diameter_mm, box_mm
+    unit: str = "patients"  # what groups are called; of photographs groups
 
     def take(self, keep):
         arrays = {name: value[keep] for name, value in self._asdict().items() if isinstance(value, np.ndarray)}
@@ -135,7 +136,7 @@ def read_table(path, source):
     """-> Table; refuses unknown columns, unknown images, one class, doubled rows, a group other than the index's."""
     if not path.exists():
         raise FileNotFoundError(f"--labels {path} does not exist; tools/lidc_nodules.py writes _labels/malignancy.csv")
-    rows, nodules = data.read_labels(path)
+    rows, nodules = data.read_labels(path, source.root)
     labels = [row["label"].strip() for row in rows]
     classes = order_classes(labels)
     if len(classes) < 2:
@@ -149,10 +150,19 @@ def read_table(path, source):
     for k, (patient, group) in enumerate(zip(patients.tolist(), groups.tolist())):
         if pairs.setdefault(patient, group) != group or nodules and patient != group:
             raise in_row(path, k, f"the group of {patient} is {shown(group)}, another than in the index or in the rows "
-                         "above; a patient has one group")  # fmt: skip
+                         f"above; each of the {'patients' if nodules else 'images'} has one group")  # fmt: skip
     centres, sizes = read_places(path, rows, source, index) if nodules else (None, None)
     codes = {name: k for k, name in enumerate(classes)}
-    return Table(ids, index, np.array([codes[name] for name in labels]), classes, groups, patients, centres, sizes)
+    unit, codes_of = "groups" if source.encoding == "photo" else "patients", np.array([codes[name] for name in labels])
+    return Table(ids, index, codes_of, classes, groups, patients, centres, sizes, unit)
+
+
+def leave_out(table, source, skip_bad):
+    """The table without samples whose file cannot be read."""
+    if not skip_bad:
+        return table
+    good = broken.leave_out(source.take(table.rows), skip_bad)
+    return table.take(np.isin(source.rows.columns["path"][table.rows], good.rows.columns["path"]))
 
 
 def split_of(source, table, protocol):
@@ -174,9 +184,6 @@ def open_samples(source, table, splits, used_by, allow_duplicates):
     if not splits[0]:
         return source, table
     purposes = [purpose for purpose, split in data.PURPOSES.items() if split in splits]
-    if unknown := sorted(set(splits.tolist()) - set(data.PURPOSES.values())):
-        known = ", ".join(data.PURPOSES.values())
-        raise ValueError(f"{data.split_path(source.root)}: split {shown(unknown[0])} has no purpose; known are {known}")
     chosen = data.open_for(source, purposes, used_by, allow_duplicates=allow_duplicates)
     rows = [source.rows[i] for i in table.rows]
     moved = [data.find_slice(chosen, row["path"], row.get("z")) for row in rows]
@@ -258,7 +265,7 @@ def extract(vit, source, table, framing, device, name):
     step = max(1, batch // scales)
     batches = [range(k, min(k + step, len(table.rows))) for k in range(0, len(table.rows), step)]
     features, pixels = [], []
-    with tqdm(total=len(table.rows), desc=name, unit="sample", disable=None) as bar:
+    with progress(total=len(table.rows), desc=name, unit="sample") as bar:
         todo = functools.partial(make_views, source, table, framing=framing, grid=grid, device=device)
         for views, inside in ahead(todo, batches, framing.workers):
             tokens = vit(views)
@@ -328,7 +335,8 @@ def plan_all(source, table, splits, facts, args):
         if folds := fits.plan_cv(table.labels[keep], table.groups[keep], len(table.classes), REPEATS):
             plans["cv"] = keep, folds
         else:
-            notes = [f"no cross-validation: too few of the {len(set(table.groups[keep]))} patients that may be judged"]
+            few = f"{len(set(table.groups[keep]))} {table.unit}"
+            notes = [f"no cross-validation: too few of the {few} that may be judged"]
     if not plans:
         raise ValueError(f"{notes[0]}; --allow-seen judges those of the pretraining too")
     return plans, exposures, notes
@@ -364,6 +372,7 @@ def build_parser():
     parser.add_argument("--bootstrap", type=positive, default=2000, help="resamples of patients for each interval")
     parser.add_argument("--batch-size", type=positive, default=96, help="views per forward; on a CPU at most 32")
     parser.add_argument("--workers", type=positive, default=2, help="threads that read and cut ahead")
+    broken.add_flag(parser)
     parser.add_argument("--cache", type=Path, help="folder of extracted features; default: features beside --out")
     parser.add_argument("--device", default="auto", help="auto (CUDA/ROCm if there, else CPU), cpu, cuda")
     return parser
@@ -391,12 +400,12 @@ def gather(args, vit, weights_sha256, source, table, framing, device):
     return fits.predictors(X, others, pixels.reshape(len(pixels), -1).astype(np.float64), table.sizes)
 
 
-def judge_one(name, plan, table, predictors, exposure, crossing, args):
+def judge_one(name, plan, table, predictors, exposure, source, args):
     """Fits, judges and draws one protocol -> (for results.json, its part of the page, the predictions of the probe)."""
     keep, folds = plan
     part, tested = table.take(keep), folds[0][1].any(0)
     predictors = {n: (classifier, [X[keep] for X in Xs]) for n, (classifier, Xs) in predictors.items()}
-    bar = tqdm(folds, f"fit {name}", unit="repeat", disable=None)
+    bar = progress(folds, f"fit {name}", unit="repeat")
     predictions, settings = fits.held_out(predictors, part.labels, part.groups, bar)
     judged, probe = part.take(tested), predictions["probe"]
     predictions = {n: p[:, tested] for n, p in predictions.items()}
@@ -404,8 +413,10 @@ def judge_one(name, plan, table, predictors, exposure, crossing, args):
     mm = judged.sizes[:, 0] if judged.sizes is not None and len(table.classes) == 2 else None
     number = np.stack([test.argmax(0) for _, test in folds])[:, tested]  # [R, n] fold of each sample
     result = judge.judge(judged.labels, judged.groups, predictions, number, mm, args.bootstrap)
-    caveats = judge.caveats(exposure.groups, result["patients"], exposure.known, crossing)
-    result |= {"title": judge.titled(TITLES[name], caveats), "caveats": caveats, "balance": judge.balance(judged)}
+    looks = source.earlier_looks if name == "test" else 0
+    caveats = judge.caveats(exposure.groups, result["patients"], exposure.known, source.crossing, looks, table.unit)
+    title = judge.titled(TITLES[name].format(table.unit), caveats)
+    result |= {"unit": table.unit, "title": title, "caveats": caveats, "balance": judge.balance(judged)}
     result |= {"settings": settings, "seen_in_pretraining": exposure.groups}
     result["verdict"] = judge.verdict(result)
     if name == "test":
@@ -421,15 +432,18 @@ def main(argv=None):
 
     # ----------------------------------------------------------------- labels, splits, leaks
     source, facts = data.open_source(args.data), read_facts(args.ckpt)
+    if foreign := other_encoding(facts, source.encoding):
+        print(foreign)
     path = data.find_table(args.data, args.labels)
-    table = read_table(path, source)
-    samples = f"{len(table.ids)} samples of {len(set(table.groups))} patients"
+    table = leave_out(read_table(path, source), source, args.skip_bad)
+    samples = f"{len(table.ids)} samples of {len(set(table.groups))} {table.unit}"
     print(f"{path}: {samples}, by class {shown(judge.balance(table), 400)}")
     splits = split_of(source, table, args.protocol)
     plans, exposures, notes = plan_all(source, table, splits, facts, args)
     split_sha = data.file_sha256(data.split_path(source.root)) if splits[0] else None
+    notes += [foreign] if foreign else []
     if "split_sha256" in facts and facts["split_sha256"] != split_sha:
-        notes.append("the weights were trained under another split, or none: patients are compared one by one")
+        notes.append(f"the weights were trained under another split, or none: {table.unit} are compared one by one")
 
     # ----------------------------------------------------------------- features, fits, judgement
     vit = load_backbone(args.ckpt)
@@ -441,9 +455,10 @@ def main(argv=None):
     used = np.any([keep for keep, _ in plans.values()], 0)
     look = judge.used_by("train_probe.py", args.ckpt, path, f"frozen probe, --protocol {args.protocol}")
     chosen, part = open_samples(source, table.take(used), splits[used], look, args.allow_duplicates)
-    predictors = gather(args, vit, look["weights_sha256"], chosen, part, framing, device)
+    with broken.named(chosen.take(part.rows)):
+        predictors = gather(args, vit, look["weights_sha256"], chosen, part, framing, device)
     outcomes = {
-        name: judge_one(name, (keep[used], folds), part, predictors, exposures[name], chosen.crossing, args)
+        name: judge_one(name, (keep[used], folds), part, predictors, exposures[name], chosen, args)
         for name, (keep, folds) in plans.items()
     }
 
@@ -467,7 +482,8 @@ def main(argv=None):
     write_text(args.out / "results.json", judge.to_json(summary) + "\n")
     scores = {name: (plans[name][0], probe, plans[name][1]) for name, (_, _, probe) in outcomes.items()}
     write_text(args.out / "predictions.csv", csv_text(judge.prediction_rows(table, splits, scores)))
-    facts = [[key, judge.to_json(summary[key])] for key in ("weights", "labels", "split_sha256", "recipe", "notes")]
+    keys = ("weights", "labels", "split_sha256", "recipe", "notes")
+    facts = [[key, judge.to_json(summary[key])] for key in keys if summary[key]]
     parts = [*(part for _, part, _ in outcomes.values()), page.section("Facts", page.table(["what", "value"], facts))]
     write_text(args.out / "report.html", page.page(f"Probe of {args.ckpt.name} on {path.name}", *parts))
     print("\n".join([*notes, *(str(args.out / n) for n in ("results.json", "predictions.csv", "report.html"))]))

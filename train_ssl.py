@@ -31,8 +31,8 @@ from tqdm import tqdm
 import checkpoint
 import data
 import losses
-from model import ARCHS, ProjectionHead, SSLModel, build_vit, draw_keep, draw_rope, load_backbone, pack
-from tools.lib import loop, optim, provenance
+from model import ARCHS, ProjectionHead, SSLModel, build_vit, draw_keep, draw_rope, load_backbone, pack, read_facts
+from tools.lib import broken, loop, optim, provenance
 from tools.lib.cli import Parser, above_zero, natural, not_negative, positive, run, share, within
 
 # ------------------------------------------------------------------ flags
@@ -65,7 +65,7 @@ def build_parser():
     g.add_argument("--eval-every", type=natural, default=1000, help="updates between looks at val_select; 0: never")
     g.add_argument("--time-limit", type=not_negative, default=0, help="minutes until the run saves and exits; 0: none")
     g.add_argument("--grace", type=not_negative, help="updates or share without warnings; default: --warmup")
-    g.add_argument("--skip-bad", type=natural, default=0, help="broken files replaced before one stops the run")
+    g.add_argument("--skip-bad", type=natural, default=0, help="broken files a rank may replace; one more ends the run")
     g.add_argument("--deterministic", default=False, action=switch, help="bit-identical on a GPU too; slower")
     g.add_argument("--compile", default=False, action=switch, help="torch.compile the blocks; a slow first update")
     g.add_argument("--fsdp", default=False, action=switch, help="shard weights over ranks, for what does not fit one")
@@ -75,6 +75,7 @@ def build_parser():
     g.add_argument("--no-split", action="store_true", help="train on everything, without a contract; recorded")
     g.add_argument("--allow-duplicates", action="store_true", help="train though duplicates.json names pictures that "
                    "lie in several splits; recorded")
+    g.add_argument("--weights", help="table path,weight: photographs are drawn as often as they weigh")
     g.add_argument("--limit", type=positive, default=None, help="images to train on, a fixed random subset")
     g.add_argument("--overfit", action="store_true", help="each epoch is the first again, crops and all: a test")
     g.add_argument("--z-stride", type=positive, default=1, help="every n-th slice; neighbours stay the true ones")
@@ -106,7 +107,7 @@ def build_parser():
     g.add_argument("--w-dino", type=not_negative, default=1.0, help="weight of the cls cross entropy")
     g.add_argument("--w-ibot", type=not_negative, default=1.0, help="weight of the masked patch cross entropy")
     g.add_argument("--w-koleo", type=not_negative, default=0.1, help="weight of the spreading term, twice as in DINOv3")
-    g.add_argument("--koleo-group", type=within("[2, 1e18]", int), help="samples to spread apart; default: 16")
+    g.add_argument("--koleo-group", type=positive, help="samples to spread apart; default: 16")
     g.add_argument("--centering", choices=["sinkhorn", "softmax", "none"], default="sinkhorn", help="of targets")
     g.add_argument("--student-temp", type=above_zero, default=0.1, help="temperature")
     g.add_argument("--teacher-temp", type=above_zero, nargs=2, default=(0.04, 0.07), help="first and final temperature")
@@ -147,6 +148,8 @@ def check_together(args):
         low, high = getattr(args, name) or (0, 1)
         if low > high:
             raise ValueError(f"--{name.replace('_', '-')} {low:g} {high:g}: the smaller comes first")
+    if args.koleo_group == 1 < args.micro_batch:
+        raise ValueError("--koleo-group 1: a sample alone has no neighbour; use 2 or more")
     if not (args.w_dino or args.w_ibot or args.w_koleo or args.gram_weight):
         raise ValueError("--w-dino, --w-ibot, --w-koleo and --gram-weight are all 0: nothing would be learned")
 
@@ -174,7 +177,7 @@ def resolve(args, world):
     return args
 
 
-def choices_in_words(args):
+def choices_in_words(args, encoding):
     rows = 2 * args.batch_size
     yield f"batch {args.batch_size} as {args.micro_batch} at a time, {args.prototypes} prototypes, lr {args.lr:.2e}"
     if args.centering == "sinkhorn" and args.prototypes > 32 * rows:
@@ -182,6 +185,9 @@ def choices_in_words(args):
             f"warning: Sinkhorn shares {rows} crops among {args.prototypes} prototypes, which makes targets noisy: use "
             f"--prototypes {32 * rows} or fewer, a larger batch, or --centering softmax"
         )
+    facts = read_facts(args.init) if args.init and Path(args.init).exists() else {}
+    if foreign := loop.other_encoding(facts, encoding):
+        yield foreign
     if args.no_split:
         yield "no split: this run may have seen any image, and nothing that evaluates it can claim otherwise"
 
@@ -394,13 +400,19 @@ class Upcoming:
 
     def __init__(self, run, batches, micros, left):
         self.run, self.batches, self.micros, self.left = run, batches, micros, left
-        self.ready, self.waited = [], 0.0  # seconds for data
+        self.ready, self.reads = [], []  # reads: begin and end of each
+
+    def waited(self):
+        """Seconds of reading since the last call, without those in which a card had still work."""
+        reads, self.reads = self.reads, []
+        return sum(loop.seconds_between(begin, end) for begin, end in reads)
 
     def prepare(self, clock):
-        run, waiting = self.run, time.perf_counter()
+        run, begin = self.run, loop.moment(self.run.device)
         with clock("read"):
             read = [next(self.batches) for _ in range(self.micros)]
-        self.left, self.waited = self.left - 1, self.waited + time.perf_counter() - waiting
+        self.reads.append((begin, loop.moment(run.device)))
+        self.left -= 1
         step, depth, with_gram = read[0].step, run.student.backbone.depth, gram_snapshots(read[0].step, run.args) > 0
         with clock("render"):
             micro_batches = [
@@ -449,6 +461,12 @@ def one_update(run, micro_batches, now, wish=bool, ahead=bool, clock=contextlib.
 # ------------------------------------------------------------------ held-out numbers
 
 
+def themselves(source, batch):
+    """Which images [b] of a micro-batch are what their ids say, and no stand-ins for broken files."""
+    broken = {path for path, _ in batch.bad}
+    return np.array([str(source.path(i)) not in broken for i in batch.ids])
+
+
 def view_pairs(teacher, globals_):
     """The teacher's unit cls features of both global crops of each image: [2b, 3, G, G] -> [2, b, D]."""
     (cls,) = teacher([globals_]).cls  # by its own forward: under --fsdp the backbone alone has no whole weights
@@ -475,12 +493,14 @@ def evaluate(run, source, w, slices=256):
         rendered = [to_micro(b, run.device, run.gram is not None) for b in read]
         w = w._replace(koleo_group=group)
         terms.append(ssl_update(student, teacher, run.gram, rendered, w, dict(run.centers))[0])
-        pairs += [view_pairs(teacher, micro.crops.globals) for micro in rendered]
-        series += [torch.from_numpy(held_out.series[b.ids]).to(run.device) for b in read]
+        for b, micro in zip(read, rendered):
+            whole = themselves(held_out, b)
+            pairs.append(view_pairs(teacher, micro.crops.globals)[:, whole])
+            series.append(torch.from_numpy(held_out.series[b.ids[whole]]).to(run.device))
     student.train()
     numbers = {key: torch.stack([t[key] for t in terms]).mean() for key in terms[0]}
     numbers |= losses.retrieval(*torch.cat(pairs, 1), torch.cat(series))  # does one view of a slice find the other?
-    return {key: value.item() for key, value in numbers.items()} | {"slices": len(held_out)}
+    return {key: value.item() for key, value in numbers.items()} | {"slices": sum(map(len, series))}
 
 
 # ------------------------------------------------------------------ ranks, folder, state
@@ -505,6 +525,16 @@ def make_recipes(args, encoding):
         gram = args.gram_scale * size if args.gram_weight else 0
         recipes.append(dataclasses.replace(base, global_size=size, local_size=local, gram_size=gram))
     return recipes
+
+
+def check_sizes(recipes, patch):
+    for size in (size for recipe in recipes for size in (recipe.global_size, recipe.local_size)):
+        if size % patch:
+            nearest = max(1, round(size / patch)) * patch
+            raise ValueError(
+                f"--sizes, --global-size or --local-size: {size} is not a multiple of the patch size {patch}; "
+                f"nearest: {nearest}"
+            )
 
 
 # ------------------------------------------------------------------ main
@@ -546,6 +576,7 @@ def gram_snapshots(step, args):
 def pack_state(run, step):
     """Everything a continuation needs; collective under --fsdp."""
     args, source = run.args, run.source
+    gram_given = bool(args.gram_teacher and run.gram_net is not None)
     return {
         "images": step * args.batch_size,
         "args": vars(args),
@@ -554,13 +585,16 @@ def pack_state(run, step):
         "eval_view": data.eval_view(source.encoding, run.recipes[0].global_size),
         "student": checkpoint.pack_weights(run.student),
         "teacher": checkpoint.pack_weights(run.teacher),
-        "gram": None if run.gram is None else checkpoint.pack_weights(run.gram),
+        # weights that were given belong to the run from its first update on: their file may change or go
+        "gram": checkpoint.pack_weights(run.gram_net) if run.gram is not None or gram_given else None,
+        "gram_arch": run.gram_net.arch if gram_given else None,
         "gram_refreshes": max(gram_snapshots(step - 1, args) - 1, 0),
         "optimizer": checkpoint.pack_optimizer(run.optimizer, run.student),
         "centers": run.centers,
         **run.trained,
         "index_sha256": source.index_sha256,
         "split_sha256": source.split_sha256,
+        "weights_sha256": source.weights_sha256,
     }
 
 
@@ -573,7 +607,7 @@ def unpack_state(run, path):
     run.centers = {k: v.to(run.device) for k, v in state["centers"].items()}
     if state["gram"] is not None:
         checkpoint.unpack_weights(run.gram_net, state["gram"])
-        run.gram = run.gram_net
+        run.gram = run.gram_net if gram_snapshots(state["step"] - 1, run.args) else None
 
 
 def write_config(run):
@@ -657,11 +691,13 @@ def main(argv=None):
 def open_data(args):
     """(images to train on, val_select or None): what is held out is read here for the log only."""
     if args.no_split:
-        return data.open_source(args.data, args.limit, args.z_stride), None
+        source = data.open_source(args.data, args.limit, args.z_stride)
+        return data.weighed(source, args.weights) if args.weights else source, None
     everything = data.open_source(args.data)
     source = data.open_for(
         everything, "fit", limit=args.limit, z_stride=args.z_stride, allow_duplicates=args.allow_duplicates
     )
+    source = data.weighed(source, args.weights) if args.weights else source
     if not args.eval_every:
         return source, None
     more = dict(z_stride=args.z_stride, allow_duplicates=args.allow_duplicates)
@@ -676,13 +712,21 @@ def start_reading(args, source, recipes, steps, patch_size, rank, world, device)
     )  # fmt: skip
 
 
-def build_run(args, backbone, source, rank, world, device):
+def build_gram_net(args, backbone, arch):
+    """The backbone that Gram anchoring may use, or None; arch: of a checkpoint that holds the weights of its own."""
+    if not args.gram_weight:
+        return None
+    if arch:  # weights follow from the checkpoint; the file of --gram-teacher may be gone by now, or hold others
+        net = build_vit(arch["name"], **arch["overrides"])
+    else:
+        net = load_backbone(args.gram_teacher) if args.gram_teacher else copy.deepcopy(backbone)
+    return net.requires_grad_(False).eval()
+
+
+def build_run(args, backbone, source, recipes, rank, world, device, gram_arch=None):
     """Networks on the device, compiled or sharded as asked, and the optimizer -> Run at step 0."""
     student, teacher = build(args, backbone)
-    gram_net = None
-    if args.gram_weight:
-        gram_net = load_backbone(args.gram_teacher) if args.gram_teacher else copy.deepcopy(teacher.backbone)
-        gram_net.requires_grad_(False).eval()
+    gram_net = build_gram_net(args, teacher.backbone, gram_arch)
     nets = [m for m in (student, teacher, gram_net) if m is not None]
     if args.compile:  # every size is a shape of its own: at the usual 8 torch goes on uncompiled
         torch._dynamo.config.recompile_limit = 64
@@ -699,7 +743,6 @@ def build_run(args, backbone, source, rank, world, device):
         net = torch.nn.parallel.DistributedDataParallel(student, device_ids=ids, gradient_as_bucket_view=True)
     groups = optim.param_groups(student, args.layer_decay, args.patch_lr)
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, args.beta2), fused=True)
-    recipes = make_recipes(args, source.encoding)
     return Run(args, rank, world, device, source, recipes, student, teacher, net, optimizer, gram_net)
 
 
@@ -729,15 +772,18 @@ def train(args, rank, world, device):
         return 0
     if path:
         trained = {key: facts[key] for key in ("trained_groups", "provenance") if key in facts}
+        if held_out:  # it may have begun with --eval-every 0, and so without val_select
+            provenance.refuse_leak(facts, held_out, f"val_select (the weights are {path})")
     else:
         trained = provenance.trained_on((args.init, args.gram_teacher), source, held_out)
 
     # ------------------------------------------------------------------ readers, model
     backbone = build_backbone(args, facts.get("arch"))  # <- change the backbone there
+    check_sizes(recipes, backbone.patch_size)
     micros = args.batch_size // (world * args.micro_batch)
     # forks now: later, readers would keep a copy of all weights (1.5 s of ViT-S's start)
     batches = start_reading(args, source, recipes, range(start, total), backbone.patch_size, rank, world, device)
-    run = build_run(args, backbone, source, rank, world, device)
+    run = build_run(args, backbone, source, recipes, rank, world, device, facts.get("gram_arch"))
     run.trained = trained
     if path:
         unpack_state(run, path)
@@ -747,10 +793,11 @@ def train(args, rank, world, device):
     log.event(
         start, f"resumed from {path.name}" if path else "started", changed=changed, git=loop.git_commit(), world=world
     )
-    for text in choices_in_words(args) if rank == 0 else ():
+    for text in choices_in_words(args, source.encoding) if rank == 0 else ():
         tqdm.write(text)
     saver = checkpoint.Saver(out, args.keep_last, args.keep_every)
-    with stop:
+    sources = [s for s in (source, held_out) if s] if rank == 0 else []
+    with stop, broken.named(*sources):
         try:
             code = run_updates(run, batches, micros, held_out, (start, total), (log, saver, stop))
         finally:
@@ -776,14 +823,16 @@ def run_updates(run, batches, micros, held_out, steps, tools):
         refresh_gram(run, step)
         try:
             read, micro_batches = upcoming.take()
-            for broken, why in (bad for batch in read for bad in batch.bad):
-                log.event(done, f"replaced broken file {broken}", why=why)
+            for file, why in (bad for batch in read for bad in batch.bad):
+                log.event(done, f"replaced broken file {file}", everywhere=True, why=why)
             update = one_update(run, micro_batches, now, stop.why, upcoming.ahead)
-        except torch.OutOfMemoryError:
+        except (RuntimeError, MemoryError) as error:
+            if not loop.is_out_of_memory(error):
+                raise
             if run.rank == 0 and step > start and not args.fsdp:
                 saver.save(step, pack_state(run, step))
             raise loop.out_of_memory(args, run.world, run.optimizer, done) from None
-        pace.waited, upcoming.waited = pace.waited + upcoming.waited, 0.0
+        pace.waited += upcoming.waited()
         log.tick(update.crops if done == start + 1 else None)
         bad_in_a_row = bad_in_a_row + 1 if update.bad else 0
         if update.bad:

@@ -109,8 +109,11 @@ def test_on_cuda_events_are_used_and_a_sample_waits_for_the_device(clock, monkey
         def record(self):
             self.at = clock.now
 
+        def synchronize(self):
+            waits.append(self)
+
         def elapsed_time(self, other):
-            assert waits, "read before a synchronize"
+            assert other in waits, "read before a synchronize"
             return 1e3 * (other.at - self.at)  # ms
 
     def work():
@@ -389,6 +392,21 @@ def test_every_point_can_be_measured(folder, cuda, quick):
                 assert bool(a.gram_weight) == point.get("gram", False)
     steps = [(p["flags"]["arch"], p["flags"]["precision"]) for p in bench.points_of("step", args, cuda, "")]
     assert ("vit_large", "bf16") in steps if cuda and not quick else ("vit_tiny" if quick else "vit_small") in steps[0]
+
+
+@pytest.mark.parametrize("batch, ways", [(1, [""]), (2, ["", "accumulate 2"]), (6, ["", "accumulate 2"]),
+                                         (8, ["", "accumulate 2", "accumulate 4"])])  # fmt: skip
+def test_a_batch_is_cut_only_into_equal_parts(folder, batch, ways):
+    args = bench.build_parser().parse_args(["step", "--quick", "--batch-size", str(batch)])
+    point = next(bench.points_of("step", args, False, str(folder)))
+    assert point["ways"] == ways
+    for way in ways:
+        found = bench.train_args(point, way)
+        assert found.micro_batch * bench.pieces(way) == found.batch_size == batch
+
+
+def test_groups_of_koleo_divide_any_micro_batch():
+    assert [bench.koleo_group(n) for n in (1, 2, 3, 6, 16, 17, 24, 34, 64, 100)] == [1, 2, 3, 6, 16, 17, 12, 2, 16, 10]
 
 
 def test_the_saved_results_can_be_shown(capsys):

@@ -811,6 +811,15 @@ def test_saver_keeps_what_it_should(tmp_path):
     assert (tmp_path / "last.pth").samefile(step_path(tmp_path, 7))
 
 
+def test_an_error_of_the_disk_names_the_file(tmp_path):
+    def full(f):
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left on device: '.*/a.json'"):
+        checkpoint.atomic_write(tmp_path / "a.json", full)
+    assert not list(tmp_path.iterdir())
+
+
 @contextmanager
 def largest_file(size):
     """The kernel cuts every write off at `size` bytes, as a full disk does (Python ignores SIGXFSZ)."""

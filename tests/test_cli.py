@@ -98,6 +98,15 @@ def test_a_second_program_on_a_folder_says_at_once_for_whom_it_waits(tmp_path, m
     holder.close()
 
 
+def test_programs_are_named_where_a_leaf_names_the_work(capsys):
+    """Leaves know no other file, so that each can be copied alone."""
+    for text, more in (("x; preprocess again", " (tools/preprocess_dicom.py)"), ("all is lost", ""),
+                       ("run tools/make_splits.py: make the split again", "")):  # fmt: skip
+        with pytest.raises(SystemExit):
+            cli.run(in_our_file(f"raise ValueError({text!r})"))
+        assert capsys.readouterr().err.endswith(f"error: {text}{more}\n")
+
+
 @pytest.mark.parametrize(
     "interval, good, bad",
     [

@@ -5,7 +5,9 @@ import functools
 import hashlib
 import json
 import multiprocessing
+import os
 import resource
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -200,8 +202,8 @@ def test_photographs_are_found_labelled_and_grouped(tmp_path):
     sha = source.index_sha256
     (tmp_path / "labels.csv").write_text("\ufeffpath,label,group\nc0/0.png,cat,a\nc0/2.png,dog,b\n")  # a spreadsheet's
     assert d.open_source(tmp_path).index_sha256 != sha  # another division into groups is other data
-    unknown = "expected path,label.*, or first id,path,z,y"
-    for text, message in (("path,label,patient\n", unknown), ("path,label\nc0/0.png\n", "1 cells of 2")):
+    taken = "rename column patient, .* is called group"
+    for text, message in (("path,label,patient\n", taken), ("path,label\nc0/0.png\n", "1 cells of 2")):
         (tmp_path / "labels.csv").write_text(text)
         with pytest.raises(ValueError, match=message):
             d.open_source(tmp_path)
@@ -525,6 +527,16 @@ def test_readers_start_at_once_and_leave_the_global_generator_alone(ct):
     loader.close()
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_readers_ignore_what_tells_a_run_to_save(ct, number):
+    others = set(multiprocessing.active_children())
+    loader = d.make_loader(ct, SMALL, 0, range(20), 4, workers=1)
+    (reader,) = set(multiprocessing.active_children()) - others
+    assert next(loader).step == 0
+    os.kill(reader.pid, number)  # a batch system sends it to every process of the job
+    assert [batch.step for batch in loader] == list(range(1, 20))
+
+
 def test_a_script_that_fails_ends_though_its_readers_are_deaf(ct):
     script = (
         "import sys, data\n"
@@ -536,6 +548,13 @@ def test_a_script_that_fails_ends_though_its_readers_are_deaf(ct):
     words = [sys.executable, "-c", script]
     done = subprocess.run(words, cwd=Path(d.__file__).parent, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and "no such luck" in done.stderr
+
+
+def test_a_loader_takes_the_name_of_a_recipe(ct):
+    named, given = (next(d.make_loader(ct, recipe, 0, range(1), 4)) for recipe in ("ct", d.RECIPES["ct"]))
+    assert equal(named, given)
+    with pytest.raises(ValueError, match="there is no recipe 'xray'; known are ct, ct_any_window, photo"):
+        d.make_loader(ct, "xray", 0, range(1), 4)
 
 
 @pytest.mark.parametrize("workers", [1, 4])

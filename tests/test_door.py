@@ -58,9 +58,26 @@ def test_looks_at_val_test_are_recorded_and_counted(four, capsys):
     with open(four / "_splits" / "test_uses.jsonl", "a") as f:
         f.write("damaged\n[1]\n")
     d.open_for(four, "test", {**LOOK, "weights_sha256": "other"})
-    assert "looked at before by 1 other weights or policies" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "looked at before by 1 other weights or policies" in said and "has 2 damaged lines, which count" in said
     lines = (four / "_splits" / "test_uses.jsonl").read_text().splitlines()
     assert [json.loads(line)["weights_sha256"] for line in (lines[0], lines[1], lines[4])] == ["w", "w", "other"]
+
+
+def test_a_look_after_a_cut_line_is_not_lost(four):
+    looks = [d.open_for(four, "test", {**LOOK, "weights_sha256": "a"})]
+    with open(four / "_splits" / "test_uses.jsonl", "ab") as f:
+        f.write(b'{"version": 1, "wei')  # a full disk
+    looks += [d.open_for(four, "test", {**LOOK, "weights_sha256": name}) for name in "bc"]
+    assert [source.earlier_looks for source in looks] == [0, 2, 3]  # the cut one may have been a look
+    assert looks[2].take([0]).earlier_looks == 3 and d.open_for(four, "fit").earlier_looks == 0
+
+
+@pytest.mark.parametrize("split", ["val-test", "test", ""])
+def test_a_split_that_nobody_may_open_is_refused(four, split):
+    make_split(four, {f"toy/P{i}": split if i == 7 else NAMES[i // 2] for i in range(8)})
+    with pytest.raises(ValueError, match=rf"splits\.json: '{split}' is no split, known are train, .*make_splits\.py"):
+        d.open_for(four, "fit")
 
 
 def test_a_series_in_two_splits_is_refused(four):
@@ -88,10 +105,14 @@ def test_duplicates_across_splits_are_refused_or_counted(four, capsys):
     assert not (four / "_splits" / "test_uses.jsonl").exists()  # what is refused was no look
     assert d.open_for(four, "fit", allow_duplicates=True).crossing == 1
     duplicates(four, [["toy/P0", "toy/P6"]], index_sha256="0" * 64)
-    assert d.open_for(four, "fit").crossing == 0 and "made for another index" in capsys.readouterr().out
-    duplicates(four, "toy/P0")
-    with pytest.raises(ValueError, match=r"duplicates\.json: groups must be lists of names"):
+    with pytest.raises(ValueError, match=r"made for another index; run .*check_dupl.* delete .*--allow-duplicates"):
         d.open_for(four, "fit")
+    assert d.open_for(four, "fit", allow_duplicates=True).crossing == 0
+    assert "made for another index and is not used" in capsys.readouterr().out
+    for groups in ("toy/P0", [[["toy/P0"]]], [[]], [["toy/P0", "toy/P99"]], [[1]], {"toy/P0": 1}):
+        duplicates(four, groups)
+        with pytest.raises(ValueError, match=r"duplicates\.json: groups must be lists of groups of the index; run"):
+            d.open_for(four, "fit", allow_duplicates=True)
 
 
 @pytest.mark.parametrize(
@@ -101,7 +122,7 @@ def test_duplicates_across_splits_are_refused_or_counted(four, capsys):
         ("{", "is not a JSON file"),
         ("[" * 100_000, "is not a JSON file"),
         ('{"version": 2}', "version 2"),
-        ('{"version": 1}', "another index"),
+        ('{"version": 1, "groups": {}}', "another index"),
     ],
 )
 def test_a_damaged_contract_is_named(four, text, message):
@@ -175,7 +196,9 @@ def test_only_named_formats_are_opened_by_content(tmp_path):
     for kind, content in cases.items():
         (tmp_path / "a.png").write_bytes(content)
         source = d.open_source(tmp_path)
-        with pytest.raises(OSError, match=rf"a\.png cannot be read: its content is {kind}, expected PNG or JPEG"):
+        with pytest.raises(
+            OSError, match=rf"a\.png cannot be read: its content is {kind}, expected PNG, JPEG, WEBP, BMP, TIFF"
+        ):
             source.read(0)
         with pytest.raises(OSError, match=rf"content is {kind}"):
             d.read_view(source, 0)
@@ -190,7 +213,7 @@ def test_what_is_no_file_is_refused_not_waited_for(tmp_path):
         source.read(0)
     os.mkfifo(tmp_path / "labels.csv")
     with pytest.raises(OSError, match="is a FIFO, not a file"):
-        d.read_labels(tmp_path / "labels.csv")
+        d.read_labels(tmp_path / "labels.csv", tmp_path)
     (root / "_index" / "index.csv").unlink()
     os.mkfifo(root / "_index" / "index.csv")
     with pytest.raises(OSError, match="is a FIFO, not a file"):
@@ -286,6 +309,25 @@ def test_photographs_are_upright_wherever_they_are_read(tmp_path, orientation, e
     assert max(small.shape[1:]) < 200 and (view - full).abs().mean() < 0.05
 
 
+@pytest.mark.parametrize("orientation", range(2, 9))
+def test_a_reduced_photograph_shows_the_same_however_it_was_stored(tmp_path, orientation):
+    """A pixel of the view is 4.2 codes of the ramp; a cell of reduce() at the wrong end moves it by half of one."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    rows, cols = np.mgrid[:998, :1003]
+    picture = Image.fromarray(np.stack([rows / 4, cols / 4.1, (rows + cols) / 8], 2).astype(np.uint8))
+    methods = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_90",
+               7: "TRANSVERSE", 8: "ROTATE_270"}  # fmt: skip
+    picture.transpose(Image.Transpose[methods[orientation]]).save(tmp_path / "turned.png", exif=exif)
+    picture.save(tmp_path / "upright.png")
+    views = []
+    for name in ("turned", "upright"):
+        small, boxes = d.read_photo(tmp_path / f"{name}.png", lambda h, w: np.array([[0, 0, h, w]]), 60)
+        assert max(small.shape) < 140
+        views.append(d.denormalise(d.render_eval(small[None], d.eval_view("photo", 60), boxes)) * 255)
+    assert (views[0] - views[1])[..., 2:-2, 2:-2].abs().max() < 0.95  # two roundings; edges are cut cells
+
+
 @pytest.mark.parametrize("encoding", ["hu16-v1", "rgb-v1"])
 def test_a_slice_is_found_by_path_and_z_and_no_other_takes_its_place(tmp_path, encoding):
     source = d.open_source(make_ct(tmp_path, encoding, series=2))
@@ -294,3 +336,53 @@ def test_a_slice_is_found_by_path_and_z_and_no_other_takes_its_place(tmp_path, e
         assert d.find_slice(source, row["path"], str(row["z"])) == i
         assert d.find_slice(source, row["path"], row["z"] + 100) is None
     assert d.find_slice(source, "toy/none.npy") is None and d.find_slice(source, source.rows[0]["path"]) is not None
+
+
+def test_an_index_of_photographs_is_taken_as_it_is_and_a_changed_picture_is_noticed_when_read(tmp_path):
+    make_photos(tmp_path)
+    names = sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.glob("c*/*"))
+    rows = [f"{name},{(tmp_path / name).stat().st_size}," for name in names]
+    (tmp_path / "_index").mkdir()
+    index = tmp_path / "_index" / "photos.csv"
+    index.write_text("\n".join(["path,bytes,reason", *rows, "c0/small.png,10,too small"]) + "\n")
+    Image.new("RGB", (9, 9)).save(tmp_path / "new.png")  # not imported yet
+    source = d.open_source(tmp_path)
+    assert [row.decode() for row in source.rows.column("path")] == names
+    before = source.read(0)
+    os.utime(tmp_path / names[0])  # another time is no change
+    assert torch.equal(d.open_source(tmp_path).read(0), before)
+    assert d.open_source(tmp_path).index_sha256 == source.index_sha256
+    with open(tmp_path / names[1], "ab") as f:
+        f.write(b"\0")
+    (tmp_path / names[2]).unlink()
+    for read in (d.Source.read, d.read_view):
+        with pytest.raises(OSError, match=f"{names[1]} has .* bytes, .* when it was indexed"):
+            read(source, 1)
+        with pytest.raises(OSError, match=f"{names[2]} is gone"):
+            read(source, 2)
+    batch = next(d.make_loader(source, d.RECIPES["photo"], 0, range(1), len(names), skip_bad=2))
+    assert sorted(Path(path).name for path, _ in batch.bad) == sorted(Path(name).name for name in names[1:3])
+    index.write_text("path,bytes\nc0/0.png,x\n")
+    with pytest.raises(ValueError, match="photos.csv is damaged"):
+        d.open_source(tmp_path)
+
+
+@pytest.mark.proof
+def test_a_million_pictures_are_listed_in_seconds(tmp_path):
+    """At most 5 s of a core and 500 MB beyond what torch takes."""
+    (tmp_path / "_index").mkdir()
+    names = [f"s/{i % 2}/image_{i:07d}.jpg" for i in range(1_000_000)]
+    (tmp_path / "_index" / "photos.csv").write_text("path,bytes,reason\n" + "".join(f"{n},123456,\n" for n in names))
+    rows = (f"{n},{'yes' if i % 2 else 'no'},scene {i // 5},s\n" for i, n in enumerate(names))
+    (tmp_path / "labels.csv").write_text("path,label,group,source\n" + "".join(rows))
+    code = (
+        "import resource, sys, time; import data\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3\n"
+        "before, start = peak(), time.process_time()\n"
+        "source = data.open_source(sys.argv[1])\n"
+        "print(len(source), time.process_time() - start, peak() - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, capture_output=True, text=True, check=True)
+    count, seconds, megabytes = map(float, done.stdout.split()[-3:])
+    print(done.stdout)
+    assert count == 1_000_000 and seconds < 5 and megabytes < 500

@@ -126,6 +126,22 @@ def test_photographs_exact_copies_near_copies_and_strangers(tmp_path):
     assert all(pair["distance"] <= 3 for pair in found["pairs"])
 
 
+def test_copies_with_two_labels_are_named_with_both_files(tmp_path, capsys):
+    """In one group or two, equal or nearly so; an unlabelled copy contradicts nobody."""
+    pictures = {f"{name}.png": picture(seed, 96) for name, seed in zip("abcdefgh", (0, 0, 0, 1, 1, 2, 3, 3))}
+    root = photographs(tmp_path, {name: np.stack([p] * 3, 2) for name, p in pictures.items()})
+    Image.open(root / "f.png").convert("RGB").save(root / "near.jpg", quality=90)
+    rows = "a.png,yes,s b.png,no,s c.png,yes,t d.png,yes, e.png,yes, f.png,no, near.jpg,yes, g.png,yes,".split()
+    (root / "labels.csv").write_text("\n".join(["path,label,group", *rows]) + "\n")
+    found = check(root)
+    assert found["counts"]["exact_sets"] == 3 and found["counts"]["conflicting"] == 2
+    assert found["conflicts"] == [
+        {"a": "a.png", "b": "b.png", "labels": ["yes", "no"]},
+        {"a": "f.png", "b": "near.jpg", "labels": ["no", "yes"]},
+    ]
+    assert "TWO LABELS of one picture: a.png is yes, b.png is no" in capsys.readouterr().out
+
+
 def test_equal_bytes_in_another_shape_are_not_equal(tmp_path):
     wide = np.stack([picture(i)[:48] for i in range(3)], 2)
     photographs(tmp_path, {"wide.png": wide, "tall.png": wide.reshape(96, 48, 3)})
@@ -208,7 +224,7 @@ def test_strangers_with_close_hashes_are_told_apart_in_ct(tmp_path):
     for name, volume in zip("ab", volumes):
         np.save(tmp_path / "d" / f"{name}.npy", volume)
     index(tmp_path, [(f"d/{n}.npy", "hu16-v1", f"P{n}", 1) for n in "ab"], 64)
-    _, thumbs = cd.look_at_all(open_source(tmp_path), [0, 1], 1)
+    _, thumbs, _ = cd.look_at_all(open_source(tmp_path), [0, 1], 1)
     assert cd.hamming(cd.phash(thumbs[:1]), cd.phash(thumbs[1:]))[0] <= 3
     assert cd.ALIKE_PHOTO < cd.correlation(thumbs[:1], thumbs[1:])[0] < cd.ALIKE_CT
     assert check(tmp_path)["groups"] == []

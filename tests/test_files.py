@@ -8,6 +8,7 @@ import os
 
 import pytest
 
+import data
 from tools.lib import files
 
 FIELDS = {"steps": int, "lr": float, "note": (str, type(None)), "seen": list}
@@ -115,10 +116,10 @@ def test_what_a_resume_did_again_replaces_what_it_had_done():
 
 def test_an_appended_line_is_whole_after_one_that_was_cut(tmp_path):
     path = tmp_path / "x.jsonl"
-    files.append_line(path, {"step": 1})
+    data.append_line(path, {"step": 1})
     with open(path, "ab") as f:
         f.write(b'{"step": 2')
-    files.append_line(path, {"step": 3})
+    data.append_line(path, {"step": 3})
     assert files.read_lines(path) == ([{"step": 1}, {"step": 3}], 1)
 
 

@@ -371,8 +371,26 @@ def test_a_backbone_that_looks_at_bright_patches_is_said_to(tmp_path, capsys, en
         y0, x0, y1, x1 = nodule["box"]
         assert np.multiply([y1 - y0, x1 - x0], SPACING) == pytest.approx([48, 48], abs=0.02)
         assert min(y0, x0) >= 0 and max(y1, x1) <= 160
-    picture = Image.open(sheet)
-    assert picture.width > 1600 and picture.height > 3 * 250
+    picture = np.asarray(Image.open(sheet).convert("RGB"))
+    assert picture.shape[1] == 1784 and len(picture) > 3 * 250
+    files = sorted(sheet.parent.glob("nodule_*.png"))
+    assert [path.name for path in files] == [f"nodule_{k:02}.png" for k in range(1, 7)]
+    for k, path in enumerate(files):  # each is a part of the sheet, two in a row
+        alone = np.asarray(Image.open(path).convert("RGB"))[8:-8, 8:-8]
+        x = 8 + k % 2 * (alone.shape[1] + 24)
+        tops = np.flatnonzero((picture[:, x : x + 5] == 240).all((1, 2)))  # the bar of a heading
+        assert any((picture[y : y + len(alone), x : x + alone.shape[1]] == alone).all() for y in tops)
+    look(root, ckpt, "--n", "2")
+    assert len(list(sheet.parent.glob("nodule_*.png"))) == 2  # none is left of an earlier look
+
+
+def test_the_patch_that_similarity_starts_from_is_not_its_strongest(target):
+    grey, heat = Image.new("RGB", (200, 200)), np.zeros_like(target.inside, float)
+    heat.flat[target.centre], heat[-1, -1] = 1, 0.5
+    side = 200 // len(heat)
+    drawn = [np.asarray(h.heat_tile(grey, heat, target, [], 1, anchored)).astype(int) for anchored in (True, False)]
+    red = [(np.abs(d - [255, 106, 90]).sum(2) == 0) for d in drawn]
+    assert red[0][-side:, -side:].any() and not red[1].any()  # else it is its own patch, inside
 
 
 def test_the_same_command_gives_the_same_bytes_and_another_seed_other_crops(root, tmp_path):

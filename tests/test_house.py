@@ -15,7 +15,7 @@ from tools.lib import cli
 ROOT = Path(__file__).resolve().parent.parent
 LEAVES = {  # what each may import beside the standard library; never a file of ours
     "model.py": {"torch", "safetensors"},
-    "data.py": {"torch", "numpy", "PIL"},
+    "data.py": {"torch", "numpy", "PIL", "pillow_heif"},  # the last is an optional extra
     "losses.py": {"torch"},
     "checkpoint.py": {"torch"},
 }

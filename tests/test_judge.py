@@ -149,6 +149,7 @@ def test_a_gain_over_what_is_below_chance_is_called_too_large():
 
 def test_caveats_stand_in_title_and_verdict():
     assert m.caveats([], 9, True, 0) == [] and m.titled("T", []) == "T"
+    assert m.caveats([], 9, True, 0, 2) == ["2 other weights or policies looked at val_test before"]
     texts = m.caveats(["a", "b"], 9, False, 3)
     assert m.titled("T", texts) == (
         "T: backbone has seen these patients (2 of 9); what the backbone was pretrained on is unknown; near-duplicates "
@@ -176,12 +177,40 @@ def test_the_page_and_the_terminal_show_every_predictor(capsys):
     result |= {"title": "T", "verdict": m.verdict(result), "settings": {"size + features": [fits.ALONE] * 3}}
     m.show(result)
     text, page = capsys.readouterr().out, str(m.section(result, labels, ["no", "yes"], predictions, sizes))
+    page = page.replace("<br><small>", " ").replace("</small>", "")  # what is in brackets stands on a line of its own
     for where in (text, page):
         assert "size + features (size alone in 3 of 3 fits)" in where and "random weights" in where
     assert page.count("<svg") == 4 and "size-matched pairs" in page
     curve = {"shares": (0.5, 1.0), "auc": {"probe": [None, [0.7, 0.6, 0.8]], "size": [None, None]}}
     page = str(m.section(result | {"label_efficiency": curve}, labels, ["no", "yes"], predictions))
     assert "Label efficiency" in page and "Score and size" not in page
+
+
+def test_an_auc_is_told_once():
+    labels, groups, predictions, sizes = planted(3)
+    predictions["size + features"] = predictions["size"]
+    said = m.verdict(m.judge(labels, groups, predictions, np.zeros((3, 200), int), sizes, repeats=50))
+    assert said.count("Size: ") == 1 and "Size + features minus size 0.000" in said
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_a_calibration_error_is_compared_with_what_so_few_samples_give_by_chance(classes):
+    random = np.random.default_rng(0)
+    p = random.dirichlet(np.ones(classes), (3, 47))
+    chance = m.calibration_by_chance(p)
+    truths = [(random.random((47, 1)) > np.cumsum(p[0], 1)[:, :-1]).sum(1) for _ in range(400)]
+    errors = [metrics.calibration_error(truth, p[0][:, 1] if classes == 2 else p[0]) for truth in truths]
+    assert chance["mean"] == pytest.approx(np.mean(errors), rel=0.1)
+    assert chance["mean"] > 0.1 and np.mean(np.array(errors) > chance["high"]) == pytest.approx(0.05, abs=0.04)
+    many = m.calibration_by_chance(random.dirichlet(np.ones(classes), (1, 5000)), draws=20)
+    assert many["high"] < 0.03  # it is the few samples that do it
+    result = {"samples": 47, "calibration_by_chance": chance}
+    for error, said in (
+        (chance["high"] - 0.01, "is no more than that."),
+        (chance["high"] + 0.01, "probabilities are off"),
+    ):
+        text = m.calibration(result | {"predictors": {"probe": {"ece": {"value": error}}}}, 9)
+        assert said in text and "47 samples in 9 of 10 bins, 5 in each on average" in text
 
 
 def test_label_efficiency_is_scored_on_rows_that_no_share_is_fitted_on():
@@ -241,3 +270,14 @@ def test_random_backbones_depend_on_the_seed_alone():
 def test_json_has_null_where_a_number_is_missing():
     text = m.to_json({"a": float("nan"), "b": np.float64(0.5), "c": [np.int64(3)]})
     assert json.loads(text) == {"a": None, "b": 0.5, "c": [3]}
+
+
+def test_of_a_handful_of_groups_nothing_is_claimed():
+    """Eight pictures of two scenes: an AUC of 1 from 1 to 1 proves nothing."""
+    labels, groups = np.array([0, 0, 0, 0, 1, 1, 1, 1]), np.repeat(["a", "b"], 4)
+    sure = np.stack([1 - labels * 0.9, labels * 0.9], 1)[None]
+    predictions = {"probe": sure, "random weights": sure * 0.5 + 0.25 + np.array([[0.1], [-0.1]] * 4) * [1, -1]}
+    result = m.judge(labels, groups, predictions, np.zeros((1, 8), int), repeats=300)
+    said = m.verdict(result)
+    assert "1.000 (too few for an interval)" in said and "pretraining is not shown to help" in said
+    assert m.tone(result) == "warn"

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -382,6 +383,25 @@ def test_koleo_is_finite_with_identical_samples(copies):
     if copies == 2:
         # The pull of one twin and the push of the other cancel, the rest keeps its gradient.
         assert grad.abs().max() < 10 and grad[2:].abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda z: losses.sinkhorn(z(2, 4, 8), 0.1), "sinkhorn: logits are [rows, prototypes]; got logits [2, 4, 8]"),
+        (lambda z: losses.sinkhorn(z(4, 8), 0.1, 0), "iterations=0 must be at least 1"),
+        (lambda z: losses.softmax_center(z(4, 8), z(9), 0.1), "got logits [4, 8], center [9]"),
+        (lambda z: losses.dino_loss(z(8, 4, 16), z(2, 5, 16)), "got student [8, 4, 16], teacher_probs [2, 5, 16]"),
+        (lambda z: losses.dino_loss(z(8, 16), z(8, 16)), "[crops, images, prototypes]"),
+        (lambda z: losses.ibot_loss(z(6, 16), z(6, 16), z(5), 4), "mask_weights [masked tokens]; got student [6, 16]"),
+        (lambda z: losses.ibot_loss(z(6, 16), z(7, 16), z(6), 4), "student [6, 16], teacher_probs [7, 16]"),
+        (lambda z: losses.koleo_loss(z(2, 4, 8)), "features are [samples, dimensions]; got features [2, 4, 8]"),
+        (lambda z: losses.gram_loss(z(2, 9, 8), z(2, 4, 8)), "got student [2, 9, 8], teacher [2, 4, 8]"),
+    ],
+)
+def test_wrong_shapes_are_named_in_words_and_numbers(call, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        call(torch.zeros)
 
 
 def test_koleo_of_one_sample_is_zero_and_connected():

@@ -542,6 +542,8 @@ def test_other_contents_are_named(tmp_path):
     refused(path, "num_attention_heads")
     torch.save({k: v for k, v in state.items() if not k.endswith("bias_mask")}, path)
     refused(path, "bias on keys")
+    torch.save({"w": torch.nn.Linear(2, 2)}, path)
+    refused(path, "it needs code to load: torch.nn.modules.linear.Linear$")  # and nothing of torch's own advice
     torch.save(copy.deepcopy, path)  # a pickle that needs code to run
     refused(path, "weights-only")
     path.write_text("not a model at all")

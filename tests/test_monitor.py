@@ -410,9 +410,9 @@ def test_damaged_lines_of_the_history_are_skipped_counted_and_gone(toy, capsys):
 
 
 def npz(**change):
-    """first.npz of the toy, [1, 16, 16] patches of 64 features, with other members."""
-    arrays = dict(mean=np.zeros(64, "f4"), axes=np.zeros((3, 64), "f4"), low=np.zeros(3), high=np.ones(3))
-    arrays |= dict(grams=np.zeros((1, 16, 16), "f2"), step=np.array(7))
+    """first.npz of the toy, 16 patches of 128 features and 16 x 16 in the finer view, with other members."""
+    arrays = dict(colours=np.zeros((1, 16, 16, 3), "f2"), grams=np.zeros((1, 16, 16), "f2"), dim=np.array(128))
+    arrays |= dict(step=np.array(7))
     file = io.BytesIO()
     np.savez(file, **{name: value for name, value in (arrays | change).items() if value is not None})
     return file.getvalue()
@@ -434,23 +434,23 @@ def header(shape, dtype="<f4"):
 
 def bomb():
     """30 kB that become 30 MB of zeros, and with more zeros as many as one likes."""
-    zeros = header((3, 2_500_000)) + bytes(30_000_000)
+    zeros = header((1, 1000, 2500, 3)) + bytes(30_000_000)
     small = {name: header(shape) + bytes(4 * math.prod(shape)) for name, shape in
-             (("mean", (2_500_000,)), ("low", (3,)), ("high", (3,)), ("grams", (1, 16, 16)), ("step", ()))}  # fmt: skip
-    return zipped(zipfile.ZIP_DEFLATED, axes=zeros, **small)
+             (("grams", (1, 16, 16)), ("dim", ()), ("step", ()))}  # fmt: skip
+    return zipped(zipfile.ZIP_DEFLATED, colours=zeros, **small)
 
 
 LONG_HEADER = b"\x93NUMPY\x01\x00\xff\xff" + b"(" * 65535  # numpy would advise to load it unsafely
 DAMAGED_FIRST = {
     "empty": b"", "text": b"hello", "cut": npz()[:-300], "a pickle": b"\x80\x04N.", "one array": npz()[:200],
-    "an object": npz(mean=np.array([{}], object)), "a text": npz(low=np.array(["a", "b", "c"])),
-    "NaN": npz(axes=np.full((3, 64), np.nan)), "complex": npz(mean=np.zeros(64, complex)),
-    "two axes": npz(axes=np.zeros((2, 64))), "flat": npz(grams=np.zeros(16)),
+    "an object": npz(colours=np.array([{}], object)), "a text": npz(dim=np.array("a")),
+    "NaN": npz(colours=np.full((1, 16, 16, 3), np.nan)), "complex": npz(colours=np.zeros((1, 16, 16, 3), complex)),
+    "two colours": npz(colours=np.zeros((1, 16, 16, 2))), "flat": npz(grams=np.zeros(16)),
+    "of two and of one image": npz(colours=np.zeros((2, 16, 16, 3))),
     "not square": npz(grams=np.zeros((1, 16, 17))), "no step": npz(step=None), "more": npz(more=np.zeros(1)),
     "a step of its own": npz(step=np.array(-5)), "steps": npz(step=np.arange(2)), "a bomb": bomb(),
-    "a claim": zipped(mean=header((10**12,)), axes=header((3, 10**12)), low=header((3,)), high=header((3,)),
-                      grams=header((1, 16, 16)), step=header(())),
-    "a long header": zipped(**dict.fromkeys("mean axes low high grams step".split(), LONG_HEADER)),
+    "a claim": zipped(colours=header((1, 10**6, 10**6, 3)), grams=header((1, 16, 16)), dim=header(()), step=header(())),
+    "a long header": zipped(**dict.fromkeys(sheet.FIRST, LONG_HEADER)),
 }  # fmt: skip
 
 
@@ -484,7 +484,7 @@ IMAGES += [f'{{"version": 1, "images": {value}}}' for value in ("3", "[3]", "[]"
 def test_no_array_is_read_before_its_size_is_known(tmp_path, monkeypatch):
     (tmp_path / "first.npz").write_bytes(DAMAGED_FIRST["a claim"])
     monkeypatch.setattr(np, "frombuffer", lambda *_, **__: pytest.fail("read"))
-    with pytest.raises(ValueError, match="mean is not as long as its numbers"):
+    with pytest.raises(ValueError, match="colours is not as long as its numbers"):
         sheet.read_first(tmp_path / "first.npz")
 
 
@@ -629,7 +629,7 @@ def test_of_a_run_that_was_copied_from_elsewhere_the_data_is_asked_for(toy, caps
     checkpoint.save(toy.folder / "last.pth", toy.state)
     assert toy.look() == 3
     said = capsys.readouterr().err
-    assert "/mnt/elsewhere/processed is not a folder" in said and "the run's flags name it; give --data" in said
+    assert "/mnt/elsewhere/processed is no folder here; the run's flags name it: give --data" in said
     assert toy.look("--data", root) == 0
 
 
@@ -690,21 +690,37 @@ def test_a_first_report_has_no_empty_parts_and_explains_each_number(toy):
     assert "DINO loss" in page  # the log has many points
 
 
-def test_at_the_first_look_one_picture_of_colours_is_drawn_and_later_two(toy, monkeypatch):
+def test_features_are_drawn_at_four_times_the_resolution_of_training(toy, monkeypatch):
     drawn, real = [], sheet.maps
 
-    def maps(title, windows, base, attention, colours, *more):
-        drawn.append(list(colours))
-        return real(title, windows, base, attention, colours, *more)
+    def maps(title, windows, base, body, dense, *more):
+        drawn.append(dense)
+        return real(title, windows, base, body, dense, *more)
 
     monkeypatch.setattr(sheet, "maps", maps)
     toy.write().look()
-    toy.look()
-    toy.state["step"] = 600
-    toy.write().look()
-    assert [[lines[0] for lines in names] for names in drawn] == [["PCA of step 500"]] * 2 + [
-        ["PCA of step 500", "PCA of step 600"]
-    ]
+    fine, coarse = drawn[0]  # of images of 64 pixels
+    assert fine.similarity.shape == (16, 16) and coarse.similarity.shape == (4, 4)
+    assert fine.attention.shape[1:] == (16, 16) and fine.along.shape == (16, 16, 3)
+    assert fine.similarity[fine.point] == pytest.approx(1, abs=1e-5)
+    assert coarse.point == tuple(k // 4 for k in fine.point)
+    for most, shapes in ((8, [(8, 8), (4, 4)]), (7, [(4, 4)]), (2, [(4, 4)])):  # large images: finer only where it fits
+        monkeypatch.setattr(m, "MOST", most)
+        toy.look("--out", toy.folder / str(most))
+        assert [one.similarity.shape for one in drawn[-1]] == shapes
+
+
+def test_colours_follow_what_is_told_apart_and_not_how_features_are_turned():
+    """Of the same patches, in features that are turned: the same colours. Of others: no colours in common."""
+    random = np.random.default_rng(0)
+    patches = random.normal(size=(800, 12)) * np.array([9, 7, 5, *[0.5] * 9])
+    first = sheet.principal(patches).along(patches)
+    turned = patches @ np.linalg.qr(random.normal(size=(12, 12)))[0] + 4
+    again, alone = (sheet.principal(turned, like).along(turned) for like in (first, None))
+    assert np.abs(again - first).max() < 1e-6 < 0.5 < np.abs(alone - first).max()
+    other = random.normal(size=(800, 12)) * np.array([9, 7, 5, *[0.5] * 9])
+    kept = (sheet.principal(other, first).along(other) * first).sum() / (3 * 800)
+    assert 0 <= kept < 0.15
 
 
 def test_a_number_and_its_limit_are_told_apart():
@@ -1107,29 +1123,52 @@ def test_three_directions_are_the_principal_ones_and_colours_follow_them():
     patches = random.normal(size=(500, 6)) * [9, 1, 7, 0.5, 5, 0.1] + 3
     basis = sheet.principal(patches)
     centred = torch.from_numpy(patches - patches.mean(0))
-    expected = torch.linalg.svd(centred, full_matrices=False)[2][:3].numpy()
-    assert np.abs(np.abs((basis.axes * expected).sum(1)) - 1).max() < 1e-6
-    assert (np.take_along_axis(basis.axes, np.abs(basis.axes).argmax(1)[:, None], 1) > 0).all()
-    shown = np.square(centred.numpy()).sum(0)[[0, 2, 4]].sum() / np.square(centred.numpy()).sum()
-    assert basis.share(patches) == pytest.approx(shown, abs=0.02)
-    codes = basis.colours(patches)
-    along = (patches - patches.mean(0)) @ basis.axes[0]
-    assert codes[along.argmax(), 0] == 255 and codes[along.argmin(), 0] == 0
-    assert np.corrcoef(along, codes[:, 0])[0, 1] > 0.98
+    values, expected = torch.linalg.svd(centred, full_matrices=False)[1:]
+    axes = basis.axes / np.linalg.norm(basis.axes, axis=0)
+    assert np.abs(np.abs((axes * expected[:3].numpy().T).sum(0)) - 1).max() < 1e-6
+    assert (np.take_along_axis(axes, np.abs(axes).argmax(0)[None], 0) > 0).all()
+    assert basis.share == pytest.approx((values[:3].square().sum() / values.square().sum()).item())
+    along = basis.along(patches)
+    assert along.mean(0) == pytest.approx(0, abs=1e-9) and along.std(0) == pytest.approx(1)
+    rows = along[:400].reshape(20, 20, 3)
+    drawn = np.asarray(sheet.coloured(rows, np.ones((20, 20)), 20, smooth=False)).astype(int)
+    expected = 255 / (1 + np.exp(-2 * rows))
+    assert np.abs(drawn - expected).max() < 1 and not np.asarray(sheet.coloured(rows, np.zeros((20, 20)), 20)).any()
     flat = sheet.principal(np.ones((20, 6)))
-    assert np.isfinite(flat.axes).all() and len(flat.colours(np.ones((20, 6)))) == 20
+    assert np.abs(flat.along(np.ones((20, 6)) + 1e-9)).max() < 0.1  # rounding is not made bright
+
+
+def test_the_body_has_no_holes_and_no_table():
+    body, lung = np.zeros((2, 40, 40))
+    body[4:30, 6:34] = 1
+    body[10:20, 10:16] = lung[10:20, 10:16] = 1
+    body[12:14, 12:14] = lung[12:14, 12:14] = 0  # air in the lung
+    body[36, :] = 1  # the table
+    filled, within = sheet.foreground(np.stack([body, lung]), (8, 12, 60, 68), (0, 0, 80, 80))
+    expected = np.zeros((40, 40))
+    expected[4:30, 6:34] = 1
+    assert (filled == expected).all() and within.sum() == lung.sum() and not within[12:14, 12:14].any()
+    body[36, :] = 0
+    moved, _ = sheet.foreground(np.stack([body, lung])[:, 4:24, 4:24], (8, 12, 60, 68), (8, 8, 48, 48))
+    assert moved.sum() == 20 * 18  # of a view that begins at (8, 8): the box is where it was
 
 
 def test_the_marked_patch_is_the_most_structured_of_the_lung():
-    grey, inside = np.zeros((64, 64)), np.zeros((2, 4, 4))
+    grey, inside = np.zeros((96, 96)), np.zeros((2, 96, 96))
     random = np.random.default_rng(0)
-    for (r, c), amount in (((0, 0), 9.0), ((1, 2), 4.0), ((2, 1), 2.0)):
-        grey[16 * r : 16 * r + 16, 16 * c : 16 * c + 16] = amount * random.normal(size=(16, 16))
-    assert sheet.marked_patch(grey, None, 4) == (0, 0)
-    inside[0, 1:] = 1
-    assert sheet.marked_patch(grey, inside, 4) == (1, 2)
-    inside[1, 2] = 1
-    assert sheet.marked_patch(grey, inside, 4) == (2, 1)
+
+    def patch(r, c):
+        return slice(16 * r, 16 * r + 16), slice(16 * c, 16 * c + 16)
+
+    for (r, c), amount in (((0, 0), 9.0), ((1, 4), 4.0), ((2, 1), 3.0), ((3, 3), 2.0)):
+        grey[patch(r, c)] = 50 + amount * random.normal(size=(16, 16))
+    assert sheet.marked_patch(grey, np.zeros_like(inside), (6, 6)) == (0, 0)
+    inside[0, 16:] = 1
+    assert sheet.marked_patch(grey, inside, (6, 6)) == (1, 4)
+    inside[1][patch(2, 1)] = 1
+    assert sheet.marked_patch(grey, inside, (6, 6)) == (2, 1)
+    inside[1, 32:80, 16:80] = 1  # (2, 1) is at its rim
+    assert sheet.marked_patch(grey, inside, (6, 6)) == (3, 3)
 
 
 def test_maps_are_drawn_where_they_belong():
@@ -1138,8 +1177,11 @@ def test_maps_are_drawn_where_they_belong():
     ramp = sheet.heat(np.linspace(0, 1, 50)[None])[0].astype(int).sum(1)
     assert (np.diff(ramp) > 0).all() and tuple(sheet.heat(values)[1, 2]) == sheet.HEAT[-1]
     base = Image.new("RGB", (64, 64))
-    drawn = np.asarray(sheet.attention_over(base, values, 64)).astype(int).sum(2)
+    drawn = np.asarray(sheet.attention_over(base, values, 64, smooth=False)).astype(int).sum(2)
     assert (drawn[16:32, 32:48] > 300).all() and drawn.sum() == drawn[16:32, 32:48].sum()
+    drawn = np.asarray(sheet.attention_over(base, values, 64)).astype(int).sum(2)  # the same place without an edge
+    middle = [(at * drawn).sum() / drawn.sum() for at in np.indices(drawn.shape)]
+    assert middle == pytest.approx([23.5, 39.5], abs=0.5) and np.abs(np.diff(drawn, axis=0)).max() < 150
     crossed = np.asarray(sheet.similarity_over(base, np.zeros((4, 4)), (1, 2), 64)).astype(int).sum(2)
     ys, xs = np.nonzero(crossed)
     assert 22 < ys.mean() < 26 and 38 < xs.mean() < 42

@@ -281,7 +281,9 @@ def test_the_whole_report(study, tmp_path, capsys):
     for protocol, patients in (("test", 22), ("cv", 22)):
         judged = result[protocol]
         assert judged["patients"] == patients and set(judged["predictors"]) == names
-        assert judged["seen_in_pretraining"] == judged["caveats"] == [] and judged["title"] == t.TITLES[protocol]
+        assert judged["seen_in_pretraining"] == judged["caveats"] == [] and judged["title"] == t.TITLES[
+            protocol
+        ].format("patients")
         assert judged["verdict"] in said and sum(judged["balance"].values()) == judged["samples"] == 44
         assert {"probe - size", "size + features - size", "probe - random weights"} <= set(judged["differences"])
         assert judged["matched"]["pairs"] > 0 and len(judged["terciles"]) == 3
@@ -410,10 +412,14 @@ def test_near_duplicates_across_splits_are_refused_or_stand_in_every_title(tmp_p
     with pytest.raises(ValueError, match="1 sets of duplicate pictures lie in several splits.*--allow-duplicates"):
         probe(tmp_path, tmp_path / "a")
     assert not looks(tmp_path)
+    (tmp_path / "data" / "_splits" / "test_uses.jsonl").write_text('{"weights_sha256": "others"}\n')
     result = probe(tmp_path, tmp_path / "b", "--allow-duplicates", "--seeds", "1")
-    for name in ("test", "cv"):
-        assert result[name]["title"] == f"{t.TITLES[name]}: near-duplicates cross the splits (1 sets)"
-        assert result[name]["verdict"].endswith("Near-duplicates cross the splits (1 sets).")
+    crossing, past = "ear-duplicates cross the splits (1 sets)", "1 other weights or policies looked at val_test"
+    titles = {name: title.format("patients") for name, title in t.TITLES.items()}
+    assert result["cv"]["title"] == f"{titles['cv']}: n{crossing}"
+    assert result["cv"]["verdict"].endswith(f"N{crossing}.")
+    assert result["test"]["title"] == f"{titles['test']}: n{crossing}; {past} before"
+    assert result["test"]["verdict"].endswith(f"N{crossing}. {past} before.")
 
 
 def test_weights_of_unknown_origin_are_called_so_in_title_and_verdict(study, tmp_path, capsys):
@@ -437,7 +443,7 @@ def change(rows, column, value, at=slice(None)):
 
 REFUSED = {
     "all 72 labels are .*needs two classes": lambda rows: (change(rows, 5, 1), NODULE),
-    "unknown columns id,path,zz": lambda rows: (rows, ["id", "path", "zz", *NODULE[3:]]),
+    "column .zz. looks like .z.; rename it": lambda rows: (rows, ["id", "path", "zz", *NODULE[3:]]),
     "row 2: 2 images are not in .*toy/nowhere.npy": lambda rows: (
         change(change(rows, 1, "toy/nowhere.npy", slice(3)), 1, "toy/9.npy", slice(3, 5)),
         NODULE,
@@ -547,6 +553,8 @@ def test_several_classes_over_photographs(tmp_path, capsys, monkeypatch):
         image[:, :, i % 3] += 120
         Image.fromarray(image).save(tmp_path / "data" / f"{i}.png")
         rows.append([f"{i}.png", ("red", "green", "blue")[i % 3], f"g{i // 2}"])
+    (tmp_path / "data" / "broken.png").write_bytes(b"cut")
+    rows.append(["broken.png", "red", "g20"])
     write_table(tmp_path / "data" / "labels.csv", rows, ["path", "label", "group"])
     splits = {f"g{g}": "train" if g < 9 else "val_test" for g in range(21)}
     (tmp_path / "data" / "_splits").mkdir()
@@ -554,16 +562,23 @@ def test_several_classes_over_photographs(tmp_path, capsys, monkeypatch):
     contract = {"version": 1, "groups": splits, "index_sha256": source.index_sha256}
     (tmp_path / "data" / "_splits" / "splits.json").write_text(json.dumps(contract))
     make_checkpoint(tmp_path / "w.pth", ["elsewhere"])  # weights of CT: the photographs' own view is used
-    result = probe(tmp_path, tmp_path / "probe", "--seeds", "1", labels="labels.csv")
+    with pytest.raises(data.Unreadable, match="1 of 43 files cannot be read.*broken.png.*--skip-bad 1"):
+        probe(tmp_path, tmp_path / "probe", "--seeds", "1", labels="labels.csv")
+    capsys.readouterr()
+    result = probe(tmp_path, tmp_path / "probe", "--seeds", "1", "--skip-bad", "1", labels="labels.csv")
     assert result["labels"]["classes"] == ["blue", "green", "red"] and result["recipe"]["view"]["window"] is None
     for name in ("test", "cv"):
         found = result[name]["predictors"]
         assert found["probe"]["auc"]["value"] > 0.95 and found["probe"]["accuracy"]["value"] > 0.8
         assert found["probe"]["mcc"]["value"] > 0.7 and "size" not in found and "matched" not in result[name]
     assert result["test"]["balance"] == {"blue": 8, "green": 8, "red": 8}
-    assert "by class {'blue': 14, 'green': 14, 'red': 14}" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "by class {'blue': 14, 'green': 14, 'red': 14}" in said
+    assert "note: the weights were trained on hu16-v1, these images are photo" in said
+    assert "folds of groups" in said and "patient" not in said  # the words follow the data
+    assert "patient" not in (tmp_path / "probe" / "report.html").read_text()
     with open(tmp_path / "probe" / "predictions.csv", newline="") as f:
-        assert {"score_red_test0", "score_blue_cv1", "fold_cv0"} <= set(next(csv.reader(f)))
+        assert {"group", "score_red_test0", "score_blue_cv1", "fold_cv0"} <= set(next(csv.reader(f)))
 
 
 @pytest.mark.slow

@@ -26,6 +26,7 @@ from test_train import latest_step, lines, same
 
 import checkpoint
 import train_ssl
+from data import open_for
 from tools import make_splits
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -75,6 +76,7 @@ def options(words):
 
 STUB = """#!/bin/sh
 { printf '%s\\t' "$@"; echo; } >> "$CALLS"
+[ -z "$SAVES" ] || touch "$SAVES"
 call=$(wc -l < "$CALLS")
 set -- $CODES
 [ "$call" -le $# ] || exit 0
@@ -139,6 +141,14 @@ def test_the_long_run_starts_again_only_where_that_helps(tmp_path):
         assert dry(tmp_path, words, f"1 {last}", WAIT="0")[0] == last
     code, calls, _ = dry(tmp_path, words, "1 " * 30, WAIT="0")
     assert code == 1 and len(calls) == 20
+    # 2 is a mistake of the user's, or a disk that is gone for a minute: not where this very command has saved already
+    run = tmp_path / "run"
+    run.mkdir()
+    words = recipe("big_run", "DATA", run)
+    (run / "step_00000001.pth").touch()
+    os.utime(run / "step_00000001.pth", (1e9, 1e9))  # of an earlier start
+    assert dry(tmp_path, words, "1 2 0", WAIT="0")[0] == 2
+    assert dry(tmp_path, words, "1 2 0", WAIT="0", SAVES=str(run / "step_00000002.pth"))[0] == 0
 
 
 def tree(pid):
@@ -340,7 +350,8 @@ TABLE = {
     "checkpointing": (DEFAULT, ON),
     "allow_duplicates": (DEFAULT, ON),
     "no_split": (DEFAULT,),  # without a look at val_select: see ALONE
-    "limit": (DEFAULT, "20"),
+    "weights": (DEFAULT,),  # of photographs: see ALONE
+    "limit": (DEFAULT, "24"),
     "overfit": (DEFAULT, ON),
     "z_stride": (DEFAULT, "2"),
     "aug": (DEFAULT, "ct_any_window", "photo"),
@@ -445,8 +456,14 @@ ALONE = [
     {"compile": ON, "sizes": "32/16,48/32", "precision": DEFAULT},  # as highres.sh says, which runs uncompiled above
     {"no_split": ON},
     {"arch": "vit_tiny", "init": DEFAULT},
-    {"drop_path": "1"},
-    {"w_dino": "0", "w_ibot": "0", "w_koleo": "0"},
+    {
+        "data": "{photos}",
+        "weights": "{drawn}",
+        "z_stride": DEFAULT,
+        "limit": DEFAULT,
+        "aug": DEFAULT,
+        "overfit": DEFAULT,
+    },
 ]
 ROWS = PAIRS + [row | more for row, more in zip(PAIRS, ALONE)]
 
@@ -478,10 +495,12 @@ def kitchen(tmp_path_factory):
     root = tmp_path_factory.mktemp("kitchen")
     groups = {f"toy/P{i}": "train" if i < 8 else "val_select" for i in range(11)}
     for name, encoding in (("ct", "hu16-v1"), ("rgb", "rgb-v1")):
-        make_split(make_ct(root / name, encoding, series=12), groups)
+        make_split(make_ct(root / name, encoding, series=12, slices=14), groups)
     ratios = ["--ratios", "train=0.5,val_select=0.3,val_test=0.2"]
-    assert make_splits.main(["--data", str(make_photos(root / "photos", 32)), *ratios]) == 0
-    files = {name: root / name for name in ("ct", "rgb", "photos")}
+    assert make_splits.main(["--data", str(make_photos(root / "photos", 64)), *ratios]) == 0
+    files = {name: root / name for name in ("ct", "rgb", "photos")} | {"drawn": root / "photos" / "weights.csv"}
+    rows = (f"{name},{1 + k % 3}\n" for k, name in enumerate(open_for(root / "photos", "fit").rows.texts("path")))
+    files["drawn"].write_text("path,weight\n" + "".join(rows))
     words = [*flag_words({k: v[0] for k, v in TABLE.items()}), "--steps", "2"]
     assert train_ssl.main([w.format(out=root / "weights", **files) for w in words]) == 0
     return files | {"weights": root / "weights" / "last.pth"}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data import photo_paths
+from data import open_source
 from tools import make_roadwork
 
 SIZE, SHARES = "96x128", (0.002, 0.02)
@@ -46,7 +46,9 @@ def test_more_pictures_other_workers_and_wrong_labels_change_no_picture(streets,
 def test_the_table_is_a_label_table_of_the_pictures(streets):
     rows = rows_of(streets)
     assert [row["path"] for row in rows] == sorted({row["path"] for row in rows}, key=lambda p: p.split("/")[-1])
-    assert photo_paths(streets) == sorted(row["path"] for row in rows)  # masks are not read as photographs
+    source = open_source(streets)  # masks are not read as photographs
+    assert [source.rows[i]["path"] for i in range(len(source))] == sorted(row["path"] for row in rows)
+    assert len(source.groups) == 48 and {source.rows[i]["truth"] for i in range(96)} == {"roadwork", "no_roadwork"}
     by_source = Counter((row["source"], row["label"]) for row in rows)
     for source in {row["source"] for row in rows}:
         assert by_source[source, "roadwork"] == by_source[source, "no_roadwork"] > 0
@@ -162,7 +164,7 @@ def test_mistakes_are_named(streets, tmp_path, capsys):
     for flags, words in (
         (["--size", "32x900"], "--size: each side at least 64, got 32x900"),
         (["--size", "64"], "--size: invalid size value: '64'"),
-        (["--object-share", 0.0001, 0.1], "--object-share: from 0.00081 (10 pixels) to 0.2"),
+        (["--object-share", 0.0001, 0.01], "--object-share: from 0.00081 (10 pixels) to 0.1"),
         (["--object-share", 0.1, 0.01], "--object-share"),
         (["--flip", 0.5], "--flip: from 0 to below 0.5"),
     ):

@@ -167,6 +167,19 @@ def test_a_photograph_is_shown_upright(tmp_path, capsys):
     assert locate(pixels(tmp_path / "x.png"), values)
 
 
+@pytest.mark.parametrize("size", [(300, 900), (900, 300), (500, 500), (30, 1500)])
+def test_picture_curves_and_numbers_of_a_photograph_fill_its_row(tmp_path, capsys, size):
+    values = np.random.default_rng(0).integers(60, 200, (size[1], size[0], 3)).astype(np.uint8)
+    (tmp_path / "photos").mkdir()
+    Image.fromarray(values).save(tmp_path / "photos" / "a.png")
+    assert validate(tmp_path / "photos", capsys, "--out", str(tmp_path / "x.png"))[0] == 0
+    picture = pixels(tmp_path / "x.png")
+    assert picture.shape[1] == validate_samples.PHOTO + 16
+    ground = (picture == [20, 23, 26]).all(2)
+    empty = ground[-60:-12, 8 : -validate_samples.SIDE - 16].all(0)  # columns beside the numbers
+    assert empty.sum() <= sheet.GAP  # between picture and curves
+
+
 def test_samples_are_a_function_of_the_seed_and_of_the_split(tmp_path, capsys):
     root = make_ct(tmp_path)
     names = [set(validate(root, capsys, "--seed", str(seed), "--n", "2")[1].split("\n")[:-2]) for seed in (0, 0, 1)]
@@ -270,8 +283,8 @@ def test_the_picture_holds_the_crops_and_masks_of_that_update(tmp_path, kind):
 def test_gram_crops_appear_when_training_starts_to_use_them(tmp_path):
     root = make_ct(tmp_path / "data")
     make_run(root, tmp_path / "run", [replace(SMALL, gram_size=64)], gram_start=2)  # used from update 2, counted from 0
-    widths = [inspect(tmp_path / "run", step, "--images", "1").shape[1] for step in (2, 3)]
-    assert widths[1] - widths[0] == 2 * (64 * 7 + sheet.GAP)
+    one, two = (inspect(tmp_path / "run", step, "--images", "1") for step in (2, 3))
+    assert one.shape[1] == two.shape[1] <= 1800 and two.shape[0] - one.shape[0] > 64 * 7  # a row more
 
 
 def test_split_subset_sizes_and_overfit_are_those_of_the_run(tmp_path):
@@ -348,3 +361,29 @@ def test_marks_are_where_they_should_be():
     assert sheet.shorten("two\nlines", 200, 13) == "two lines"
     words = "one two three four five six seven eight nine ten"
     assert " ".join(sheet.wrap(words, 90, 13)) == words and len(sheet.wrap(words, 90, 13)) > 2
+
+
+def test_no_type_is_smaller_than_a_reader_can_read():
+    assert sheet.LEAST == 13 and sheet.font(9).size == 13 and sheet.font(20).size == 20
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 11, 12, 17, 21, 37])
+def test_tiles_of_any_number_fill_the_sheet(count):
+    white = Image.new("RGB", (50, 50), "white")
+    block = np.asarray(sheet.justified([(white, [""])] * count))
+    assert block.shape[1] == sheet.WIDTH <= 1800
+    bright = block[(block == 255).all(2).mean(1) > 0.5]  # without titles
+    assert (bright == 255).all(2).mean() > 0.93  # nothing but gaps between tiles
+    assert (bright[:, :40] == 255).all() and (bright[:, -40:] == 255).all()
+    widths = [len(part) for part in np.split(bright[0], np.flatnonzero(np.diff((bright[0] == 255).all(1)))[1::2])]
+    assert min(widths) >= 150
+
+
+def test_maps_are_enlarged_smoothly_or_as_they_are():
+    values = np.random.default_rng(0).random((6, 6)).astype(np.float32)
+    assert (sheet.enlarge(values, 60, smooth=False) == values.repeat(10, 0).repeat(10, 1)).all()
+    smooth = sheet.enlarge(values, 60)
+    assert np.abs(np.diff(smooth, axis=0)).max() < 0.3 * np.abs(np.diff(values, axis=0)).max()
+    assert np.abs(smooth.reshape(6, 10, 6, 10).mean((1, 3)) - values).max() < 0.2
+    colours = np.stack([values, values.T, values], -1)
+    assert (sheet.enlarge(colours, 60)[..., 0] == smooth).all() and sheet.enlarge(colours, 60).shape == (60, 60, 3)

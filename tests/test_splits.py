@@ -5,6 +5,7 @@ import json
 import os
 import random
 import signal
+import time
 from collections import Counter
 from fractions import Fraction
 
@@ -209,8 +210,8 @@ def test_an_existing_split_is_kept_without_force(tmp_path):
 
 def test_an_image_in_two_label_groups_joins_them(tmp_path):
     root = photographs(tmp_path, [f"{i}.png" for i in range(9)])
-    table(root / "labels.csv", ["0.png,x,g1", "0.png,y,g2", "1.png,x,g1", "2.png,x,g2"], "path,label,group")
-    found = split(root)
+    table(root / "labels.csv", ["0.png,x,g1", "0.png,x,g2", "1.png,y,g1", "2.png,x,g2"], "path,label,group")
+    found = split(root, "--min-per-class", 0)
     assert len({found["groups"][name] for name in ("g1", "g2")}) == 1
     assert {k: sum(c["labels"][k] for c in found["counts"].values()) for k in "xy"} == {"x": 3, "y": 1}
 
@@ -222,7 +223,7 @@ def test_photographs_are_groups_by_file_or_by_the_group_column(tmp_path):
     labels = table(
         root / "labels.csv", [f"{n},{n[:3]},scene{i // 4}" for i, n in enumerate(names[:20])], "path,label,group"
     )
-    found = split(root, "--force")
+    found = split(root, "--force", "--min-per-class", 0)
     assert set(found["groups"]) == {f"scene{i}" for i in range(5)} | set(names[20:])
     assert sum(c["slices"] for c in found["counts"].values()) == 40 and found["stratify"]["sha256"] == file_sha256(
         labels
@@ -253,7 +254,7 @@ def test_bad_ratios_are_refused(ratios):
     "lines, header, message",
     [
         (["lidc/s0001/0001.png,x"], "file,label", "unknown columns file,label; expected"),
-        (["x,lidc/s0001/0001.png"], "label,path", "unknown columns label,path"),
+        (["lidc/s0001/0001.png,x", "lidc/s0001/0001.png,y"], "path,label", "row 3: .*0001.png has label y, and x"),
         (["lidc/s0001/0009.png,x"], "path,label", "row 2: no image 'lidc/s0001/0009.png' in the data"),
         (["lidc/s0001/0001.png,"], "path,label", "row 2"),
         (["lidc/s0001/0001.png,x,g"], "path,label", "row 2"),
@@ -281,7 +282,8 @@ def test_too_few_groups_and_a_missing_index_are_errors(tmp_path):
 
 def together(root, *names):
     """Whether these groups lie in one split whatever the seed."""
-    groups = [split(root, "--seed", seed, "--force")["groups"] for seed in range(20)]
+    flags = ("--force", "--min-per-class", 0)
+    groups = [split(root, "--seed", seed, *flags)["groups"] for seed in range(20)]
     return all(len({g[name] for name in names}) == 1 for g in groups)
 
 
@@ -409,3 +411,93 @@ def test_a_pipe_as_label_table_is_refused_and_not_waited_for(tmp_path):
     with pytest.raises(OSError, match="l.csv is a FIFO, not a file"):
         split(root, "--labels", tmp_path / "l.csv")
     signal.alarm(0)
+
+
+# photographs: by pictures, stratified by label and source
+
+
+def road(root, scenes, header="path,label,group,source", **more):
+    """scenes: {(label, source): [pictures of each scene]} -> a folder with its labels.csv."""
+    lines = []
+    for (label, source), sizes in scenes.items():
+        for k, size in enumerate(sizes):
+            lines += [f"{source}/{label}_{k}_{i}.png,{label},{source} {label} {k},{source}" for i in range(size)]
+    photographs(root, [line.split(",")[0] for line in lines])
+    table(root / "labels.csv", lines, header)
+    return root
+
+
+def numbers_of(found, label):
+    return {split: c["labels"].get(label, 0) for split, c in found["counts"].items()}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_pictures_follow_the_shares_of_each_class_where_scenes_allow(tmp_path, seed):
+    sizes = [12, 7, 7, 5, 3, *[1] * 66]  # 100 pictures
+    root = road(tmp_path, {("yes", "a"): sizes, ("no", "a"): sizes[2:], ("no", "b"): [2] * 10 + [1] * 51})
+    found = split(root, "--seed", seed)
+    assert found["ratios"] == FOUR
+    for label, n in (("yes", 100), ("no", 81 + 71)):
+        for name, count in numbers_of(found, label).items():
+            assert abs(count - n * FOUR[name]) < 1 + 1e-9, (label, name)
+    of_b = Counter(found["groups"][group] for group in found["groups"] if group.startswith("b "))
+    assert set(of_b) == set(FOUR)  # a source is spread as well
+
+
+def test_a_class_that_is_too_rare_in_a_split_is_an_error(tmp_path):
+    root = road(tmp_path, {("yes", "a"): [1] * 30, ("no", "a"): [1] * 60})
+    with pytest.raises(ValueError, match="would have [34] pictures of yes, fewer than --min-per-class 5"):
+        split(root)
+    assert not (root / "_splits").exists()
+    assert numbers_of(split(root, "--min-per-class", 3), "yes")["val_test"] == 3
+
+
+def test_sources_for_training_only_stay_out_of_all_other_splits(tmp_path, capsys):
+    root = road(tmp_path, {("yes", "a"): [1] * 60, ("no", "a"): [1] * 60, ("yes", "web"): [1] * 40})
+    found = split(root, "--train-only", "source=web")
+    assert {found["groups"][name] for name in found["groups"] if name.startswith("web")} == {"train"}
+    assert numbers_of(found, "yes") == {"train": 76, "val_select": 9, "val_calib": 9, "val_test": 6}
+    assert found["train_only"] == ["web"]
+    lines = (root / "labels.csv").read_text().replace("a yes 0,a", "web yes 0,a")  # one scene of both sources
+    (root / "labels.csv").write_text(lines)
+    assert split(root, "--train-only", "source=web", "--force")["groups"]["web yes 0"] == "train"
+    assert "1 pictures of other sources are copies of these, or of one scene, and train too" in capsys.readouterr().out
+    for words, message in (("source=wbe", "no source wbe"), ("web", "write it like source=")):
+        with pytest.raises(ValueError, match=message):
+            split(root, "--train-only", words)
+
+
+def test_extending_moves_no_picture_and_deals_new_ones_to_what_lacks_most(tmp_path):
+    root = road(tmp_path / "a", {("yes", "a"): [1] * 60, ("no", "a"): [1] * 60})
+    before = split(root)
+    road(root, {("yes", "a"): [1] * 100, ("no", "a"): [1] * 60})
+    with pytest.raises(ValueError, match="exists and differs"):
+        split(root)
+    after = split(root, "--extend")
+    assert all(after["groups"][name] == where for name, where in before["groups"].items())
+    assert numbers_of(after, "yes") == {"train": 60, "val_select": 15, "val_calib": 15, "val_test": 10}
+    assert numbers_of(after, "no") == numbers_of(before, "no")
+    names = sorted(name for name in after["groups"] if after["groups"][name] == "val_test")[:1]
+    names += sorted(name for name in after["groups"] if after["groups"][name] == "train")[:1]
+    (root / "_splits" / "duplicates.json").write_text(json.dumps(
+        {"version": 1, "groups": [names], "index_sha256": after["index_sha256"]}))  # fmt: skip
+    with pytest.raises(ValueError, match="belong together now .*--force"):
+        split(root, "--extend")
+
+
+def test_extending_keeps_patients_too(tmp_path):
+    before = split(processed(tmp_path, patients(40)))
+    after = split(processed(tmp_path, patients(80)), "--extend")
+    assert all(after["groups"][name] == where for name, where in before["groups"].items())
+    assert Counter(after["groups"].values()) == {"train": 68, "val_select": 4, "val_test": 8}
+
+
+@pytest.mark.slow
+def test_fifty_thousand_pictures_are_split_in_seconds(tmp_path):
+    units = [[f"{i}"] for i in range(50_000)]
+    contents = [Counter({(str(i % 2), "ab"[i % 3 == 0]): 1}) for i in range(50_000)]
+    begin = time.perf_counter()
+    ratios = make_splits.parse_ratios(make_splits.FOUR_WAY)
+    placed = make_splits.assign(units, contents, make_splits.lacking(contents, ratios), 0, {})
+    assert Counter(placed.values()) == {"train": 30_000, "val_select": 7500, "val_calib": 7500, "val_test": 5000}
+    assert time.perf_counter() - begin < 10

@@ -21,7 +21,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from conftest import HEALTHY
 from safetensors import safe_open
-from test_data import make_ct, make_split
+from test_data import make_ct, make_photos, make_split
 from torch.nn import functional as F
 
 import checkpoint
@@ -474,7 +474,9 @@ def test_one_run_per_folder(folder, tmp_path, monkeypatch):
         (["--koleo-group", "3"], "--koleo-group 3 does not divide --micro-batch (8); nearest: 2"),
         (["--precision", "fp16"], "fp16"),
         (["--sizes", "448x112"], "'448x112' is not GLOBAL/LOCAL"),
-        (["--global-size", "40"], "height 40 is not a multiple of the patch size 16"),
+        (["--koleo-group", "1"], "--koleo-group 1: a sample alone has no neighbour; use 2 or more"),
+        (["--global-size", "100"], "100 is not a multiple of the patch size 16; nearest: 96"),
+        (["--sizes", "32/16,64/3"], "3 is not a multiple of the patch size 16; nearest: 16"),
         (["--init", "/nowhere"], "no weights at /nowhere"),
         (["--mask-ratio", "0.5", "0.1"], "--mask-ratio 0.5 0.1: the smaller comes first"),
         (["--warmup", "9"], "--warmup 9 is more than --steps 2"),
@@ -486,6 +488,7 @@ def test_bad_flags_say_what_to_do(folder, tmp_path, flags, message):
     with pytest.raises((ValueError, OSError)) as caught:
         train(folder, tmp_path / "run", "--steps", "2", *flags)
     assert message in str(caught.value)
+    assert not (tmp_path / "run" / "config.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -504,7 +507,7 @@ def test_bad_flags_say_what_to_do(folder, tmp_path, flags, message):
         ("--mask-ratio 0.5 1.5", "--mask-ratio: must be at most 1, got 1.5"),
         ("--field 0 1", "--field: must be above 0, got 0"),
         ("--gram-start -1", "--gram-start: must be at least 0, got -1"),
-        ("--koleo-group 1", "--koleo-group: must be at least 2"),
+        ("--koleo-group 0", "--koleo-group: must be at least 1"),
         ("--steps 1e5", "--steps: invalid int value: '1e5'"),
         (f"--seed {2**70}", "--seed: must be at most 1e+18"),
         ("--batchsize 32", "there is no --batchsize; did you mean --batch-size?"),
@@ -597,13 +600,93 @@ def test_the_default_micro_batch_holds_whole_koleo_groups():
     assert (args.micro_batch, args.koleo_group) == (16, 16)
 
 
+def test_out_of_memory_on_a_cpu_is_a_sentence_too(folder, tmp_path, monkeypatch):
+    def allocate(*args):
+        torch.empty(1 << 60)
+
+    monkeypatch.setattr(t, "ssl_update", allocate)
+    with pytest.raises(ValueError, match="out of memory at step 1; the same command goes on"):
+        train(folder, tmp_path / "run", "--steps", "2")
+    monkeypatch.setattr(t, "ssl_update", lambda *args: torch.ones(2) @ torch.ones(3))
+    with pytest.raises(RuntimeError, match="inconsistent tensor size"):  # any other stays what it is
+        train(folder, tmp_path / "run", "--steps", "2")
+
+
+@pytest.mark.parametrize("late, waited", [(1.0, 0.0), (0.02, 0.03), (-1.0, 0.05)])
+def test_reading_while_a_card_works_is_no_waiting(monkeypatch, late, waited):
+    """late: seconds that the card still works when reading begins, which takes 0.05."""
+    clock, device = mock.Mock(return_value=10.0), mock.Mock(type="cuda")
+    free_at = 10.0 + late
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = max(clock(), free_at)  # a card reaches it behind all that was queued
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, end):
+            return 1e3 * (end.at - self.at)
+
+    def read():
+        for step in range(2):
+            clock.return_value += 0.05
+            yield mock.Mock(step=step)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(t, "to_micro", mock.Mock())
+    monkeypatch.setattr(t, "with_draws", mock.Mock())
+    run = mock.Mock(device=device, args=mock.Mock(gram_weight=0), rank=0)
+    upcoming = t.Upcoming(run, read(), 1, 2)
+    upcoming.ahead()
+    assert upcoming.waited() == pytest.approx(waited) and upcoming.waited() == 0
+    device.type = "cpu"
+    monkeypatch.setattr(t.time, "perf_counter", clock)
+    upcoming.ready.clear()
+    upcoming.take()
+    assert upcoming.waited() == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize("before, now, spike", [(1.0, 1.4, False), (1.0, 1.6, True), (-1.05, -1.0, False),
+                                                (-1.0, -0.4, True), (math.inf, 9.0, False)])  # fmt: skip
+def test_a_loss_below_zero_that_moves_a_little_is_no_spike(before, now, spike):
+    numbers = dict(rankme=30.0, cosine=0.0, teacher_entropy=0.5, kl=1.0, loss=now)
+    assert [text[:10] for text in loop.warnings_in_words(numbers, before, 64, 64)] == ["loss spike"] * spike
+
+
+def test_broken_files_of_every_rank_are_recorded(tmp_path):
+    for rank in (0, 1):
+        log = loop.Log(tmp_path, 0, 9, quiet=rank > 0)
+        log.event(3, "saved")
+        log.event(3, f"replaced broken file {rank}", everywhere=True, why="cut")
+        log.close()
+    assert [row["event"][-1] for row in lines(tmp_path, "event")] == ["d", "0", "1"]
+
+
+def test_a_stand_in_is_not_looked_for_as_another_series(folder, tmp_path, monkeypatch):
+    """The same slice twice under two names of series: each would be nearest to the other, and both count as missed."""
+    real, found = t.losses.retrieval, []
+    monkeypatch.setattr(t.losses, "retrieval", lambda a, b, series: found.append(series) or real(a, b, series))
+    broken = folder / "toy" / "1.2.8.npy"
+    broken.write_bytes(b"cut")
+    flags = ("--steps", "2", "--eval-every", "2", "--skip-bad", "9", "--no-split")
+    held_out = data.open_source(folder)
+    monkeypatch.setattr(t, "open_data", lambda args: (data.open_for(folder, "fit"), held_out))
+    assert train(folder, tmp_path / "run", *flags) == 0
+    slices = lines(tmp_path / "run", "val_loss")[-1]["val_slices"]
+    assert len(found[0]) == slices < len(held_out) and held_out.rows.names["series"].index("1.2.8") not in found[0]
+
+
 def test_a_log_that_cannot_be_written_stops_nothing(folder, tmp_path, monkeypatch, capsys):
     def full_disk(path, line):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("tools.lib.loop.append_line", full_disk)
     assert train(folder, tmp_path / "run", "--steps", "2") == 0
-    assert "the log cannot be written, training goes on" in capsys.readouterr().err
+    assert "the log cannot be written, which stops nothing" in capsys.readouterr().err
     assert checkpoint.load(tmp_path / "run" / "last.pth")["step"] == 2
 
 
@@ -633,6 +716,16 @@ def test_patients_behind_given_weights_count_as_seen(folder, tmp_path):
     (tmp_path / "one" / "last.pth").unlink()  # the run has all it needs
     assert train(folder, tmp_path / "two", "--steps", "2", "--extend", "1", *given) == 0
     assert checkpoint.load(tmp_path / "two" / "last.pth")["trained_groups"] == [f"toy/P{i}" for i in range(8)]
+
+
+def test_weights_of_another_encoding_are_named(folder, tmp_path, capsys):
+    train(folder, tmp_path / "one", "--steps", "2")
+    photos, last = make_photos(tmp_path / "photos"), str(tmp_path / "one" / "last.pth")
+    flags = ["--data", str(photos), "--no-split", "--batch-size", "4", "--koleo-group", "4", "--steps", "2"]
+    train(photos, tmp_path / "two", *flags, "--init", last)
+    assert "note: the weights were trained on hu16-v1, these images are photo" in capsys.readouterr().out
+    train(folder, tmp_path / "three", "--steps", "2", "--init", last)
+    assert "note: the weights" not in capsys.readouterr().out
 
 
 def test_a_release_does_not_launder_a_leak(folder, tmp_path):
@@ -667,6 +760,47 @@ def test_continuing_from_weights(folder, tmp_path, capsys):
     assert all(torch.equal(v, one["teacher"]["backbone." + k]) for k, v in two["gram"].items())
     with pytest.raises(ValueError, match="is a vit_test; say --arch vit_test"):
         train(folder, tmp_path / "three", "--steps", "2", "--init", last, "--arch", "vit_tiny")
+
+
+@pytest.mark.parametrize("how", ["another", "gone"])
+def test_a_gram_teacher_belongs_to_the_run_from_its_first_update(folder, tmp_path, how):
+    """It is used from update 4 on; the run stops before, and its file changes or goes meanwhile."""
+    train(folder, tmp_path / "one", "--steps", "2")
+    train(folder, tmp_path / "two", "--steps", "4", "--seed", "1")
+    teacher = tmp_path / "teacher.pth"
+    flags = ("--gram-teacher", str(teacher), "--steps", "8", "--save-every", "1")
+    for name in ("whole", "parts"):
+        teacher.write_bytes((tmp_path / "one" / "last.pth").read_bytes())
+        with mock.patch.object(t.loop.Stop, "why", lambda self, name=name: "a test" if name == "parts" else None):
+            assert train(folder, tmp_path / name, *flags) == 0
+    state = checkpoint.load(tmp_path / "parts" / "last.pth")
+    assert state["step"] == 1 and state["gram_arch"]["name"] == "vit_test"
+    if how == "another":
+        teacher.write_bytes((tmp_path / "two" / "last.pth").read_bytes())
+    else:
+        teacher.unlink()
+    assert train(folder, tmp_path / "parts", *flags) == 0
+    same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+    steps = [row["step"] for row in lines(tmp_path / "parts", "gram") if row["gram"] > 0]
+    assert steps and min(steps) > 4
+
+
+def test_weights_that_have_seen_val_select_are_not_measured_on_it_after_a_resume(folder, tmp_path):
+    train(folder, tmp_path / "one", "--steps", "2")
+    make_split(folder, {f"toy/P{i}": "val_select" if i == 0 else "train" for i in range(9)})
+    flags = ["--init", str(tmp_path / "one" / "last.pth"), "--steps", "2"]
+    assert train(folder, tmp_path / "two", *flags) == 0  # without a look at val_select
+    with pytest.raises(ValueError, match=r"leak: 1 groups of val_select .*toy/P0"):
+        train(folder, tmp_path / "two", *flags, "--extend", "2", "--eval-every", "1")
+
+
+def test_ranks_wait_for_a_slow_disk_in_a_group_of_their_own(tmp_path, monkeypatch):
+    """NCCL gives a collective up after 10 minutes; rank 0 reads every byte of what may be 100 GB."""
+    made, sent = [], []
+    monkeypatch.setattr(dist, "new_group", lambda **how: made.append(how) or "patient")
+    monkeypatch.setattr(dist, "broadcast_object_list", lambda found, group: sent.append(group))
+    assert loop.find_run(mock.Mock(out=str(tmp_path)), None, (), 1, 2) == (None, {}, {})
+    assert sent == ["patient"] and made[0]["timeout"].total_seconds() >= 3600 and made[0]["backend"] == "gloo"
 
 
 def test_gram_snapshots_are_a_function_of_the_step():

@@ -40,15 +40,15 @@ import pydicom
 import torch
 from PIL import Image, ImageFilter
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
 import checkpoint
 import data
 import train_ssl
 from model import ARCHS
 from tools.lib.cli import ROOT, Parser, above_zero, positive, run
-from tools.lib.loop import flops_per_image, git_commit, setup_distributed
+from tools.lib.loop import flops_per_image, git_commit, is_out_of_memory, moment, seconds_between, setup_distributed
 from tools.lib.machine import DTYPES, check_gemm, describe, synchronize
+from tools.lib.progress import progress
 
 RESULTS = ROOT / "tools" / "bench_results"
 WAYS = (["", "accumulate 2", "accumulate 4"], ["", "compile"])  # apart: compiling may fail, and has weights of its own
@@ -128,26 +128,19 @@ class Phases:
     """
 
     def __init__(self, device):
-        self.cuda, self.marks = device.type == "cuda", []
-
-    def mark(self):
-        if not self.cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+        self.device, self.marks = device, []
 
     @contextlib.contextmanager
     def __call__(self, name):
-        start = self.mark()
+        start = moment(self.device)
         yield
-        self.marks.append((name, start, self.mark()))
+        self.marks.append((name, start, moment(self.device)))
 
     def seconds(self):
         """{name: seconds}, for after a synchronize."""
         sums = {}
         for name, start, end in self.marks:
-            sums[name] = sums.get(name, 0) + (start.elapsed_time(end) / 1e3 if self.cuda else end - start)
+            sums[name] = sums.get(name, 0) + seconds_between(start, end)
         return sums
 
 
@@ -174,11 +167,21 @@ class Way(NamedTuple):
     now: train_ssl.Now
 
 
+def pieces(name):
+    """Into how many micro-batches a way to do the update cuts the batch."""
+    return int(name.split()[-1]) if "accumulate" in name else 1
+
+
+def koleo_group(micro):
+    """The largest group of at most 16 samples that divides a micro-batch; of a prime one all of it."""
+    return max((n for n in range(2, 17) if micro % n == 0), default=micro)
+
+
 def train_args(point, name):
     """The resolved flags of train_ssl.py for one way to do the update."""
     batch = int(point["flags"]["batch-size"])
-    micro = batch // int(name.split()[-1]) if "accumulate" in name else batch
-    flags = {"micro-batch": micro, "koleo-group": math.gcd(16, micro), "data": point["data"]}
+    micro = batch // pieces(name)
+    flags = {"micro-batch": micro, "koleo-group": koleo_group(micro), "data": point["data"]}
     flags |= {"gram-start": 0} if point.get("gram") else {"gram-weight": 0}
     words = [f"--{k}={v}" for k, v in (point["flags"] | flags).items()] + ["--no-split"]
     words += [f"--{word}" for word in name.split() if word in ("compile", "checkpointing")]
@@ -187,7 +190,9 @@ def train_args(point, name):
 
 def make_run(args, device):
     """A run at step 0, with its Gram teacher in use if it has one."""
-    made = train_ssl.build_run(args, None, data.open_source(args.data), 0, 1, device)
+    source = data.open_source(args.data)
+    recipes = train_ssl.make_recipes(args, source.encoding)
+    made = train_ssl.build_run(args, None, source, recipes, 0, 1, device)
     train_ssl.refresh_gram(made, 0)
     return made
 
@@ -213,7 +218,7 @@ def phase_shares(way, seconds):
     """{phase: share of the time} of updates in a row; what readers had queued is used up first."""
     device, phases = way.run.device, Phases(way.run.device)
     count, one = max(2, min(48, math.ceil(5 / seconds))), functools.partial(update, way, phases)
-    took(one, device, count if phases.cuda else 1)
+    took(one, device, count if device.type == "cuda" else 1)
     phases.marks.clear()
     whole = count * took(one, device, count)
     shares = {name: s / whole for name, s in phases.seconds().items()}
@@ -409,7 +414,8 @@ def points_of(what, args, cuda, work):
     if what == "step":
         for arch, batch, precision in itertools.product(archs, batches, precisions):
             flags = {"arch": arch, "batch-size": batch}
-            yield from (step_point(args, hu16, flags, precision, ways) for ways in WAYS)
+            fitting = ([way for way in ways if batch % pieces(way) == 0] for ways in WAYS)
+            yield from (step_point(args, hu16, flags, precision, ways) for ways in fitting)
             if precision == precisions[0]:
                 yield step_point(args, hu16, flags, precision, ["compile" * cuda], gram=True)
     elif what == "render":
@@ -467,7 +473,7 @@ def measure(point):
     try:
         return MEASURES[point["what"]](point, device)
     except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
+        if not is_out_of_memory(error):
             raise
         return [{"error": "does not fit in memory"}]
 
@@ -475,7 +481,7 @@ def measure(point):
 def measure_all(points, most):
     """All rows; a sweep doubles its micro-batch until one does not fit or `most` is reached."""
     rows, todo = [], deque(points)
-    with tqdm(total=len(todo), unit="point") as bar:
+    with progress(total=len(todo), unit="point") as bar:
         while todo:
             point = todo.popleft()
             bar.set_description(f"{point['what']}: {point['setting'][:50]}")
@@ -496,7 +502,7 @@ def advice(rows, images):
     for arch in dict.fromkeys(r["flags"]["arch"] for r in fits):
         best = max((r for r in fits if r["flags"]["arch"] == arch), key=lambda r: r["share"])
         micro = int(best["flags"]["batch-size"])
-        words = [f"--koleo-group {math.gcd(16, micro)}"] * (micro % 16 > 0)  # as it was measured
+        words = [f"--koleo-group {koleo_group(micro)}"] * (micro % 16 > 0)  # as it was measured
         words += [f"--{word}" for word in best["way"].split()]
         flags = " ".join([f"--arch {arch} --micro-batch {micro}", *words])
         yield f"{flags}: {best['value']:.3g} images/s, {images:.3g} images in {images / best['value'] / 86400:.3g} days"

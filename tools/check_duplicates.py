@@ -11,22 +11,22 @@ import json
 import os
 import signal
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from itertools import combinations
 from multiprocessing import Pool
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from checkpoint import write_text
-from data import slice_name
+from data import Unreadable, read_splits, slice_name, split_path
+from tools.lib import broken
 from tools.lib.cli import Parser, positive, run, shown, within
-from tools.lib.files import read_json_file
 from tools.lib.groups import join, open_data
+from tools.lib.progress import progress
 
 VERSION = 1
 SIDE = 32  # of the thumbnail that is hashed and compared
@@ -47,8 +47,11 @@ def ready(source):
 
 
 def look(i):
-    """(sha256 of the pixels of slice i, "" if it has one colour; grey thumbnail [32,32])."""
-    pixels = SOURCE.read(i).numpy()  # [3,H,W]
+    """(sha256 of the pixels of image i, "" if it has one colour; grey thumbnail [32,32]; why it cannot be read)."""
+    try:
+        pixels = SOURCE.read(i).numpy()  # [3,H,W]
+    except Unreadable as error:
+        return "", np.zeros((SIDE, SIDE), np.uint8), str(error)
     if pixels.dtype == np.int16:
         codes = (pixels[1].astype(np.float32).clip(-1000, 1000) + 1000) * (255 / 2000)  # air to dense bone
         grey = Image.fromarray(codes.astype(np.uint8))
@@ -56,18 +59,19 @@ def look(i):
         grey = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0))).convert("L")
     digest = hashlib.sha256(f"{pixels.shape}".encode() + pixels.tobytes()).hexdigest()
     constant = (pixels == pixels[:, :1, :1]).all()
-    return "" if constant else digest, np.asarray(grey.resize((SIDE, SIDE), Image.Resampling.BILINEAR))
+    return "" if constant else digest, np.asarray(grey.resize((SIDE, SIDE), Image.Resampling.BILINEAR)), ""
 
 
 def look_at_all(source, order, workers):
-    """(digests, thumbnails [N,32,32]) of the slices in `order`; a file that cannot be read is an error."""
-    digests, thumbs = [], np.empty((len(order), SIDE, SIDE), np.uint8)
+    """(digests, thumbnails [N,32,32], {position: why it cannot be read}) of the images in `order`."""
+    digests, thumbs, bad = [], np.empty((len(order), SIDE, SIDE), np.uint8), {}
     with Pool(workers, ready, (source,)) as pool:
-        found = tqdm(pool.imap(look, order, chunksize=16), total=len(order), unit="slice", desc="read")
-        for i, (digest, thumb) in enumerate(found):
+        found = progress(pool.imap(look, order, chunksize=16), total=len(order), unit="image", desc="read")
+        for i, (digest, thumb, why) in enumerate(found):
             digests.append(digest)
             thumbs[i] = thumb
-    return digests, thumbs
+            bad |= {i: why} if why else {}
+    return digests, thumbs, bad
 
 
 def phash(thumbs):
@@ -95,7 +99,7 @@ def near_pairs(hashes, owners, distance):
     """
     bands = np.array_split(np.arange(64), distance + 3)
     masks = [np.uint64(sum(1 << int(bit) for band in chosen for bit in band)) for chosen in combinations(bands, 3)]
-    for table, mask in enumerate(tqdm(masks, desc="compare", unit="table")):
+    for table, mask in enumerate(progress(masks, desc="compare", unit="table")):
         order = np.argsort(hashes & mask, kind="stable")
         key = (hashes & mask)[order]
         left, step = np.arange(len(key)), 0
@@ -141,15 +145,13 @@ def look_alikes(digests, thumbs, owners, distance, least):
     return np.array(sorted(found), np.int64).reshape(-1, 2), len(thumbs) - len(textured)
 
 
-def read_splits(path):
-    """{group: split} of a splits.json, empty where there is none yet."""
-    if not path.exists():
-        return {}
-    again = "make it again with tools/make_splits.py --force"
-    split_of = read_json_file(path, {"groups": dict}, again, VERSION)["groups"]
-    if not all(isinstance(split, str) for split in split_of.values()):
-        raise ValueError(f"{path} field 'groups' must name one split for each group; {again}")
-    return split_of
+def conflicts(labels, digests, near):
+    """Pairs (a, b) of equal or nearly equal pictures that carry different labels; of equal ones each with the first."""
+    first, found = {}, []
+    for i, (digest, label) in enumerate(zip(digests, labels)):
+        if digest and label and labels[j := first.setdefault(digest, i)] != label:
+            found.append((j, i))
+    return found + [(a, b) for a, b in near.tolist() if labels[a] and labels[b] and labels[a] != labels[b]]
 
 
 def say(title, members):
@@ -164,6 +166,7 @@ def build_parser():
         "--distance", type=within("[0, 8]", int), default=3, help="hash bits that may differ; at 9 strangers match"
     )
     p.add_argument("--workers", type=positive, default=os.cpu_count(), help="reading processes")
+    broken.add_flag(p)
     p.add_argument("--max-pairs", type=positive, default=1000, help="pairs listed in the file; all count and join")
     return p
 
@@ -171,15 +174,16 @@ def build_parser():
 def main(argv=None):
     args = build_parser().parse_args(argv)
     source = open_data(args.data)
-    splits = args.data / "_splits" / "splits.json"
-    split_of = read_splits(splits)
+    splits, again = split_path(args.data), "make it again with tools/make_splits.py --force"
+    split_of = read_splits(splits, again)["groups"] if splits.exists() else {}
     rows = source.rows
     z = rows.columns.get("z", np.zeros(len(rows), int))
     order = np.lexsort((z, rows.columns["path"])).tolist()  # the answer does not depend on the index's order
     group = rows.column("group")[order]
     names, owners = np.unique(group, return_inverse=True)
 
-    digests, thumbs = look_at_all(source, order, args.workers)
+    digests, thumbs, bad = look_at_all(source, order, args.workers)
+    broken.check(bad, len(order), len(order), args.skip_bad)  # those left out have no contrast: they match nothing
     exact = exact_pairs(digests, owners)
     least = ALIKE_PHOTO if source.encoding == "photo" else ALIKE_CT
     near, flat = look_alikes(digests, thumbs, owners, args.distance, least)
@@ -187,15 +191,22 @@ def main(argv=None):
     linked = group[pairs].tolist()
     sets = join({name for members in linked for name in members}, linked)
     crossing = [members for members in sets if len({split_of[name] for name in members if name in split_of}) > 1]
+    label = [text.strip() for text in rows.texts("label")] if source.encoding == "photo" else [""] * len(order)
+    label = [label[i] for i in order]
+    odd = conflicts(label, digests, near)
+    copies = Counter(digests)
     counts = {
         "slices": len(source),
         "groups": len(names),
         "constant": digests.count(""),  # one colour: matched by nothing
+        "broken": len(bad),  # counted as constant too
         "flat": flat,  # too little contrast to hash: matched exactly only
+        "exact_sets": sum(n > 1 for digest, n in copies.items() if digest),  # of slices, in one group or several
         "exact_pairs": len(exact),
         "near_pairs": len(near),
         "joined_groups": sum(len(members) for members in sets),
         "crossing": len(crossing),
+        "conflicting": len(odd),
     }
     listed = pairs[: args.max_pairs]
     title = {i: slice_name(source, order[i]) for i in set(listed.ravel().tolist())}
@@ -207,12 +218,19 @@ def main(argv=None):
         "correlation": least,
         "counts": counts,
         "groups": sets,
+        "conflicts": [
+            {"a": slice_name(source, order[a]), "b": slice_name(source, order[b]), "labels": [label[a], label[b]]}
+            for a, b in odd
+        ],
         "pairs": [{"a": title[a], "b": title[b], "distance": d} for (a, b), d in zip(listed.tolist(), distances)],
     }
-    path = args.data / "_splits" / "duplicates.json"
+    path = split_path(args.data, "duplicates.json")
     path.parent.mkdir(exist_ok=True)
     write_text(path, json.dumps(payload, indent=1) + "\n")
     print("wrote", path, *(f"{key}={n}" for key, n in counts.items()))
+    for pair in payload["conflicts"][:10]:
+        a, b, (one, other) = *(shown(pair[key]) for key in "ab"), map(shown, pair["labels"])
+        print(f"TWO LABELS of one picture: {a} is {one}, {b} is {other}")
     for members in sets[:10]:
         say("same pictures in", members)
     for members in crossing[:10]:

@@ -41,7 +41,7 @@ LEARN = (
     "--freeze-last 0 --ema 0.99 1 --teacher-temp 0.02 0.02 --rope-rescale 1 --gram-weight 0"
 )
 PROBE = "--protocol test --crop-mm 24,32 --bootstrap 1000"  # mm of the crops that the views of LEARN come closest to
-HEATMAPS = "--n 12 --size 192"  # twice the pixels of training: patches of 8 mm
+HEATMAPS = "--n 12 --size 384"  # four times the pixels of training: 24 x 24 patches of 4 mm
 PROMISE_S = 350  # of the whole demo: 6 minutes, less what no plan foresees
 MINUTES = {"cpu": 3.0, "cuda": 1.0}  # of pretraining on a quiet machine; the rest takes 2 minutes on 2 CPU cores
 STARTS_S = 12  # of the two starts of pretraining, on 2 quiet cores

@@ -38,6 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from checkpoint import atomic_write, fsync_folder
 from tools.lib.cli import Parser, above_zero, natural, not_negative, positive, run, shown
+from tools.lib.progress import progress
 
 VERSION = 1
 BASE_URL = "https://services.cancerimagingarchive.net/nbia-api/services/v4"  # public, no token
@@ -269,7 +270,7 @@ def fetch_all(service, todo, folder, workers, failed):
     """Fetch several series at once; fills `failed` {uid: reason}, returns in how many MD5s were checked."""
     zipped = unpacked = checked = 0
     left = sum(series.size for series in todo)
-    bar = tqdm(total=left, unit="B", unit_scale=True, smoothing=0.05)
+    bar = progress(total=left, unit="B", unit_scale=True, smoothing=0.05)
     with bar, threads(service, workers) as pool:
         jobs = {pool.submit(fetch, service, series, folder, bar): series for series in todo}
         for job in as_completed(jobs):
@@ -348,7 +349,7 @@ def main(argv=None):
     todo = not_yet(wanted, folder, failed)
     with threads(service, args.workers) as pool:
         sized = pool.map(with_size, [service] * len(todo), todo)
-        todo = list(tqdm(sized, total=len(todo), desc="sizes", unit="series"))
+        todo = list(progress(sized, total=len(todo), desc="sizes", unit="series"))
     size_gb = sum(series.size for series in todo) / 1e9
     print(f"{len(listed)} CT series, {len(wanted)} wanted, {len(todo)} to download ({size_gb:.2f} GB)")
     check_space(todo, folder, args.free_gb)

@@ -9,8 +9,6 @@ command again replaces what it wrote; another --name adds a source.
     python tools/import_photos.py --from downloads/roadwork --out data/roadwork --name natix --parts train,test
 """
 
-import csv
-import io
 import json
 import math
 import os
@@ -27,22 +25,21 @@ from pathlib import Path, PurePosixPath
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from checkpoint import atomic_write, write_text
-from data import BROKEN, PHOTO_ENDINGS, open_photo, read_csv, to_rgb, turn_of
-from tools.lib.cli import Parser, positive, run, shown
-from tools.lib.files import VERSION, created_utc, csv_cell, parse, read_json_file, walk_files, write_json
+from checkpoint import write_text
+from data import BROKEN, INDEX_COLUMNS, PHOTO_ENDINGS, label_columns, open_photo, read_csv, to_rgb, turn_of
+from tools.lib.cli import Parser, positive, run, shown, within
+from tools.lib.files import VERSION, created_utc, csv_text, parse, read_json_file, walk_files, write_json
 
 # class -> what sources call it; case, spaces and hyphens do not matter. 19, 20, 55: labels of Mapillary Vistas
 ALIASES = {"no_roadwork": "no_roadwork class_0 0", "roadwork": "roadwork class_1 1 19 20 55"}
 CLASS_OF = {alias: name for name, aliases in ALIASES.items() for alias in aliases.split()}
+PARTS = {"train": "train training", "test": "test testing", "val": "val valid validation dev eval"}
+PART_OF = {alias: name for name, aliases in PARTS.items() for alias in aliases.split()}
 PATHS, LABELS = "path filename file_name image file relative_path".split(), "label class target".split()
-PARTS = {"train": "train", "training": "train", "test": "test", "testing": "test", "dev": "val", "val": "val",
-         "valid": "val", "validation": "val"}  # fmt: skip
 INDEX = "path bytes height width upright reason".split()  # height, width as seen; upright 0: EXIF turns the pixels
-EXIF = ("lat", "lon", "time")
 
 
-# Rows of a source: (where it stands, {path, label, facts...}, its file), all texts.
+# Rows of a source: (where it stands, {path, label, facts...} as texts, its file).
 
 
 def text_of(value):
@@ -59,7 +56,7 @@ def read_table(path):
         for number, line in enumerate(lines, 1):
             if len(line) != len(header):
                 raise ValueError(f"{path}, row {number}: {len(line)} cells, expected {','.join(header)}; correct it")
-            yield f"{path.name}, row {number}", dict(zip(map(str.strip, header), line))
+            yield dict(zip(map(str.strip, header), line))
         return
     try:
         text = path.read_bytes().decode("utf-8-sig")
@@ -68,8 +65,7 @@ def read_table(path):
         raise ValueError(f"{path} is damaged, or no JSON ({shown(error)}); write it anew") from None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"{path}: expected objects with filename and label; write it anew")
-    for number, row in enumerate(rows, 1):
-        yield f"{path.name}, entry {number}", {key: text_of(value) for key, value in row.items()}
+    yield from ({key: text_of(value) for key, value in row.items()} for row in rows)
 
 
 def take(row, names, where):
@@ -80,83 +76,62 @@ def take(row, names, where):
     return row.pop(found)
 
 
-def read_tables(root, tables):
+def read_tables(root, tables, out):
     for table in tables:
-        for where, row in read_table(table):
+        for number, row in enumerate(read_table(table), 1):
+            where = f"{table.name}, row {number}"
             path = Path(table.parent.relative_to(root), take(row, PATHS, where)).as_posix()
             yield where, {"path": path, "label": take(row, LABELS, where), **row}, root / path
 
 
-def read_class_folders(root):
+def read_class_folders(root, files, out):
     """The first folder that is no part names the class: train/roadwork/1.jpg, roadwork/1.jpg, 1/a/b.jpg."""
     for file, _ in walk_files(root):
         *folders, name = parts = Path(file).relative_to(root).parts
-        classes = [folder for folder in folders if folder.casefold() not in PARTS]
+        classes = [folder for folder in folders if folder.casefold() not in PART_OF]
         hidden = any(part[0] in "._" for part in parts)
         if not hidden and (classes or name.lower().endswith(PHOTO_ENDINGS)):
-            path = "/".join(parts)
-            yield path, {"path": path, "label": classes[0] if classes else ""}, Path(file)
+            yield file, {"path": "/".join(parts), "label": classes[0] if classes else ""}, Path(file)
 
 
-def open_shard(shard):
-    """(file, its image column, its label column, names of the classes as Hugging Face stores them or None)"""
+def read_shards(root, shards, out):
+    """Pictures are unpacked below `out`. train-00000-of-00002 is of part train; Hugging Face's schema names classes."""
     try:
         import pyarrow.parquet
     except ImportError:
-        raise ValueError(f"{shard} needs pyarrow to be read: pip install pyarrow") from None
-    file = pyarrow.parquet.ParquetFile(shard)
-    columns = {name.casefold(): name for name in file.schema_arrow.names}
-    image, label = (next((columns[n] for n in names if n in columns), None) for names in (["image", "img"], LABELS))
-    if image is None or label is None:
-        raise ValueError(f"{shard}: no image and label among the columns {', '.join(columns)}")
-    hints = parse((file.schema_arrow.metadata or {}).get(b"huggingface", b"{}").decode())
-    return file, image, label, hints.get("info", {}).get("features", {}).get(label, {}).get("names")
-
-
-def read_parquet(root, shards):
-    """Without the pictures, which shard_pictures reads when they are written; train-00000-of-00002 is part train."""
+        raise ValueError(f"{shards[0]} needs pyarrow to be read: pip install pyarrow") from None
     for shard in shards:
-        file, image, label, names = open_shard(shard)
-        columns = [name for name in file.schema_arrow.names if name != image] + [f"{image}.path"]
-        rows = (row for batch in file.iter_batches(columns=columns) for row in batch.to_pylist())
-        part = PARTS.get(re.split(r"[-_.]", shard.name)[0].casefold(), "")
-        for number, row in enumerate(rows):
-            ending = PurePosixPath((row.pop(image) or {}).get("path") or "x.jpg").suffix
-            path = f"{shard.relative_to(root).with_suffix('').as_posix()}/{number:06d}{ending}"
-            name, facts = row.pop(label), {key: text_of(value) for key, value in row.items()}
-            known = names is not None and isinstance(name, int)
-            fixed = {"path": path, "label": names[name] if known else text_of(name)}
-            yield (
-                f"{shard.name}, row {number + 1}",
-                {**({"part": part} if part else {}), **facts, **fixed},
-                (shard, number),
+        file, name = pyarrow.parquet.ParquetFile(shard), shard.relative_to(root).with_suffix("").as_posix()
+        hints = parse((file.schema_arrow.metadata or {}).get(b"huggingface", b"{}").decode())
+        classes = hints.get("info", {}).get("features", {}).get("label", {}).get("names")
+        part = {"part": PART_OF[p]} if (p := re.split(r"[-_.]", shard.name)[0].casefold()) in PART_OF else {}
+        rows = (row for batch in file.iter_batches(64) for row in batch.to_pylist())
+        for number, row in enumerate(rows, 1):
+            where, picture = (
+                f"{shard.name}, row {number}",
+                take(row, ("image", "img"), f"{shard.name}, row {number}") or {},
             )
+            label = take(row, LABELS, where)
+            label = classes[label] if classes and isinstance(label, int) else text_of(label)
+            path = f"{name}/{number:06d}{PurePosixPath(picture.get('path') or 'x.jpg').suffix}"
+            (out / path).parent.mkdir(parents=True, exist_ok=True)
+            (out / path).write_bytes(picture.get("bytes") or b"")
+            yield where, part | {k: text_of(v) for k, v in row.items()} | {"path": path, "label": label}, out / path
 
 
-def shard_pictures(wanted):
-    """Bytes of the pictures of (shard, number), which come in the order of the shards."""
-    wanted = set(wanted)
-    for shard in dict.fromkeys(sorted(shard for shard, _ in wanted)):
-        file, image, *_ = open_shard(shard)
-        rows = (row for batch in file.iter_batches(64, columns=[f"{image}.bytes"]) for row in batch.to_pylist())
-        yield from ((row[image] or {}).get("bytes") or b"" for n, row in enumerate(rows) if (shard, n) in wanted)
-
-
-def read_source(source):
+def read_source(source, out):
     """(what it is, its rows)"""
     if not source.exists():
         raise FileNotFoundError(f"--from {source} does not exist")
     root, files = (source, []) if source.is_dir() else (source.parent, [source])
     for pattern in ("labels.json", "metadata.csv", "metadata.jsonl", "*.parquet", "labels.csv"):
         files = files or sorted([*root.glob(pattern), *root.glob(f"*/{pattern}")])
-    kind = files[0].suffix if files else None
-    if kind not in (".json", ".jsonl", ".csv", ".parquet", None):
-        raise ValueError(f"--from {source}: expected a folder, or a .json, .jsonl, .csv or .parquet file")
-    if kind == ".parquet":
-        return kind, list(read_parquet(root, files))
-    return files[0].name if files else "class folders", list(
-        read_tables(root, files) if files else read_class_folders(root)
+    readers = {".parquet": read_shards, "": read_class_folders} | dict.fromkeys(
+        (".json", ".jsonl", ".csv"), read_tables
     )
+    if (kind := files[0].suffix if files else "") not in readers:
+        raise ValueError(f"--from {source}: expected a folder, or a .json, .jsonl, .csv or .parquet file")
+    return files[0].name if files else "class folders", list(readers[kind](root, files, out))
 
 
 # What is done with them.
@@ -165,15 +140,14 @@ def read_source(source):
 def choose_parts(rows, parts):
     """The rows of the wanted parts (a column part or split, else a folder); several are never pooled unasked."""
     for _, row, _ in rows:
-        folders = [PARTS[f.casefold()] for f in row["path"].split("/")[:-1] if f.casefold() in PARTS]
         columns = [row.pop(key).strip() for key in list(row) if key.casefold() in ("part", "split")]
-        row["part"] = next((PARTS.get(text.casefold(), text) for text in columns + folders if text), "")
+        folders = [folder for folder in row["path"].split("/")[:-1] if folder.casefold() in PART_OF]
+        row["part"] = next((PART_OF.get(text.casefold(), text) for text in columns + folders if text), "")
     found = Counter(row["part"] for _, row, _ in rows)
     counts = ", ".join(f"{shown(part) or '(none)'} {n}" for part, n in sorted(found.items()))
     if parts is None and len(found) > 1:
         every = ",".join(sorted(filter(None, found)))
-        raise ValueError(f"the source has parts ({counts}): say which to take; --parts {every} takes all and notes "
-                         "them in the column part")  # fmt: skip
+        raise ValueError(f"the source has parts ({counts}): name some; --parts {every} keeps all, as the fact part")
     if unknown := set(parts or ()) - set(found):
         raise ValueError(f"--parts {','.join(sorted(unknown))}: the source has {counts or 'no rows'}")
     return [entry for entry in rows if parts is None or entry[1]["part"] in parts]
@@ -193,62 +167,61 @@ def name_classes(rows, as_is):
 
 
 def place_rows(rows, name):
-    """Rows with their path below OUT, and [(path, reason)] of those that name a picture for the second time."""
+    """{path below OUT: (where, row, file)}, and [(path, reason)] of rows that name a picture for the second time."""
     kept, twice = {}, []
     for where, row, file in rows:
-        path = PurePosixPath(row["path"])
+        path = PurePosixPath(row.pop("path"))
         if path.is_absolute() or ".." in path.parts:
             raise ValueError(f"{where}: {shown(path)} leads out of the source; correct it")
         path = "/".join([name, *(part.lstrip("._") or "x" for part in path.parts)])  # names like _x are not read
-        if path not in kept:
-            kept[path] = where, {**row, "path": path}, file
-        elif kept[path][1]["label"] == row["label"]:
-            twice.append((path, f"named twice: {where}, and {kept[path][0]}"))
-        else:
-            labels = f"{kept[path][1]['label']} in {kept[path][0]}, {row['label']} in {where}"
+        first, other, _ = kept.setdefault(path, (where, row, file))
+        if other["label"] != row["label"]:
+            labels = f"{other['label']} in {first}, {row['label']} in {where}"
             raise ValueError(f"{shown(path)} has two labels: {labels}; correct one")
-    return list(kept.values()), twice
+        if other is not row:
+            twice.append((path, f"named twice: {where}, and {first}"))
+    return kept, twice
 
 
 def put(file, target, copy):
-    """Bytes or a file -> OUT: a hard link, else a symbolic link, else a copy; what is right already stays."""
+    """A hard link at `target`, else a symbolic link, else a copy; what is right already stays."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    if isinstance(file, bytes):
-        return atomic_write(target, lambda f: f.write(file))
     known, there = file.stat(), target.stat() if target.exists() else None
     linked = there and os.path.samestat(known, there)
     copied = there and not linked and (there.st_size, there.st_mtime_ns) == (known.st_size, known.st_mtime_ns)
     if copied if copy else linked:
-        return target
-    new = target.with_name(f".{os.getpid()}.new")
+        return
+    new, real = (
+        target.with_name(f".{os.getpid()}.new"),
+        os.path.realpath(file) if file.is_symlink() else file.absolute(),
+    )
     for way in [shutil.copy2] if copy else [os.link, os.symlink, shutil.copy2]:
         new.unlink(missing_ok=True)
         try:
-            way(file.resolve(), new)
+            way(real, new)
             break
         except OSError:
             if way is shutil.copy2:
                 raise
-    return os.replace(new, target)
+    os.replace(new, target)
 
 
 def exif_facts(picture):
     """lat, lon and time, as far as they are there and make sense; nothing else of EXIF is kept."""
-    found, exif = dict.fromkeys(EXIF, ""), picture.getexif()
+    found, exif = {}, picture.getexif()
     try:
         gps = exif.get_ifd(0x8825)
         lat, lon = (sum(float(n) / 60**k for k, n in enumerate(gps[key])) for key in (2, 4))
         lat, lon = -lat if gps.get(1) == "S" else lat, -lon if gps.get(3) == "W" else lon
         if math.isfinite(lat + lon) and abs(lat) <= 90 and abs(lon) <= 180 and (lat or lon):  # 0, 0: no fix
-            found |= {"lat": f"{lat:.6f}", "lon": f"{lon:.6f}"}
+            found = {"lat": f"{lat:.6f}", "lon": f"{lon:.6f}"}
     except (KeyError, TypeError, ValueError, ZeroDivisionError):
         pass
     try:
         taken = str(exif.get_ifd(0x8769).get(0x9003) or exif.get(0x0132)).strip("\0 ")
-        found["time"] = datetime.strptime(taken, "%Y:%m:%d %H:%M:%S").isoformat()
+        return {**found, "time": datetime.strptime(taken, "%Y:%m:%d %H:%M:%S").isoformat()}
     except ValueError:
-        pass
-    return found
+        return found
 
 
 def ends_well(file, size):
@@ -261,18 +234,15 @@ def ends_well(file, size):
 
 def examine(job):
     """Look at a picture and put it into OUT if it is fit -> [bytes, height, width, upright, reason], facts of EXIF."""
-    file, target, copy, facts, (least, longest, decode) = job
-    seen, found, path = ["", "", "", "", ""], {}, file
-    if isinstance(file, bytes):
-        put(file, target, copy)
-        path = target
+    file, target, copy, facts, (least, longest) = job
+    seen, found = ["", "", "", "", ""], {}
     try:
         if str(target).encode(errors="ignore").decode() != str(target):
             raise ValueError("its name is not UTF-8")
         if target.suffix.lower() not in PHOTO_ENDINGS:
             raise ValueError(f"its name ends in none of {', '.join(PHOTO_ENDINGS)}")
-        seen[0] = os.stat(path).st_size
-        with open_photo(path) as picture:
+        seen[0] = file.stat().st_size
+        with open_photo(file) as picture:
             turn, size = turn_of(picture)
             seen[1:4] = *size, int(not any(turn))
             if min(size) < least:
@@ -280,36 +250,21 @@ def examine(job):
             if max(size) > longest * min(size):
                 raise ValueError(f"too long: {size[0]} x {size[1]}, one side is more than {longest:g} times the other")
             found = exif_facts(picture) if facts else {}
-            if decode or picture.mode.startswith(("I", "F")) or not ends_well(path, seen[0]):
+            if picture.mode.startswith(("I", "F")) or not ends_well(file, seen[0]):  # decode to know
                 to_rgb(picture)
     except FileNotFoundError:
         seen[4] = "missing"
     except BROKEN as error:
-        seen[4] = shown(str(error).replace(str(path), "file") or type(error).__name__, 200)
-    if seen[4] and isinstance(file, bytes):
-        target.unlink()
-    elif not seen[4] and not isinstance(file, bytes):
+        seen[4] = shown(str(error).replace(str(file), "file") or type(error).__name__, 200)
+    if not seen[4]:  # an error of our disk is no fault of the picture
         put(file, target, copy)
-    return seen, {} if seen[4] else found
+    return seen, found
 
 
-def table_text(header, rows):
-    """CSV whose paths are exact, since files are found by them; other cells through csv_cell. Paths begin with NAME."""
-    text = io.StringIO()
-    plain, quoted = (csv.writer(text, lineterminator="\n", quoting=q) for q in (csv.QUOTE_MINIMAL, csv.QUOTE_ALL))
-    plain.writerow(header)
-    for row in rows:  # before Python 3.13 the writer leaves a lone \r unquoted, which readers take for a new line
-        writer = quoted if "\r" in row["path"] else plain
-        writer.writerow([row["path"], *(csv_cell(row.get(name, "")) for name in header[1:])])
-    return text.getvalue()
-
-
-def read_rows(path, name):
-    """(rows of other sources, rows of this one) of a table that an earlier import wrote."""
+def read_rows(path):
+    """{path: row} of a table that an earlier import wrote."""
     header, *pieces = read_csv(path) if path.exists() else [[]]
-    rows = [dict(zip(header, line)) for piece in pieces for line in piece if line]
-    own = [row["path"].startswith(f"{name}/") for row in rows]
-    return [row for row, mine in zip(rows, own) if not mine], [row for row, mine in zip(rows, own) if mine]
+    return {line[0]: dict(zip(header, line)) for piece in pieces for line in piece if line}
 
 
 def build_parser():
@@ -321,9 +276,10 @@ def build_parser():
     p.add_argument("--classes", choices=("roadwork", "as-is"), default="roadwork", help="names of labels")
     p.add_argument("--facts", choices=("exif",), help="exif: columns lat, lon, time, where the source has none")
     p.add_argument("--copy", action="store_true", help="copy pictures instead of linking them")
-    p.add_argument("--decode", action="store_true", help="decode every picture, not only its header and its end")
     p.add_argument("--min-side", type=positive, default=224, help="pixels; a smaller picture is refused")
-    p.add_argument("--max-aspect", type=float, default=3.0, help="long side over short side; above it is refused")
+    p.add_argument(
+        "--max-aspect", type=within("[1, 1000]"), default=3.0, help="long side over short side; above it is refused"
+    )
     p.add_argument("--workers", type=positive, default=os.cpu_count(), help="reading processes")
     return p
 
@@ -339,49 +295,59 @@ def main(argv=None):
     if labels.exists() and not manifest.exists():
         raise ValueError(f"{labels} was not written by this program: name another --out, or move it away")
     again = "delete OUT, and import again"
-    earlier = read_json_file(manifest, {"sources": dict}, again, VERSION)["sources"] if manifest.exists() else {}
+    sources = read_json_file(manifest, {"sources": dict}, again, VERSION)["sources"] if manifest.exists() else {}
 
-    kind, rows = read_source(args.source)
+    kind, rows = read_source(args.source, out / "_unpacked" / name)
     rows = choose_parts(rows, args.parts and args.parts.replace(" ", "").split(","))
     if not rows:
         raise ValueError(f"--from {args.source}: no pictures ({kind})")
     name_classes(rows, args.classes == "as-is")
     rows, refused = place_rows(rows, name)
-    files = [file for _, _, file in rows]
-    files = shard_pictures(files) if kind == ".parquet" else files
-    limits = args.min_side, args.max_aspect, args.decode
-    jobs = ((file, out / row["path"], args.copy, args.facts, limits) for file, (_, row, _) in zip(files, rows))
-    indexed, labelled = [], []
+    own = (out / name).resolve()
+    if inside := [f for f in {file.parent for _, _, file in rows.values()} if f.resolve().is_relative_to(own)]:
+        # a later import would remove there what is no longer fit: the originals
+        raise ValueError(
+            f"{own} would hold the import and holds originals in {inside[0]}: give another --name or --out"
+        )
+    facts = dict.fromkeys(key for _, row, _ in rows.values() for key in row)
+    label_columns(labels, ["path", *facts])  # would open_source take them?
+    if taken := sorted({*facts} & {*INDEX_COLUMNS}):
+        raise ValueError(f"--from {args.source}: rename column {taken[0]}, a word of ours")
+    tables = [read_rows(table) for table in (index, labels)]
+    indexed, labelled = ({p: row for p, row in old.items() if not p.startswith(f"{name}/")} for old in tables)
+    limits = args.min_side, args.max_aspect
+    jobs = ((file, out / path, args.copy, args.facts, limits) for path, (_, _, file) in rows.items())
+    counts = Counter()
     with Pool(args.workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:  # Ctrl+C is for the parent
-        found = map(examine, jobs) if kind == ".parquet" else pool.imap(examine, jobs, chunksize=32)
-        for (_, row, _), (seen, facts) in zip(rows, tqdm(found, "import", len(rows), unit="picture", disable=None)):
-            path = row["path"].encode(errors="backslashreplace").decode()
-            indexed.append(dict(zip(INDEX, [path, *seen])))
+        looks = tqdm(pool.imap(examine, jobs, chunksize=32), "import", len(rows), unit="picture", disable=None)
+        for (path, (_, row, _)), (seen, facts) in zip(rows.items(), looks):
+            path = path.encode(errors="backslashreplace").decode()
+            indexed[path] = dict(zip(INDEX, [path, *seen]))
             if seen[-1]:
                 refused.append((path, seen[-1]))
             else:
-                known = {key: value for key, value in row.items() if value}
-                labelled.append({"source": name, **facts, **known})
-
-    (others, own), kept = read_rows(index, name), {row["path"] for row in labelled}
-    for row in own:  # of an earlier import, no longer wanted
-        if not row["reason"] and row["path"] not in kept:
-            (out / row["path"]).unlink(missing_ok=True)
-    indexed = sorted(others + indexed, key=lambda row: row["path"])
-    labelled = sorted(read_rows(labels, name)[0] + labelled, key=lambda row: row["path"])
-    columns = dict.fromkeys(key for row in labelled for key, value in row.items() if value)
-    header = ["path", "label", *(key for key in ("group", "source", "part", *EXIF) if key in columns)]
-    header += [key for key in columns if key not in header]
+                known = {key: text for key, text in row.items() if text}
+                facts = {key: text for key, text in facts.items() if key == "time" or not known.keys() & {"lat", "lon"}}
+                labelled[path] = {"path": path, "source": name} | facts | known
+                counts[row["label"]] += 1
+    if not counts:
+        raise ValueError(f"--from {args.source}: none of {len(rows)} pictures is fit, first {': '.join(refused[0])}")
+    header = ["path", "label", "group", "source", "part", "lat", "lon", "time"]
+    header = [*dict.fromkeys(header + [key for row in labelled.values() for key in row])]
+    header = [key for key in header if any(row.get(key) for row in labelled.values()) or key in header[:2]]
     reasons = Counter(re.split(r"[:(]", reason)[0].strip() for _, reason in refused)
-    for folder in (index.parent, manifest.parent):
-        folder.mkdir(parents=True, exist_ok=True)
-    counts = Counter(row["label"] for row in labelled if row["path"] in kept)
-    entry = {"from": str(args.source), "kind": kind, "parts": sorted({row["part"] for _, row, _ in rows}),
-             "min_side": args.min_side, "max_aspect": args.max_aspect, "decoded": args.decode, "labels": counts,
-             "reasons": reasons, "refused": [{"path": p, "reason": why} for p, why in sorted(refused)]}  # fmt: skip
-    write_json(manifest, {"version": VERSION, "created_utc": created_utc(), "sources": {**earlier, name: entry}}, 1)
-    write_text(index, table_text(INDEX, indexed))
-    write_text(labels, table_text(header, labelled))  # last: what it names is there
+    parts = sorted({row["part"] for _, row, _ in rows.values()})
+    sources[name] = {"from": str(args.source), "kind": kind, "parts": parts, "labels": counts, "reasons": reasons,
+                     "min_side": args.min_side, "max_aspect": args.max_aspect,
+                     "refused": [{"path": path, "reason": reason} for path, reason in sorted(refused)]}  # fmt: skip
+    write_json(manifest, {"version": VERSION, "created_utc": created_utc(), "sources": sources}, 1)
+    index.parent.mkdir(exist_ok=True)
+    for file, columns, table in ((index, INDEX, indexed), (labels, header, labelled)):  # last: what it names is there
+        cells = ([row.get(key, "") for key in columns] for _, row in sorted(table.items()))
+        write_text(file, csv_text([columns, *cells], exact=1))  # paths begin with NAME, so no spreadsheet runs them
+    for path, row in tables[0].items():  # of an earlier import, no longer named
+        if not row["reason"] and path not in labelled:
+            (out / path).unlink(missing_ok=True)
     print(f"{labels}: {', '.join(f'{n} {shown(label)}' for label, n in sorted(counts.items()))} of {name}, "
           f"{len(labelled)} in all; columns {','.join(map(shown, header))}")  # fmt: skip
     for reason, n in reasons.most_common(12):

@@ -19,7 +19,18 @@ import tools.lib.threads  # noqa: F401 - before torch
 import numpy as np
 import torch
 
-from data import denormalise, eval_view, look_windows, make_loader, open_for, open_source, render, select, slice_name
+from data import (
+    denormalise,
+    eval_view,
+    look_windows,
+    make_loader,
+    open_for,
+    open_source,
+    render,
+    select,
+    slice_name,
+    weighed,
+)
 from tools.lib import sheet
 from tools.lib.cli import Parser, positive, run, within
 from tools.lib.loop import read_config, read_recipes
@@ -30,11 +41,14 @@ SIDE = 448  # pixels, about, of a slice and of a global crop; crops are enlarged
 def open_data(config, root):
     """The images of the run, opened as train_ssl.py opens them; other data than the run's is refused."""
     args = config["args"]
+    if root is None and not Path(args["data"]).is_dir():
+        raise FileNotFoundError(f"{args['data']} is no folder here; the run's config.json names it: give --data")
     root, kept = root or args["data"], {"limit": args["limit"], "z_stride": args["z_stride"]}
     if config["split"] == "train":  # duplicates.json may be younger than the run, and says nothing of what it saw
         source = open_for(root, "fit", allow_duplicates=True, **kept)
     else:
         source = open_source(root, **kept)
+    source = weighed(source, args["weights"]) if args.get("weights") else source
     for key in ("index_sha256", "split_sha256"):
         if config[key] != getattr(source, key):
             raise ValueError(
@@ -109,7 +123,7 @@ def describe(source, batch, v, j):
 
 
 def draw_image(source, batch, j, patch_size, with_gram):
-    """One row: the slice with its boxes, then every view of image j of a micro-batch."""
+    """Of image j: the slice with its boxes and the globals, below them the locals, and the Gram teacher's crops."""
     crops = render(batch.images[j : j + 1], select(batch.plan, [j]))
     masks = batch.masks.unflatten(0, (2, -1))[:, j]  # [2, N]
     zoom, side = zoom_of(batch.plan.recipe.global_size), math.isqrt(masks.shape[1])
@@ -119,22 +133,17 @@ def draw_image(source, batch, j, patch_size, with_gram):
         lines = describe(source, batch, v, j)
         lines[1] += f"{', ' * bool(lines[1])}{int(mask.sum())} of {len(mask)} patches masked"
         tiles.append(sheet.titled(tile, lines, colour_of(v)))
-    tiles.append(draw_locals(source, batch, j, denormalise(crops.locals)))
+    small = [
+        sheet.titled(sheet.picture(crop, zoom), describe(source, batch, v, j), colour_of(v))
+        for v, crop in enumerate(denormalise(crops.locals), 2)
+    ]
+    gram = []
     for v, crop in enumerate(denormalise(crops.gram) if with_gram and crops.gram is not None else ()):
         tile = sheet.picture(crop, zoom_of(crop.shape[1]))
-        tiles.append(sheet.titled(tile, [f"Gram teacher's global {v + 1}", "not blurred"], colour_of(v)))
-    return sheet.row(tiles)
-
-
-def draw_locals(source, batch, j, crops):
-    """The local crops in two rows, enlarged as the global ones are."""
-    zoom = zoom_of(batch.plan.recipe.global_size)
-    tiles = [
-        sheet.titled(sheet.picture(crop, zoom), describe(source, batch, v, j), colour_of(v))
-        for v, crop in enumerate(crops, 2)
-    ]
-    half = -(-len(tiles) // 2)
-    return sheet.stack([sheet.row(part) for part in (tiles[:half], tiles[half:]) if part])
+        gram.append(sheet.titled(tile, [f"Gram teacher's global {v + 1}", "not blurred"], colour_of(v)))
+    fit = (sheet.WIDTH + sheet.GAP) // (max([t.width for t in small], default=1) + sheet.GAP)  # locals in one row
+    rows = [tiles, *(small[k : k + fit] for k in range(0, len(small), fit)), gram]
+    return sheet.stack([sheet.row(some) for some in rows if some])
 
 
 def colour_of(view):

@@ -21,7 +21,6 @@ from xml.parsers import expat
 
 import numpy as np
 from pydicom import dcmread
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from checkpoint import atomic_write, write_text
@@ -30,6 +29,7 @@ from tools.lib.cli import Parser, positive, run, shown
 from tools.lib.dicom import MAX_PIXELS, Reject, default_key_file, load_key, parsing, public_id, scan_file, value_of
 from tools.lib.files import csv_text, walk_files, write_json
 from tools.lib.manifest import index_path
+from tools.lib.progress import progress
 
 VERSION = 1
 RATINGS = (
@@ -404,7 +404,7 @@ def find_affines(paths, places, wanted):
     for path in paths:
         folders[str(Path(path).parent)].append(path)
     for thorough in (False, True):
-        for files in tqdm(folders.values(), "positions", unit="folder", disable=None):
+        for files in progress(folders.values(), "positions", unit="folder"):
             for path in files if len(found) < len(wanted) else ():
                 scan = scan_file(path)
                 row = None if scan.reason else places.find(scan.sop)
@@ -463,7 +463,7 @@ def write_masks(folder, masks):
     for old in folder.glob("*.npz"):
         if old.stem not in masks:
             old.unlink()
-    for name, arrays in tqdm(masks.items(), "masks", unit="nodule", disable=None):
+    for name, arrays in progress(masks.items(), "masks", unit="nodule"):
         content = io.BytesIO()
         np.savez_compressed(content, **arrays)
         atomic_write(folder / f"{name}.npz", lambda f, content=content: f.write(content.getvalue()))
@@ -472,7 +472,7 @@ def write_masks(folder, masks):
 def read_all(paths, places, counts):
     """XML files -> [(Series, marks of one nodule)]."""
     nodules, readings = [], {}  # readings: {series uid of the XML, and name of the series in the index: (path, sha256)}
-    for path in tqdm(paths, "readings", unit="file", disable=None):
+    for path in progress(paths, "readings", unit="file"):
         uid, sessions = read_xml(path)
         if uid is None:
             counts[sessions] += 1

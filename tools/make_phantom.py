@@ -23,10 +23,10 @@ import numpy as np
 from pydicom import dcmread
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, ImplicitVRLittleEndian
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tools.lib.cli import Parser, natural, positive, run, within
+from tools.lib.progress import progress
 
 # z y x: centre as a fractional index in the volume ordered by position; z_mm y_mm x_mm: the same in patient
 # coordinates. kind: nodule, or small (< 3 mm: one point in the XML, no masks). malignancy: ratings of `readers`.
@@ -920,7 +920,7 @@ def main(argv=None):
     with (
         Pool(args.workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool,  # Ctrl+C is for the parent
         open(unfinished, "w", newline="") as f,
-        tqdm(total=total, unit="slice", desc="phantom") as bar_of_slices,
+        progress(total=total, unit="slice", desc="phantom") as bar_of_slices,
     ):
         table = csv.DictWriter(f, TRUTH_COLUMNS)
         table.writeheader()

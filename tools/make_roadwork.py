@@ -152,14 +152,14 @@ def orange_things(rng, s, height, width, shares):
         for x in rng.uniform(-reach, reach, 30):
             thing = kind, x, z, tall, COLOURS["orange"], code
             if not any(hides(thing, other) or hides(other, thing) for other in found):
-                break
-        found.append(thing)
+                found.append(thing)
+                break  # without a free place it is left out
     return found
 
 
 def hides(a, b):
     """Whether a thing stands before another, or almost."""
-    near = THINGS[a[0]][3] / a[2] + THINGS[b[0]][3] / b[2]
+    near = sum(THINGS[kind][3] * tall / THINGS[kind][1] / z for kind, _, z, tall, *_ in (a, b))  # half their widths
     return a[2] < b[2] + 2 and abs(a[1] / a[2] - b[1] / b[2]) < near
 
 
@@ -387,8 +387,8 @@ def main(argv=None):
     (height, width), (low, high), out = args.size, args.object_share, args.out
     if min(args.size) < 64:
         parser.error(f"argument --size: each side at least 64, got {height}x{width}")
-    if not 10 / (height * width) <= low <= high <= 0.2:
-        parser.error(f"argument --object-share: from {10 / height / width:.2g} (10 pixels) to 0.2, got {low} {high}")
+    if not 10 / (height * width) <= low <= high <= 0.1:
+        parser.error(f"argument --object-share: from {10 / height / width:.2g} (10 pixels) to 0.1, got {low} {high}")
     if not 0 <= args.flip < 0.5:
         parser.error(f"argument --flip: from 0 to below 0.5, got {args.flip}")
     if out.exists() and (out.is_file() or any(out.iterdir())):

@@ -21,9 +21,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from checkpoint import write_text
-from data import file_sha256, find_table, read_labels
+from data import file_sha256, find_table, read_duplicates, read_labels, read_splits, split_path
 from tools.lib.cli import Parser, natural, run, shown
-from tools.lib.files import read_json_file
 from tools.lib.groups import join, open_data, same_patients
 from tools.lib.provenance import plain_name
 
@@ -33,13 +32,18 @@ THREE_WAY = "train=0.85,val_select=0.05,val_test=0.10"
 FOUR_WAY = "train=0.60,val_select=0.15,val_calib=0.15,val_test=0.10"
 
 
-def read_table(table, known):
-    """[(path, label, group or "")] of a label table."""
-    rows, _ = read_labels(table)
+def read_table(table, root, known):
+    """[(path, label, group or "", source or "")] of a table; pictures have one label, slices any number."""
+    rows, nodules = read_labels(table, root)
+    label_of = {}
     for number, row in enumerate(rows, 2):
-        if row["path"] not in known:
-            raise ValueError(f"{table}, row {number}: no image {shown(row['path'])!r} in the data; leave the row out")
-    return [(row["path"], row["label"].strip(), row.get("group", "").strip()) for row in rows]
+        path, label = row["path"], row["label"].strip()
+        if path not in known:
+            raise ValueError(f"{table}, row {number}: no image {shown(path)!r} in the data; leave the row out")
+        if not nodules and label_of.setdefault(path, label) != label:
+            here = f"{shown(path)} has label {shown(label)}, and {shown(label_of[path])} above"
+            raise ValueError(f"{table}, row {number}: {here}; keep one")
+    return [(row["path"], *(row.get(key, "").strip() for key in ("label", "group", "source"))) for row in rows]
 
 
 def parse_ratios(text):
@@ -87,24 +91,88 @@ def chance(seed, name):
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "big") / 2**64
 
 
-def assign(units, strata, ratios, seed):
-    """Index of unit -> split. Within a stratum the units come in a random order, large ones first, each to the split
-    that still lacks most groups; an empty split then gets one unit from the fullest."""
-    sizes = Counter()
-    for unit, stratum in zip(units, strata):
-        sizes[stratum] += len(unit)
-    lacks = allocate(sizes, ratios)
-    order = sorted(range(len(units)), key=lambda i: (-len(units[i]), chance(seed, units[i][0])))
-    members = {split: [] for split in ratios}
-    for i in order:
-        left = lacks[strata[i]]
-        split = max(left, key=left.get)
-        left[split] -= len(units[i])
+def assign(units, contents, lacks, seed, placed):
+    """Index of unit -> split. Units come in a random order, large ones first, each to the split that still lacks most
+    of what it holds; an empty split then gets one unit from the fullest.
+
+    contents: {stratum: groups or pictures} of each unit; lacks: {stratum: {split: number}}, used up here; placed:
+    {index: split} of units that have theirs.
+    """
+    splits = list(next(iter(lacks.values())))
+    members = {split: [] for split in splits}
+    order = sorted(range(len(units)), key=lambda i: (-sum(contents[i].values()), chance(seed, units[i][0])))
+    for i in sorted(order, key=lambda i: i not in placed):
+        wanted = {split: sum(n * lacks[stratum][split] for stratum, n in contents[i].items()) for split in splits}
+        split = placed.get(i) or max(wanted, key=wanted.get)
+        for stratum, n in contents[i].items():
+            lacks[stratum][split] -= n
         members[split].append(i)
-    for split in ratios:
+    for split in splits:
         if not members[split]:
             members[split].append(max(members.values(), key=len).pop())
     return {i: split for split, indices in members.items() for i in indices}
+
+
+def lacking(contents, ratios, alone=frozenset()):
+    """What each split is to hold, {(label, source): {split: pictures}}, within one of the shares of each label.
+
+    alone: sources for training only; shares are those of the others.
+    """
+    sizes, lacks = sum(contents, Counter()), {}
+    for label in sorted({label for label, _ in sizes}):
+        lacks |= allocate({k: n for k, n in sizes.items() if k[0] == label and k[1] not in alone}, ratios)
+    of_train = {k: {split: n * (split == "train") for split in ratios} for k, n in sizes.items() if k[1] in alone}
+    return lacks | of_train
+
+
+def parse_sources(text):
+    """'source=A,B' -> {"A", "B"}."""
+    key, _, names = text.partition("=")
+    if text and (key != "source" or not all(names.split(","))):
+        raise ValueError(f"--train-only {text!r}: write it like source=mapillary,openimages")
+    return {*filter(None, names.split(","))}
+
+
+def pictures_of(units, labels, groups, paths):
+    """{(label, source): pictures} of each unit; groups and paths: of each picture."""
+    facts = {path: (label, source) for path, label, _, source in labels}
+    of_group = defaultdict(Counter)
+    for path, group in zip(paths, groups):
+        of_group[group][facts.get(path, ("", ""))] += 1
+    return [sum((of_group[name] for name in unit), Counter()) for unit in units]
+
+
+def keep_for_training(units, contents, alone, placed):
+    """{index of unit: "train"} of those with a picture of a source that only trains."""
+    found = {i: "train" for i, content in enumerate(contents) if any(source in alone for _, source in content)}
+    if absent := alone - {source for content in contents for _, source in content}:
+        raise ValueError(f"--train-only: labels.csv has no source {shown(min(absent))}")
+    if moved := [i for i in found if placed.get(i, "train") != "train"]:
+        raise ValueError(
+            f"--train-only: {shown(units[moved[0]][0])} stands in {placed[moved[0]]}; make the split anew, "
+            "without --extend and with --force"
+        )
+    if others := sum(n for i in found for (_, source), n in contents[i].items() if source not in alone):
+        print(f"--train-only: {others} pictures of other sources are copies of these, or of one scene, and train too")
+    return found
+
+
+def earlier_splits(path, units, ratios):
+    """{index of unit: split} of an existing splits.json, whose groups keep theirs."""
+    again = "make the split anew, without --extend and with --force"
+    stood = read_splits(path, again)["groups"]
+    if odd := sorted(set(stood.values()) - set(ratios)):
+        raise ValueError(f"{path} has {odd[0]}, which --ratios or --four-way does not name; say the same as before")
+    placed = {}
+    for i, unit in enumerate(units):
+        known = {stood[name]: name for name in unit if name in stood}
+        if len(known) > 1:
+            pair = " and ".join(f"{shown(name)} ({split})" for split, name in list(known.items())[:2])
+            raise ValueError(f"{path}: {pair} belong together now (one scene, or copies); {again}")
+        if known:
+            placed[i] = next(iter(known))
+    print(f"{path}: {sum(name in stood for unit in units for name in unit)} groups keep their split")
+    return placed
 
 
 def assign_stable(units, ratios, seed):
@@ -119,7 +187,7 @@ def assign_stable(units, ratios, seed):
 
 def rarest_label(units, labels, group_of):
     """Stratum of each unit: of the labels on its slices the one that fewest groups carry (ties by name), or none."""
-    carriers = {(group_of[path], label) for path, label, _ in labels}
+    carriers = {(group_of[path], label) for path, label, *_ in labels}
     groups_with = Counter(label for _, label in carriers)
     labels_of = defaultdict(set)
     for group, label in carriers:
@@ -133,12 +201,23 @@ def count(slices, labels, group_of, groups, ratios):
     n_groups, n_slices = Counter(groups.values()), Counter()
     for name, n in slices.items():
         n_slices[groups[name]] += n
-    n_labels = Counter((groups[group_of[path]], label) for path, label, _ in labels)
-    names = sorted({label for _, label, _ in labels})
+    n_labels = Counter((groups[group_of[path]], label) for path, label, *_ in labels)
+    names = sorted({label for _, label, *_ in labels})
     return {
         s: {"groups": n_groups[s], "slices": n_slices[s], "labels": {name: n_labels[s, name] for name in names}}
         for s in ratios
     }
+
+
+def check_classes(counts, least):
+    """Each label in each split, or nothing can be measured there."""
+    for split, c in counts.items():
+        for label, n in c["labels"].items():
+            if n < least:
+                raise ValueError(
+                    f"{split} would have {n} pictures of {shown(label)}, fewer than --min-per-class {least}: add "
+                    "pictures of it, or allow fewer"
+                )
 
 
 def verify(groups, counts, slices, sets):
@@ -147,14 +226,14 @@ def verify(groups, counts, slices, sets):
     assert sum(c["slices"] for c in counts.values()) == sum(slices.values()), "slices do not add up"
     assert all(len({groups[name] for name in members}) == 1 for members in sets), "joined groups straddle two splits"
     if empty := [split for split, c in counts.items() if not c["groups"]]:
-        raise ValueError(f"{empty[0]} would be empty (--stable draws at random); add patients, or take another --seed")
+        raise ValueError(f"{empty[0]} would be empty (--stable draws at random); add groups, or take another --seed")
 
 
-def show(counts):
+def show(counts, images):
     """Print the table of counts; at most six labels, since photographs may have a thousand."""
     labels = list(counts["train"]["labels"])
     names = [shown(label, 40) for label in labels[:6]]
-    lines = [["split", "groups", "slices", *names, *["..."][: len(labels) > 6]]]
+    lines = [["split", "groups", images, *names, *["..."][: len(labels) > 6]]]
     lines += [[split, c["groups"], c["slices"], *list(c["labels"].values())[:6]] for split, c in counts.items()]
     for line in lines:
         print(" ".join(f"{cell!s:>11}" for cell in line))
@@ -176,23 +255,11 @@ def write(path, payload, force):
     print("wrote", path)
 
 
-def read_duplicates(path, digest, names, data):
-    """Lists of groups that check_duplicates.py found to share pictures of this index."""
-    again = f"run python tools/check_duplicates.py --data {data} again"
-    found = read_json_file(path, {"index_sha256": str, "groups": list}, again, VERSION)
-    if found["index_sha256"] != digest:
-        raise ValueError(f"{path} was made for another index; {again}, or delete the file")
-    for members in found["groups"]:
-        if not (isinstance(members, list) and members and all(isinstance(n, str) and n in names for n in members)):
-            raise ValueError(f"{path} field 'groups' must be lists of groups of the index; {again}")
-    return found["groups"]
-
-
 def build_parser():
     p = Parser(__doc__)
     p.add_argument("--data", type=Path, required=True, help="processed CT folder, or folder tree of photographs")
     shares = p.add_mutually_exclusive_group()
-    shares.add_argument("--ratios", default=THREE_WAY, help="shares of the groups, together 1")
+    shares.add_argument("--ratios", help=f"shares of patients, default {THREE_WAY}, or of pictures, default {FOUR_WAY}")
     shares.add_argument("--four-way", action="store_true", help=f"the same as --ratios {FOUR_WAY}")
     p.add_argument(
         "--labels", type=Path, help="label table to stratify by, also sought in --data; photographs: labels.csv there"
@@ -203,6 +270,9 @@ def build_parser():
     p.add_argument("--group-by", choices=("patient", "dataset"), default="patient", help="what never straddles")
     p.add_argument("--seed", type=natural, default=0, help="another seed, another division")
     p.add_argument("--stable", action="store_true", help="by hash: new patients move nobody; not stratified")
+    p.add_argument("--min-per-class", type=natural, default=5, help="pictures of each label in each split")
+    p.add_argument("--train-only", default="", metavar="source=A,B", help="photographs of these sources only train")
+    p.add_argument("--extend", action="store_true", help="keep every group of splits.json where it is, deal new ones")
     p.add_argument("--force", action="store_true", help="replace a splits.json that differs")
     return p
 
@@ -210,9 +280,14 @@ def build_parser():
 def main(argv=None):
     parser = build_parser()
     args = parser.parse_args(argv)
-    ratios = parse_ratios(FOUR_WAY if args.four_way else args.ratios)
     source = open_data(args.data)
     photos = source.encoding == "photo"
+    ratios = parse_ratios(FOUR_WAY if args.four_way else args.ratios or (FOUR_WAY if photos else THREE_WAY))
+    alone = parse_sources(args.train_only)
+    if args.extend and (args.stable or args.force):
+        parser.error("--extend keeps what stands: without --stable, which moves nobody anyway, and --force")
+    if alone and not photos:
+        parser.error("--train-only: slices have no source; photographs have, in labels.csv")
     if photos and args.group_by == "dataset":
         parser.error("--group-by dataset: photographs have no dataset; give groups in labels.csv")
 
@@ -221,31 +296,44 @@ def main(argv=None):
     slices = Counter(column)
     usual = args.data / "labels.csv"
     table = find_table(args.data, args.labels) if args.labels else usual if photos and usual.exists() else None
-    labels = read_table(table, group_of) if table else []
+    labels = read_table(table, args.data, group_of) if table else []
     together = defaultdict(set)  # groups that share a dataset (if asked), or a value in the table's group column
     for name in slices if args.group_by == "dataset" else ():
         together["dataset", plain_name(name.split("/")[0])].add(name)
-    for path, _, group in labels:
+    for path, _, group, _ in labels:
         together["label group", plain_name(group or group_of[path])].add(group_of[path])
     sets = [sorted(members) for members in together.values()] + same_patients(source)
-    duplicates = args.duplicates or args.data / "_splits" / "duplicates.json"
+    duplicates = args.duplicates or split_path(args.data, "duplicates.json")
     if args.duplicates or duplicates.exists():
-        copies = read_duplicates(duplicates, source.index_sha256, slices, args.data)
+        copies = read_duplicates(source, duplicates)
         sets += copies
         print(f"{duplicates}: {len(copies)} sets of groups share pictures and stay together")
 
     units = join(slices, sets)
     if len(units) < len(ratios):
         raise ValueError(f"{len(units)} independent groups cannot fill {len(ratios)} splits; add groups or drop splits")
-    print(f"{len(source)} slices in {len(slices)} groups, {len(units)} of them independent")
+    images = "images" if photos else "slices"
+    print(f"{len(source)} {images} in {len(slices)} groups, {len(units)} of them independent")
+    path = split_path(args.data)
+    placed = earlier_splits(path, units, ratios) if args.extend else {}
+    if photos:
+        contents = pictures_of(units, labels, column, [p.decode() for p in source.rows.column("path").tolist()])
+        placed |= keep_for_training(units, contents, alone, placed)
+        lacks = lacking(contents, ratios, alone)
+    else:
+        strata = rarest_label(units, labels, group_of)
+        contents = [Counter({stratum: len(unit)}) for unit, stratum in zip(units, strata)]
+        lacks = allocate(sum(contents, Counter()), ratios)
     if args.stable:
         print("--stable: the shares follow the ratios only approximately")
-        placed = assign_stable(units, ratios, args.seed)
+        placed = assign_stable(units, ratios, args.seed) | placed
     else:
-        placed = assign(units, rarest_label(units, labels, group_of), ratios, args.seed)
+        placed = assign(units, contents, lacks, args.seed, placed)
     groups = dict(sorted((name, placed[i]) for i, unit in enumerate(units) for name in unit))
     counts = count(slices, labels, group_of, groups, ratios)
     verify(groups, counts, slices, sets)
+    if photos:
+        check_classes(counts, args.min_per_class)
     payload = {
         "version": VERSION,
         "seed": args.seed,
@@ -257,9 +345,10 @@ def main(argv=None):
         "index_sha256": source.index_sha256,
         "groups": groups,
     }
-    path = args.data / "_splits" / "splits.json"
-    write(path, payload, args.force)
-    show(counts)
+    if alone:
+        payload["train_only"] = sorted(alone)
+    write(path, payload, args.force or args.extend)
+    show(counts, images)
     print("sha256", file_sha256(path))
     return 0
 

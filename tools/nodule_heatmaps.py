@@ -1,7 +1,7 @@
 """Do nodules light up? Attention and patch similarity of a backbone on held-out nodules, in pictures and in numbers.
 
 In: weights that load_backbone reads, a processed CT folder with _labels/nodules.csv and masks (tools/lidc_nodules.py).
-Out: OUT/heatmaps.png, a contact sheet, and OUT/heatmaps.json. Each nodule is seen once, in a crop of --crop-mm whose
+Out: OUT/heatmaps.png and .json, and each nodule as OUT/nodule_01.png .... It is seen once, in a crop of --crop-mm whose
 place around it is drawn by seed, so that "look at the middle" is no answer. Inside: patches at least half covered by
 the majority mask (or the most covered one, if the nodule is smaller); outside: patches it does not touch.
 
@@ -44,7 +44,7 @@ KEPT = "id path z group diameter_mm".split()
 SAMPLES = 8  # per patch and axis: masks are measured on this grid, 0.4 mm at 96 mm and 448 pixels
 DEALS = 10  # other nodules that each map is dealt to, for chance
 RANDOM_DRAWS = 3  # nets with random weights; their numbers are averaged nodule by nodule
-TILE = 200  # pixels of a picture on the sheet
+TILE = 212  # pixels of a picture; two nodules of four fill the sheet
 NODULE, RING = "#50f0ff", "#6a8a9a"
 
 
@@ -64,11 +64,11 @@ class Target(NamedTuple):
 # Where to look.
 
 
-def read_nodules(path, groups):
+def read_nodules(path, root, groups):
     """Rows of a label table that belong to these groups."""
     if not path.exists():
         raise FileNotFoundError(f"--labels {path} does not exist; make it with tools/lidc_nodules.py")
-    rows, nodules = data.read_labels(path)
+    rows, nodules = data.read_labels(path, root)
     if not nodules:
         raise ValueError(f"{path} is no table of nodules; make it with tools/lidc_nodules.py")
     for number, row in enumerate(rows, 2):
@@ -345,15 +345,18 @@ def paint(image, samples, colour):
     return Image.fromarray(pixels)
 
 
-def heat_tile(grey, heat, target, title, mm):
-    """One map over the crop with the nodule's outline and a box around the strongest patch."""
-    side, at = grey.width / len(heat), np.array(np.unravel_index(heat.argmax(), heat.shape))
-    right = target.inside[tuple(at)]
-    top = max(heat.max(), 4 * heat.mean())  # even attention stays dark
-    picture = paint(sheet.over(grey, sheet.heat(heat, 0, top)), target.mask, NODULE)
-    corners = [*(at * side), *((at + 1) * side)]
-    picture = sheet.outline(picture, [(corners, sheet.GOOD if right else sheet.BAD, "", 1)])
-    return sheet.titled(sheet.scale_bar(picture, mm), title)
+def heat_tile(grey, heat, target, title, mm, anchored=False):
+    """One map over the crop, the nodule's outline, a box at the strongest patch; a similarity's own gets a cross."""
+    side, rivals = grey.width / len(heat), heat.copy()
+    top = 1 if anchored else max(heat.max(), 4 * heat.mean())  # of attention; an even one stays dark
+    picture = paint(sheet.over(grey, sheet.heat(sheet.enlarge(heat, grey.width), 0, top)), target.mask, NODULE)
+    if anchored:
+        y, x = (side * (k + 0.5) for k in np.unravel_index(target.centre, heat.shape))
+        picture, rivals.flat[target.centre] = sheet.cross(picture, y, x), -np.inf
+    at = np.array(np.unravel_index(rivals.argmax(), heat.shape))
+    colour = sheet.GOOD if target.inside[tuple(at)] else sheet.BAD
+    picture = sheet.outline(picture, [([*(at * side), *((at + 1) * side)], colour, "", 1)])
+    return sheet.titled(sheet.scale_bar(picture, mm), title, size=14)
 
 
 def grey_crop(source, target):
@@ -366,57 +369,50 @@ def grey_crop(source, target):
     return sheet.picture(codes / 255)
 
 
-def peak(heat):
-    return f"peak {heat.max() / heat.mean():.1f} x mean"
-
-
 def draw(source, target, maps, values, crop_mm):
     """One nodule: CT with its outline and ring, attention, attention of random weights, similarity to its centre.
 
     maps [nets, M, P, P]; values [M, STATS] of the trained net.
     """
     grey, mm = grey_crop(source, target), crop_mm / TILE
-    window = "lung window" if source.encoding == "hu16-v1" else "soft tissue"
     plain = sheet.scale_bar(paint(paint(grey, target.ring, RING), target.mask, NODULE), mm)
     share, alike = values[0, STATS.index("share")], values[-1, STATS.index("auroc")]
-    captions = [f"share {share:.2f}, {peak(maps[0, 0])}", peak(maps[1, 0])]
     auroc = f"auroc {alike:.2f}" if np.isfinite(alike) else "no larger than one patch"
-    tiles = [
-        sheet.titled(plain, [f"CT, {window}", "nodule; ring of equal area"]),
-        heat_tile(grey, maps[0, 0], target, ["attention, mean of heads", captions[0]], mm),
-        heat_tile(grey, maps[1, 0], target, ["the same, random weights", captions[1]], mm),
-        heat_tile(grey, np.clip(maps[0, -1], 0, 1), target, ["similarity to its centre", auroc], mm),
-    ]
-    picture, row = sheet.row(tiles), target.row
+    own, untrained = (f"peak {heat.max() / heat.mean():.1f} x mean" for heat in maps[:2, 0])
+    picture, row = sheet.row([
+        sheet.titled(plain, ["CT with the nodule", "and a ring of equal area"], size=14),
+        heat_tile(grey, maps[0, 0], target, ["attention, mean of heads", f"share {share:.2f}, {own}"], mm),
+        heat_tile(grey, maps[1, 0], target, ["the same, random weights", untrained], mm),
+        heat_tile(grey, maps[0, -1], target, ["similarity to the cross", auroc], mm, anchored=True),
+    ]), target.row  # fmt: skip
     title = f"{row['id']}, {float(row['diameter_mm']):.1f} mm, slice {row['z']}"
-    return sheet.stack([sheet.heading(title, picture.width, size=14), picture], 4)
+    return sheet.stack([sheet.heading(title, picture.width, size=15), picture], 4)
 
 
 def draw_table(numbers):
     """The numbers as columns: every map, trained against chance and random weights."""
     trained, random, gain = numbers["trained"], numbers["random"], numbers["trained_minus_random"]
-    columns = [(80, "map", list(trained["own"]))]
-    for stat in STATS:
-        columns.append((142, f"{stat} [95%]", [brief(one.get(stat)) for one in trained["own"].values()]))
-        if stat in ("hit", "auroc", "share"):
-            columns.append((52, "chance", [bare(one.get(stat)) for one in trained["chance"].values()]))
-        columns.append((56, "random", [bare(one.get(stat)) for one in random["own"].values()]))
-    for stat in ("auroc", "share"):
-        columns.append((172, f"{stat} minus random [95%]", [brief(one.get(stat)) for one in gain.values()]))
-    return sheet.row([sheet.paragraphs([(top, sheet.DIM), *rest], width) for width, top, rest in columns])
+    columns = [(84, "map", list(trained["own"]))]
+    for stat in ("share", "auroc", "hit", "inside", "ring"):
+        columns.append((158, f"{stat} [95%]", [brief(one.get(stat)) for one in trained["own"].values()]))
+        if stat in TELLING:
+            columns.append((54, "chance", [bare(one.get(stat)) for one in trained["chance"].values()]))
+            columns.append((60, "random", [bare(one.get(stat)) for one in random["own"].values()]))
+    for stat in ("share", "auroc"):
+        columns.append((176, f"{stat} minus random [95%]", [brief(one.get(stat)) for one in gain.values()]))
+    return sheet.row([sheet.paragraphs([(top, sheet.DIM), *rest], width, 14) for width, top, rest in columns])
 
 
 def draw_sheet(title, warning, sentences, numbers, pictures):
+    """sentences: verdicts, whose numbers are left out, since they stand in the table."""
     pairs = [sheet.row(pictures[i : i + 2], 24) for i in range(0, len(pictures), 2)]
-    width = max(pair.width for pair in (*pairs, draw_table(numbers)))
-    top = [sheet.heading(title, width, size=20)]
-    top += [sheet.heading(warning, width, sheet.BAD)] * bool(warning)
-    legend = (
-        "inside: patches at least half covered by the nodule; chance: the same maps on other nodules; random: the same "
-        "architecture with random weights; ring: as large as the nodule, around it; box: strongest patch, green inside"
-    )
-    words = [*sentences, (legend, sheet.DIM)]
-    return sheet.stack([*top, sheet.paragraphs(words, width), draw_table(numbers), *pairs])
+    top = [sheet.heading(title, sheet.WIDTH, size=20)]
+    top += [sheet.heading(warning, sheet.WIDTH, sheet.BAD)] * bool(warning)
+    legend = [f"{stat}: {text}" for stat, text in re.findall(r"^    (?!python)(\w+) +(.+)", __doc__, re.M)]
+    legend = "; ".join([*legend, "random: random weights; box: the strongest patch, green inside"])
+    words = [re.split(r": (?=share|auroc|hit)", sentence)[0].rstrip(".") + "." for sentence in sentences]
+    top += [sheet.paragraphs(words, sheet.WIDTH, 17), sheet.paragraphs([(legend, sheet.DIM)], sheet.WIDTH, 14)]
+    return sheet.stack([*top, draw_table(numbers), *pairs])
 
 
 # The program.
@@ -473,7 +469,7 @@ def main(argv=None):
     labels = data.find_table(args.data, args.labels) if args.labels else args.data / "_labels" / "nodules.csv"
     groups = source.rows.column("group")
     inside = args.split == "all" or data.split_names(source) == args.split
-    rows = read_nodules(labels, set(groups[inside].ravel().tolist()))
+    rows = read_nodules(labels, args.data, set(groups[inside].ravel().tolist()))
     judged = np.flatnonzero(np.isin(groups, [row["group"] for row in rows]))
     exposure = provenance.refuse_leak(facts, source.take(judged), f"split {args.split}", args.allow_seen)
     vit = load_backbone(args.ckpt)
@@ -497,7 +493,7 @@ def main(argv=None):
     sentences.append(f"Best of {len(heads)} heads, chosen on these very nodules: {verdict(numbers, best)}")
     patients = {t.row["group"] for t in targets}
     seen = patients & set(exposure.groups)
-    caveats = judge.caveats(seen, len(patients), exposure.known, source.crossing)
+    caveats = judge.caveats(seen, len(patients), exposure.known, source.crossing, source.earlier_looks)
     sentences += [f"{text[0].upper()}{text[1:]}." for text in caveats]
     title = (
         f"{args.ckpt.name}, {vit.arch['name']}: {len(targets)} nodules of {len(patients)} patients, split "
@@ -515,9 +511,13 @@ def main(argv=None):
     write_json(out / "heatmaps.json", report, indent=1)
     drawn = tqdm(zip(targets, maps.swapaxes(0, 1), own), "draw", len(targets), unit="nodule", disable=None)
     pictures = [draw(source, target, some, values, args.crop_mm) for target, some, values in drawn]
+    for old in out.glob("nodule_*.png"):
+        old.unlink()
+    for k, picture in enumerate(pictures, 1):
+        sheet.save(out / f"nodule_{k:02}.png", picture)
     sheet.save(out / "heatmaps.png", draw_sheet(title, warning, sentences, numbers, pictures))
-    files = [str(out / f"heatmaps.{ending}") for ending in ("json", "png")]
-    print("\n".join([title, *[warning] * bool(warning), *sentences, *files]))
+    print("\n".join([title, *[warning] * bool(warning), *sentences]))
+    print(out / "heatmaps.json", out / "heatmaps.png", out / "nodule_*.png", sep="\n")
     return 0
 
 

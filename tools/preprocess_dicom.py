@@ -31,7 +31,6 @@ import numpy as np
 import PIL
 import pydicom
 from PIL import Image
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from checkpoint import atomic_write, fsync_folder
@@ -50,6 +49,7 @@ from tools.lib.dicom import (
     scan_file,
 )
 from tools.lib.files import walk_files, write_json
+from tools.lib.progress import progress
 from tools.lib.provenance import plain_name
 
 VERSION = 1  # part of every series' input hash: raise it when the same files would give other pixels or rows
@@ -319,7 +319,7 @@ def scan_tree(paths, workers):
     """-> [Scan], in the order of paths."""
     chunks = [paths[i : i + 256] for i in range(0, len(paths), 256)]
     scans = []
-    with tqdm(total=len(paths), desc="headers", unit="file", disable=None) as bar:
+    with progress(total=len(paths), desc="headers", unit="file") as bar:
         for found in parallel(scan_files, chunks, workers):
             scans += found
             bar.update(len(found))
@@ -372,7 +372,7 @@ def plan_jobs(scans, key_file, keep_ids, **common):
 def process_all(jobs, workers):
     """-> {series: (reason or "", detail, rejected files)}"""
     outcome = {}
-    with tqdm(total=sum(len(job.files) for job in jobs), desc="slices", unit="slice", disable=None) as bar:
+    with progress(total=sum(len(job.files) for job in jobs), desc="slices", unit="slice") as bar:
         for job, *result in parallel(process_series, jobs, workers):
             outcome[job.series] = result
             bar.update(len(job.files))

@@ -469,13 +469,14 @@ def protocol_numbers(judged, known):
     gains = [
         [name, in_words(d), "-" if d["p"] is None else f"{d['p']:.2g}"] for name, d in judged["differences"].items()
     ]
-    parts = [f"**{judged['title']}.** {judged['samples']} samples of {judged['patients']} patients."]
+    unit = "groups" if judged.get("unit") == "groups" else "patients"
+    parts = [f"**{judged['title']}.** {judged['samples']} samples of {judged['patients']} {unit}."]
     if seen := len(judged["seen_in_pretraining"]):
-        parts.append(f"**The backbone has seen {seen} of these patients in pretraining: these numbers are too good.**")
+        parts.append(f"**The backbone has seen {seen} of these {unit} in pretraining: these numbers are too good.**")
     elif not known or "unknown" in judged["title"]:
-        parts.append(f"**{UNKNOWN[0].upper()}{UNKNOWN[1:]}: it may have met these patients.**")
+        parts.append(f"**{UNKNOWN[0].upper()}{UNKNOWN[1:]}: it may have met these {unit}.**")
     else:
-        parts.append("The probe found none of these patients among those that the weights were trained on.")
+        parts.append(f"The probe found none of these {unit} among those that the weights were trained on.")
     parts += [table(["", *(METRICS[key][0] for key in found)], rows), table(["difference of AUC", "", "p"], gains)]
     return "\n\n".join([*parts, judged["verdict"]])
 

@@ -18,7 +18,8 @@ from data import PURPOSES, RGB_WINDOWS, WINDOWS_HU, open_for, open_source, slice
 from tools.lib import sheet
 from tools.lib.cli import Parser, natural, run, shown, within
 
-SIDE = 288  # pixels of a tile: six of them make a sheet of 1,784
+SIDE, TYPE = 288, 15  # pixels of a tile, six of which fill a sheet, and of its type
+PHOTO = 1180  # width of the sheet of photographs
 LUNG_HU = (-950, -500)  # aerated lung; air is below, tissue above
 SLICES = ("z-1", "z", "z+1")
 RED_GREEN_BLUE = ("#ff5050", "#50d060", "#6090ff")
@@ -122,7 +123,7 @@ def judge_photo(rgb):
     return reasons
 
 
-def histogram(codes, ct):
+def histogram(codes, ct, size=(SIDE, SIDE)):
     """Curves of the three channels, of CT on one axis in HU, without the two ends of each window."""
     counts = np.stack([np.bincount(channel.ravel(), minlength=256) for channel in codes])
     counts[:, [0, 255]] = 0
@@ -135,8 +136,8 @@ def histogram(codes, ct):
         for x, y, n, colour in zip(axis, counts, sizes, RED_GREEN_BLUE)
     ]
     if ct:
-        return sheet.curves(lines, -1400, 1100, (-1000, -500, 0, 500, 1000), (SIDE, SIDE), LANDMARKS)
-    return sheet.curves(lines, 0, 255, (0, 128, 255), (SIDE, SIDE))
+        return sheet.curves(lines, -1400, 1100, (-1000, -500, 0, 500, 1000), size, LANDMARKS)
+    return sheet.curves(lines, 0, 255, (0, 64, 128, 192, 255), size)
 
 
 def window_in_words(name):
@@ -163,36 +164,42 @@ def inspect_ct(image, source, i):
     shares = " / ".join(f"{share:.0%}" for share in m["saturated"])
     apart = " / ".join("unknown" if np.isnan(hu) else f"{hu:.0f}" for hu in m["differences"])
     numbers = [
-        f"lung range {LUNG_HU[0]}..{LUNG_HU[1]} HU: {m['lung']:.1%}",
-        f"saturated R / G / B: {shares}",
-        f"soft tissue: {m['tissue_hu']:.0f} HU (median)",
-        f"R-G / G-B apart: {apart} HU",
-        ("all in the body box (yellow)", sheet.DIM),
-        f"shape {rgb.shape[1]} x {rgb.shape[2]}, {source.encoding}",
-        f"spacing {spacing[0]:.3f} x {spacing[1]:.3f} mm",
-        f"slices every {spacing[2]:.3f} mm",
+        ("In the yellow box, the body's:", sheet.DIM),
+        f"{m['lung']:.1%} is lung, {LUNG_HU[0]} to {LUNG_HU[1]} HU",
+        f"{shares} of R / G / B lie beyond their windows",
+        f"soft tissue has {m['tissue_hu']:.0f} HU, the median",
+        f"neighbours differ by {apart} HU (R, G / G, B)",
+        ("The slice:", sheet.DIM),
+        f"{rgb.shape[1]} x {rgb.shape[2]} pixels, {source.encoding}",
+        f"of {spacing[0]:.3f} x {spacing[1]:.3f} mm",
+        f"the next one after {spacing[2]:.3f} mm",
     ]
     if source.encoding == "hu16-v1":
-        numbers.append(f"HU {image[1].min()} .. {image[1].max()}")
+        numbers.append(f"HU from {image[1].min()} to {image[1].max()}")
     factor = SIDE / max(rgb.shape[1:])
     panels = [*windows(image, rgb, source), ("RGB: lung z-1, soft z, bone z+1", sheet.picture(rgb))]
     pictures = [(title, sheet.scale_bar(sheet.fit(p, SIDE), spacing[1] / factor)) for title, p in panels]
     pictures[0] = (pictures[0][0], sheet.outline(pictures[0][1], [(np.array(box) * factor, "#f4e04d", "", 1)]))
     codes = rgb[:, box[0] : box[2], box[1] : box[3]]
-    pictures.append(("HU of channels R, G, B inside their windows", histogram(codes, True)))
+    pictures.append(("HU of R, G, B in their windows", histogram(codes, True)))
     line = f"lung {m['lung']:.0%}, saturated {shares}, channels apart {apart} HU"
-    return judge(m), line, numbers, [sheet.titled(p, [title]) for title, p in pictures]
+    return judge(m), line, numbers, [sheet.titled(p, [title], size=TYPE) for title, p in pictures]
 
 
 def inspect_photo(rgb):
     shares = " / ".join(f"{share:.0%}" for share in saturated(rgb))
     means = " / ".join(f"{m:.0f} +- {s:.0f}" for m, s in zip(rgb.mean((1, 2)), rgb.std((1, 2))))
     apart = np.abs(np.diff(rgb.astype(int), axis=0)).mean()
-    numbers = [f"saturated R / G / B: {shares}", f"mean {means}", f"channels differ by {apart:.1f} codes"]
-    numbers += [f"shape {rgb.shape[1]} x {rgb.shape[2]}"] + ["grey picture"] * bool(apart == 0)
+    numbers = [f"{shares} of red / green / blue are 0 or 255", f"mean and spread {means}"]
+    numbers += [f"neighbouring channels differ by {apart:.1f} codes", "a grey picture"][: 1 + bool(apart == 0)]
+    numbers.append(f"{rgb.shape[1]} x {rgb.shape[2]} pixels")
+    aspect = rgb.shape[2] / rgb.shape[1]
+    height = min(SIDE, 2 * SIDE / aspect)  # of the picture, and of its histogram, which takes the room that is left
+    picture = sheet.fit(sheet.picture(rgb), max(1, round(height * max(aspect, 1))))
+    plot = histogram(rgb, False, (PHOTO - SIDE - picture.width - 2 * sheet.GAP, max(picture.height, 60)))
     tiles = [
-        sheet.titled(sheet.fit(sheet.picture(rgb), SIDE), ["picture"]),
-        sheet.titled(histogram(rgb, False), ["codes of R, G, B (without 0 and 255)"]),
+        sheet.titled(picture, ["picture"], size=TYPE),
+        sheet.titled(plot, ["codes of R, G, B, without 0 and 255"], size=TYPE),
     ]
     return judge_photo(rgb), f"saturated {shares}", numbers, tiles
 
@@ -211,8 +218,8 @@ def inspect_sample(source, i):
         reasons, line, numbers, tiles = [str(error)], "", [], []
     verdict, colour = ("FAIL", sheet.BAD) if reasons else ("pass", sheet.GOOD)
     failures = [(reason, sheet.BAD) for reason in reasons]
-    width = (3 if source.encoding == "photo" else 6) * (SIDE + sheet.GAP) - sheet.GAP
-    tiles.append(sheet.paragraphs([*failures, *numbers], SIDE if tiles else width))
+    width = PHOTO if source.encoding == "photo" else sheet.WIDTH
+    tiles.append(sheet.paragraphs([*failures, *numbers], SIDE if tiles else width, TYPE))
     text = f"{verdict}  {shown(name, 400)}: {'; '.join(reasons) or line}"
     return reasons, text, sheet.stack([sheet.heading(f"{verdict}   {name}", width, colour), sheet.row(tiles)], 4)
 

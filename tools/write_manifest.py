@@ -12,8 +12,6 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tqdm import tqdm
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import file_sha256
 from tools.lib.cli import Parser, positive, run, shown
@@ -28,6 +26,7 @@ from tools.lib.manifest import (
     read_rows,
     write_manifest,
 )  # fmt: skip
+from tools.lib.progress import progress
 
 
 def files_on_disk(root, dataset):
@@ -53,7 +52,7 @@ def hash_files(root, sizes, workers):
     hashed = {series: {} for series in sizes}
     with ThreadPoolExecutor(workers) as pool:  # hashlib works outside the interpreter lock
         digests = pool.map(lambda item: hash_file(Path(root) / item[1]), paths)
-        for (series, path), digest in tqdm(zip(paths, digests), "hash", len(paths), unit="file", disable=None):
+        for (series, path), digest in progress(zip(paths, digests), "hash", len(paths), unit="file"):
             hashed[series][path] = [sizes[series][path], digest]
     return hashed
 

@@ -139,6 +139,18 @@ def is_ours(error):
     return inside and dis.opname[code.co_code[trace.tb_lasti]] == "RAISE_VARARGS"
 
 
+REMEDIES = {  # in the words of the leaves, which know no program, and the program that does it
+    "preprocess": "tools/preprocess_dicom.py",
+    "make the split": "tools/make_splits.py",
+}
+
+
+def named(text):
+    """An error's text with the programs of its remedy."""
+    programs = [name for words, name in REMEDIES.items() if words in text and name not in text]
+    return f"{text} ({', '.join(programs)})" if programs else text
+
+
 def run(main):
     """Exit with main()'s code. A mistake of the user's is one line and code 2; a mistake of ours keeps its traceback.
 
@@ -153,6 +165,6 @@ def run(main):
     except (ValueError, OSError) as error:
         if isinstance(error, ValueError) and not is_ours(error):
             raise
-        print(f"{Path(sys.argv[0]).name}: error: {shown(' '.join(str(error).split()), 2000)}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: error: {shown(named(' '.join(str(error).split())), 2000)}", file=sys.stderr)
         code = 2
     sys.exit(code)

@@ -135,14 +135,6 @@ def last_per_step(rows, key):
     return kept
 
 
-def append_line(path, line):
-    """One write of one line, so that readers never see half of it; a line that a full disk cut is ended first."""
-    with open(path, "ab+") as f:
-        f.seek(max(f.seek(0, os.SEEK_END) - 1, 0))
-        cut = f.read(1) not in (b"", b"\n")
-        f.write(b"\n" * cut + json.dumps(line).encode() + b"\n")
-
-
 def csv_cell(cell):
     """A cell that no spreadsheet runs as a formula and no terminal obeys; all but texts stay as they are.
 
@@ -158,10 +150,14 @@ def csv_cell(cell):
     return f"'{cell}" if risky else cell
 
 
-def csv_text(rows):
-    """Rows of cells as CSV, each through csv_cell."""
+def csv_text(rows, exact=0):
+    """Rows of cells as CSV, each through csv_cell but the first `exact` ones: paths by which programs find files."""
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([csv_cell(cell) for cell in row] for row in rows)
+    plain, quoted = (csv.writer(text, lineterminator="\n", quoting=q) for q in (csv.QUOTE_MINIMAL, csv.QUOTE_ALL))
+    for row in rows:
+        cells = [*row[:exact], *map(csv_cell, row[exact:])]
+        # before Python 3.13 the writer leaves a lone \r unquoted, and readers take it for a new line
+        (quoted if any("\r" in str(cell) for cell in cells[:exact]) else plain).writerow(cells)
     return text.getvalue()
 
 

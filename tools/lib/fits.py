@@ -29,7 +29,7 @@ def group_folds(labels, groups, folds, seed):
     np.add.at(counts, (member, labels), 1)
     carriers = (counts > 0).sum(0)
     if (fewest := carriers[np.unique(labels)].min()) < 2 or folds < 2:
-        raise ValueError(f"a class has {fewest:.0f} patient: cross-validation needs at least 2 of each class")
+        raise ValueError(f"a class has {fewest:.0f} patient or group: cross-validation needs at least 2 of each class")
     order = np.random.default_rng((seed, len(labels))).permutation(len(names))
     order = order[np.argsort(-counts[order].sum(1), kind="stable")]
     load, fold = np.zeros((folds, counts.shape[1])), np.zeros(len(names), int)

@@ -19,6 +19,7 @@ from tools.lib import fits, page
 from tools.lib.metrics import (
     all_metrics,
     auc,
+    calibration_error,
     interval,
     matched_auc,
     matched_pairs,
@@ -40,6 +41,9 @@ CLAIMS = {  # pair whose AUCs are compared: what a proven gain means, a proven l
 }  # fmt: skip
 
 
+FEWEST = 8  # groups: resampling fewer gives intervals far too short (of 2, one point)
+
+
 # ----- numbers
 
 
@@ -57,6 +61,8 @@ def estimate(statistic, predictions, groups, repeats=2000):
         return np.stack([np.mean([one[name] for one in values], 0) for name in names], 1)
 
     drawn, out = resample(means, groups, repeats), {}
+    if len(np.unique(groups)) < FEWEST:
+        drawn = np.full_like(drawn, np.nan)
     for name, low, high in zip(names, *interval(drawn)):
         values = [point[name] for point in points]
         out[name] = {"value": np.mean(values), "low": low, "high": high, "spread": np.std(values)}
@@ -80,13 +86,23 @@ def judge(labels, groups, predictions, folds, sizes=None, repeats=2000):
         return all_metrics(labels, item[0], weights, item[1])
 
     estimates = {name: estimate(everything, list(zip(p, folds)), groups, repeats) for name, p in predictions.items()}
-    result = {"samples": len(labels), "patients": len(np.unique(groups)), "differences": {}}
+    result = {"samples": len(labels), "patients": len(np.unique(groups)), "unit": "patients", "differences": {}}
     result["predictors"] = {name: values for name, (values, _) in estimates.items()}
     for pair in CLAIMS:
         if set(pair) <= set(estimates):
             values, draws = zip(*((estimates[name][0]["auc"]["value"], estimates[name][1]["auc"]) for name in pair))
             result["differences"][" - ".join(pair)] = difference(values, draws)
+    result["calibration_by_chance"] = calibration_by_chance(predictions["probe"])
     return result if sizes is None else result | judge_by_size(labels, groups, predictions, folds, sizes, repeats)
+
+
+def calibration_by_chance(predictions, draws=500):
+    """Calibration errors where the truth follows predictions [R, n, K] exactly: their mean and 95th percentile."""
+    random, errors = np.random.default_rng(0), []
+    for p in (predictions[k % len(predictions)] for k in range(draws)):
+        truth = (random.random((len(p), 1)) > np.cumsum(p, 1)[:, :-1]).sum(1)
+        errors.append(calibration_error(truth, score_of(p)))
+    return {"mean": float(np.mean(errors)), "high": float(np.quantile(errors, 0.95))}
 
 
 def judge_by_size(labels, groups, predictions, folds, sizes, repeats):
@@ -169,7 +185,7 @@ def standing(result, name, other):
 def in_words(item):
     """0.870 (0.801 to 0.925)"""
     if not exists(item["low"]):
-        return f"{item['value']:.3f} (too few patients for an interval)"
+        return f"{item['value']:.3f} (too few for an interval)"
     return f"{item['value']:.3f} ({item['low']:.3f} to {item['high']:.3f})"
 
 
@@ -190,11 +206,13 @@ def compared(result, name, other):
 UNKNOWN = "what the backbone was pretrained on is unknown"
 
 
-def caveats(seen, patients, known, crossing):
+def caveats(seen, patients, known, crossing, earlier_looks=0, unit="patients"):
     """What stands beside every number: how many of the patients were in the pretraining, and what nobody knows."""
-    texts = [f"backbone has seen these patients ({len(seen)} of {patients})"] if seen else []
+    texts = [f"backbone has seen these {unit} ({len(seen)} of {patients})"] if seen else []
     texts += [] if known else [UNKNOWN]
-    return texts + ([f"near-duplicates cross the splits ({crossing} sets)"] if crossing else [])
+    texts += [f"near-duplicates cross the splits ({crossing} sets)"] if crossing else []
+    # the best of several looks is optimistic
+    return texts + ([f"{earlier_looks} other weights or policies looked at val_test before"] if earlier_looks else [])
 
 
 def titled(title, texts):
@@ -204,11 +222,13 @@ def titled(title, texts):
 def verdict(result):
     """What a judgement says, in one paragraph; its caveats are part of it."""
     aucs = {name: item["auc"] for name, item in result["predictors"].items()}
-    text = f"On {result['samples']} samples of {result['patients']} patients the frozen probe has AUC "
+    unit = result.get("unit", "patients")  # groups, of photographs
+    text = f"On {result['samples']} samples of {result['patients']} {unit} the frozen probe has AUC "
     sentences = [text + in_words(aucs["probe"])]
     for name, other in CLAIMS:
         if f"{name} - {other}" in result["differences"]:
-            sentences.append(f"{other.capitalize()}: {in_words(aucs[other])}; {compared(result, name, other)}")
+            own, text = aucs.pop(other, None), compared(result, name, other)  # an AUC is told once
+            sentences.append(f"{other.capitalize()}: {in_words(own)}; {text}" if own else text[0].upper() + text[1:])
     if result.get("matched", {}).get("pairs"):
         both = [in_words(result["matched"][name]) for name in ("probe", "size")]
         sentences.append(
@@ -216,6 +236,17 @@ def verdict(result):
         )
     sentences += [text[0].upper() + text[1:] for text in result.get("caveats", ())]
     return f"{'. '.join(sentences)}."
+
+
+def calibration(result, filled):
+    """Whether the probe's calibration error is more than chance gives so few samples; filled: bins that hold any."""
+    error, chance, n = result["predictors"]["probe"]["ece"]["value"], result["calibration_by_chance"], result["samples"]
+    more = "more than that: its probabilities are off" if error > chance["high"] else "no more than that"
+    return (
+        f"Reliability: {n} samples in {filled} of 10 bins, {n / filled:.0f} in each on average. Probabilities that are "
+        f"exactly right would have a calibration error of {chance['mean']:.3f} by chance, and one above "
+        f"{chance['high']:.3f} in 5 of 100 cases. The probe's {error:.3f} is {more}."
+    )
 
 
 def tone(result):
@@ -270,7 +301,13 @@ def draw(result, labels, classes, predictions, sizes):
     plots = [
         page.line_plot("ROC", roc | chance, "1 - specificity", "sensitivity"),
         page.line_plot("Precision and recall", recall, "recall", "precision"),
-        page.line_plot("Reliability", bins | {"perfect": ([0, 1], [0, 1])}, "predicted probability", "true share"),
+        page.line_plot(
+            "Reliability",
+            bins | {"perfect": ([0, 1], [0, 1])},
+            "predicted probability",
+            "true share",
+            points=list(bins),
+        ),
     ]
     if sizes is not None and two:
         members = {f"class {name}": labels == k for k, name in enumerate(classes)}
@@ -280,25 +317,31 @@ def draw(result, labels, classes, predictions, sizes):
         points = {name: [(share, point[0]) for share, point in zip(curve["shares"], line) if point]
                   for name, line in curve["auc"].items()}  # fmt: skip
         lines = {name: tuple(zip(*line)) for name, line in points.items() if line}
-        plots.append(page.line_plot("Label efficiency", lines, "share of training patients", "AUC"))
+        plots.append(page.line_plot("Label efficiency", lines, f"share of training {result['unit']}", "AUC"))
     return plots
+
+
+def two_lines(text):
+    """What stands in brackets below what stands before."""
+    first, _, rest = text.partition(" (")
+    return page.Html(f"{page.escape(first)}<br><small>({page.escape(rest)}</small>") if rest else first
 
 
 def section(result, labels, classes, predictions, sizes=None):
     """One protocol on the page."""
     rows = [
         [
-            row_name(result, name),
-            *(in_words(item[key]) if key in item else "" for key in COLUMNS),
+            two_lines(row_name(result, name)),
+            *(two_lines(in_words(item[key])) if key in item else "" for key in COLUMNS),
             f"{item['auc']['spread']:.4f}",
         ]
         for name, item in result["predictors"].items()
     ]
-    differences = [[name, in_words(d), d["p"]] for name, d in result["differences"].items()]
+    differences = [[name, two_lines(in_words(d)), d["p"]] for name, d in result["differences"].items()]
     parts = [page.paragraph(result["verdict"], tone(result))]
     parts.append(
-        "Each value with the 95% interval of resampled patients. Of Brier and calibration error less is better; "
-        "the latter grows with noise, so that it may lie below the interval of its resamples."
+        f"Each value with the 95% interval of resampled {result['unit']}. Of Brier and calibration error less is "
+        "better; the latter grows with noise, so that it may lie below the interval of its resamples."
     )
     parts.append(page.table(["predictor", *COLUMNS.values(), "spread of AUC over repeats"], rows))
     parts.append(page.table(["difference of AUC", "value", "p"], differences))
@@ -306,8 +349,10 @@ def section(result, labels, classes, predictions, sizes=None):
         thirds = [(f"{a['mm'][0]:.1f} to {a['mm'][1]:.1f} mm, {a['samples']} samples", a) for a in result["terciles"]]
         lines = [(f"size-matched pairs ({result['matched']['pairs']})", result["matched"]), *thirds]
         names = ("probe", "size", "random weights")
-        cells = [[name, *(in_words(a[n]) if n in a else "one class" for n in names)] for name, a in lines]
+        cells = [[name, *(two_lines(in_words(a[n])) if n in a else "one class" for n in names)] for name, a in lines]
         parts.append(page.table(["AUC within", *names], cells))
+    filled = np.count_nonzero(reliability(labels, score_of(predictions["probe"].mean(0)))[0])
+    parts.append(calibration(result, filled))
     return page.section(result["title"], *parts, page.row(*draw(result, labels, classes, predictions, sizes)))
 
 
@@ -330,7 +375,8 @@ def prediction_rows(table, splits, outcomes):
     outcomes {protocol: (rows that it judges [n], predictions [R, rows, K], its plans)}.
     """
     labels = [table.classes[k] for k in table.labels]
-    columns = {"id": table.ids, "patient": table.groups, "split": [name or "none" for name in splits], "label": labels}
+    columns = {"id": table.ids, table.unit[:-1]: table.groups, "split": [name or "none" for name in splits]}
+    columns["label"] = labels
     names = {"score": 1} if len(table.classes) == 2 else {f"score_{c}": k for k, c in enumerate(table.classes)}
     for protocol, (keep, predictions, plans) in outcomes.items():
         for r, (p, (_, tests)) in enumerate(zip(predictions, plans)):

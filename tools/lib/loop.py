@@ -23,11 +23,11 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import checkpoint
-from data import RECIPES, Recipe, denormalise, regular
+from data import RECIPES, Recipe, append_line, denormalise, regular
 from model import check_arch
 from tools.lib import limits
 from tools.lib.cli import pick_device, shown
-from tools.lib.files import append_line, is_a, read_json_file, wrong_field
+from tools.lib.files import is_a, read_json_file, wrong_field
 
 # Ranks, schedules, random numbers.
 
@@ -86,6 +86,23 @@ def largest_over_ranks(values, device):
         return host.tolist()
 
     return wait
+
+
+def moment(device):
+    """Now; on a card the moment when it has done all that is queued."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds_between(begin, end):
+    """Of two moments; waits until a card has reached the second."""
+    if isinstance(end, float):
+        return end - begin
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
 
 
 def divisor(flag, value, whole, of):
@@ -183,10 +200,12 @@ RESUMED = "step args arch student teacher gram optimizer centers index_sha256 sp
 def find_run(args, source, harmless, rank, world):
     """(checkpoint to go on from or None, its plain values, harmless changes of flags); refuses what is another run."""
     out, newest = Path(args.out), [None, False]
+    # to verify 100 GB takes a slow disk longer than the 10 minutes after which NCCL gives a collective up
+    patient = dist.new_group(timeout=datetime.timedelta(hours=2), backend="gloo") if world > 1 else None
     if rank == 0:
         newest = [checkpoint.latest(out), bool(checkpoint.step_files(out)) or (out / "last.pth").exists()]
     if world > 1:
-        dist.broadcast_object_list(newest)
+        dist.broadcast_object_list(newest, group=patient)
     path, any_there = newest
     if path is None and any_there:
         raise ValueError(
@@ -203,12 +222,14 @@ def find_run(args, source, harmless, rank, world):
     try:  # before anything of its size is made
         weights = {k.removeprefix("backbone."): v for k, v in state["student"].items() if k.startswith("backbone.")}
         check_arch(state["arch"], weights)
+        if state.get("gram_arch"):
+            check_arch(state["gram_arch"], state["gram"])
     except (ValueError, LookupError, AttributeError) as error:
         raise ValueError(f"{path}: {error}; use an older step_*.pth of the same run") from None
     facts = {key: value for key, value in state.items() if key not in ("student", "teacher", "gram", "optimizer")}
     changed = check_flags(args, facts["args"], harmless)
-    for name in ("index_sha256", "split_sha256"):
-        if facts[name] != getattr(source, name):
+    for name in ("index_sha256", "split_sha256", "weights_sha256"):
+        if facts.get(name) != getattr(source, name):
             raise ValueError(
                 f"{args.data}: {name} differs from that of {path}; put the old data back, or use another --out"
             )
@@ -230,6 +251,11 @@ def smaller_micro_batch(args, world):
     images = args.batch_size // world
     sizes = [m for m in range(args.koleo_group, args.micro_batch // 2 + 1, args.koleo_group) if images % m == 0]
     return sizes[-1] if sizes else None
+
+
+def is_out_of_memory(error):
+    """Of a card, of Python, or of torch on a CPU, which has no class of its own."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
 def out_of_memory(args, world, optimizer, step):
@@ -320,6 +346,13 @@ def flops_per_image(student, recipe, args, with_gram):
     return learned + targets + (2 * forward_flops(student.backbone, recipe.gram_size) if with_gram else 0)
 
 
+def other_encoding(facts, encoding):
+    """A sentence where weights (their facts) were trained on images of another kind, else None."""
+    if (trained := facts.get("encoding", encoding)) == encoding:
+        return None
+    return f"note: the weights were trained on {shown(trained)}, these images are {encoding}: they may fit them badly"
+
+
 def warnings_in_words(numbers, loss_before, rows, dim):
     """What the collapse numbers of one log line say, if anything."""
     most = min(rows, dim)
@@ -332,7 +365,7 @@ def warnings_in_words(numbers, loss_before, rows, dim):
         yield f"one-hot collapse: teacher entropy is {numbers['teacher_entropy']:.4f} of ln K"
     elif numbers["teacher_entropy"] > limits.UNIFORM and numbers["kl"] < limits.AGREES:
         yield f"uniform collapse: teacher entropy is {numbers['teacher_entropy']:.4f} of ln K and the student agrees"
-    if numbers["loss"] > 1.5 * loss_before:
+    if limits.spiked(numbers["loss"], loss_before):
         yield f"loss spike: {numbers['loss']:.3f} after {loss_before:.3f}"
 
 
@@ -365,10 +398,11 @@ class Log:
         try:
             yield
         except OSError as error:
-            tqdm.write(f"{self.path.parent}: the log cannot be written, training goes on: {error}", file=sys.stderr)
+            tqdm.write(f"{self.path.parent}: the log cannot be written, which stops nothing: {error}", file=sys.stderr)
 
-    def event(self, step, text, **more):
-        if not self.quiet:
+    def event(self, step, text, everywhere=False, **more):
+        """everywhere: what one rank alone knows, told by those too that are quiet else."""
+        if everywhere or not self.quiet:
             tqdm.write(f"step {step}: {text}")
             with self.writing():
                 append_line(self.path, {"step": step, "event": text, **more})

@@ -14,14 +14,14 @@ What a table of numbers needs (`rates`, `worth`, `slices`) says None where a cla
 import numpy as np
 
 
-def check(labels, values, weights=None):
-    """-> labels as int [n], values as float [n] or [n, K], weights [.., n]; refuses NaN and one class."""
+def check(labels, values, weights=None, classes=2):
+    """-> labels as int [n], values as float [n] or [n, K], weights [.., n]; refuses NaN, and fewer classes."""
     labels, values = np.asarray(labels), np.asarray(values, np.float64)
     if len(labels) != len(values) or not len(labels):
         raise ValueError(f"{len(labels)} labels and {len(values)} predictions: give one of each per sample")
     if not np.isfinite(values).all():
         raise ValueError(f"{np.sum(~np.isfinite(values))} predictions are NaN or infinite; look at the features")
-    if len(np.unique(labels)) < 2:
+    if len(np.unique(labels)) < classes:
         raise ValueError(f"all {len(labels)} labels are {labels[0]}: with one class there is nothing to tell apart")
     weights = np.ones(len(labels)) if weights is None else np.asarray(weights, np.float64)
     return labels.astype(int), values, weights
@@ -148,7 +148,7 @@ def reliability(labels, probabilities, bins=10, weights=None):
 
     Probability and truth of class 1; of several classes those of the likeliest one.
     """
-    labels, p, weights = check(labels, probabilities, weights)
+    labels, p, weights = check(labels, probabilities, weights, classes=1)  # of a draw by chance all may be of one
     if p.min() < 0 or p.max() > 1:
         raise ValueError(f"probabilities from {p.min():.3g} to {p.max():.3g}: calibration needs 0 to 1")
     p, truth = claims(labels, p)

@@ -17,16 +17,18 @@ from tools.lib.files import last_per_step
 
 LARGEST = 1e100  # beyond it a value is damage, and differences overflow
 COLOURS = "#0868ac #d94801 #238b45 #88419d #b8860b #cb181d #2b8cbe #777777".split()
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 460, 280, 62, 14, 44, 42  # of a plot, in units of its view box
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 460, 300, 72, 14, 48, 48  # of a plot, in units of its view box
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; max-width: 1180px; margin: 1.5em auto; padding: 0 1em; color: #1b1f24;
   background: #ffffff; }
 h1 { font-size: 1.5em; } h2 { font-size: 1.15em; margin: 1.8em 0 .5em; border-bottom: 1px solid #d0d4d9; }
 table { border-collapse: collapse; margin: .6em 0; } th, td { padding: .2em .7em; text-align: left; vertical-align: top;
   border-bottom: 1px solid #e2e5e9; font-variant-numeric: tabular-nums; } th { background: #f2f4f6; }
+td:first-child { white-space: nowrap; } td small { color: #555; white-space: nowrap; }
 .row { display: flex; flex-wrap: wrap; gap: 12px; align-items: flex-start; } .scroll { overflow-x: auto; }
 figure { margin: .5em 0; } figcaption { color: #555; font-size: .9em; } img { max-width: 100%; }
 svg.plot { width: 370px; max-width: 100%; height: auto; border: 1px solid #e2e5e9; }
+@media (max-width: 600px) { body { padding: 0 .5em; } th, td { padding: .2em .3em; font-size: 13px; } }
 .good, .warn, .bad { padding: .5em .8em; border-left: 6px solid; }
 .good { border-color: #238b45; background: #eef7f0; } .warn { border-color: #d98c00; background: #fdf6e7; }
 .bad { border-color: #cb181d; background: #fcedec; }
@@ -160,10 +162,10 @@ def axes(across, up, x_range, y_range, log_y):
     grid = 'stroke="#e6e9ec"'
     for x, text in zip(x_ticks, x_texts):
         yield svg_line(across(x), TOP, across(x), HEIGHT - BOTTOM, grid)
-        yield svg_text(across(x), HEIGHT - BOTTOM + 14, text)
+        yield svg_text(across(x), HEIGHT - BOTTOM + 17, text)
     for y, text in zip(y_ticks, y_texts):
         yield svg_line(LEFT, up(y), WIDTH - RIGHT, up(y), grid)
-        yield svg_text(LEFT - 5, up(y) + 4, text, "end")
+        yield svg_text(LEFT - 5, up(y) + 5, text, "end")
     w, h = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
     yield f'<rect x="{LEFT}" y="{TOP}" width="{w}" height="{h}" fill="none" stroke="#9aa2aa"/>'
 
@@ -174,11 +176,11 @@ def draw_marks(marks, across, up, log_y):
         dashed = 'stroke="#cb181d" stroke-dasharray="4 3"'
         if axis == "x":
             yield svg_line(across(value), TOP, across(value), HEIGHT - BOTTOM, dashed)
-            yield svg_text(across(value) + 3, TOP + 11, text, "start", 'fill="#cb181d"')
+            yield svg_text(across(value) + 3, TOP + 14, text, "start", 'fill="#cb181d"')
         elif value > 0 or not log_y:
             y = up(math.log10(value) if log_y else value)
             yield svg_line(LEFT, y, WIDTH - RIGHT, y, dashed)
-            yield svg_text(WIDTH - RIGHT - 3, y + (11 if y < TOP + 14 else -3), text, "end", 'fill="#cb181d"')
+            yield svg_text(WIDTH - RIGHT - 3, y + (14 if y < TOP + 17 else -4), text, "end", 'fill="#cb181d"')
 
 
 def draw_runs(runs, colour, across, up, points):
@@ -192,11 +194,13 @@ def draw_runs(runs, colour, across, up, points):
 
 
 def legend(names):
-    """Coloured names in one line below the title; 7 units is a wide guess for a bold letter of size 11."""
-    x = LEFT
+    """Coloured names in one line below the title; 7.7 units is a wide guess for a bold letter of size 12.5."""
+    x = 10
     for k, name in enumerate(names):
-        yield svg_text(x, TOP - 8, name, "start", f'fill="{COLOURS[k % len(COLOURS)]}" font-weight="600"')
-        x += 7 * len(name) + 12
+        yield svg_text(
+            x, TOP - 8, name, "start", f'fill="{COLOURS[k % len(COLOURS)]}" font-size="12.5" font-weight="600"'
+        )
+        x += 7.7 * len(name) + 12
 
 
 def line_plot(title, curves, x_label="", y_label="", marks=(), log_y=False, points=False):
@@ -218,7 +222,7 @@ def line_plot(title, curves, x_label="", y_label="", marks=(), log_y=False, poin
     def up(y):
         return HEIGHT - BOTTOM - (y - y_range[0]) / (y_range[1] - y_range[0]) * (HEIGHT - TOP - BOTTOM)
 
-    parts = [svg_text(WIDTH / 2, 18, title, more='font-size="14" font-weight="600"')]
+    parts = [svg_text(WIDTH / 2, 18, title, more='font-size="16" font-weight="600"')]
     parts += axes(across, up, x_range, y_range, log_y) if dots else [svg_text(WIDTH / 2, HEIGHT / 2, "no data")]
     for k, (name, pieces) in enumerate(runs.items()):
         dotted = points if isinstance(points, bool) else name in points
@@ -228,7 +232,7 @@ def line_plot(title, curves, x_label="", y_label="", marks=(), log_y=False, poin
     parts.append(svg_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 8, x_label))
     y = (TOP + HEIGHT - BOTTOM) / 2
     parts.append(svg_text(13, y, y_label, more=f'transform="rotate(-90 13 {y:.0f})"'))
-    frame = f'class="plot" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="system-ui, sans-serif" font-size="11"'
+    frame = f'class="plot" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="system-ui, sans-serif" font-size="14"'
     return Html(f'<svg {frame} role="img" aria-label="{escape(title)}">\n' + "\n".join(parts) + "\n</svg>")
 
 
@@ -268,7 +272,7 @@ EXPLAINED = {
     "slices": "images behind these numbers",
     "view_slices": "images whose training views are behind targets and retrieval",
     "gram_drift": "change of patch similarities since the first look; 0 none",
-    "colours_kept": "share of the variance, of the best three directions, that the first look's colours still show",
+    "colours_kept": "mean correlation of the PCA colours with those of the first look; 1 all kept",
     "knn": "balanced accuracy of the nearest neighbours from other patients",
     "knn_chance": "what guessing gives",
     "knn_slices": "labelled images behind it",
@@ -320,6 +324,14 @@ def explained(title, values):
     return table((title, "value", "what it is"), rows) if rows else None
 
 
+READING = (
+    "How to read the pictures: attention is bright where the cls token, which stands for the whole image, looks. PCA "
+    "gives patches of alike features alike colours, over all test images, and turns them to match the first look, so "
+    "that colours may be compared over time. Similarity is bright where patches resemble the one at the cross. Images "
+    "are several times larger than those of training; what is seen at its own resolution stands small below."
+)
+
+
 def run_page(status, looks, lines, limits, pictures):
     """Verdict, trends, pictures {title: paths}. looks: numbers of looks of one kind; lines: those of metrics.jsonl."""
     held_out, rows = thin(last_per_step(lines, "val_loss")), thin(last_per_step(lines, "loss"))
@@ -350,6 +362,7 @@ def run_page(status, looks, lines, limits, pictures):
         *(f"{f['word']}: {shown(f['text'], 600)}" for f in status["findings"]),
         *(f"Note: {text}" for text in status["notes"]),
         section("Trends", row(*plots)) if plots else "Charts are drawn from the second look on.",
+        READING if pictures else Html(""),
         *(section(title, row(*map(linked, paths))) for title, paths in pictures.items()),
         section("Numbers", *(part for part in tables if part)),
     )

@@ -24,6 +24,7 @@ import checkpoint
 import data
 from model import is_provenance
 from tools.lib.files import is_a, last_per_step, read_json_file, read_lines, wrong_field
+from tools.lib.limits import spiked
 from tools.lib.loop import LARGEST_VIEW, OTHER_CODE, read_recipes
 
 LARGEST = 1e39  # float32 holds nothing beyond: a larger finite number in a file is damage
@@ -140,7 +141,7 @@ def pulse(lines, age_s, args):
     found["eta_h"] = max(last.get("seconds_to_go", 0) - age_s, 0) / 3600
     found["nonfinite_loss"] = int(not math.isfinite(last["loss"]))
     usual = [middle(rows[max(0, k - 10) : k], "loss") or math.inf for k in range(1, len(rows))]
-    found["spikes"] = sum(r["loss"] > u + 0.5 * abs(u) for r, u in list(zip(rows[1:], usual))[-20:])
+    found["spikes"] = sum(spiked(r["loss"], u) for r, u in list(zip(rows[1:], usual))[-20:])
     since = last["step"] - 20 * args["log_every"]
     found["skipped"] = sum(e["event"].startswith("skipped: loss") and e["step"] > since for e in events)
     for name, key in (("images_s_change", "images_s"), ("memory_change", "memory_gb")):  # shares, since the start

@@ -23,12 +23,14 @@ from data import BROKEN, RGB_WINDOWS, WINDOWS_HU, regular, window_codes
 BACK, INK, DIM, GOOD, BAD = "#14171a", "#f0f0f0", "#a0a8b0", "#58d080", "#ff6a5a"
 COLOURS = "#ffa030 #40c8ff #f4e04d #ff70b0 #70e070 #b090ff #ff7050 #50e0c8 #c8a070 #9ab0ff #d0d0d0 #c0e040".split()
 GAP = 8  # pixels between tiles
+WIDTH = 1768  # of a sheet, which its margins make 1,784: a screen
+LEAST = 13  # pixels of the smallest type
 HEAT = ((0, 0, 0), (70, 10, 100), (170, 40, 90), (240, 110, 30), (250, 210, 60), (255, 255, 220))  # dark to bright
 
 
 @functools.lru_cache
 def font(size):
-    return ImageFont.load_default(size)
+    return ImageFont.load_default(max(size, LEAST))
 
 
 def picture(values, zoom=1):
@@ -105,7 +107,7 @@ def scale_bar(image, mm_per_pixel):
     fitting = [mm for mm in (100, 50, 20, 10, 5, 2, 1) if mm <= mm_per_pixel * image.width / 3]
     if not fitting:
         return image
-    image, length, size = image.copy(), fitting[0] / mm_per_pixel, max(10, min(13, image.width // 20))
+    image, length, size = image.copy(), fitting[0] / mm_per_pixel, max(LEAST, min(16, image.width // 20))
     draw, x, y = ImageDraw.Draw(image), 8, image.height - 9
     draw.rectangle([x - 1, y - 1, x + length + 1, y + 3], fill="black")
     draw.rectangle([x, y, x + length, y + 2], fill="white")
@@ -147,22 +149,22 @@ def curves(lines, low, high, ticks, size, marks=()):
     """
     width, height = size
     image = Image.new("RGB", size, "#1c2126")
-    draw, bottom = ImageDraw.Draw(image), height - 18
+    draw, top, bottom = ImageDraw.Draw(image), 64 if marks else 8, height - 20
 
     def across(x):
         return (x - low) / (high - low) * (width - 1)
 
     for k, (x, text) in enumerate(marks):
         draw.line([across(x), 0, across(x), bottom], fill="#48525c")
-        draw.text((across(x) + 2, 1 + 13 * (k % 4)), text, fill=DIM, font=font(11))
+        draw.text((across(x) + 2, 1 + 15 * (k % 4)), text, fill=DIM, font=font(LEAST))
     for x, y, colour in lines:
         heights = np.sqrt(np.asarray(y, float) / max(np.max(y), 1e-12))
-        points = [(across(a), bottom - b * (bottom - 56)) for a, b in zip(x, heights)]
+        points = [(across(a), bottom - b * (bottom - top)) for a, b in zip(x, heights)]
         draw.line(points, fill=colour, width=2)
     draw.line([0, bottom, width, bottom], fill=DIM)
     for x in ticks:
-        anchor = "l" if across(x) < 12 else "r" if across(x) > width - 12 else "m"
-        draw.text((across(x), height - 2), str(x), fill=DIM, font=font(11), anchor=f"{anchor}s")
+        anchor = "l" if across(x) < 20 else "r" if across(x) > width - 20 else "m"
+        draw.text((across(x), height - 4), str(x), fill=DIM, font=font(LEAST), anchor=f"{anchor}s")
     return image
 
 
@@ -175,10 +177,17 @@ def heat(values, low=None, high=None):
     return np.stack([np.interp(shares, ends, channel) for channel in zip(*HEAT)], -1).round().astype(np.uint8)
 
 
+def enlarge(values, side, smooth=True):
+    """[h, w] or [h, w, 3] -> float32 [side, side] or [side, side, 3]; smoothly, or each cell as it is."""
+    how = Image.Resampling.BICUBIC if smooth else Image.Resampling.NEAREST
+    channels = np.moveaxis(np.atleast_3d(np.asarray(values, np.float32)), -1, 0)
+    large = [np.asarray(Image.fromarray(np.ascontiguousarray(c)).resize((side, side), how)) for c in channels]
+    return np.stack(large, -1).reshape(side, side, *np.shape(values)[2:])
+
+
 def over(image, colours, strength=0.6):
-    """A coarse map (uint8 [h, w, 3]) laid over the grey image, its cells as they are: no smoothing invents detail."""
-    cells = Image.fromarray(np.ascontiguousarray(colours)).resize(image.size, Image.Resampling.NEAREST)
-    return Image.blend(image.convert("L").convert("RGB"), cells, strength)
+    """A map (uint8 [side, side, 3]) laid over the square image in grey."""
+    return Image.blend(image.convert("L").convert("RGB"), Image.fromarray(colours), strength)
 
 
 def cross(image, y, x, colour="#40ff70", arm=7):
@@ -211,36 +220,64 @@ def stack(images, gap=GAP):
     return sheet
 
 
-# What a backbone sees in one image. Attention and similarity are floats [h, w], colours uint8 [h, w, 3].
+def justified(pairs, least=150, size=LEAST):
+    """(image, lines) of any number as rows of WIDTH without an empty place; tiles are `least` wide or wider."""
+    count = -(-len(pairs) // ((WIDTH + GAP) // (least + GAP)))
+    rows = []
+    for part in np.array_split(np.arange(len(pairs)), count):
+        ends = np.linspace(0, WIDTH + GAP, len(part) + 1).round().astype(int)  # of tiles with the gap behind them
+        tiles = [pairs[k][0].resize((w, w), Image.Resampling.BICUBIC) for k, w in zip(part, np.diff(ends) - GAP)]
+        rows.append(row([titled(tile, pairs[k][1], size=size) for k, tile in zip(part, tiles)]))
+    return stack(rows)
 
-TILE, SMALL = 224, 108  # pixels; two small tiles and a gap are as wide as one
+
+# What a backbone sees in one image.
+
+TILE, SMALL = 436, 120  # pixels; four tiles fill a row, and so do a tile and eleven small ones
+
+
+class Dense(NamedTuple):
+    """All that is drawn of one image at one resolution, patch by patch."""
+
+    attention: np.ndarray  # [H, h, w] of cls
+    along: np.ndarray  # [h, w, 3] of Basis
+    similarity: np.ndarray  # [h, w], cosine to one patch ...
+    point: tuple  # ... which is here (row, column)
 
 
 class Basis(NamedTuple):
-    """Three directions of patch features and the ends of the colours along them."""
+    """Turns features of patches into three numbers that become red, green and blue."""
 
     mean: np.ndarray  # [D]
-    axes: np.ndarray  # [3, D]
-    low: np.ndarray  # [3]
-    high: np.ndarray  # [3]
+    axes: np.ndarray  # [D, 3]; along each, features have deviation 1
+    share: float  # of the features' variance
 
-    def colours(self, patches):
-        """[..., D] -> uint8 [..., 3]."""
-        along = (patches - self.mean) @ self.axes.T
-        return (255 * np.clip((along - self.low) / np.maximum(self.high - self.low, 1e-9), 0, 1)).astype(np.uint8)
-
-    def share(self, patches):
-        """Share of the variance of [M, D] that the three directions show."""
-        centred = patches - patches.mean(0)
-        return float(np.square(centred @ self.axes.T).sum() / max(np.square(centred).sum(), 1e-12))
+    def along(self, patches):
+        """[..., D] -> [..., 3]"""
+        return (patches - self.mean) @ self.axes
 
 
-def principal(patches):
-    """The three main directions of [M, D]; the largest entry of each is positive."""
+def dense(attention, patches, basis, point):
+    """Dense of patches [h, w, D]."""
+    unit = patches / np.maximum(np.linalg.norm(patches, axis=-1, keepdims=True), 1e-12)
+    return Dense(attention, basis.along(patches), unit @ unit[point], point)
+
+
+def principal(patches, like=None):
+    """Basis of the three main directions of [M, D]; the largest entry of each is positive.
+
+    like [M, 3]: earlier numbers of the same patches, to which these come as near as turns and mirrors bring them: a
+    network turns its features while it learns, and colours are to change only where it tells other things apart.
+    """
     mean = patches.mean(0)
-    axes = np.linalg.eigh((patches - mean).T @ (patches - mean))[1][:, :-4:-1].T
-    axes = axes * np.sign(np.take_along_axis(axes, np.abs(axes).argmax(1, keepdims=True), 1))
-    return Basis(mean, axes, *np.quantile((patches - mean) @ axes.T, (0.02, 0.98), axis=0))
+    values, vectors = np.linalg.eigh((patches - mean).T @ (patches - mean) / len(patches))
+    floor = 1e-8 * np.square(patches).sum(1).mean() + 1e-12  # below is rounding: constant features are grey
+    axes = vectors[:, :-4:-1] / np.sqrt(np.maximum(values[:-4:-1], floor))
+    axes = axes * np.sign(np.take_along_axis(axes, np.abs(axes).argmax(0, keepdims=True), 0))
+    if like is not None:
+        left, _, right = np.linalg.svd(((patches - mean) @ axes).T @ like)  # Procrustes
+        axes = axes @ (left @ right)
+    return Basis(mean, axes, float(values[-3:].sum() / max(values.sum(), 1e-12)))
 
 
 def inputs(image, encoding):
@@ -252,70 +289,97 @@ def inputs(image, encoding):
     return {f"{name} window": window_codes(image[1], *WINDOWS_HU[name]) for name in RGB_WINDOWS}
 
 
-def attention_over(base, attention, side):
+def attention_over(base, attention, side, smooth=True):
     """A map over the image: black is none, bright 3 times an even share or, where more is seen, the top 1%."""
     high = max(np.quantile(attention, 0.99), 3 * attention.mean(), 1e-12)
-    return over(fit(base, side), heat(attention, 0, high))
+    return over(fit(base, side), heat(enlarge(attention, side, smooth), 0, high))
 
 
-def similarity_over(base, similarity, point, side):
+def similarity_over(base, similarity, point, side, smooth=True):
     """Cosine to one patch, black 0 to bright 1, with that patch (row, column) marked."""
     y, x = ((k + 0.5) * side / n for k, n in zip(point, similarity.shape))
-    return cross(over(fit(base, side), heat(similarity, 0, 1)), y, x)
+    return cross(over(fit(base, side), heat(enlarge(similarity, side, smooth), 0, 1)), y, x)
 
 
-def coloured(colours, side):
-    return Image.fromarray(np.ascontiguousarray(colours)).resize((side, side), Image.Resampling.NEAREST)
+def coloured(along, body, side, smooth=True):
+    """Numbers of Basis [h, w, 3] as colours, bright as in the pictures of DINOv3; black outside the body [S, S]."""
+    colours = 1 / (1 + np.exp(-2 * np.clip(enlarge(along, side, smooth), -20, 20)))
+    return picture((colours * enlarge(body, side)[..., None]).transpose(2, 0, 1))
+
+
+def foreground(inside, body, view):
+    """Shares of body and of lung [2, S, S], the body's without holes, both without what lies outside its box: a table.
+
+    Body is what lies between tissue on all four sides. body, view: boxes (y0, x0, y1, x1) in pixels of the slice.
+    """
+    low, high = np.reshape(view, (2, 2, 1))
+    at = low + (np.arange(inside.shape[1]) + 0.5) * (high - low) / inside.shape[1]  # y and x of the pixels, [2, S]
+    top, bottom = np.reshape(body, (2, 2, 1))
+    tissue = (inside[0] - inside[1] > 0.5) & np.logical_and.outer(*((at >= top) & (at < bottom)))
+
+    def between(axis):
+        before, behind = (np.logical_or.accumulate(way, axis) for way in (tissue, np.flip(tissue, axis)))
+        return before & np.flip(behind, axis)
+
+    filled = between(0) & between(1)
+    return np.stack([filled, inside[1] * filled])
+
+
+def pooled(values, grid):
+    """Means of [S, S] over a grid (rows, columns)."""
+    return values.reshape(grid[0], len(values) // grid[0], grid[1], -1).mean((1, 3))
 
 
 def marked_patch(grey, inside, grid):
-    """The most structured patch (row, column) of the lung, else of the body, else of the view [S, S].
+    """The most structured patch (row, column) of a view [S, S]: well inside the lung, else in the lung, else the body.
 
-    inside: shares of body and of lung in each patch [2, grid, grid], or None.
+    inside: shares of body and of lung [2, S, S].
     """
-    spread = grey.reshape(grid, len(grey) // grid, grid, -1).std((1, 3))
-    for share in () if inside is None else inside[::-1]:
-        if (share > 0.5).any():
-            spread = np.where(share > 0.5, spread, -1)
-            break
-    return tuple(int(k) for k in np.unravel_index(spread.argmax(), spread.shape))
+    body, lung = (np.pad(pooled(share, grid) > 0.5, 1) for share in inside)
+    deep = np.lib.stride_tricks.sliding_window_view(lung, (3, 3)).all((2, 3))
+    spread = np.sqrt(pooled(np.square(grey), grid) - np.square(pooled(grey, grid)) + 1e-12)
+    chosen = next((m for m in (deep, lung[1:-1, 1:-1], body[1:-1, 1:-1]) if m.any()), np.ones_like(deep))
+    return tuple(int(k) for k in np.unravel_index(np.where(chosen, spread, -1).argmax(), grid))
 
 
-def maps(title, windows, base, attention, colours, similarity, point, mm):
-    """All maps of one image -> (a block of tiles, a column of three small ones for the strip).
+def maps(title, windows, base, body, dense, share, mm):
+    """All maps of one image -> (a block of WIDTH, a column of three small ones for the strip).
 
-    windows: what inputs() gives; base: codes under overlays; attention: {"1x": [H, h, w], ...}; colours: {lines: map},
-    the lasting ones first; point: the patch that similarity is to; mm: width of the view, None where unknown.
+    windows: what inputs() gives; base: codes under overlays; body: share of it in each pixel [S, S]; dense: Dense, of
+    the finest resolution first, of training's last; share: of the variance that colours show; mm: width of the view.
     """
-    base = picture(base)
-    tiles = [fit(picture(codes), TILE) for codes in windows.values()]
-    tiles = [titled(t if mm is None else scale_bar(t, mm / TILE), [name, "input"]) for name, t in zip(windows, tiles)]
-    for name, heads in attention.items():
-        mean = heads.mean(0)
-        peak = f"{mean.shape[0]} x {mean.shape[1]}, peak {mean.max() / max(mean.mean(), 1e-12):.1f} x even"
-        tiles.append(
-            titled(attention_over(base, mean, TILE), [f"attention at {name}, mean of {len(heads)} heads", peak])
-        )
-    tiles += [titled(coloured(c, TILE), lines) for lines, c in colours.items()]
-    lines = "similarity to the marked patch", f"mean cosine {similarity.mean():.2f}"
-    tiles.append(titled(similarity_over(base, similarity, point, TILE), lines))
-    heads = [(f"head {k}, {name}", m) for name, own in attention.items() for k, m in enumerate(own, 1)]
-    several = len(next(iter(attention.values()))) > 1  # one head is its own mean, drawn above
-    small = [titled(attention_over(base, m, SMALL), [name], size=12) for name, m in heads if several]
-    per_row = (len(tiles) * (TILE + GAP)) // (SMALL + GAP)
-    block = stack([row(tiles), *(row(small[k : k + per_row]) for k in range(0, len(small), per_row))])
-    lasting = {"attention": attention_over(base, next(iter(attention.values())).mean(0), SMALL)}
-    lasting |= {"PCA": coloured(next(iter(colours.values())), SMALL)}
-    lasting |= {"similarity": similarity_over(base, similarity, point, SMALL)}
-    column = stack([titled(image, [name], DIM, size=11) for name, image in lasting.items()], gap=2)
-    return stack([heading(title, block.width, size=15), block]), column
+    base, fine = picture(base), dense[0]
+
+    def drawn(one, side, smooth=True):
+        yield attention_over(base, one.attention.mean(0), side, smooth)
+        yield coloured(one.along, body, side, smooth)
+        yield similarity_over(base, one.similarity, one.point, side, smooth)
+
+    inputs_ = [(fit(picture(codes), TILE), [name, "what goes in"]) for name, codes in windows.items()]
+    mean, sizes = fine.attention.mean(0), [" x ".join(map(str, one.similarity.shape)) for one in dense]
+    peak = mean.max() / max(mean.mean(), 1e-12)
+    texts = [
+        ["attention: where the cls token looks", f"{sizes[0]} patches, peak {peak:.1f} times the mean"],
+        ["PCA: alike features, alike colours", f"{sizes[0]} patches, {share:.0%} of the variance"],
+        ["similarity to the patch at the cross", f"{sizes[0]} patches, mean cosine {fine.similarity.mean():.2f}"],
+    ]
+    first = inputs_[0][0] if mm is None else scale_bar(inputs_[0][0], mm / TILE)
+    large, small = [(first, inputs_[0][1]), *zip(drawn(fine, TILE), texts)], inputs_[1:]
+    for one, size in zip(dense[1:], sizes[1:]):
+        names = [[name, f"{size}, as in training"] for name in ("attention", "PCA", "similarity")]
+        small += zip(drawn(one, TILE, False), names)
+    if len(fine.attention) > 1:  # one head is its own mean, drawn above
+        small += [(attention_over(base, m, TILE), [f"head {k}", sizes[0]]) for k, m in enumerate(fine.attention, 1)]
+    block = [heading(title, WIDTH), justified(large, size=17), *([justified(small)] if small else [])]
+    column = [titled(i, [name], DIM) for i, name in zip(drawn(fine, SMALL), ("attention", "PCA", "similarity"))]
+    return stack(block), stack(column, gap=2)
 
 
 def time_strip(title, base, columns):
     """One image over time: itself, then {text: column of maps} from the first look to now."""
-    first = titled(titled(fit(picture(base), SMALL), ["image"], DIM, size=11), ["input"], size=12)
-    strip = row([first, *(titled(column, [text], size=12) for text, column in columns.items())])
-    return stack([heading(title, max(strip.width, 480), size=13), strip])
+    columns = [titled(column, [text]) for text, column in columns.items()]
+    strip = row([titled(fit(picture(base), TILE), ["what goes in"]), *columns])
+    return stack([heading(title, strip.width, size=15), strip])
 
 
 def save(path, image):
@@ -359,9 +423,9 @@ def save_look(folder, drawn):
     return strips, unread
 
 
-# What the first look leaves for later ones: its colours, and the similarities of its patches.
+# What the first look leaves for later ones: numbers behind its colours, and the similarities of its patches.
 
-FIRST = {"mean": "D", "axes": "3D", "low": "3", "high": "3", "grams": "nNN", "step": ""}  # D features, N patches
+FIRST = {"colours": "nhw3", "grams": "nNN", "dim": "", "step": ""}  # n images of N patches, h x w in the finer view
 
 
 def read_first(path):

@@ -9,12 +9,17 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 export TORCH_BLAS_PREFER_HIPBLASLT=1                    # bf16 products several times faster than rocBLAS there
 export TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL=1        # memory-efficient attention; flash is unstable on gfx1151
+data=${1:?processed folder} out=${2:-runs/big} begun=$(date +%s)
 for attempt in $(seq 20); do  # a driver fault kills the process; the same command resumes
   code=0
-  python train_ssl.py --data "${1:?processed folder}" --out "${2:-runs/big}" --arch "${ARCH:-vit_base}" \
+  python train_ssl.py --data "$data" --out "$out" --arch "${ARCH:-vit_base}" \
     --steps "${STEPS:-200000}" --batch-size 128 --micro-batch 32 --drop-path 0.1 --save-every 200 --keep-every 10000 \
     --eval-every 2000 "${@:3}" || code=$?
-  case $code in 0 | 2 | 3 | 130) exit $code ;; esac  # done, a user's mistake, diverged, Ctrl+C: again would not help
+  case $code in 0 | 3 | 130) exit $code ;; esac  # done, diverged, Ctrl+C: again would not help
+  if [ $code = 2 ]; then  # a user's mistake, or a disk or memory that failed: a run that saved since the start had none
+    [ -d "$out" ] || sleep "${WAIT:-60}"  # a network folder comes back
+    [ -n "$(find "$out" -name 'step_*.pth' -newermt "@$begun" 2>/dev/null)" ] || exit 2
+  fi
   echo "attempt $attempt stopped with code $code; resuming in ${WAIT:-60} s" >&2
   sleep "${WAIT:-60}"
 done
