@@ -6,6 +6,7 @@ Each look at val_test is recorded in _splits/test_uses.jsonl of the data. A seco
 weights is refused unless --again says why: the best of several looks is optimistic.
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -19,7 +20,7 @@ import numpy as np
 import data
 from checkpoint import write_text
 from tools.lib import evaluation, metrics, page, policies, rules, tables
-from tools.lib.cli import Parser, positive, run
+from tools.lib.cli import Parser, positive, run, shown
 from tools.lib.files import csv_text, write_json
 
 COMPARED = "nll brier ece ece_mass ece_classes ece_debiased mce auc average_precision aurc augrc".split()
@@ -76,6 +77,9 @@ def write_all(folder, table, out, before, policy, result):
     parts.append(page.section("Targets", page.table(["target", "bound", "value", ""], result["targets"])))
     parts.append(page.section("Probabilities", page.table(["", "before", "after calibration"], rows)))
     parts.append(page.section("Pictures", page.row(*evaluation.draw(y, out, before, policy))))
+    steps = [[s["kind"], s["method"], s.get("fitted_on", {}).get("n"), shown(json.dumps(s["parameters"]), 300)]
+             for s in policy["steps"]]  # fmt: skip
+    parts.append(page.section("Policy", page.table(["step", "method", "fitted on samples", "parameters"], steps)))
     parts.append(page.section("What is left to others", page.table(["", "value"], result["left"].items())))
     for name, lines in result["slices"].items():
         keys = ("slice", "n", "accuracy", "mcc", "fnr", "gap", "flagged")
@@ -96,7 +100,8 @@ def main(argv=None):
     looks = open_look(args, policy, table, root)
     out = rules.decide(policy, table.logits, table.ids, columns.get(policy["column"]))
     before, kept = evaluation.uncalibrated(policy, table.logits), out.decision >= 0
-    result = evaluation.evaluate(table, out, before, args.bootstrap)
+    sets = policy["steps"][-1]["kind"] == "conformal"
+    result = evaluation.evaluate(table, out, before, sets, args.bootstrap)
     result["verdict"] = evaluation.verdict(result, policy, table.facts["split"], looks)
     print(result["verdict"])
     result |= {"version": 1, "split": table.facts["split"], "looks_before": looks, "targets": [*evaluation.met(result)]}

@@ -11,7 +11,7 @@ TARGETS = {  # what is asked of the system: (where it stands in the results, bou
     "accuracy": (("decided", "accuracy"), 0.88, True),
     "MCC": (("decided", "mcc"), 0.90, True),
     "expected calibration error": (("probabilities", "ece"), 0.05, False),
-    "truth in the set": (("decisions", "in_set"), 0.90, True),
+    "coverage of the sets": (("decisions", "coverage"), 0.90, True),
     "false negatives among decided": (("decided", "fnr"), 0.02, False),
 }
 COSTS = {"decision": 1.0, "left": 10.0}  # in units of one decision: what it costs, and what others cost who decide it
@@ -30,10 +30,11 @@ def uncalibrated(policy, logits):
     return np.exp(log_softmax(rules.apply_step(policy["steps"][0], np.asarray(logits, np.float64), None, None)))
 
 
-def evaluate(table, out, before, repeats):
-    """All numbers of labelled samples; before: probabilities without the calibrator."""
+def evaluate(table, out, before, sets, repeats):
+    """All numbers of labelled samples; before: probabilities without the calibrator; sets: is this a policy of sets?"""
     y, p, groups = table.labels, out.probabilities, table.groups
     kept, decisions = out.decision >= 0, rules.measured(y, out)
+    decisions["coverage"] = decisions["in_set"] if sets else None
     result = {"decided": decisions.pop("decided") or {}, "decisions": decisions, "probabilities": metrics.worth(y, p)}
     result |= {"uncalibrated": metrics.worth(y, before), "intervals": {}}
     for name, metric in (("accuracy", metrics.accuracy), ("mcc", metrics.mcc)):
@@ -61,8 +62,10 @@ def verdict(result, policy, split, looks):
     words = f"Of {d['n']} samples of {split} {d['decided_share']:.1%} are decided"
     if known:
         words += f", with accuracy {judge.in_words(known)} and MCC {judge.in_words(result['intervals']['mcc'])}"
-    words += f". Sets hold the truth in {d['in_set']:.1%}, with {d['set_size']:.2f} classes each. "
-    words += f"Promised: {policy['guarantee']}. " if policy["feasible"] else "Not feasible: nothing is promised. "
+    if d["coverage"] is not None:
+        words += f". Sets hold the truth in {d['coverage']:.1%}, with {d['set_size']:.2f} classes each"
+    words += ". " if policy["feasible"] else ". What was asked of the policy could not be reached. "
+    words += "Nothing is promised. " if policy["guarantee"] == "none" else f"Promised: {policy['guarantee']}. "
     words += f"Targets that are not met: {', '.join(missed)}." if missed else "All targets that are defined are met."
     return words + (f" {looks} looks by other weights or policies came before: optimistic." if looks else "")
 
@@ -79,7 +82,8 @@ def draw(y, out, before, policy):
     if len(classes) > 1:
         lines = {"before": bins(y, before), "after": bins(y, p), "perfect": ([0, 1], [0, 1])}
         yield page.line_plot("Reliability", lines, "said", "came true")
-    curves = {"confidence": metrics.risk_coverage(wrong, p.max(1)), "best": metrics.risk_coverage(wrong, ~wrong)}
+    best = metrics.risk_coverage(np.sort(wrong), -np.arange(len(y)))
+    curves = {"confidence": metrics.risk_coverage(wrong, p.max(1)), "best": best}
     yield page.line_plot("Risk and coverage", curves, "share accepted", "errors among accepted")
     share = np.bincount(out.sets.sum(1), minlength=p.shape[1] + 1) / len(y)
     yield page.line_plot("Set sizes", {"": (range(len(share)), share)}, "classes in the set", "share", points=True)
