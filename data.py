@@ -805,17 +805,28 @@ def append_line(path, line, sync=False):
             raise
 
 
-def record_look(root, used_by):
-    """Add a line to _splits/test_uses.jsonl -> how many looks by other weights or another policy came before."""
+def record_look(root, used_by, once=False):
+    """Add a line to _splits/test_uses.jsonl -> how many looks by other weights or another policy came before.
+
+    once: such a look by the same program is an error, and nothing is added.
+    """
     if not isinstance(used_by, dict) or sorted(used_by) != sorted(USED_BY):
         raise ValueError(f"opening val_test needs used_by with {', '.join(USED_BY)}")
-    path, earlier, damaged = split_path(root, "test_uses.jsonl"), set(), 0
+    path, earlier, damaged = split_path(root, "test_uses.jsonl"), {}, 0
     for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
         try:
-            earlier.add(tuple(str(json.loads(line).get(key)) for key in ("weights_sha256", "policy_sha256")))
+            row = json.loads(line)
+            key = tuple(str(row.get(key)) for key in ("weights_sha256", "policy_sha256"))
+            earlier.setdefault(key, set()).add(str(row.get("program")))
         except (ValueError, AttributeError, RecursionError):
             damaged += 1
-    others = len(earlier - {(str(used_by["weights_sha256"]), str(used_by["policy_sha256"]))})
+    earlier.pop((str(used_by["weights_sha256"]), str(used_by["policy_sha256"])), None)
+    if once and any(used_by["program"] in programs for programs in earlier.values()):
+        raise ValueError(
+            f"{used_by['program']} has looked at val_test with other weights or another policy before ({path}), and "
+            'the best of several looks is optimistic; to look again, say why: --again "..."'
+        )
+    others = len(earlier)
     if others:
         print(
             f"val_test was looked at before by {others} other weights or policies ({path}): the best of several looks "
