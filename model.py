@@ -1046,7 +1046,9 @@ def read_weights(path):
     config = read_config(folder / "config.json")
     kind = config.get("model_type")
     if kind != "dinov3_vit" and path.is_dir():
-        raise ValueError(f"{folder} holds no config.json of a DINOv3 ViT (model_type {brief(kind)}, not 'dinov3_vit')")
+        hint = f"; its newest checkpoint is {path / 'last.pth'}" if (path / "last.pth").exists() else ""
+        words = f"{folder} holds no config.json of a DINOv3 ViT (model_type {brief(kind)}, not 'dinov3_vit')"
+        raise ValueError(words + hint)
     config = config if kind == "dinov3_vit" else {}  # a run's config.json describes flags, not an architecture
     if not path.is_dir():
         return read_tensors(path), config

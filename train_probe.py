@@ -33,8 +33,8 @@ import data
 from checkpoint import atomic_write, write_text
 from model import load_backbone, read_facts
 from tools.lib import broken, fits, judge, page, provenance
-from tools.lib.cli import Parser, natural, pick_device, positive, run, shown
-from tools.lib.files import csv_text
+from tools.lib.cli import Parser, above_zero, natural, pick_device, positive, run, shown
+from tools.lib.files import csv_text, json_text, write_json
 from tools.lib.loop import git_commit, other_encoding
 from tools.lib.progress import progress
 
@@ -347,10 +347,10 @@ def plan_all(source, table, splits, facts, args):
 
 def millimetres(text):
     """argparse type: 32,48,64"""
-    values = tuple(float(part) for part in text.split(","))
-    if not all(0 < value < math.inf for value in values):
-        raise argparse.ArgumentTypeError(f"{text!r}: sides of the crops in mm, above 0, like 32,48,64")
-    return values
+    try:
+        return tuple(above_zero(part) for part in text.split(","))
+    except (ValueError, argparse.ArgumentTypeError):
+        raise argparse.ArgumentTypeError(f"{text!r}: sides of the crops in mm, above 0, like 32,48,64") from None
 
 
 def build_parser():
@@ -429,8 +429,11 @@ def judge_one(name, plan, table, predictors, exposure, source, args):
 def main(argv=None):
     args = build_parser().parse_args(argv)
     start = time.perf_counter()
+    if args.out.exists() and not args.out.is_dir():  # now, not after all is computed
+        raise ValueError(f"--out {args.out} is a file; name a folder")
 
     # ----------------------------------------------------------------- labels, splits, leaks
+    before = provenance.stamp(args.ckpt)
     source, facts = data.open_source(args.data), read_facts(args.ckpt)
     if foreign := other_encoding(facts, source.encoding):
         print(foreign)
@@ -454,6 +457,7 @@ def main(argv=None):
     device = pick_device(args.device)
     used = np.any([keep for keep, _ in plans.values()], 0)
     look = judge.used_by("train_probe.py", args.ckpt, path, f"frozen probe, --protocol {args.protocol}")
+    provenance.refuse_change(args.ckpt, before)
     chosen, part = open_samples(source, table.take(used), splits[used], look, args.allow_duplicates)
     with broken.named(chosen.take(part.rows)):
         predictors = gather(args, vit, look["weights_sha256"], chosen, part, framing, device)
@@ -478,12 +482,11 @@ def main(argv=None):
         "git_commit": git_commit(),
         "seconds": round(time.perf_counter() - start, 1),
     }
-    args.out.mkdir(parents=True, exist_ok=True)
-    write_text(args.out / "results.json", judge.to_json(summary) + "\n")
+    write_json(args.out / "results.json", summary)
     scores = {name: (plans[name][0], probe, plans[name][1]) for name, (_, _, probe) in outcomes.items()}
     write_text(args.out / "predictions.csv", csv_text(judge.prediction_rows(table, splits, scores)))
     keys = ("weights", "labels", "split_sha256", "recipe", "notes")
-    facts = [[key, judge.to_json(summary[key])] for key in keys if summary[key]]
+    facts = [[key, json_text(summary[key])] for key in keys if summary[key]]
     parts = [*(part for _, part, _ in outcomes.values()), page.section("Facts", page.table(["what", "value"], facts))]
     write_text(args.out / "report.html", page.page(f"Probe of {args.ckpt.name} on {path.name}", *parts))
     print("\n".join([*notes, *(str(args.out / n) for n in ("results.json", "predictions.csv", "report.html"))]))

@@ -95,6 +95,7 @@ def test_calibrated_data_stays_as_it_is_and_a_round_trip_changes_nothing(name, C
     assert (apply(again, z) == p).all()
     order = np.random.default_rng(0).permutation(len(z))
     np.testing.assert_allclose(apply(fit(z[order], y[order]), z), p, atol=1e-5)
+    assert (apply(found, z[:100]) == p[:100]).all() and (apply(found, z[7:8]) == p[7:8]).all()
     if name == "temperature":
         assert (p.argmax(1) == z.argmax(1)).all() and 0.9 < found["temperature"] < 1.1
 

@@ -8,7 +8,6 @@ make_splits.py then keeps together. Exit code 1 if a duplicate crosses the split
 
 import functools
 import hashlib
-import json
 import os
 import sys
 from collections import Counter, defaultdict
@@ -20,10 +19,10 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from checkpoint import write_text
 from data import Unreadable, read_splits, slice_name, split_path
 from tools.lib import broken
 from tools.lib.cli import Parser, positive, run, shown, within
+from tools.lib.files import write_json
 from tools.lib.groups import join, open_data
 from tools.lib.progress import progress
 from tools.lib.workers import parallel
@@ -223,8 +222,7 @@ def main(argv=None):
         "pairs": [{"a": title[a], "b": title[b], "distance": d} for (a, b), d in zip(listed.tolist(), distances)],
     }
     path = split_path(args.data, "duplicates.json")
-    path.parent.mkdir(exist_ok=True)
-    write_text(path, json.dumps(payload, indent=1) + "\n")
+    write_json(path, payload)
     print("wrote", path, *(f"{key}={n}" for key, n in counts.items()))
     for pair in payload["conflicts"][:10]:
         a, b, (one, other) = *(shown(pair[key]) for key in "ab"), map(shown, pair["labels"])

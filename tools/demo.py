@@ -8,7 +8,6 @@ neighbour pretraining makes fewer updates, 40 at least, which fits as long as ev
     python tools/demo.py --stage probe report      # these stages again, on what is there
 """
 
-import json
 import math
 import os
 import re
@@ -29,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from checkpoint import atomic_write, write_text
 from tools.lib import judge, page, sheet
 from tools.lib.cli import ROOT, Parser, above_zero, pick_device, run
-from tools.lib.files import last_per_step, read_json_file, read_lines
+from tools.lib.files import last_per_step, read_json_file, read_lines, write_json
 
 PHANTOM = "--patients 60 --slices 32 --size 256"  # 2,112 slices, 0.3 GB as DICOM and as much again in HU
 # Phantom patients cost nothing and the test needs many: 27 of them leave 47 rated by 3 readers or more.
@@ -469,7 +468,7 @@ def run_stage(k, device, folder, out, notes):
     if stage.name == "report":
         report_all(out, stages, notes)
     notes["seconds"][stage.name] = round(time.perf_counter() - began, 1)
-    write_text(out / "demo.json", json.dumps(notes, indent=1))
+    write_json(out / "demo.json", notes)
     progress(stages[: k + 1], stages, sum(notes["seconds"].values()))
 
 

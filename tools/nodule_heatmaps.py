@@ -463,6 +463,7 @@ def main(argv=None):
         parser.error(f"--crop-mm {args.crop_mm:g} must be positive")
     if args.n < 2:
         parser.error("--n 1: chance is measured on other nodules, so at least 2 are needed")
+    before = provenance.stamp(args.ckpt)
     source, facts = data.open_source(args.data), read_facts(args.ckpt)
     if source.encoding == "photo":
         raise ValueError(f"--data {args.data} holds photographs; nodules need a processed CT folder")
@@ -477,6 +478,7 @@ def main(argv=None):
     device, masks = pick_device(args.device), args.data / "_labels" / "masks"
     why = f"heatmaps of {args.n} nodules, --split {args.split}"
     used_by = judge.used_by("tools/nodule_heatmaps.py", args.ckpt, labels, why)
+    provenance.refuse_change(args.ckpt, before)
     source = open_split(source, args.split, used_by, args.allow_duplicates)
     targets, skipped = choose(source, rows, args.n, masks, args.crop_mm, patches, args.seed)
     for item in skipped:
@@ -508,7 +510,7 @@ def main(argv=None):
                   patients=len(patients), numbers=numbers, skipped=skipped,
                   nodules=list_nodules(targets, own))  # fmt: skip
     out = args.out or args.ckpt.parent / "heatmaps"
-    write_json(out / "heatmaps.json", report, indent=1)
+    write_json(out / "heatmaps.json", report)
     drawn = tqdm(zip(targets, maps.swapaxes(0, 1), own), "draw", len(targets), unit="nodule", disable=None)
     pictures = [draw(source, target, some, values, args.crop_mm) for target, some, values in drawn]
     for old in out.glob("nodule_*.png"):

@@ -272,7 +272,7 @@ def process_series(job):
         "files": write(root, folder, volume.hu),
         "rows": index_rows(job, folder, volume),
     }
-    write_json(record_file, record)
+    write_json(record_file, record, indent=None)
     return job, "", "", rejected
 
 

@@ -11,7 +11,6 @@ path of this machine and no patient id in clear gets in.
     cd release/dinox-lidc-vit-small && sha256sum -c SHA256SUMS
 """
 
-import json
 import os
 import re
 import shutil
@@ -36,7 +35,7 @@ from tools.lib.cli import ROOT, Parser, run, shown
 from tools.lib.files import created_utc, read_json_file, write_json, wrong_field
 from tools.lib.judge import UNKNOWN, in_words
 from tools.lib.loop import LARGEST_VIEW
-from tools.lib.provenance import BORROWED, claimed, provenance_of
+from tools.lib.provenance import BORROWED, claimed, provenance_of, refuse_change, stamp
 
 TOLERANCE = 1e-5  # of reloaded outputs, absolute; they are layer-normalised, so of order 1
 # what a stranger may read of the flags: numbers, and of texts only these, which name choices and never files
@@ -248,6 +247,8 @@ def secrets_of(facts, *paths):
     ids = {
         text for group in facts["trained_groups"] or () for text in (group, group.partition("/")[2]) if len(text) > 5
     }
+    # a group of photographs may be called "training": words of our own texts are in every release, and tell nothing
+    ids -= set(re.findall(r"\w[\w-]*", Path(__file__).read_text() + (ROOT / "LICENSE").read_text()))
     named = {value for value in facts["args"].values() if isinstance(value, str) and re.search(r"[/\\]", value)}
     named -= {facts["args"].get("sizes")}
     here = {str(Path(p).resolve()) for p in (Path.home(), ROOT, *paths)}
@@ -387,9 +388,8 @@ def write_weights(vit, facts, folder):
     config |= {"image_size": facts["eval_view"]["size"], "dtype": "float32"}
     packed = safetensors.torch.save(state, {"format": "pt"})
     atomic_write(folder / "model.safetensors", lambda f: f.write(packed))
-    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
-    processor = processor_config(facts["eval_view"]["size"])
-    write_text(folder / "preprocessor_config.json", json.dumps(processor, indent=2) + "\n")
+    write_json(folder / "config.json", config, indent=2)
+    write_json(folder / "preprocessor_config.json", processor_config(facts["eval_view"]["size"]), indent=2)
     return config
 
 
@@ -409,7 +409,7 @@ def fill(folder, ckpt, facts, name, texts, provenance):
     print(f"reloaded: largest difference of any output {difference:.1e}")
     numbers = dict(difference=difference, millions=sum(p.numel() for p in vit.parameters()) / 1e6)
     numbers |= dict(weights_sha256=file_sha256(folder / "model.safetensors"), checkpoint_sha256=file_sha256(ckpt))
-    write_json(folder / "provenance.json", provenance)
+    write_json(folder / "provenance.json", provenance, indent=None)
     write_text(folder / "LICENSE", texts["licence"])
     write_text(folder / "README.md", write_card(facts, config, name, texts | numbers))
     write_sums(folder)
@@ -556,6 +556,7 @@ def main(argv=None):
         raise ValueError(f"--out {shown(args.out, 400)}: its name titles the card; choose a short one of plain letters")
     if args.out.exists() and (args.out.is_file() or any(args.out.iterdir())):
         raise FileExistsError(f"--out {args.out} exists and is not empty: name a new folder, or delete it first")
+    before = stamp(args.ckpt)
     facts, results = read_facts(args.ckpt), read_results(args.probe, args.ckpt)
     texts = dict(licence=licence_of(facts, args.license), created=created_utc())
     source = open_trained(facts, args.data)
@@ -570,6 +571,7 @@ def main(argv=None):
     staging.mkdir(parents=True)
     try:
         fill(staging, args.ckpt, facts, args.out.name, texts, provenance)
+        refuse_change(args.ckpt, before)
         refuse_secrets(staging, secrets_of(facts, args.ckpt.parent, args.out.parent))
         os.replace(staging, args.out)
         checkpoint.fsync_folder(staging.parent)

@@ -1,21 +1,16 @@
-"""A run as it lies on disk, read with care: its checkpoint, recipe, log and earlier looks; its pulse, and the sensors.
+"""A run as it lies on disk, read with care: its checkpoint, recipe, log and earlier looks; its pulse.
 
     state, size = read_checkpoint(run / "last.pth")
     rows, skipped = read_log(run / "metrics.jsonl")
     beat = pulse(rows, seconds_since_it_grew, state["args"])
-    heat = hottest(sensors(Path("/sys")) | card_sensors())
 
 Files of a run may be damaged. What is needed and is not of the promised types ends in one sentence; rows of a log are
 skipped and counted.
 """
 
-import contextlib
 import dataclasses
-import json
 import math
 import os
-import re
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -128,15 +123,22 @@ def course(rows):
 
 
 def pulse(lines, age_s, args):
-    """What metrics.jsonl says of a run with these flags; its last line is age_s old -> dict, empty without a line."""
+    """What metrics.jsonl says of a run with these flags; its last line is age_s old -> dict, empty without a line.
+
+    Before the first numbers it is the age and what the last events say.
+    """
     rows, events = last_per_step(lines, "loss"), [r for r in lines if "event" in r]
+    said = [e["event"].replace("SAVE FAILED, training goes on", "SAVE FAILED") for e in events]  # it may have ended
+    saves = [text for text in said if text.startswith(("saved", "SAVE FAILED"))]
+    found = {"age_s": age_s, "finished": False, "last_event": said[-1] if said else None}
+    found["failed_save"] = saves[-1] if saves and saves[-1] != "saved" else None
     if not rows:
-        return {}
+        return found if events else {}
     last, recent = rows[-1], rows[-20:]
-    found = {key: last.get(key) for key in ("loss", "dino", "ibot", "excess", "lr")}
+    found |= {key: last.get(key) for key in ("loss", "dino", "ibot", "excess", "lr")}
     found |= {key: middle(rows[-5:], key) for key in "teacher_entropy kl rankme images_s data_wait memory_gb".split()}
     found |= course([r for r in rows if r["step"] > args["grace"]])
-    found |= {"last_step": last["step"], "finished": last["step"] >= args["steps"] + args["extend"], "age_s": age_s}
+    found |= {"last_step": last["step"], "finished": last["step"] >= args["steps"] + args["extend"]}
     found["log_interval_s"] = args["log_every"] * args["batch_size"] / (found["images_s"] or math.inf)
     found["eta_h"] = max(last.get("seconds_to_go", 0) - age_s, 0) / 3600
     found["nonfinite_loss"] = int(not math.isfinite(last["loss"]))
@@ -147,56 +149,4 @@ def pulse(lines, age_s, args):
     for name, key in (("images_s_change", "images_s"), ("memory_change", "memory_gb")):  # shares, since the start
         was, now = middle(rows[1:21], key), middle(recent, key)
         found[name] = now / was - 1 if was and now else None
-    said = [e["event"].replace("SAVE FAILED, training goes on", "SAVE FAILED") for e in events]  # it may have ended
-    saves = [text for text in said if text.startswith(("saved", "SAVE FAILED"))]
-    found["failed_save"] = saves[-1] if saves and saves[-1] != "saved" else None
-    found["last_event"] = said[-1] if said else None
     return found
-
-
-# Sensors.
-
-
-def read_text(path):
-    with contextlib.suppress(OSError, UnicodeDecodeError):  # sensors of sleeping devices cannot be read
-        return path.read_text().strip()
-    return ""
-
-
-def sensors(root):
-    """Readable temperatures, powers and fans of hwmon (amdgpu is one) and thermal zones -> {"name (C)": value}."""
-    found = {}
-    for path in sorted(root.glob("class/hwmon/hwmon*/*_*")) + sorted(root.glob("class/thermal/thermal_zone*/temp")):
-        kind = re.fullmatch(r"(temp|power|fan)(\d*)(_input|_average|)", path.name)
-        if kind and re.fullmatch(r"-?\d{1,15}", text := read_text(path)):
-            label = read_text(path.parent / f"{kind[1]}{kind[2]}_label") or kind[1] + kind[2]
-            owner = read_text(path.parent / ("name" if kind[3] else "type"))
-            unit, scale = {"temp": ("C", 1e3), "power": ("W", 1e6), "fan": ("rpm", 1)}[kind[1]]
-            found[f"{path.parent.name} {owner} {label} ({unit})"] = int(text) / scale
-    return found
-
-
-def ask(*command):
-    """What a program prints; nothing where it is not installed, fails or hangs."""
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout
-    return ""
-
-
-def card_sensors():
-    """The same from nvidia-smi and rocm-smi."""
-    found, answers = {}, {}
-    query = "--query-gpu=temperature.gpu,power.draw,fan.speed"
-    for k, line in enumerate(ask("nvidia-smi", query, "--format=csv,noheader,nounits").splitlines()):
-        answers[f"nvidia {k}"] = dict(zip(("temperature (C)", "power (W)", "fan (%)"), line.split(",")))
-    with contextlib.suppress(ValueError, TypeError):
-        answers |= json.loads(ask("rocm-smi", "--showtemp", "--showpower", "--showfan", "--json"))
-    for card, values in answers.items():
-        for key, value in values.items() if isinstance(values, dict) else ():
-            with contextlib.suppress(ValueError, TypeError):  # "N/A", "[Not Supported]"
-                found |= {f"{card} {key}": float(value)} if key.endswith(("(C)", "(W)", "(%)")) else {}
-    return found
-
-
-def hottest(values):
-    return max((value for name, value in values.items() if name.endswith("(C)")), default=None)
