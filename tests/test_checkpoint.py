@@ -750,17 +750,17 @@ def test_the_snapshot_is_of_the_moment_of_the_call(tmp_path, monkeypatch):
         return real(path, state)
 
     monkeypatch.setattr(checkpoint, "save", slow)
-    w, args = torch.ones(1000), {"lr": [1.0], "seen": {1}}
+    w, args = torch.ones(1000), {"lr": [1.0], "seen": [1]}
     saver = Saver(tmp_path, 3, 0)
     saver.save(1, {"step": 0, "w": w, "args": args})
     w.fill_(7)
     args["lr"][0] = 2.0
-    args["seen"].add(2)
+    args["seen"].append(2)
     assert not os.listdir(tmp_path) and not saver.events
     gate.set()
     saver.wait()
     back = load(tmp_path / "last.pth")
-    assert back["step"] == 1 and back["args"] == {"lr": [1.0], "seen": {1}} and torch.equal(back["w"], torch.ones(1000))
+    assert back["step"] == 1 and back["args"] == {"lr": [1.0], "seen": [1]} and torch.equal(back["w"], torch.ones(1000))
     (event,) = saver.events
     assert event["step"] == 1 and event["error"] is None and event["seconds"] > 0
 
