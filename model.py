@@ -1083,7 +1083,7 @@ def is_provenance(found):
     seen = found.get("seen")
     good = isinstance(found.get("known"), bool) and isinstance(seen, list)
     if good and all(isinstance(entry, dict) for entry in seen):  # one list named a thousand times costs a file nothing
-        good = sum(len(part) for entry in seen for part in entry.values()) < 1 << 24
+        good = sum(len(part) for entry in seen for part in entry.values() if isinstance(part, (list, str))) < 1 << 24
     return good and all(
         isinstance(entry, dict) and isinstance(entry.get("salt"), str)
         and all(isinstance(entry.get(key, []), list) for key in ("groups", "series", "files"))
