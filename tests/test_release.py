@@ -512,7 +512,7 @@ def test_data_adds_counts_of_what_was_trained_on(tmp_path):
     assert "| toy | 5 | 6 | 24 |" in card  # patient 0 has two of the series, each with 4 inner slices
     shutil.rmtree(tmp_path / "out")
     make_split(root, {f"toy/P{k}": "train" if k < 4 else "val_test" for k in range(7)})
-    refused("split_sha256 is not that of the checkpoint", ckpt, "--data", root)
+    refused("split_sha256 is not that of the run", ckpt, "--data", root)
     make_photos(tmp_path / "photos")
     photos = d.open_source(tmp_path / "photos")
     facts = dict(index_sha256=photos.index_sha256, split_sha256=None, trained_groups=photos.groups)

@@ -320,16 +320,16 @@ def test_what_a_run_did_not_see_is_refused(tmp_path, capsys):
         inspect(folder, step, "--images", "1")
         assert ("NOT among the 10 updates" in capsys.readouterr().out) == outside
     refused("2", step=0, error=SystemExit)
-    refused("its split is not the one this run was trained with", {"split_sha256": "0" * 64})
+    refused("split_sha256 is not that of the run", {"split_sha256": "0" * 64})
     refused(r"recipe of this run differs from ours in \['warp'\]", {"recipes": [asdict(SMALL) | {"warp": 1}]})
     refused(
-        "--data .*nowhere is not a folder",
+        "nowhere is no folder here; .* give --data",
         {"args": config["args"] | {"data": str(tmp_path / "nowhere")}},
         error=OSError,
     )
     index = root / "_index" / "index.csv"
     index.write_text(index.read_text().replace("2.5", "2.6", 1))
-    refused("its index is not the one this run was trained with")
+    refused("index_sha256 is not that of the run")
     (folder / "config.json").write_text("{")
     with pytest.raises(ValueError, match="config.json is damaged, or no JSON"):
         inspect(folder, 1)

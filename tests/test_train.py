@@ -30,7 +30,7 @@ import train_ssl as t
 from model import ProjectionHead, SSLModel, SSLOutput, build_vit, draw_rope, state_from_original
 from tools import make_phantom, make_splits, preprocess_dicom, release
 from tools.lib import loop, optim
-from tools.lib.loop import read_recipes
+from tools.lib.runs import read_recipes
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).parent / "golden"

@@ -27,14 +27,13 @@ import safetensors.torch
 import torch
 
 import checkpoint
-import data
 from checkpoint import atomic_write, write_text
 from data import MEAN, STD, file_sha256
 from model import load_backbone, read_weights, state_to_hf
+from tools.lib import runs
 from tools.lib.cli import ROOT, Parser, run, shown
 from tools.lib.files import created_utc, read_json_file, write_json, wrong_field
 from tools.lib.judge import UNKNOWN, in_words
-from tools.lib.loop import LARGEST_VIEW
 from tools.lib.provenance import BORROWED, claimed, provenance_of, refuse_change, stamp
 
 TOLERANCE = 1e-5  # of reloaded outputs, absolute; they are layer-normalised, so of order 1
@@ -180,8 +179,8 @@ def read_facts(path):
         wrong = "index_sha256 or split_sha256 is no sha256"
     if not wrong and content["encoding"] not in INPUTS:
         wrong = f"encoding is {shown(content['encoding'])}, known are {', '.join(INPUTS)}"
-    if not wrong and content["eval_view"]["size"] > LARGEST_VIEW:
-        wrong = f"eval_view is {content['eval_view']['size']} pixels wide, more than {LARGEST_VIEW}"
+    if not wrong and content["eval_view"]["size"] > runs.LARGEST_VIEW:
+        wrong = f"eval_view is {content['eval_view']['size']} pixels wide, more than {runs.LARGEST_VIEW}"
     wrong = wrong or wrong_provenance(content.get("provenance"))
     if wrong:
         raise ValueError(f"--ckpt {name}: {wrong}; use another checkpoint of the same run")
@@ -301,20 +300,14 @@ def datasets(facts, source):
     return table(["dataset", "patients", "series", "slices"], rows)
 
 
-def open_trained(facts, root):
+def open_images(facts, root):
     """The images that the run learned from, or None without --data; refuses other data."""
     if root is None:
         if facts["encoding"] == "photo":
             print("no --data: files are not hashed, so copies of these photographs will not be recognised as seen")
         return None
-    flags = facts["args"]
-    if flags["no_split"]:
-        source = data.open_source(root, flags["limit"], flags["z_stride"])
-    else:  # duplicates across splits concern who judges; here they are told
-        source = data.open_for(root, "fit", None, flags["limit"], flags["z_stride"], allow_duplicates=True)
-    for key in ("encoding", "index_sha256", "split_sha256"):
-        if facts[key] != getattr(source, key):
-            raise ValueError(f"--data {root}: {key} is not that of the checkpoint; name the data it was trained on")
+    trained = {key: facts[key] for key in ("encoding", "index_sha256", "split_sha256")}
+    source = runs.open_trained(root, facts["args"], not facts["args"]["no_split"], trained)
     if others := set(source.groups) - set(facts["trained_groups"] or source.groups):
         raise ValueError(f"--data {root}: {len(others)} of its groups are not those of the run; name the run's data")
     return source
@@ -559,7 +552,7 @@ def main(argv=None):
     before = stamp(args.ckpt)
     facts, results = read_facts(args.ckpt), read_results(args.probe, args.ckpt)
     texts = dict(licence=licence_of(facts, args.license), created=created_utc())
-    source = open_trained(facts, args.data)
+    source = open_images(facts, args.data)
     provenance = provenance_file(facts, source)
     texts |= dict(data=datasets(facts, source), lineage=lineage(provenance))
     texts |= probe_numbers(results, facts, provenance["known"])

@@ -18,10 +18,11 @@ import numpy as np
 import checkpoint
 import data
 from model import is_provenance
+from tools.lib.cli import shown
 from tools.lib.files import is_a, last_per_step, read_json_file, read_lines, wrong_field
 from tools.lib.limits import spiked
-from tools.lib.loop import LARGEST_VIEW, OTHER_CODE, read_recipes
 
+LARGEST_VIEW = 4096  # pixels per side
 LARGEST = 1e39  # float32 holds nothing beyond: a larger finite number in a file is damage
 
 
@@ -72,6 +73,70 @@ def check_state(path, state):
             wrong = "provenance is not known, and seen with a salt and hashes for each data set"
     if wrong:
         raise ValueError(f"{path}: {wrong}; use another checkpoint of the same run, or the code that wrote it")
+
+
+CONFIG = dict(args=dict, recipes=list, masking=list, patch_size=int, split=(str, type(None)), index_sha256=str,
+              split_sha256=(str, type(None)))  # fmt: skip
+CONFIG_FLAGS = dict.fromkeys("seed steps batch_size micro_batch z_stride gram_start".split(), int)
+CONFIG_FLAGS |= dict(data=str, limit=(int, type(None)), overfit=bool)
+OTHER_CODE = "use the code that trained this run, or put its own config.json back"
+
+
+def read_config(folder):
+    """config.json of a run, checked."""
+    path = folder / "config.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist; --run names a folder that train_ssl.py wrote")
+    config = read_json_file(path, CONFIG, OTHER_CODE)
+    counts = [config["patch_size"], *(config["args"].get(key) for key in ("batch_size", "micro_batch", "z_stride"))]
+    wrong = wrong_field(config["args"], CONFIG_FLAGS)
+    good = same_kind(config["masking"], (0.5, (0.1, 0.5))) and same_kind(counts, (1, 1, 1, 1)) and all(counts)
+    if not wrong and not good:
+        wrong = f"masking is {config['masking']}, patch size, batch, micro-batch and stride are {counts}"
+    if wrong:
+        raise ValueError(f"{path}: {shown(wrong, 200)}; {OTHER_CODE}")
+    read_recipes(config, path)
+    return config
+
+
+def same_kind(value, like):
+    """Whether a stored value can stand where `like` does: of its length, its types and a possible size."""
+    if isinstance(like, tuple):
+        return isinstance(value, (list, tuple)) and len(value) == len(like) and all(map(same_kind, value, like))
+    return is_a(value, type(like)) and (isinstance(value, str) or 0 <= value <= LARGEST_VIEW)
+
+
+def read_recipes(config, path="config.json"):
+    """Recipes as stored -> Recipe objects; JSON made lists of their tuples."""
+    usual, recipes = data.RECIPES["ct"], config["recipes"]
+    if not recipes or not all(isinstance(recipe, dict) for recipe in recipes):
+        raise ValueError(f"{path}: recipes is no list of objects; {OTHER_CODE}")
+    for recipe in recipes:
+        if odd := recipe.keys() ^ {f.name for f in dataclasses.fields(data.Recipe)}:
+            odd = shown(sorted(odd), 200)
+            raise ValueError(f"{path}: the recipe of this run differs from ours in {odd}; {OTHER_CODE}")
+        for name, value in recipe.items():
+            if not same_kind(value, getattr(usual, name)):
+                raise ValueError(f"{path}: {name} of a recipe is {shown(value)}; {OTHER_CODE}")
+        if not recipe["global_size"] > 0 or not recipe["local_size"] > 0 or recipe["kind"] not in ("ct", "photo"):
+            raise ValueError(f"{path}: a recipe of kind {shown(recipe['kind'])} or of size 0; {OTHER_CODE}")
+    return [data.Recipe(**{k: tuple(v) if isinstance(v, list) else v for k, v in recipe.items()}) for recipe in recipes]
+
+
+def open_trained(root, args, split, trained):
+    """The images that a run with these flags learned from, as train_ssl.py opened them; other data is refused.
+
+    split: None where it had none; trained: {fact: value} of the run, which must be those of the data.
+    """
+    kept = args["limit"], args["z_stride"]
+    if split:  # duplicates across splits concern who judges, and the file may be younger than the run
+        source = data.open_for(root, "fit", None, *kept, allow_duplicates=True)
+    else:
+        source = data.open_source(root, *kept)
+    for key, value in trained.items():
+        if value != getattr(source, key):
+            raise ValueError(f"{root}: {key} is not that of the run; put its data back, or name them with --data")
+    return source
 
 
 def recipe_of(folder, state):
