@@ -309,7 +309,7 @@ def test_what_a_run_did_not_see_is_refused(tmp_path, capsys):
     refused("its split is not the one this run was trained with", {"split_sha256": "0" * 64})
     refused(r"recipe of this run differs from ours in \['warp'\]", {"recipes": [asdict(SMALL) | {"warp": 1}]})
     refused(
-        "--data .*nowhere is not a folder",
+        "nowhere is no folder here; the run's config.json names it: give --data",
         {"args": config["args"] | {"data": str(tmp_path / "nowhere")}},
         error=OSError,
     )
