@@ -220,7 +220,8 @@ def main(argv=None):
     path = args.data / "_splits" / "duplicates.json"
     path.parent.mkdir(exist_ok=True)
     write_text(path, json.dumps(payload, indent=1) + "\n")
-    print("wrote", path, *(f"{key}={n}" for key, n in counts.items()))
+    words = {"slices": "images"} if source.encoding == "photo" else {}
+    print("wrote", path, *(f"{words.get(key, key)}={n}" for key, n in counts.items()))
     for members in sets[:10]:
         say("same pictures in", members)
     for members in crossing[:10]:
