@@ -391,7 +391,7 @@ def index_photos(root):
     if missing:
         name = min(missing)
         like = [p for p in paths if p.casefold() == name.casefold()]
-        like = like or [p for p in paths if p.endswith("/" + os.path.basename(name))]
+        like = like or [p for p in paths if p.casefold().split("/")[-1] == name.casefold().split("/")[-1]]
         hint = f"; write {like[0]} instead" if len(like) == 1 else ""
         raise FileNotFoundError(f"{table} names {len(missing)} missing files, first {name}{hint}")
     groups = {}

@@ -188,6 +188,8 @@ def choices_in_words(args, encoding):
     facts = read_facts(args.init) if args.init and Path(args.init).exists() else {}
     if foreign := loop.other_encoding(facts, encoding):
         yield foreign
+    if args.aug != "auto" and (encoding == "photo") != (data.RECIPES[args.aug].kind == "photo"):
+        yield f"note: --aug {args.aug} was made for other images than these, which are {encoding}"
     if args.no_split:
         yield "no split: this run may have seen any image, and nothing that evaluates it can claim otherwise"
 
@@ -512,8 +514,6 @@ def masking(args):
 
 def make_recipes(args, encoding):
     kind = ("photo" if encoding == "photo" else "ct") if args.aug == "auto" else args.aug
-    if (encoding == "photo") != (data.RECIPES[kind].kind == "photo"):
-        raise ValueError(f"--aug {kind} is not for these images, whose encoding is {encoding}; leave it away")
     base = dataclasses.replace(data.RECIPES[kind], local_crops=args.local_crops)
     scales = {"field": args.field, "global_scale": args.global_scale, "local_scale": args.local_scale}
     base = dataclasses.replace(base, **{name: tuple(scale) for name, scale in scales.items() if scale})

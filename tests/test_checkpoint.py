@@ -389,7 +389,8 @@ ARCH = {"name": "vit_test", "overrides": {"layerscale": 1.0, "depth": 3, "gated"
 RIGHT = {
     "step": 5, "images": 2**40, "gram_refreshes": 0, "args": {"lr": 1e-3, "sizes": None}, "arch": ARCH,
     "encoding": "hu16-v1", "eval_view": {"size": 224, "window": [40, 400.0]}, "trained_groups": ["lidc/1", "lidc/2"],
-    "index_sha256": "1" * 64, "split_sha256": None, "weights_sha256": None, "student": {"w": torch.ones(2)}, "teacher": {"w": torch.ones(2)},
+    "index_sha256": "1" * 64, "split_sha256": None, "weights_sha256": None,
+    "student": {"w": torch.ones(2)}, "teacher": {"w": torch.ones(2)},
     "gram": None, "centers": {}, "optimizer": {"w": {"step": torch.tensor(1.0)}},
 }  # fmt: skip
 BOMB = [0]

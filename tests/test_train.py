@@ -482,7 +482,6 @@ def test_one_run_per_folder(folder, tmp_path, monkeypatch):
         (["--koleo-group", "1"], "--koleo-group 1: a sample alone has no neighbour"),
         (["--out", __file__], "test_train.py is a file; name the folder of the run"),
         (["--sizes", "32/8"], "nearest: 16"),
-        (["--aug", "photo"], "--aug photo is not for these images, whose encoding is hu16-v1"),
         (["--init", "/nowhere"], "no weights at /nowhere"),
         (["--mask-ratio", "0.5", "0.1"], "--mask-ratio 0.5 0.1: the smaller comes first"),
         (["--warmup", "9"], "--warmup 9 is more than --steps 2"),
