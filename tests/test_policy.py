@@ -131,7 +131,7 @@ def test_runs_are_joined_by_id(tmp_path):
     weights = json.loads(run.policy.read_text())["steps"][0]["parameters"]["weights"]
     assert sum(weights[:2]) > 0.8
     tables.write(path.parent, t._replace(facts={**t.facts, "classes": ["no", "yes"]}))
-    with pytest.raises(ValueError, match="differ in classes"):
+    with pytest.raises(ValueError, match="classes is .*no"):
         policies.load([run.out, other.out], "val_calib")
     tables.write(path.parent, t._replace(labels=1 - t.labels))
     with pytest.raises(ValueError, match="labels or groups are others"):
