@@ -130,6 +130,12 @@ def test_runs_are_joined_by_id(tmp_path):
     assert fit_policy.main(words) == 0
     weights = json.loads(run.policy.read_text())["steps"][0]["parameters"]["weights"]
     assert sum(weights[:2]) > 0.8
+    tables.write(path.parent, t._replace(facts={**t.facts, "classes": ["no", "yes"]}))
+    with pytest.raises(ValueError, match="classes is .*no"):
+        policies.load([run.out, other.out], "val_calib")
+    tables.write(path.parent, t._replace(labels=1 - t.labels))
+    with pytest.raises(ValueError, match="labels or groups are others"):
+        policies.load([run.out, other.out], "val_calib")
     tables.write(path.parent, t.take(order[:-1]))
     with pytest.raises(ValueError, match="do not hold the same samples: 1 are in one"):
         policies.load([run.out, other.out], "val_calib")

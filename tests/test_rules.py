@@ -62,6 +62,8 @@ def test_ties_go_to_the_middle_of_the_widest_plateau():
     y = np.array([0, 1, 0, 1])  # 0.35 < t <= 0.9 and 0.1 < t <= 0.3 are as good
     p = np.array([0.1, 0.3, 0.35, 0.9])
     assert thresholds.METHODS["mcc"][0](np.stack([1 - p, p], 1), y)["threshold"] == pytest.approx((0.35 + 0.9) / 2)
+    p = np.array([0.1, 0.6, 0.65, 0.9])  # now the lower one is the wider
+    assert thresholds.METHODS["mcc"][0](np.stack([1 - p, p], 1), y)["threshold"] == pytest.approx((0.1 + 0.6) / 2)
     near = np.nextafter(0.5, 1)
     found = thresholds.METHODS["mcc"][0](np.array([[0.5, 0.5], [1 - near, near]]), np.array([0, 1]))
     assert found["threshold"] == near
