@@ -648,13 +648,8 @@ def log_line(run, log, update, now, pace):
     peak, images = loop.device_peak(run.device), done * args.batch_size
     line = {"images": images, "epoch": images / len(run.source), **values, **now._asdict()}
     line |= {f"grad_norm_{name}": float(norm) for name, norm in update.norms.items()}
-    line |= {
-        "images_s": rate,
-        "data_wait": pace.waited / seconds,
-        "tflops": tflops,
-        "memory_gb": loop.memory_gb(run.device),
-    }
-    line["seconds_to_go"] = (args.steps + args.extend - done) * seconds / max(updates, 1)
+    line |= dict(images_s=rate, data_wait=pace.waited / seconds, tflops=tflops, memory_gb=loop.memory_gb(run.device),
+                 seconds_to_go=(args.steps + args.extend - done) * seconds / max(updates, 1))  # fmt: skip
     if peak:
         line["mfu"] = tflops / (peak * world)
     log.numbers(done, line)
@@ -693,15 +688,10 @@ def open_data(args):
     if args.no_split:
         source = data.open_source(args.data, args.limit, args.z_stride)
         return data.weighed(source, args.weights) if args.weights else source, None
-    everything = data.open_source(args.data)
-    source = data.open_for(
-        everything, "fit", limit=args.limit, z_stride=args.z_stride, allow_duplicates=args.allow_duplicates
-    )
+    everything, more = data.open_source(args.data), dict(z_stride=args.z_stride, allow_duplicates=args.allow_duplicates)
+    source = data.open_for(everything, "fit", limit=args.limit, **more)
     source = data.weighed(source, args.weights) if args.weights else source
-    if not args.eval_every:
-        return source, None
-    more = dict(z_stride=args.z_stride, allow_duplicates=args.allow_duplicates)
-    return source, data.open_for(everything, "select", **more)
+    return source, data.open_for(everything, "select", **more) if args.eval_every else None
 
 
 def start_reading(args, source, recipes, steps, patch_size, rank, world, device):
