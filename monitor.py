@@ -40,6 +40,7 @@ from tools.lib.files import NUMBER, plain, read_json_file, write_json
 from tools.lib.fits import neighbours
 from tools.lib.limits import AGREES, ONE_HOT, UNIFORM
 from tools.lib.loop import lock
+from tools.lib.slices import find_slice, slice_name
 
 # worst first among equals; constant features also make targets uniform, so the lost rank is named first
 DECAY = "dense features decaying"
@@ -271,7 +272,7 @@ def label_numbers(vit, source, path, view, most):
     texts = [row[key] for row in rows for key in ("y", "x", *("z" * volumes))] if nodules else []
     if odd := [text for text in texts if not NUMBER.fullmatch(text) or abs(float(text)) > 1e6]:
         raise ValueError(f"{path}: z, y or x is {shown(repr(odd[0]))}, expected pixels; write it anew")
-    rows = [row | {"slice": data.find_slice(source, row["path"], float(row["z"]) if volumes else None)} for row in rows]
+    rows = [row | {"slice": find_slice(source, row["path"], float(row["z"]) if volumes else None)} for row in rows]
     rows = [row for row in rows if row["slice"] is not None]
     rows = [rows[k] for k in data.rng(0, "limit").permutation(len(rows))[:most]]  # of tables for other splits: none
     ids, labels = [row["slice"] for row in rows], [row["label"].strip() for row in rows]
@@ -293,8 +294,8 @@ def label_numbers(vit, source, path, view, most):
 
 def choose_images(source, wanted, count, seed, out):
     """{name: id} of the test images: those of the first look, else --image, else one each of different series."""
-    path, of_name = out / "images.json", {data.slice_name(source, i): i for i in range(len(source))}
-    names = wanted or [data.slice_name(source, i) for i in source.order(seed, 0, min(count, len(source)))]
+    path, of_name = out / "images.json", {slice_name(source, i): i for i in range(len(source))}
+    names = wanted or [slice_name(source, i) for i in source.order(seed, 0, min(count, len(source)))]
     names = [re.sub(r":(\d+)$", r"#\1", name) for name in names]
     if path.exists():
         remedy = "remove it, and the test images are chosen anew"

@@ -37,6 +37,7 @@ from tools.lib.cli import Parser, above_zero, natural, pick_device, positive, ru
 from tools.lib.files import csv_text, json_text, write_json
 from tools.lib.loop import git_commit, other_encoding
 from tools.lib.progress import progress
+from tools.lib.slices import find_slice, slice_name
 
 REPEATS = 5  # of cross-validation
 PIXELS = 16  # side of the raw-pixel baseline
@@ -79,7 +80,7 @@ def find_rows(path, rows, source, nodules):
         z = row["z"].strip() if nodules else "0"
         if not (z.isascii() and z.isdigit() and len(z) < 10):
             raise in_row(path, k, f"z is {shown(z)!r}, expected the number of a slice")
-        indices.append(data.find_slice(source, row["path"], z if nodules else None))
+        indices.append(find_slice(source, row["path"], z if nodules else None))
         if indices[-1] is None:
             missing.setdefault(f"{row['path']} z {z}" if nodules else row["path"], k)
     if missing:
@@ -189,7 +190,7 @@ def open_samples(source, table, splits, used_by, allow_duplicates):
     purposes = [purpose for purpose, split in data.PURPOSES.items() if split in splits]
     chosen = data.open_for(source, purposes, used_by, allow_duplicates=allow_duplicates)
     rows = [source.rows[i] for i in table.rows]
-    moved = [data.find_slice(chosen, row["path"], row.get("z")) for row in rows]
+    moved = [find_slice(chosen, row["path"], row.get("z")) for row in rows]
     return chosen, table._replace(rows=np.array(moved))
 
 
@@ -285,7 +286,7 @@ def images_sha256(source, table, framing):
     files = [source.path(int(i)) for i in table.rows]
     stats = {path: path.stat() for path in set(files)}
     facts = [source.index_sha256, framing.view, framing.crop_mm, source.encoding]
-    facts += [[data.slice_name(source, int(i)), stats[f].st_size, stats[f].st_mtime_ns]
+    facts += [[slice_name(source, int(i)), stats[f].st_size, stats[f].st_mtime_ns]
               for i, f in zip(table.rows, files)]  # fmt: skip
     digest = hashlib.sha256(json.dumps(facts).encode())
     for array in (table.centres, table.sizes):

@@ -651,9 +651,10 @@ def log_line(run, log, update, now, pace):
     peak, images = loop.device_peak(run.device), done * args.batch_size
     line = {"images": images, "epoch": images / len(run.source), **values, **now._asdict()}
     line |= {f"grad_norm_{name}": float(norm) for name, norm in update.norms.items()}
-    line |= dict(images_s=rate, data_wait=pace.waited / seconds, tflops=tflops, memory_gb=loop.memory_gb(run.device))
-    line |= dict(mfu=tflops / (peak * world)) if peak else {}
-    line["seconds_to_go"] = (args.steps + args.extend - done) * seconds / max(updates, 1)
+    line |= dict(images_s=rate, data_wait=pace.waited / seconds, tflops=tflops, memory_gb=loop.memory_gb(run.device),
+                 seconds_to_go=(args.steps + args.extend - done) * seconds / max(updates, 1))  # fmt: skip
+    if peak:
+        line["mfu"] = tflops / (peak * world)
     log.numbers(done, line)
     if done > args.grace:
         for text in loop.warnings_in_words(values, pace.loss, *seen.features.shape):

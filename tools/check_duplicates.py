@@ -19,12 +19,13 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data import Unreadable, read_splits, slice_name, split_path
+from data import Unreadable, read_splits, split_path
 from tools.lib import broken
 from tools.lib.cli import Parser, positive, run, shown, within
 from tools.lib.files import write_json
 from tools.lib.groups import join, open_data
 from tools.lib.progress import progress
+from tools.lib.slices import slice_name
 from tools.lib.workers import parallel
 
 VERSION = 1

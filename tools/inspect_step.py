@@ -19,10 +19,11 @@ import tools.lib.threads  # noqa: F401 - before torch
 import numpy as np
 import torch
 
-from data import denormalise, eval_view, look_windows, make_loader, render, select, slice_name, weighed
+from data import denormalise, eval_view, look_windows, make_loader, render, select, weighed
 from tools.lib import sheet
 from tools.lib.cli import Parser, positive, run, within
 from tools.lib.runs import open_trained, read_config, read_recipes
+from tools.lib.slices import slice_name
 
 SIDE = 448  # pixels, about, of a slice and of a global crop; crops are enlarged by whole factors only
 

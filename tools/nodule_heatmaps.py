@@ -38,6 +38,7 @@ from tools.lib import judge, provenance, sheet
 from tools.lib.cli import Parser, above_zero, natural, pick_device, positive, run, shown
 from tools.lib.files import write_json
 from tools.lib.metrics import auc, interval, ratio, resample
+from tools.lib.slices import find_slice
 
 STATS = ("hit", "auroc", "inside", "ring", "share")
 KEPT = "id path z group diameter_mm".split()
@@ -174,7 +175,7 @@ def choose(source, rows, n, masks, crop_mm, patches, seed):
     targets, skipped = [], []
     for k in np.random.default_rng(seed).permutation(len(rows)):
         row, target = rows[k], "its slice is not in the index"
-        image = data.find_slice(source, row["path"], row["z"])
+        image = find_slice(source, row["path"], row["z"])
         if image is not None:
             target = aim(source, image, row, masks, crop_mm, patches, seed)
         if isinstance(target, str):

@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import PURPOSES, RGB_WINDOWS, WINDOWS_HU, open_for, open_source, slice_name, window_codes
+from data import PURPOSES, RGB_WINDOWS, WINDOWS_HU, open_for, open_source, window_codes
 from tools.lib import sheet
 from tools.lib.cli import Parser, natural, run, shown, within
+from tools.lib.slices import slice_name
 
 SIDE, TYPE = 288, 15  # pixels of a tile, six of which fill a sheet, and of its type
 PHOTO = 1180  # width of the sheet of photographs
