@@ -303,6 +303,8 @@ def below(root, name):
 def label_pieces(path, root, unlabelled=False):
     """Of a label table first (names of its columns, is it one of nodules?), then pieces: (number of the first row,
     {name: list of cells})."""
+    if not Path(path).exists():
+        raise FileNotFoundError(f"the label table {path} does not exist")
     pieces = read_csv(path)
     header = next(pieces)
     if len(header) == 1 and (marks := [mark for mark in ";\t" if mark in header[0]]):
@@ -389,7 +391,7 @@ def index_photos(root):
     if missing:
         name = min(missing)
         like = [p for p in paths if p.casefold() == name.casefold()]
-        like = like or [p for p in paths if p.endswith("/" + os.path.basename(name))]
+        like = like or [p for p in paths if p.casefold().split("/")[-1] == name.casefold().split("/")[-1]]
         hint = f"; write {like[0]} instead" if len(like) == 1 else ""
         raise FileNotFoundError(f"{table} names {len(missing)} missing files, first {name}{hint}")
     groups = {}
@@ -781,17 +783,28 @@ def append_line(path, line, sync=False):
             raise
 
 
-def record_look(root, used_by):
-    """Add a line to _splits/test_uses.jsonl -> how many looks by other weights or another policy came before."""
+def record_look(root, used_by, once=False):
+    """Add a line to _splits/test_uses.jsonl -> how many looks by other weights or another policy came before.
+
+    once: such a look by the same program is an error, and nothing is added.
+    """
     if not isinstance(used_by, dict) or sorted(used_by) != sorted(USED_BY):
         raise ValueError(f"opening val_test needs used_by with {', '.join(USED_BY)}")
-    path, earlier, damaged = split_path(root, "test_uses.jsonl"), set(), 0
+    path, earlier, damaged = split_path(root, "test_uses.jsonl"), {}, 0
     for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
         try:
-            earlier.add(tuple(str(json.loads(line).get(key)) for key in ("weights_sha256", "policy_sha256")))
+            row = json.loads(line)
+            key = tuple(str(row.get(key)) for key in ("weights_sha256", "policy_sha256"))
+            earlier.setdefault(key, set()).add(str(row.get("program")))
         except (ValueError, AttributeError, RecursionError):
             damaged += 1
-    others = len(earlier - {(str(used_by["weights_sha256"]), str(used_by["policy_sha256"]))})
+    earlier.pop((str(used_by["weights_sha256"]), str(used_by["policy_sha256"])), None)
+    if once and any(used_by["program"] in programs for programs in earlier.values()):
+        raise ValueError(
+            f"{used_by['program']} has looked at val_test with other weights or another policy before ({path}), and "
+            'the best of several looks is optimistic; to look again, say why: --again "..."'
+        )
+    others = len(earlier)
     if others:
         print(
             f"val_test was looked at before by {others} other weights or policies ({path}): the best of several looks "
@@ -1350,8 +1363,9 @@ class Batch(NamedTuple):
     bad: list  # [(path, reason)] of files that were replaced by their neighbour in the batch
 
 
-def read_photo(path, boxes_of, sizes):
-    """Only what boxes need of a photograph, upright, reduced while each keeps twice its size -> (image, boxes in it).
+def read_photo(path, boxes_of, sizes, keep=2):
+    """Only what boxes need of a photograph, upright, reduced while each keeps `keep` times the size of its view
+    -> (image, boxes in it).
 
     boxes_of(height, width) -> boxes [V, 4] of the upright picture; sizes: pixels of their views, one or [V].
     """
@@ -1359,7 +1373,7 @@ def read_photo(path, boxes_of, sizes):
         with open_photo(path) as file:
             turn, size = turn_of(file)
             boxes = boxes_of(*size)
-            factor = max(1, int(((boxes[:, 2:] - boxes[:, :2]).min(1) / (2 * np.asarray(sizes))).min()))
+            factor = max(1, int(((boxes[:, 2:] - boxes[:, :2]).min(1) / (keep * np.asarray(sizes))).min()))
             W, H = file.size
             file.draft("RGB", (-(-W // factor), -(-H // factor)))  # JPEG decodes at 1/2, 1/4 or 1/8 for free
             drafted = np.array([file.height / H, file.width / W][:: -1 if turn[2] else 1] * 2)
@@ -1376,7 +1390,7 @@ def read_photo(path, boxes_of, sizes):
     return torch.from_numpy(image.copy()), (boxes * drafted - np.tile(low, 2)) / factor
 
 
-def read_view(source, i, boxes=None, size=224):
+def read_view(source, i, boxes=None, size=224, keep=2):
     """For one look at an image: (pixels [3, h, w], boxes [S, 4] in them). boxes: None is that of eval_boxes, a layout
     those of view_boxes.
 
@@ -1390,7 +1404,7 @@ def read_view(source, i, boxes=None, size=224):
 
     if source.encoding == "photo":
         source.check(i)
-        return read_photo(source.path(i), chosen, size)
+        return read_photo(source.path(i), chosen, size, keep)
     image = source.read(i)
     at = chosen(*image.shape[1:], source.body(i))
     if boxes is None:

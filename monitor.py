@@ -60,7 +60,7 @@ def build_parser():
     g.add_argument("--image", action="append", help="test image: a path of the index, with #z in a volume; repeatable")
     g.add_argument("--images", type=positive, default=4, help="test images drawn by --seed where --image is not given")
     g.add_argument("--seed", type=natural, default=0, help="of the test images; the first look decides for all")
-    g.add_argument("--slices", type=positive, help="behind the numbers; default: 192 for ViT-S, 96 for -B, 48 for -L")
+    g.add_argument("--slices", type=positive, help="behind the numbers; default: 192 for ViT-S, 96 for -B, 40 for -L")
     g.add_argument("--labels", type=Path, help="table for k-NN; default: labels.csv or _labels/malignancy.csv if there")
     broken.add_flag(g)
     g.add_argument("--device", default="cpu", help="cpu leaves the card to training; or cuda")
@@ -468,9 +468,9 @@ def measure(state, source, images, out, args, notes):
     if not all(finite):
         return {"nonfinite": 1 - sum(finite) / len(finite)}, None, []
     vit = teacher.backbone
-    slices = args.slices or (192 if vit.dim <= 384 else 96 if vit.dim <= 768 else 48)
+    slices = args.slices or (192 if vit.dim <= 384 else 96 if vit.dim <= 768 else 40)
     held = source.take(np.sort(data.rng(0, "limit").permutation(len(source))[:slices]))
-    fewer = held.take(np.arange(len(held))[:: 4 if len(held) >= 96 else 2 if len(held) >= 48 else 1])
+    fewer = held.take(np.arange(len(held))[:: 4 if len(held) >= 96 else 2 if len(held) >= 40 else 1])
     start, end = run_args["teacher_temp"]
     temperature = start + (end - start) * min(1, state["step"] / max(run_args["teacher_temp_warmup"], 1))
     numbers = snapshot(

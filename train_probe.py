@@ -33,7 +33,7 @@ import data
 from checkpoint import atomic_write, write_text
 from model import load_backbone, read_facts
 from tools.lib import broken, fits, judge, page, provenance
-from tools.lib.cli import Parser, natural, pick_device, positive, run, shown
+from tools.lib.cli import Parser, above_zero, natural, pick_device, positive, run, shown
 from tools.lib.files import csv_text, json_text, write_json
 from tools.lib.loop import git_commit, other_encoding
 from tools.lib.progress import progress
@@ -136,7 +136,10 @@ def order_classes(labels):
 def read_table(path, source):
     """-> Table; refuses unknown columns, unknown images, one class, doubled rows, a group other than the index's."""
     if not path.exists():
-        raise FileNotFoundError(f"--labels {path} does not exist; tools/lidc_nodules.py writes _labels/malignancy.csv")
+        how = (
+            "write path,label" if source.encoding == "photo" else "tools/lidc_nodules.py writes _labels/malignancy.csv"
+        )
+        raise FileNotFoundError(f"--labels {path} does not exist; {how}")
     rows, nodules = data.read_labels(path, source.root)
     labels = [row["label"].strip() for row in rows]
     classes = order_classes(labels)
@@ -348,10 +351,10 @@ def plan_all(source, table, splits, facts, args):
 
 def millimetres(text):
     """argparse type: 32,48,64"""
-    values = tuple(float(part) for part in text.split(","))
-    if not all(0 < value < math.inf for value in values):
-        raise argparse.ArgumentTypeError(f"{text!r}: sides of the crops in mm, above 0, like 32,48,64")
-    return values
+    try:
+        return tuple(above_zero(part) for part in text.split(","))
+    except (ValueError, argparse.ArgumentTypeError):
+        raise argparse.ArgumentTypeError(f"{text!r}: sides of the crops in mm, above 0, like 32,48,64") from None
 
 
 def build_parser():
@@ -430,6 +433,8 @@ def judge_one(name, plan, table, predictors, exposure, source, args):
 def main(argv=None):
     args = build_parser().parse_args(argv)
     start = time.perf_counter()
+    if args.out.exists() and not args.out.is_dir():  # now, not after all is computed
+        raise ValueError(f"--out {args.out} is a file; name a folder")
 
     # ----------------------------------------------------------------- labels, splits, leaks
     before = provenance.stamp(args.ckpt)

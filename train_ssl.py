@@ -94,7 +94,7 @@ def build_parser():
     g = p.add_argument_group("model")
     g.add_argument("--arch", choices=list(ARCHS), default="vit_small", help="backbone")
     g.add_argument("--init", default=None, help="backbone weights to start from: what model.load_backbone reads")
-    g.add_argument("--prototypes", type=positive, default=8192, help="per head; at most 32 for each crop of a batch")
+    g.add_argument("--prototypes", type=within("[2, 1e9]", int), default=8192, help="per head; 32 per crop at most")
     g.add_argument("--head-hidden", type=positive, default=2048, help="width of the heads")
     g.add_argument("--head-bottleneck", type=positive, default=256, help="dimension of the sphere before prototypes")
     g.add_argument("--prototype-norm", type=above_zero, default=1.0, help="length of prototypes at the start: 1 in "
@@ -115,7 +115,7 @@ def build_parser():
     g.add_argument("--gram-start", type=not_negative, default=0.5, help="update or share; 1: never")
     g.add_argument("--gram-refresh", type=not_negative, default=0.1, help="updates or share between snapshots")
     g.add_argument("--gram-max-refreshes", type=natural, default=3, help="snapshots after the first")
-    g.add_argument("--gram-scale", type=positive, default=2, help="resolution of the Gram crops over the global ones")
+    g.add_argument("--gram-scale", type=within("[1, 8]", int), default=2, help="Gram crops are so much larger")
     g.add_argument("--gram-weight", type=not_negative, default=2.0, help="final weight; 0: no Gram anchoring")
     g.add_argument("--gram-ramp", type=not_negative, default=0.01, help="updates or share until that weight")
     g.add_argument("--gram-teacher", default=None, help="weights of a fixed Gram teacher, used from --gram-start on")
@@ -186,6 +186,8 @@ def choices_in_words(args, encoding):
     facts = read_facts(args.init) if args.init and Path(args.init).exists() else {}
     if foreign := loop.other_encoding(facts, encoding):
         yield foreign
+    if args.aug != "auto" and (encoding == "photo") != (data.RECIPES[args.aug].kind == "photo"):
+        yield f"note: --aug {args.aug} was made for other images than these, which are {encoding}"
     if args.no_split:
         yield "no split: this run may have seen any image, and nothing that evaluates it can claim otherwise"
 
@@ -525,17 +527,18 @@ def make_recipes(args, encoding):
     return recipes
 
 
+# ------------------------------------------------------------------ main
+
+
 def check_sizes(recipes, patch):
-    for size in (size for recipe in recipes for size in (recipe.global_size, recipe.local_size)):
-        if size % patch:
+    """Refuse views that are no whole number of patches."""
+    for size in sorted({size for r in recipes for size in (r.global_size, r.local_size)}):
+        if size < patch or size % patch:
             nearest = max(1, round(size / patch)) * patch
             raise ValueError(
-                f"--sizes, --global-size or --local-size: {size} is not a multiple of the patch size {patch}; "
-                f"nearest: {nearest}"
+                f"views of {size} pixels (--global-size, --local-size, --sizes): not a multiple of the patch size "
+                f"{patch}; nearest: {nearest}"
             )
-
-
-# ------------------------------------------------------------------ main
 
 
 def build_backbone(args, arch=None):
@@ -718,7 +721,8 @@ def build_run(args, backbone, source, recipes, rank, world, device, gram_arch=No
     nets = [m for m in (student, teacher, gram_net) if m is not None]
     if args.compile:  # every size is a shape of its own: at the usual 8 torch goes on uncompiled
         torch._dynamo.config.recompile_limit = 64
-        for block in (block for m in nets for block in getattr(m, "backbone", m).blocks[:-1]):  # the last: other rows
+        # but for the last block, which runs on other rows each time and would be compiled anew
+        for block in (block for m in nets for block in getattr(m, "backbone", m).blocks[:-1]):
             block.compile(dynamic=False)  # mixed --sizes: guessed dynamic shapes fail in the backward (torch 2.13, CPU)
     for m in nets:
         if args.fsdp and world > 1:
@@ -748,6 +752,8 @@ def train(args, rank, world, device):
         )
 
     # ------------------------------------------------------------------ run folder, what to resume
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file; name the folder of the run")
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         locked = loop.lock(out)

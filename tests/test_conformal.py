@@ -23,10 +23,10 @@ def simulate(random, n, C=4, sharp=1.6, shift=0.0):
 
 def band(cases, alpha=ALPHA, level=0.999, seed=0):
     """Interval of all hits of resplits of (n calibration, m test) samples: sums of beta-binomials, by simulation."""
-    random, total = np.random.default_rng(seed), np.zeros(20000)
+    random, total = np.random.default_rng(seed), np.zeros(8000)
     for n, m in cases:
         k = math.ceil((n + 1) * (1 - alpha) - 1e-9)
-        total += random.binomial(m, random.beta(k, n + 1 - k, 20000)) if k <= n else m
+        total += random.binomial(m, random.beta(k, n + 1 - k, 8000)) if k <= n else m
     return np.quantile(total, [(1 - level) / 2, (1 + level) / 2])
 
 

@@ -545,6 +545,8 @@ def test_weights_that_cannot_be_judged_are_refused(study, tmp_path, monkeypatch)
     with pytest.raises(ValueError, match="--device gpu"):
         probe(root, tmp_path / "g", "--device", "gpu")
     assert looks(root) == before
+    with pytest.raises(ValueError, match="test_probe.py is a file; name a folder"):
+        t.main(["--ckpt", "x", "--data", "x", "--labels", "x", "--out", __file__])
     with pytest.raises(FileNotFoundError, match="does not exist; tools/lidc_nodules.py"):
         probe(root, tmp_path / "e", labels="nowhere.csv")
     with pytest.raises(SystemExit):

@@ -168,7 +168,7 @@ def test_mistakes_are_named(streets, tmp_path, capsys):
         (["--size", "64"], "--size: invalid size value: '64'"),
         (["--object-share", 0.0001, 0.01], "--object-share: from 0.00081 (10 pixels) to 0.1"),
         (["--object-share", 0.1, 0.01], "--object-share"),
-        (["--flip", 0.5], "--flip: from 0 to below 0.5"),
+        (["--flip", 0.5], "--flip: must be below 0.5"),
     ):
         with pytest.raises(SystemExit):
             make(tmp_path / "x", 1, *flags)

@@ -408,6 +408,7 @@ def test_a_plot_has_ticks_and_curves_where_their_numbers_are():
     upright = line[np.abs(line[:, 1] - ends[:, 0].mean()) <= 2]
     assert len(upright) > 50 and np.ptp(upright[:, 1]) == 0  # the mark, in the middle
     grey = (drawn == [160, 168, 176]).all(2)
+    assert np.abs(np.flatnonzero(grey[:-46, 55]) - ends[1, 1]).min() <= 1  # the tick of 10,000
     assert grey[-46:, 58:].any(1).sum() > 20 and grey[60:-46, :58].any()  # numbers below and beside the axes
 
 

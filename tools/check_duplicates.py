@@ -224,7 +224,8 @@ def main(argv=None):
     }
     path = split_path(args.data, "duplicates.json")
     write_json(path, payload)
-    print("wrote", path, *(f"{key}={n}" for key, n in counts.items()))
+    words = {"slices": "images"} if source.encoding == "photo" else {}
+    print("wrote", path, *(f"{words.get(key, key)}={n}" for key, n in counts.items()))
     for pair in payload["conflicts"][:10]:
         a, b, (one, other) = *(shown(pair[key]) for key in "ab"), map(shown, pair["labels"])
         print(f"TWO LABELS of one picture: {a} is {one}, {b} is {other}")

@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from checkpoint import write_text
-from tools.lib.cli import Parser, natural, positive, run
+from tools.lib.cli import Parser, natural, positive, run, within
 from tools.lib.files import csv_text
 from tools.lib.progress import progress
 from tools.lib.workers import parallel
@@ -372,9 +372,11 @@ def build_parser():
     p.add_argument("--images", type=positive, default=400, help="number of pictures")
     p.add_argument("--frames-per-scene", type=positive, default=4, help="nearly equal pictures of one street")
     p.add_argument("--size", type=size, default=(3024, 4032), help="height x width of a picture, at least 64x64")
-    p.add_argument("--object-share", type=float, nargs=2, default=(0.0005, 0.01), metavar=("LEAST", "MOST"),
+    p.add_argument("--object-share", type=within("(0, 0.1]"), nargs=2, default=(0.0005, 0.01), metavar=("LOW", "HIGH"),
                    help="share of a picture that its objects cover together, uniform in the logarithm")  # fmt: skip
-    p.add_argument("--flip", type=float, default=0.0, help="share of pictures with a wrong label; truth stays right")
+    p.add_argument(
+        "--flip", type=within("[0, 0.5)"), default=0.0, help="share of pictures with a wrong label; truth stays right"
+    )
     p.add_argument("--seed", type=natural, default=0, help="one seed, the same pictures to the byte")
     p.add_argument("--workers", type=positive, default=os.cpu_count(), help="processes; the files stay the same")
     return p
@@ -388,8 +390,6 @@ def main(argv=None):
         parser.error(f"argument --size: each side at least 64, got {height}x{width}")
     if not 10 / (height * width) <= low <= high <= 0.1:
         parser.error(f"argument --object-share: from {10 / height / width:.2g} (10 pixels) to 0.1, got {low} {high}")
-    if not 0 <= args.flip < 0.5:
-        parser.error(f"argument --flip: from 0 to below 0.5, got {args.flip}")
     if out.exists() and (out.is_file() or any(out.iterdir())):
         raise FileExistsError(f"--out {out} is there and not empty: name a new folder")
     frames, fixed = args.frames_per_scene, (args.size, (low, high), args.flip)

@@ -34,14 +34,13 @@ def check(logits, labels, absent_ok=False):
 
 
 def minimise(loss, start):
-    """The parameters [..] of a smooth loss, by L-BFGS in float64 -> numpy."""
+    """The parameters of a smooth loss, by L-BFGS in float64."""
     w = torch.tensor(start, dtype=torch.float64, requires_grad=True)
     opt = torch.optim.LBFGS([w], 1, 300, None, 1e-9, 1e-12, line_search_fn="strong_wolfe")
 
     def closure():
-        opt.zero_grad()
-        value = loss(w)
-        value.backward()
+        w.grad = None
+        (value := loss(w)).backward()
         return value
 
     opt.step(closure)
@@ -49,11 +48,15 @@ def minimise(loss, start):
 
 
 def log_softmax(z):
-    return F.log_softmax(torch.as_tensor(z), 1).numpy()
+    return z - np.logaddexp.reduce(z, 1)[:, None]
 
 
 def sigmoid(s):
-    return torch.sigmoid(torch.as_tensor(s)).numpy()
+    return np.exp(-np.logaddexp(0, -s))
+
+
+def rows(x, weights):
+    return (x[:, None] * weights).sum(2)  # x @ weights.T, but BLAS rounds a row by where it stands in the batch
 
 
 def fit_temperature(logits, labels):
@@ -72,8 +75,7 @@ def fit_vector(logits, labels):
 
 def fit_dirichlet(logits, labels, off_diagonal=0.01, bias=0.01):
     """p = softmax(W ln p + b); weights off the diagonal and b are kept small (ODIR; Kull 2019, arXiv:1910.12656)."""
-    log_p, y, C = torch.from_numpy(log_softmax(logits)), torch.from_numpy(labels), logits.shape[1]
-    eye = torch.eye(C)
+    log_p, y, eye = torch.from_numpy(log_softmax(logits)), torch.from_numpy(labels), torch.eye(C := logits.shape[1])
 
     def loss(w):
         W, b = w[:, :C], w[:, C]
@@ -87,10 +89,8 @@ def fit_dirichlet(logits, labels, off_diagonal=0.01, bias=0.01):
 WHOLE = {  # name: (fit, found and logits -> logits)
     "temperature": (fit_temperature, lambda f, z: z / f["temperature"]),
     "vector": (fit_vector, lambda f, z: z * np.array(f["scale"]) + np.array(f["bias"])),
-    "dirichlet": (fit_dirichlet, lambda f, z: log_softmax(z) @ np.array(f["weights"]).T + np.array(f["bias"])),
+    "dirichlet": (fit_dirichlet, lambda f, z: rows(log_softmax(z), np.array(f["weights"])) + np.array(f["bias"])),
 }
-
-# one class against the rest: s [N] the log odds that the model gives it, y [N] whether it is that class
 
 
 def logistic(features, targets):
@@ -174,9 +174,9 @@ def apply_spline(found, s):
     return sigmoid(inside + np.minimum(s - x[0], 0) * min(d[0], 1) + np.maximum(s - x[-1], 0) * min(d[-1], 1))
 
 
-ONE = {  # name: (fit, found and s -> probability of the class)
+ONE = {  # s [N]: log odds of a class, y [N]: is it this class? name: (fit(s, y), found and s -> probability)
     "platt": (fit_platt, lambda f, s: sigmoid(f["a"] * s + f["b"])),
-    "beta": (fit_beta, lambda f, s: sigmoid(beta_features(s) @ np.array([f["a"], f["b"], f["c"]]))),
+    "beta": (fit_beta, lambda f, s: sigmoid(rows(beta_features(s), np.array([[f["a"], f["b"], f["c"]]]))[:, 0])),
     "isotonic": (fit_isotonic, lambda f, s: np.interp(sigmoid(s), f["x"], f["y"])),
     "histogram": (fit_histogram, lambda f, s: np.array(f["y"])[np.searchsorted(f["borders"], s)]),
     "spline": (fit_spline, apply_spline),

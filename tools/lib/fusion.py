@@ -25,7 +25,7 @@ def either(pool):
     return wrapped
 
 
-def mean(logits):
+def mean_logits(logits):
     """Mean of the logits: the geometric mean of the probabilities."""
     return logits.mean(1)
 
@@ -73,7 +73,7 @@ def certain(logits, sharpness=2.0):
 POOLS = {
     name: either(pool)
     for name, pool in {
-        "mean": mean, "topk": topk, "topk_positive": topk_positive, "whole_topk": whole_topk, "max": largest,
+        "mean": mean_logits, "topk": topk, "topk_positive": topk_positive, "whole_topk": whole_topk, "max": largest,
         "logsumexp": logsumexp, "certain": certain,
     }.items()
 }  # fmt: skip

@@ -389,9 +389,9 @@ def foreground(inside, body, view):
     return np.stack([filled, inside[1] * filled])
 
 
-def pooled(values, grid):
+def pooled(values, grid, how=np.mean):
     """Means of [S, S] over a grid (rows, columns)."""
-    return values.reshape(grid[0], len(values) // grid[0], grid[1], -1).mean((1, 3))
+    return how(values.reshape(grid[0], len(values) // grid[0], grid[1], -1), (1, 3))
 
 
 def marked_patch(grey, inside, grid):
@@ -401,7 +401,7 @@ def marked_patch(grey, inside, grid):
     """
     body, lung = (np.pad(pooled(share, grid) > 0.5, 1) for share in inside)
     deep = np.lib.stride_tricks.sliding_window_view(lung, (3, 3)).all((2, 3))
-    spread = np.sqrt(pooled(np.square(grey), grid) - np.square(pooled(grey, grid)) + 1e-12)
+    spread = pooled(grey, grid, np.std)
     chosen = next((m for m in (deep, lung[1:-1, 1:-1], body[1:-1, 1:-1]) if m.any()), np.ones_like(deep))
     return tuple(int(k) for k in np.unravel_index(np.where(chosen, spread, -1).argmax(), grid))
 

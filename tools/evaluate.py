@@ -1,0 +1,120 @@
+"""The final number: what a policy's decisions are worth on val_test, in words, on a page and as files.
+
+    python tools/evaluate.py --predictions runs/photos --policy runs/photos/policy.json --out runs/photos/evaluation
+
+Each look at val_test is recorded in _splits/test_uses.jsonl of the data. A second look with another policy or other
+weights is refused unless --again says why: the best of several looks is optimistic.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import tools.lib.threads  # noqa: F401 - before torch
+
+# isort: split
+import numpy as np
+
+import data
+from checkpoint import write_text
+from tools.lib import evaluation, metrics, page, policies, rules, tables
+from tools.lib.cli import Parser, positive, run, shown
+from tools.lib.files import csv_text, write_json
+
+COMPARED = "nll brier ece ece_mass ece_classes ece_debiased mce auc average_precision aurc augrc".split()
+
+
+def build_parser():
+    parser = Parser(__doc__)
+    parser.add_argument("--predictions", required=True, nargs="+", type=Path, help="the runs of the "
+                        "policy, in the same order, with predictions/val_test.npz; or such files")  # fmt: skip
+    parser.add_argument("--policy", required=True, type=Path, help="policy.json of tools/fit_policy.py")
+    parser.add_argument("--out", required=True, type=Path, help="folder for report.html, results.json and tables")
+    parser.add_argument("--data", type=Path, help="data folder with _splits; default: the one named in the predictions")
+    parser.add_argument("--labels", type=Path, help="label table with fact columns; also looked for in --data")
+    parser.add_argument("--slices", nargs="*", default=[], help="fact columns of --labels to report by")
+    parser.add_argument("--split", default="val_test", help="another split is evaluated without a record")
+    parser.add_argument("--again", help="why val_test is looked at with a second policy or other weights; recorded")
+    parser.add_argument("--bootstrap", type=positive, default=1000, help="resamples of groups for each interval")
+    return parser
+
+
+def refuse_strangers(policy, table, path):
+    """A policy belongs to the weights, classes and split that it was fitted on."""
+    for name in ("classes", "layout", "weights_sha256", "split_sha256"):
+        if name in policy and policy[name] != table.facts.get(name):
+            raise ValueError(f"{path} was fitted with another {name} than these predictions; fit the policy again")
+
+
+def open_look(args, policy, table, root):
+    """Records the look at val_test, before any number is computed."""
+    if table.facts["split"] != "val_test":
+        return 0
+    splits = data.split_path(root)
+    if not splits.exists():
+        raise FileNotFoundError(f"{splits} does not exist; name the data folder of these predictions with --data")
+    if data.file_sha256(splits) != table.facts["split_sha256"]:
+        raise ValueError(f"{splits} is another split than that of the predictions; export them again")
+    look = {"program": "evaluate.py", "weights_sha256": table.facts["weights_sha256"]}
+    look |= {"policy_sha256": data.file_sha256(args.policy), "labels_sha256": table.facts.get("labels_sha256")}
+    return data.record_look(root, {**look, "why": args.again or "final evaluation"}, once=not args.again)
+
+
+def write_all(folder, table, out, before, policy, result):
+    """results.json, confusion.json, predictions.csv, threshold_sweep.csv, report.html."""
+    classes, y = table.facts["classes"], table.labels
+    write_json(folder / "results.json", result, indent=1)
+    confusion = {"version": 1, "classes": classes, "counts": result["decided"].get("confusion")}
+    write_json(folder / "confusion.json", confusion)
+    tables.write_csv(folder / "predictions.csv", table, out.probabilities, out.decision, out.sets)
+    if len(classes) == 2 and len(np.unique(y)) == 2:
+        write_text(folder / "threshold_sweep.csv", csv_text(evaluation.sweep_rows(y, out.probabilities)))
+    rows = [[name, *(result[part].get(name) for part in ("uncalibrated", "probabilities"))] for name in COMPARED]
+    tone = "warn" if "not met" in result["verdict"] or not policy["feasible"] else "good"
+    parts = [page.paragraph(result["verdict"], tone)]
+    parts.append(page.section("Targets", page.table(["target", "bound", "value", ""], result["targets"])))
+    parts.append(page.section("Probabilities", page.table(["", "before", "after calibration"], rows)))
+    parts.append(page.section("Pictures", page.row(*evaluation.draw(y, out, before, policy))))
+    steps = [[s["kind"], s["method"], s.get("fitted_on", {}).get("n"), shown(json.dumps(s["parameters"]), 300)]
+             for s in policy["steps"]]  # fmt: skip
+    parts.append(page.section("Policy", page.table(["step", "method", "fitted on samples", "parameters"], steps)))
+    parts.append(page.section("What is left to others", page.table(["", "value"], result["left"].items())))
+    for name, lines in result["slices"].items():
+        keys = ("slice", "n", "accuracy", "mcc", "fnr", "gap", "flagged")
+        parts.append(page.section(f"By {name}", page.table(keys, [[line[key] for key in keys] for line in lines])))
+    write_text(folder / "report.html", page.page(f"Evaluation on {result['split']}", *parts))
+
+
+def main(argv=None):
+    args = build_parser().parse_args(argv)
+    policy, table = policies.read_policy(args.policy), policies.load(args.predictions, args.split)
+    root = args.data or Path(table.facts.get("data") or ".")
+    refuse_strangers(policy, table, args.policy)
+    table = table.take(np.flatnonzero(table.labels >= 0))
+    if not len(table.ids):
+        raise ValueError(f"{args.predictions[0]}: no sample has a label, so there is nothing to score")
+    names = {*args.slices, policy["column"]} - {None}
+    columns = {name: policies.column_of(args.labels, root, name, table.ids) for name in names}
+    looks = open_look(args, policy, table, root)
+    out = rules.decide(policy, table.logits, table.ids, columns.get(policy["column"]))
+    before, kept = evaluation.uncalibrated(policy, table.logits), out.decision >= 0
+    sets = policy["steps"][-1]["kind"] == "conformal"
+    result = evaluation.evaluate(table, out, before, sets, args.bootstrap)
+    result["verdict"] = evaluation.verdict(result, policy, table.facts["split"], looks)
+    print(result["verdict"])
+    result |= {"version": 1, "split": table.facts["split"], "looks_before": looks, "targets": [*evaluation.met(result)]}
+    result |= {"policy_sha256": data.file_sha256(args.policy), "predictions_sha256": table.facts["npz_sha256"]}
+    given = table.labels[kept], out.decision[kept]
+    result["slices"] = {
+        name: metrics.slices(*given, columns[name][kept], len(table.facts["classes"])) if kept.any() else []
+        for name in args.slices
+    }
+    write_all(args.out, table, out, before, policy, result)
+    print(args.out / "report.html")
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,106 @@
+"""What the decisions of a policy were worth: numbers, targets, a verdict in words, plots."""
+
+import functools
+
+import numpy as np
+
+from tools.lib import judge, metrics, page, rules, thresholds
+from tools.lib.calibrate import log_softmax
+
+TARGETS = {  # what is asked of the system: (where it stands in the results, bound, must it be at least this?)
+    "accuracy": (("decided", "accuracy"), 0.88, True),
+    "MCC": (("decided", "mcc"), 0.90, True),
+    "expected calibration error": (("probabilities", "ece"), 0.05, False),
+    "coverage of the sets": (("decisions", "coverage"), 0.90, True),
+    "false negatives among decided": (("decided", "fnr"), 0.02, False),
+}
+COSTS = {"decision": 1.0, "left": 10.0}  # in units of one decision: what it costs, and what others cost who decide it
+
+
+def estimate(statistic, labels, groups, repeats):
+    """{value, low, high} of statistic(weights); None where it does not exist."""
+    if len(np.unique(labels)) < 2:
+        return None
+    low, high = metrics.interval(metrics.resample(statistic, groups, repeats, strata=labels))
+    return {"value": float(statistic(None)), "low": float(low), "high": float(high)}
+
+
+def uncalibrated(policy, logits):
+    """Probabilities [N, C] without the policy's calibrator."""
+    return np.exp(log_softmax(rules.apply_step(policy["steps"][0], np.asarray(logits, np.float64), None, None)))
+
+
+def evaluate(table, out, before, sets, repeats):
+    """All numbers of labelled samples; before: probabilities without the calibrator; sets: is this a policy of sets?"""
+    y, p, groups = table.labels, out.probabilities, table.groups
+    kept, decisions = out.decision >= 0, rules.measured(y, out)
+    decisions["coverage"] = decisions["in_set"] if sets else None
+    result = {"decided": decisions.pop("decided") or {}, "decisions": decisions, "probabilities": metrics.worth(y, p)}
+    result |= {"uncalibrated": metrics.worth(y, before), "intervals": {}}
+    for name, metric in (("accuracy", metrics.accuracy), ("mcc", metrics.mcc)):
+        statistic = functools.partial(metric, y[kept], out.decision[kept])
+        result["intervals"][name] = estimate(statistic, y[kept], groups[kept], repeats)
+    if p.shape[1] == 2:
+        result["intervals"]["auc"] = estimate(functools.partial(metrics.auc, y, p[:, 1]), y, groups, repeats)
+    left = {"n": int((~kept).sum()), "cost_per_sample": COSTS["decision"] + float((~kept).mean()) * COSTS["left"]}
+    left["accuracy_if_decided"] = float((p.argmax(1) == y)[~kept].mean()) if left["n"] else None
+    return result | {"left": left | {"accuracy_if_others_are_right": float(((out.decision == y) | ~kept).mean())}}
+
+
+def met(result):
+    """Rows: target, bound, value, met or not."""
+    for name, ((part, key), bound, least) in TARGETS.items():
+        value = result[part].get(key)
+        good = value is not None and (value >= bound if least else value <= bound)
+        word = "not defined" if value is None else "met" if good else "not met"
+        yield [name, f"{'at least' if least else 'at most'} {bound:g}", value, word]
+
+
+def verdict(result, policy, split, looks):
+    d, missed = result["decisions"], [row[0] for row in met(result) if row[3] == "not met"]
+    known = result["intervals"]["accuracy"]
+    words = f"Of {d['n']} samples of {split} {d['decided_share']:.1%} are decided"
+    if known:
+        words += f", with accuracy {judge.in_words(known)} and MCC {judge.in_words(result['intervals']['mcc'])}"
+    if d["coverage"] is not None:
+        words += f". Sets hold the truth in {d['coverage']:.1%}, with {d['set_size']:.2f} classes each"
+    words += ". " if policy["feasible"] else ". What was asked of the policy could not be reached. "
+    words += "Nothing is promised. " if policy["guarantee"] == "none" else f"Promised: {policy['guarantee']}. "
+    words += f"Targets that are not met: {', '.join(missed)}." if missed else "All targets that are defined are met."
+    return words + (f" {looks} looks by other weights or policies came before: optimistic." if looks else "")
+
+
+def bins(labels, probabilities):
+    """Points of a reliability plot."""
+    weight, said, true = metrics.reliability(labels, metrics.score_of(probabilities), 15)
+    return said[weight > 0] / weight[weight > 0], true[weight > 0] / weight[weight > 0]
+
+
+def draw(y, out, before, policy):
+    p, wrong, last = out.probabilities, out.probabilities.argmax(1) != y, policy["steps"][-1]
+    classes, two = np.unique(y), p.shape[1] == 2
+    if len(classes) > 1:
+        lines = {"before": bins(y, before), "after": bins(y, p), "perfect": ([0, 1], [0, 1])}
+        yield page.line_plot("Reliability", lines, "said", "came true")
+    best = metrics.risk_coverage(np.sort(wrong), -np.arange(len(y)))
+    curves = {"confidence": metrics.risk_coverage(wrong, p.max(1)), "best": best}
+    yield page.line_plot("Risk and coverage", curves, "share accepted", "errors among accepted")
+    share = np.bincount(out.sets.sum(1), minlength=p.shape[1] + 1) / len(y)
+    yield page.line_plot("Set sizes", {"": (range(len(share)), share)}, "classes in the set", "share", points=True)
+    if two and len(classes) == 2:
+        curves = {"policy": metrics.roc_curve(y, p[:, 1]), "chance": ([0, 1], [0, 1])}
+        yield page.line_plot("ROC", curves, "false alarms", "hits")
+        curves = {"policy": metrics.precision_recall_curve(y, p[:, 1])}
+        yield page.line_plot("Precision and recall", curves, "recall", "precision")
+        s = thresholds.sweep(y, p[:, 1])
+        chosen = [("x", last["parameters"]["threshold"], "chosen")] if last["kind"] == "threshold" else []
+        curves = {"MCC": (s["threshold"], thresholds.mcc_of(s["tp"], s["fp"], s["fn"], s["tn"]))}
+        yield page.line_plot("MCC by threshold", curves, "threshold", "MCC", chosen)
+
+
+def sweep_rows(y, p):
+    """threshold_sweep.csv: what each threshold on the probability of class 1 would have given here."""
+    s = thresholds.sweep(y, p[:, 1])
+    s["mcc"] = thresholds.mcc_of(s["tp"], s["fp"], s["fn"], s["tn"])
+    names = ("threshold", "mcc", "tp", "fp", "fn", "tn")
+    return [names, *zip(*([f"{value:.8g}" for value in s[name].tolist()] for name in names))]
