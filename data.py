@@ -1342,10 +1342,10 @@ def render_views(images, view, boxes, flips):
         x = cut(images, boxes, flips, np.zeros(boxes.shape[:2]), view["size"])
         if images.dtype == torch.int16:
             level, width = view["window"]
-            x = (x - level) / width + 0.5
+            x.sub_(level).div_(width).add_(0.5)
         else:
-            x = x / 255
-        return normalise(x.clamp(0, 1))
+            x.div_(255)
+        return normalise(x.clamp_(0, 1))
 
 
 # Loading: workers read files and resolve boxes; nothing depends on how many there are.
