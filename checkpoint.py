@@ -169,7 +169,7 @@ FIELDS = {  # what a field must be where it is there at all; whatever a test of 
     "encoding": (is_text, "a text"),
     "eval_view": (is_view, "a size in pixels and a window of two numbers or None"),
     "trained_groups": (lambda v: v is None or is_list(v, is_text), "texts, or None: unknown"),
-    "index_sha256 split_sha256": (lambda v: v is None or is_text(v), "a text or None"),
+    "index_sha256 split_sha256 weights_sha256": (lambda v: v is None or is_text(v), "a text or None"),
     "student teacher centers": (lambda v: is_dict(v, is_plain), "a dict of tensors"),
     "gram": (lambda v: v is None or is_dict(v, is_plain), "a dict of tensors or None"),
 }

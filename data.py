@@ -303,6 +303,8 @@ def below(root, name):
 def label_pieces(path, root, unlabelled=False):
     """Of a label table first (names of its columns, is it one of nodules?), then pieces: (number of the first row,
     {name: list of cells})."""
+    if not Path(path).exists():
+        raise FileNotFoundError(f"the label table {path} does not exist")
     pieces = read_csv(path)
     header = next(pieces)
     if len(header) == 1 and (marks := [mark for mark in ";\t" if mark in header[0]]):
@@ -389,7 +391,7 @@ def index_photos(root):
     if missing:
         name = min(missing)
         like = [p for p in paths if p.casefold() == name.casefold()]
-        like = like or [p for p in paths if p.endswith("/" + os.path.basename(name))]
+        like = like or [p for p in paths if p.casefold().split("/")[-1] == name.casefold().split("/")[-1]]
         hint = f"; write {like[0]} instead" if len(like) == 1 else ""
         raise FileNotFoundError(f"{table} names {len(missing)} missing files, first {name}{hint}")
     groups = {}
@@ -600,28 +602,6 @@ def read_slices(path, z):
             raise ValueError(f"the file is shorter than its {shape[0]} slices of {shape[1]} x {shape[2]}")
         f.seek(2 * (z - 1) * one, os.SEEK_CUR)
         return np.fromfile(f, np.int16, 3 * one).reshape(3, *shape[1:])
-
-
-def find_slice(source, path, z=None):
-    """Row of a slice by its path and z (None: the middle one of a volume); None where it is not there."""
-    rows = slices_by_name(source).get(path, {})
-    return rows.get(int(z)) if z is not None else list(rows.values())[len(rows) // 2] if rows else None
-
-
-@functools.lru_cache(maxsize=4)
-def slices_by_name(source):
-    """{path: {z: row}}; of photographs z is 0."""
-    paths, index = source.rows.column("path").tolist(), {}
-    zs = source.rows.column("z").tolist() if source.encoding != "photo" else [0] * len(paths)
-    for i, (name, z) in enumerate(zip(paths, zs)):
-        index.setdefault(name.decode(), {})[z] = i
-    return index
-
-
-def slice_name(source, i):
-    """How a slice is named for people and in files: its path, in a volume with #z."""
-    row = source.rows[i]
-    return f"{row['path']}#{row['z']}" if source.encoding == "hu16-v1" else row["path"]
 
 
 def open_source(root, limit=None, z_stride=1):
@@ -1383,8 +1363,9 @@ class Batch(NamedTuple):
     bad: list  # [(path, reason)] of files that were replaced by their neighbour in the batch
 
 
-def read_photo(path, boxes_of, sizes):
-    """Only what boxes need of a photograph, upright, reduced while each keeps twice its size -> (image, boxes in it).
+def read_photo(path, boxes_of, sizes, keep=2):
+    """Only what boxes need of a photograph, upright, reduced while each keeps `keep` times the size of its view
+    -> (image, boxes in it).
 
     boxes_of(height, width) -> boxes [V, 4] of the upright picture; sizes: pixels of their views, one or [V].
     """
@@ -1392,7 +1373,7 @@ def read_photo(path, boxes_of, sizes):
         with open_photo(path) as file:
             turn, size = turn_of(file)
             boxes = boxes_of(*size)
-            factor = max(1, int(((boxes[:, 2:] - boxes[:, :2]).min(1) / (2 * np.asarray(sizes))).min()))
+            factor = max(1, int(((boxes[:, 2:] - boxes[:, :2]).min(1) / (keep * np.asarray(sizes))).min()))
             W, H = file.size
             file.draft("RGB", (-(-W // factor), -(-H // factor)))  # JPEG decodes at 1/2, 1/4 or 1/8 for free
             drafted = np.array([file.height / H, file.width / W][:: -1 if turn[2] else 1] * 2)
@@ -1409,7 +1390,7 @@ def read_photo(path, boxes_of, sizes):
     return torch.from_numpy(image.copy()), (boxes * drafted - np.tile(low, 2)) / factor
 
 
-def read_view(source, i, boxes=None, size=224):
+def read_view(source, i, boxes=None, size=224, keep=2):
     """For one look at an image: (pixels [3, h, w], boxes [S, 4] in them). boxes: None is that of eval_boxes, a layout
     those of view_boxes.
 
@@ -1423,7 +1404,7 @@ def read_view(source, i, boxes=None, size=224):
 
     if source.encoding == "photo":
         source.check(i)
-        return read_photo(source.path(i), chosen, size)
+        return read_photo(source.path(i), chosen, size, keep)
     image = source.read(i)
     at = chosen(*image.shape[1:], source.body(i))
     if boxes is None:

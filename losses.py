@@ -1,4 +1,4 @@
-"""The objectives of DINOv3 (arXiv:2508.10104) as pure functions. Copyable: imports torch only.
+"""The objectives of DINOv3 (arXiv:2508.10104) and of supervised runs as pure functions. Copyable: imports torch only.
 
 Letters: B images, S, T student and teacher crops, K prototypes, M rows (masked tokens), N tokens, D features.
 
@@ -10,6 +10,8 @@ Each loss is a mean over the images of one call (Gram over pairs of images with 
 micro-batches on equal ranks the mean of the calls (each divided by the number of micro-batches, gradients averaged
 by DDP) is therefore the loss of the batch.
 """
+
+import math
 
 import torch
 import torch.distributed as dist
@@ -261,3 +263,121 @@ def health(teacher_probs, student_logits, features, temperature=0.1):
             "rankme": effective_rank(x, floor),  # arXiv:2210.02885
             "effective_rank": effective_rank(x - x.mean(0), floor),  # centred; Roy and Vetterli 2007
         }
+
+
+# Supervised objectives. A target is a row of probabilities [B, C]: target_rows of labels, mixed ones, or a teacher's.
+# `weights` [C] are of classes. ce, focal and gatekeeper are means over images, so micro-batches add up to a batch; the
+# others compare the images of a call with each other, and how many these are changes the loss.
+
+
+def target_rows(labels, classes):
+    """[B] -> [B, classes]"""
+    return F.one_hot(labels, classes).float()
+
+
+def soft_cross_entropy(logits, targets, weights=None, smoothing=0.0):
+    """-sum_c w_c t_c log p_c; smoothing moves that share of each row to all classes alike. Not divided by weights."""
+    with exact(logits):
+        logits = wide(logits)
+        weights = None if weights is None else weights.to(logits)
+        return F.cross_entropy(logits, targets.to(logits), weights, label_smoothing=smoothing)
+
+
+def focal_loss(logits, targets, weights=None, gamma=2.0, smoothing=0.0):
+    """-sum_c w_c t_c (1 - p_c)^gamma log p_c (arXiv:1708.02002): what is sure already counts less."""
+    with exact(logits):
+        log_p = F.log_softmax(wide(logits), -1)
+        targets = (1 - smoothing) * targets + smoothing / targets.shape[-1]
+        weights = 1 if weights is None else weights.to(log_p)
+        # 1 - p = -expm1(log p): exact where p is near 1, and its power has a finite slope there
+        return -(weights * targets * (-torch.expm1(log_p)).clamp(min=1e-12) ** gamma * log_p).sum(-1).mean()
+
+
+def gatekeeper_loss(logits, targets, weights=None, alpha=0.5):
+    """Right answers get surer, wrong ones unsure (arXiv:2502.19335): alpha CE where right, (1 - alpha) KL(p | uniform).
+
+    For fine-tuning a small model that defers to a larger one; a small alpha defers more.
+    """
+    with exact(logits):
+        log_p = F.log_softmax(wide(logits), -1)
+        right = log_p.argmax(-1) == targets.argmax(-1)
+        each = -(targets * log_p * (1 if weights is None else weights.to(log_p))).sum(-1)
+        kl = (log_p.exp() * log_p).sum(-1) + math.log(log_p.shape[-1])
+        return torch.where(right, alpha * each, (1 - alpha) * kl).mean()
+
+
+def selective_loss(logits, gate, targets, aux=None, weights=None, coverage=0.7, penalty=32.0, alpha=0.5):
+    """SelectiveNet (arXiv:1901.09192): the risk of what `gate` [B] (logits) selects, which is to be `coverage`.
+
+    aux [B, C]: logits of a head that answers everything; None: the same.
+    """
+    with exact(logits):
+        log_p = F.log_softmax(wide(logits), -1)
+        each = -(targets * log_p * (1 if weights is None else weights.to(log_p))).sum(-1)
+        g = wide(gate).sigmoid()
+        risk = (g * each).sum() / g.sum().clamp(min=1e-12) + penalty * (coverage - g.mean()).clamp(min=0) ** 2
+        everything = soft_cross_entropy(logits if aux is None else aux, targets, weights)
+        return alpha * risk + (1 - alpha) * everything
+
+
+def supcon_loss(features, targets, temperature=0.07):
+    """Features [B, D] of one class attract each other (arXiv:2004.11362).
+
+    A pair counts t_i . t_j: 1 or 0 of plain labels. Images without a partner are left out; no pair at all gives 0.
+    """
+    with exact(features):
+        z = F.normalize(wide(features), dim=-1)
+        alone = torch.eye(len(z), dtype=torch.bool, device=z.device)
+        log_p = (z @ z.mT / temperature).masked_fill(alone, -1e9).log_softmax(-1)
+        pairs = (wide(targets) @ wide(targets).mT).masked_fill(alone, 0)
+        partners = pairs.sum(-1)
+        each = -(pairs * log_p).sum(-1) / partners.clamp(min=1e-12)
+        return (each * (partners > 0)).sum() / (partners > 0).sum().clamp(min=1)
+
+
+def conformal_loss(logits, targets, weights=None, alpha=0.02, temperature=0.1, share=1.0):
+    """Cross entropy + share * false alarms at a threshold that misses at most alpha of class 1 (arXiv:2510.08748).
+
+    Two classes. The even images of the call fit the threshold by conformal risk control, an order statistic of their
+    positives through which the gradient flows; the negatives among the odd ones count, through a sigmoid. Fewer than
+    1 / alpha - 1 positives: the lowest of them; none: cross entropy alone.
+    """
+    with exact(logits):
+        score, positive = wide(logits[:, 1]) - wide(logits[:, 0]), targets[:, 1] > 0.5
+        fitted, alarms = score[::2][positive[::2]].sort().values, score[1::2][~positive[1::2]]
+        loss = soft_cross_entropy(logits, targets, weights)
+        if not len(fitted) or not len(alarms):
+            return loss
+        threshold = fitted[max(0, math.floor(alpha * (len(fitted) + 1) - 1 + 1e-9))]  # so many may be missed
+        return loss + share * ((alarms - threshold) / temperature).sigmoid().mean()
+
+
+def soft_ranks(scores, tau):
+    """NeuralSort (arXiv:1903.08850): [n] -> [n, n], row k says softly which one is the k-th largest."""
+    n = len(scores)
+    factors = n + 1 - 2 * torch.arange(1, n + 1, device=scores.device)
+    distances = (scores[:, None] - scores).abs().sum(1)
+    return ((factors[:, None] * scores - distances) / tau).softmax(-1)
+
+
+def cascade_loss(stages, positive, budgets, log_sigma, tau=1.0):
+    """LCRON (arXiv:2503.09492): positives [n] should survive all stages [T, n] of scores, of which t keeps budgets[t].
+
+    log_sigma [1 + T], learned: the uncertainty of the end-to-end term and of each stage.
+    """
+    with exact(stages):
+        terms, kept, lost = [], 1, 0
+        for scores, budget in zip(wide(stages), budgets):
+            ranks = soft_ranks(scores, tau)
+            mass = ranks.sum(0).detach()
+            keep = ranks[:budget].sum(0) / mass
+            lose = (ranks[budget:].sum(0) / mass).detach() + keep.detach() - keep  # 1 - keep, exact near 0
+            kept, lost = kept * keep, lost + kept * lose
+            terms.append((keep, lose))
+        right = torch.stack([torch.where(positive.bool(), *pair) for pair in [(kept, lost), *terms]])  # [1 + T, n]
+        terms = -right.clamp(min=1e-30).log().sum(-1)
+        return (terms / (2 * (2 * log_sigma).exp()) + log_sigma).sum()
+
+
+# name -> function of (logits, targets, weights, its numbers); selective, supcon and cascade read more than logits
+OBJECTIVES = dict(ce=soft_cross_entropy, focal=focal_loss, gatekeeper=gatekeeper_loss, conformal=conformal_loss)

@@ -10,6 +10,9 @@ Tokens come in the order [cls | registers | patches]. One training step on image
     loss = torch.nn.functional.cross_entropy(head(vit(images).cls), labels)
     loss.backward()
     optimizer.step()
+
+With names = add_adapters(vit, rank=16, alpha=32, norm="dora", targets="qv") before the optimizer, of the backbone only
+these low-rank changes are trained (give it what requires_grad), and merge_adapters(vit) is a plain one afterwards.
 """
 
 import hashlib
@@ -1043,7 +1046,9 @@ def read_weights(path):
     config = read_config(folder / "config.json")
     kind = config.get("model_type")
     if kind != "dinov3_vit" and path.is_dir():
-        raise ValueError(f"{folder} holds no config.json of a DINOv3 ViT (model_type {brief(kind)}, not 'dinov3_vit')")
+        hint = f"; its newest checkpoint is {path / 'last.pth'}" if (path / "last.pth").exists() else ""
+        words = f"{folder} holds no config.json of a DINOv3 ViT (model_type {brief(kind)}, not 'dinov3_vit')"
+        raise ValueError(words + hint)
     config = config if kind == "dinov3_vit" else {}  # a run's config.json describes flags, not an architecture
     if not path.is_dir():
         return read_tensors(path), config
@@ -1083,7 +1088,8 @@ def is_provenance(found):
     seen = found.get("seen")
     good = isinstance(found.get("known"), bool) and isinstance(seen, list)
     if good and all(isinstance(entry, dict) for entry in seen):  # one list named a thousand times costs a file nothing
-        good = sum(len(part) for entry in seen for part in entry.values()) < 1 << 24
+        lists = (part for entry in seen for part in entry.values() if isinstance(part, list))
+        good = sum(map(len, lists)) < 1 << 24
     return good and all(
         isinstance(entry, dict) and isinstance(entry.get("salt"), str)
         and all(isinstance(entry.get(key, []), list) for key in ("groups", "series", "files"))

@@ -34,12 +34,13 @@ import checkpoint
 import data
 import losses
 from model import ProjectionHead, SSLModel, Tokens, build_arch
-from tools.lib import broken, page, provenance, runs, sheet
+from tools.lib import broken, machine, page, provenance, runs, sheet
 from tools.lib.cli import Parser, finite, is_ours, natural, pick_device, positive, run, shown
-from tools.lib.files import NUMBER, read_json_file
+from tools.lib.files import NUMBER, plain, read_json_file, write_json
 from tools.lib.fits import neighbours
 from tools.lib.limits import AGREES, ONE_HOT, UNIFORM
 from tools.lib.loop import lock
+from tools.lib.slices import find_slice, slice_name
 
 # worst first among equals; constant features also make targets uniform, so the lost rank is named first
 DECAY = "dense features decaying"
@@ -59,7 +60,7 @@ def build_parser():
     g.add_argument("--image", action="append", help="test image: a path of the index, with #z in a volume; repeatable")
     g.add_argument("--images", type=positive, default=4, help="test images drawn by --seed where --image is not given")
     g.add_argument("--seed", type=natural, default=0, help="of the test images; the first look decides for all")
-    g.add_argument("--slices", type=positive, help="behind the numbers; default: 192 for ViT-S, 96 for -B, 48 for -L")
+    g.add_argument("--slices", type=positive, help="behind the numbers; default: 192 for ViT-S, 96 for -B, 40 for -L")
     g.add_argument("--labels", type=Path, help="table for k-NN; default: labels.csv or _labels/malignancy.csv if there")
     broken.add_flag(g)
     g.add_argument("--device", default="cpu", help="cpu leaves the card to training; or cuda")
@@ -271,15 +272,15 @@ def label_numbers(vit, source, path, view, most):
     texts = [row[key] for row in rows for key in ("y", "x", *("z" * volumes))] if nodules else []
     if odd := [text for text in texts if not NUMBER.fullmatch(text) or abs(float(text)) > 1e6]:
         raise ValueError(f"{path}: z, y or x is {shown(repr(odd[0]))}, expected pixels; write it anew")
-    rows = [row | {"slice": data.find_slice(source, row["path"], float(row["z"]) if volumes else None)} for row in rows]
+    rows = [row | {"slice": find_slice(source, row["path"], float(row["z"]) if volumes else None)} for row in rows]
     rows = [row for row in rows if row["slice"] is not None]
     rows = [rows[k] for k in data.rng(0, "limit").permutation(len(rows))[:most]]  # of tables for other splits: none
-    ids, labels = [row["slice"] for row in rows], [row["label"] for row in rows]
+    ids, labels = [row["slice"] for row in rows], [row["label"].strip() for row in rows]
     groups, regions = source.rows.columns["group"][ids], None
     if len(set(labels)) < 2 or len(set(groups)) < 3:
         return {}
     if nodules:
-        half = 25 / source.rows.columns["spacing_y"][ids][:, None]  # mm
+        half = 25 / np.stack([source.rows.columns[f"spacing_{axis}"][ids] for axis in "yx"], 1)  # mm -> pixels
         centres = np.array([[float(row["y"]), float(row["x"])] for row in rows])
         regions = np.concatenate([centres - half, centres + half], 1)
     with torch.no_grad():
@@ -293,8 +294,8 @@ def label_numbers(vit, source, path, view, most):
 
 def choose_images(source, wanted, count, seed, out):
     """{name: id} of the test images: those of the first look, else --image, else one each of different series."""
-    path, of_name = out / "images.json", {data.slice_name(source, i): i for i in range(len(source))}
-    names = wanted or [data.slice_name(source, i) for i in source.order(seed, 0, min(count, len(source)))]
+    path, of_name = out / "images.json", {slice_name(source, i): i for i in range(len(source))}
+    names = wanted or [slice_name(source, i) for i in source.order(seed, 0, min(count, len(source)))]
     names = [re.sub(r":(\d+)$", r"#\1", name) for name in names]
     if path.exists():
         remedy = "remove it, and the test images are chosen anew"
@@ -367,7 +368,7 @@ class Finding(NamedTuple):
 
 def throttling(beat, heat, history, rise, drop):
     """One sentence if it has become hotter while images/s fell, against the medians of earlier looks."""
-    before = [(runs.hottest(h["sensors"]), h["pulse"].get("images_s")) for h in history]
+    before = [(machine.hottest(h["sensors"]), h["pulse"].get("images_s")) for h in history]
     before = [pair for pair in before if None not in pair]
     if len(before) < 3 or heat is None or not beat.get("images_s"):
         return None
@@ -438,11 +439,6 @@ def judge(n, beat, heat, history, alike, warming, args):
 # ------------------------------------------------------------------ outputs
 
 
-def plain(values):
-    """JSON has no NaN."""
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-
-
 @contextlib.contextmanager
 def writing(path):
     """Errors of what is written in here name a path, which "No space left on device" alone does not."""
@@ -455,7 +451,7 @@ def writing(path):
 
 def write_status(status, out, prom):
     with writing(out):
-        checkpoint.write_text(out / "status.json", json.dumps(status, indent=1, allow_nan=False))
+        write_json(out / "status.json", status)
     prom = prom or out / "metrics.prom"
     with writing(prom):
         checkpoint.write_text(prom, page.prometheus(status, WORDS))
@@ -472,9 +468,9 @@ def measure(state, source, images, out, args, notes):
     if not all(finite):
         return {"nonfinite": 1 - sum(finite) / len(finite)}, None, []
     vit = teacher.backbone
-    slices = args.slices or (192 if vit.dim <= 384 else 96 if vit.dim <= 768 else 48)
+    slices = args.slices or (192 if vit.dim <= 384 else 96 if vit.dim <= 768 else 40)
     held = source.take(np.sort(data.rng(0, "limit").permutation(len(source))[:slices]))
-    fewer = held.take(np.arange(len(held))[:: 4 if len(held) >= 96 else 2 if len(held) >= 48 else 1])
+    fewer = held.take(np.arange(len(held))[:: 4 if len(held) >= 96 else 2 if len(held) >= 40 else 1])
     start, end = run_args["teacher_temp"]
     temperature = start + (end - start) * min(1, state["step"] / max(run_args["teacher_temp_warmup"], 1))
     numbers = snapshot(
@@ -540,14 +536,14 @@ def look(args, out):
     numbers, first, drawn = measure(state, source, images, out, args, notes)
     lines, beat = take_pulse(folder, state, size, notes)
     setting, history, alike = recall(state, source, images, numbers, out, args, notes)
-    heat, warming = runs.sensors(args.sysfs) | runs.card_sensors(), state["step"] <= state["args"]["grace"]
-    findings = judge(numbers, beat, runs.hottest(heat), history, alike, warming, args)
+    heat, warming = machine.sensors(args.sysfs) | machine.card_sensors(), state["step"] <= state["args"]["grace"]
+    findings = judge(numbers, beat, machine.hottest(heat), history, alike, warming, args)
     verdict = findings[0].word if findings else "warming up" if warming else "healthy"
     when = datetime.datetime.fromtimestamp(began, datetime.timezone.utc).isoformat(timespec="seconds")
     status = {"version": 1, "run": folder.resolve().name, "step": state["step"], "when": when, "time": began,
               "verdict": verdict, "code": max((f.level for f in findings), default=0), "warming": warming,
               "seconds": time.time() - began, "findings": [f._asdict() for f in findings], "notes": notes,
-              "setting": setting, "numbers": plain(numbers), "pulse": plain(beat), "sensors": heat}  # fmt: skip
+              "setting": setting, "numbers": plain(numbers), "pulse": plain(beat), "sensors": plain(heat)}  # fmt: skip
     print(f"{shown(status['run'])} step {state['step']}: {verdict}")
     print(*(f"  {f.word}: {shown(f.text, 600)}\n" for f in findings), *(f"note: {n}\n" for n in notes), sep="", end="")
     write_status(status, out, args.prom)
@@ -556,7 +552,7 @@ def look(args, out):
         checkpoint.write_text(out / "history.jsonl", "".join(json.dumps(h) + "\n" for h in [*history, own]))
         sections = draw(out, args.seed, state["step"], images, first, drawn, notes) if drawn else {}
         looks = sorted([*alike, own], key=lambda h: h["step"])
-        looks = [{"step": h["step"], **h["numbers"], "temperature": runs.hottest(h["sensors"])} for h in looks]
+        looks = [{"step": h["step"], **h["numbers"], "temperature": machine.hottest(h["sensors"])} for h in looks]
         limits = {key: value for key, value in vars(args).items() if key.startswith(("min_", "max_"))}
         report = checkpoint.write_text(out / "report.html", page.run_page(status, looks, lines, limits, sections))
     print(shown(report, 400))
@@ -566,7 +562,7 @@ def look(args, out):
 def draw(out, seed, step, images, first, drawn, notes):
     """Write the pictures of a look, and what later looks need of it -> {title: pictures of the page}."""
     chosen = {"version": 1, "seed": seed, "images": list(images)}
-    checkpoint.write_text(out / "images.json", json.dumps(chosen, indent=1))
+    write_json(out / "images.json", chosen)
     checkpoint.atomic_write(out / "first.npz", lambda f: np.savez(f, **first))
     now, then = (out / f"step_{n:08d}" for n in (step, int(first["step"])))
     strips, unread = sheet.save_look(now, drawn)

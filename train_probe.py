@@ -33,10 +33,11 @@ import data
 from checkpoint import atomic_write, write_text
 from model import load_backbone, read_facts
 from tools.lib import broken, fits, judge, page, provenance
-from tools.lib.cli import Parser, natural, pick_device, positive, run, shown
-from tools.lib.files import csv_text
+from tools.lib.cli import Parser, above_zero, natural, pick_device, positive, run, shown
+from tools.lib.files import csv_text, json_text, write_json
 from tools.lib.loop import git_commit, other_encoding
 from tools.lib.progress import progress
+from tools.lib.slices import find_slice, slice_name
 
 REPEATS = 5  # of cross-validation
 PIXELS = 16  # side of the raw-pixel baseline
@@ -79,7 +80,7 @@ def find_rows(path, rows, source, nodules):
         z = row["z"].strip() if nodules else "0"
         if not (z.isascii() and z.isdigit() and len(z) < 10):
             raise in_row(path, k, f"z is {shown(z)!r}, expected the number of a slice")
-        indices.append(data.find_slice(source, row["path"], z if nodules else None))
+        indices.append(find_slice(source, row["path"], z if nodules else None))
         if indices[-1] is None:
             missing.setdefault(f"{row['path']} z {z}" if nodules else row["path"], k)
     if missing:
@@ -135,7 +136,10 @@ def order_classes(labels):
 def read_table(path, source):
     """-> Table; refuses unknown columns, unknown images, one class, doubled rows, a group other than the index's."""
     if not path.exists():
-        raise FileNotFoundError(f"--labels {path} does not exist; tools/lidc_nodules.py writes _labels/malignancy.csv")
+        how = (
+            "write path,label" if source.encoding == "photo" else "tools/lidc_nodules.py writes _labels/malignancy.csv"
+        )
+        raise FileNotFoundError(f"--labels {path} does not exist; {how}")
     rows, nodules = data.read_labels(path, source.root)
     labels = [row["label"].strip() for row in rows]
     classes = order_classes(labels)
@@ -186,7 +190,7 @@ def open_samples(source, table, splits, used_by, allow_duplicates):
     purposes = [purpose for purpose, split in data.PURPOSES.items() if split in splits]
     chosen = data.open_for(source, purposes, used_by, allow_duplicates=allow_duplicates)
     rows = [source.rows[i] for i in table.rows]
-    moved = [data.find_slice(chosen, row["path"], row.get("z")) for row in rows]
+    moved = [find_slice(chosen, row["path"], row.get("z")) for row in rows]
     return chosen, table._replace(rows=np.array(moved))
 
 
@@ -282,7 +286,7 @@ def images_sha256(source, table, framing):
     files = [source.path(int(i)) for i in table.rows]
     stats = {path: path.stat() for path in set(files)}
     facts = [source.index_sha256, framing.view, framing.crop_mm, source.encoding]
-    facts += [[data.slice_name(source, int(i)), stats[f].st_size, stats[f].st_mtime_ns]
+    facts += [[slice_name(source, int(i)), stats[f].st_size, stats[f].st_mtime_ns]
               for i, f in zip(table.rows, files)]  # fmt: skip
     digest = hashlib.sha256(json.dumps(facts).encode())
     for array in (table.centres, table.sizes):
@@ -347,10 +351,10 @@ def plan_all(source, table, splits, facts, args):
 
 def millimetres(text):
     """argparse type: 32,48,64"""
-    values = tuple(float(part) for part in text.split(","))
-    if not all(0 < value < math.inf for value in values):
-        raise argparse.ArgumentTypeError(f"{text!r}: sides of the crops in mm, above 0, like 32,48,64")
-    return values
+    try:
+        return tuple(above_zero(part) for part in text.split(","))
+    except (ValueError, argparse.ArgumentTypeError):
+        raise argparse.ArgumentTypeError(f"{text!r}: sides of the crops in mm, above 0, like 32,48,64") from None
 
 
 def build_parser():
@@ -429,8 +433,11 @@ def judge_one(name, plan, table, predictors, exposure, source, args):
 def main(argv=None):
     args = build_parser().parse_args(argv)
     start = time.perf_counter()
+    if args.out.exists() and not args.out.is_dir():  # now, not after all is computed
+        raise ValueError(f"--out {args.out} is a file; name a folder")
 
     # ----------------------------------------------------------------- labels, splits, leaks
+    before = provenance.stamp(args.ckpt)
     source, facts = data.open_source(args.data), read_facts(args.ckpt)
     if foreign := other_encoding(facts, source.encoding):
         print(foreign)
@@ -454,6 +461,7 @@ def main(argv=None):
     device = pick_device(args.device)
     used = np.any([keep for keep, _ in plans.values()], 0)
     look = judge.used_by("train_probe.py", args.ckpt, path, f"frozen probe, --protocol {args.protocol}")
+    provenance.refuse_change(args.ckpt, before)
     chosen, part = open_samples(source, table.take(used), splits[used], look, args.allow_duplicates)
     with broken.named(chosen.take(part.rows)):
         predictors = gather(args, vit, look["weights_sha256"], chosen, part, framing, device)
@@ -478,12 +486,11 @@ def main(argv=None):
         "git_commit": git_commit(),
         "seconds": round(time.perf_counter() - start, 1),
     }
-    args.out.mkdir(parents=True, exist_ok=True)
-    write_text(args.out / "results.json", judge.to_json(summary) + "\n")
+    write_json(args.out / "results.json", summary)
     scores = {name: (plans[name][0], probe, plans[name][1]) for name, (_, _, probe) in outcomes.items()}
     write_text(args.out / "predictions.csv", csv_text(judge.prediction_rows(table, splits, scores)))
     keys = ("weights", "labels", "split_sha256", "recipe", "notes")
-    facts = [[key, judge.to_json(summary[key])] for key in keys if summary[key]]
+    facts = [[key, json_text(summary[key])] for key in keys if summary[key]]
     parts = [*(part for _, part, _ in outcomes.values()), page.section("Facts", page.table(["what", "value"], facts))]
     write_text(args.out / "report.html", page.page(f"Probe of {args.ckpt.name} on {path.name}", *parts))
     print("\n".join([*notes, *(str(args.out / n) for n in ("results.json", "predictions.csv", "report.html"))]))

@@ -12,7 +12,6 @@ import contextlib
 import copy
 import dataclasses
 import gc
-import json
 import math
 import os
 import time
@@ -34,6 +33,7 @@ import losses
 from model import ARCHS, ProjectionHead, SSLModel, build_vit, draw_keep, draw_rope, load_backbone, pack, read_facts
 from tools.lib import broken, loop, optim, provenance
 from tools.lib.cli import Parser, above_zero, natural, not_negative, positive, run, share, within
+from tools.lib.files import write_json
 
 # ------------------------------------------------------------------ flags
 
@@ -94,7 +94,7 @@ def build_parser():
     g = p.add_argument_group("model")
     g.add_argument("--arch", choices=list(ARCHS), default="vit_small", help="backbone")
     g.add_argument("--init", default=None, help="backbone weights to start from: what model.load_backbone reads")
-    g.add_argument("--prototypes", type=positive, default=8192, help="per head; at most 32 for each crop of a batch")
+    g.add_argument("--prototypes", type=within("[2, 1e9]", int), default=8192, help="per head; 32 per crop at most")
     g.add_argument("--head-hidden", type=positive, default=2048, help="width of the heads")
     g.add_argument("--head-bottleneck", type=positive, default=256, help="dimension of the sphere before prototypes")
     g.add_argument("--prototype-norm", type=above_zero, default=1.0, help="length of prototypes at the start: 1 in "
@@ -115,7 +115,7 @@ def build_parser():
     g.add_argument("--gram-start", type=not_negative, default=0.5, help="update or share; 1: never")
     g.add_argument("--gram-refresh", type=not_negative, default=0.1, help="updates or share between snapshots")
     g.add_argument("--gram-max-refreshes", type=natural, default=3, help="snapshots after the first")
-    g.add_argument("--gram-scale", type=positive, default=2, help="resolution of the Gram crops over the global ones")
+    g.add_argument("--gram-scale", type=within("[1, 8]", int), default=2, help="Gram crops are so much larger")
     g.add_argument("--gram-weight", type=not_negative, default=2.0, help="final weight; 0: no Gram anchoring")
     g.add_argument("--gram-ramp", type=not_negative, default=0.01, help="updates or share until that weight")
     g.add_argument("--gram-teacher", default=None, help="weights of a fixed Gram teacher, used from --gram-start on")
@@ -188,6 +188,8 @@ def choices_in_words(args, encoding):
     facts = read_facts(args.init) if args.init and Path(args.init).exists() else {}
     if foreign := loop.other_encoding(facts, encoding):
         yield foreign
+    if args.aug != "auto" and (encoding == "photo") != (data.RECIPES[args.aug].kind == "photo"):
+        yield f"note: --aug {args.aug} was made for other images than these, which are {encoding}"
     if args.no_split:
         yield "no split: this run may have seen any image, and nothing that evaluates it can claim otherwise"
 
@@ -527,17 +529,18 @@ def make_recipes(args, encoding):
     return recipes
 
 
+# ------------------------------------------------------------------ main
+
+
 def check_sizes(recipes, patch):
-    for size in (size for recipe in recipes for size in (recipe.global_size, recipe.local_size)):
-        if size % patch:
+    """Refuse views that are no whole number of patches."""
+    for size in sorted({size for r in recipes for size in (r.global_size, r.local_size)}):
+        if size < patch or size % patch:
             nearest = max(1, round(size / patch)) * patch
             raise ValueError(
-                f"--sizes, --global-size or --local-size: {size} is not a multiple of the patch size {patch}; "
-                f"nearest: {nearest}"
+                f"views of {size} pixels (--global-size, --local-size, --sizes): not a multiple of the patch size "
+                f"{patch}; nearest: {nearest}"
             )
-
-
-# ------------------------------------------------------------------ main
 
 
 def build_backbone(args, arch=None):
@@ -627,7 +630,7 @@ def write_config(run):
         "split_sha256": source.split_sha256,
         **loop.circumstances(run.device, run.world),
     }
-    checkpoint.write_text(Path(args.out) / "config.json", json.dumps(config, indent=1))
+    write_json(Path(args.out) / "config.json", config)
 
 
 def log_line(run, log, update, now, pace):
@@ -648,13 +651,8 @@ def log_line(run, log, update, now, pace):
     peak, images = loop.device_peak(run.device), done * args.batch_size
     line = {"images": images, "epoch": images / len(run.source), **values, **now._asdict()}
     line |= {f"grad_norm_{name}": float(norm) for name, norm in update.norms.items()}
-    line |= {
-        "images_s": rate,
-        "data_wait": pace.waited / seconds,
-        "tflops": tflops,
-        "memory_gb": loop.memory_gb(run.device),
-    }
-    line["seconds_to_go"] = (args.steps + args.extend - done) * seconds / max(updates, 1)
+    line |= dict(images_s=rate, data_wait=pace.waited / seconds, tflops=tflops, memory_gb=loop.memory_gb(run.device),
+                 seconds_to_go=(args.steps + args.extend - done) * seconds / max(updates, 1))  # fmt: skip
     if peak:
         line["mfu"] = tflops / (peak * world)
     log.numbers(done, line)
@@ -693,15 +691,10 @@ def open_data(args):
     if args.no_split:
         source = data.open_source(args.data, args.limit, args.z_stride)
         return data.weighed(source, args.weights) if args.weights else source, None
-    everything = data.open_source(args.data)
-    source = data.open_for(
-        everything, "fit", limit=args.limit, z_stride=args.z_stride, allow_duplicates=args.allow_duplicates
-    )
+    everything, more = data.open_source(args.data), dict(z_stride=args.z_stride, allow_duplicates=args.allow_duplicates)
+    source = data.open_for(everything, "fit", limit=args.limit, **more)
     source = data.weighed(source, args.weights) if args.weights else source
-    if not args.eval_every:
-        return source, None
-    more = dict(z_stride=args.z_stride, allow_duplicates=args.allow_duplicates)
-    return source, data.open_for(everything, "select", **more)
+    return source, data.open_for(everything, "select", **more) if args.eval_every else None
 
 
 def start_reading(args, source, recipes, steps, patch_size, rank, world, device):
@@ -730,7 +723,8 @@ def build_run(args, backbone, source, recipes, rank, world, device, gram_arch=No
     nets = [m for m in (student, teacher, gram_net) if m is not None]
     if args.compile:  # every size is a shape of its own: at the usual 8 torch goes on uncompiled
         torch._dynamo.config.recompile_limit = 64
-        for block in (block for m in nets for block in getattr(m, "backbone", m).blocks[:-1]):  # the last: other rows
+        # but for the last block, which runs on other rows each time and would be compiled anew
+        for block in (block for m in nets for block in getattr(m, "backbone", m).blocks[:-1]):
             block.compile(dynamic=False)  # mixed --sizes: guessed dynamic shapes fail in the backward (torch 2.13, CPU)
     for m in nets:
         if args.fsdp and world > 1:
@@ -760,6 +754,8 @@ def train(args, rank, world, device):
         )
 
     # ------------------------------------------------------------------ run folder, what to resume
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file; name the folder of the run")
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         locked = loop.lock(out)

@@ -10,6 +10,7 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 
 import model as m
+import monitor
 from tools.lib import optim
 
 KINDS = [(norm, init) for norm in m.ADAPTER_NORMS for init in ("zero", "pissa")]
@@ -146,6 +147,16 @@ def test_a_checkpoint_with_adapters_loads_merged(norm, tmp_path):
         torch.save(dict(content, arch={**vit.arch, "adapters": {**vit.arch["adapters"], field: value}}), path)
         with pytest.raises(ValueError, match="last.pth.*(adapter|adapters)"):
             m.load_backbone(path, quiet=True)
+
+
+def test_the_monitor_builds_what_a_run_with_adapters_saved():
+    vit = adapted("dora", "qv", unfreeze=1)
+    heads = [m.ProjectionHead(64, 32, 16, 24) for _ in range(2)]
+    student = m.SSLModel(vit, *heads).eval()
+    sizes = dict(head_hidden=32, head_bottleneck=16, prototypes=24)
+    state = {"args": sizes, "arch": vit.arch, "student": student.state_dict()}
+    found = monitor.build(state, "student", torch.device("cpu"))
+    assert apart(everything(found.backbone), everything(vit)) == 0
 
 
 # gradients
@@ -378,7 +389,7 @@ WRAPPERS = ("ddp",) if torch.__version__.startswith("2.8") else ("ddp", "fsdp")
 
 
 def classifier():
-    return m.Classifier(adapted("doran", "qv", unfreeze=1), m.Head(128, 3), "both")
+    return m.Classifier(adapted("doran", "q v proj", unfreeze=1), m.Head(128, 3), "both")  # one tau of proj, two ranks
 
 
 def gradients_of_a_rank(rank, world, folder):

@@ -389,7 +389,8 @@ ARCH = {"name": "vit_test", "overrides": {"layerscale": 1.0, "depth": 3, "gated"
 RIGHT = {
     "step": 5, "images": 2**40, "gram_refreshes": 0, "args": {"lr": 1e-3, "sizes": None}, "arch": ARCH,
     "encoding": "hu16-v1", "eval_view": {"size": 224, "window": [40, 400.0]}, "trained_groups": ["lidc/1", "lidc/2"],
-    "index_sha256": "1" * 64, "split_sha256": None, "student": {"w": torch.ones(2)}, "teacher": {"w": torch.ones(2)},
+    "index_sha256": "1" * 64, "split_sha256": None, "weights_sha256": None,
+    "student": {"w": torch.ones(2)}, "teacher": {"w": torch.ones(2)},
     "gram": None, "centers": {}, "optimizer": {"w": {"step": torch.tensor(1.0)}},
 }  # fmt: skip
 BOMB = [0]
@@ -402,13 +403,15 @@ WRONG = {
     "args": [["lr", 1], None, "lr", {1: 2}, {"lr": {}}, {"lr": [[1]]}, {"lr": BOMB}],
     "arch": [None, "vit_test", {}, {"overrides": {}}, {"name": "vit_test"}, {"name": 3, "overrides": {}}]
     + [{"name": "vit_test", "overrides": o} for o in ([], None, {"depth": 10**9}, {"dim": 10**12}, {"dim": "64"})]
-    + [{"name": "vit_test", "overrides": {"layerscale": math.nan}}, {"name": "vit_test", "overrides": {7: 7}}],
+    + [{"name": "vit_test", "overrides": {"layerscale": math.nan}}, {"name": "vit_test", "overrides": {7: 7}}]
+    + [{"name": "vit_test", "overrides": {}, "adapters": a} for a in (None, [4], {1: 2}, {"blocks": BOMB})],
     "encoding": [None, 3, ["hu16-v1"]],
     "eval_view": [None, 224, {}, {"size": 224}, {"size": "224", "window": None}, {"size": 0, "window": None}]
     + [{"size": 10**9, "window": None}, {"size": 224, "window": "40"}, {"size": 224, "window": [40]}],
     "trained_groups": ["lidc/1", 7, {"lidc/1": 1}, ["lidc/1", 7], torch.ones(2)],
     "index_sha256": [7, ["1"]],
     "split_sha256": [False],
+    "weights_sha256": [7],
     "student": [None, [], "w", {"w": 1}, {"w": [torch.ones(2)]}, {1: torch.ones(2)}, torch.ones(2)]
     + [{"w": torch.ones(2).to_sparse()}, {"w": torch.empty(2, device="meta")}],
     "teacher": [None, 3, {"w": None}],
@@ -748,17 +751,17 @@ def test_the_snapshot_is_of_the_moment_of_the_call(tmp_path, monkeypatch):
         return real(path, state)
 
     monkeypatch.setattr(checkpoint, "save", slow)
-    w, args = torch.ones(1000), {"lr": [1.0], "seen": {1}}
+    w, args = torch.ones(1000), {"lr": [1.0], "seen": [1]}
     saver = Saver(tmp_path, 3, 0)
     saver.save(1, {"step": 0, "w": w, "args": args})
     w.fill_(7)
     args["lr"][0] = 2.0
-    args["seen"].add(2)
+    args["seen"].append(2)
     assert not os.listdir(tmp_path) and not saver.events
     gate.set()
     saver.wait()
     back = load(tmp_path / "last.pth")
-    assert back["step"] == 1 and back["args"] == {"lr": [1.0], "seen": {1}} and torch.equal(back["w"], torch.ones(1000))
+    assert back["step"] == 1 and back["args"] == {"lr": [1.0], "seen": [1]} and torch.equal(back["w"], torch.ones(1000))
     (event,) = saver.events
     assert event["step"] == 1 and event["error"] is None and event["seconds"] > 0
 

@@ -359,6 +359,17 @@ def test_the_report_is_made_of_what_the_programs_left(tmp_path, capsys):
     demo.write_picture(results, tmp_path, notes)
     with Image.open(tmp_path / "report.png") as picture:
         assert picture.width == 1516 and picture.height > 1400
+    assert (tmp_path / "report.png").stat().st_size < 300_000
+
+
+def test_a_number_of_the_picture_stands_there_once(tmp_path, monkeypatch):
+    results, said = make_parts(tmp_path), []
+    monkeypatch.setattr(demo.sheet, "paragraphs", lambda lines, *more: said.extend(lines) or Image.new("RGB", (9, 9)))
+    demo.write_picture(results, tmp_path, {"seconds": {"train": 90.0}, "machine": "2 CPU cores"})
+    text = " ".join(said)
+    assert "Probe minus random weights 0.200 (0.100 to 0.300), p = 0.01: pretraining helps." in text
+    assert "0.800" not in text and "5.47" not in text  # AUCs and losses stand in the charts
+    assert "killed, and resumed at 20. Monitor: healthy." in text and "Attention lights up." in text
 
 
 def test_missing_parts_of_a_report_are_named(tmp_path):

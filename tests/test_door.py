@@ -14,6 +14,7 @@ from test_data import make_ct, make_photos, make_split, photo
 
 import data as d
 from tools.lib import provenance
+from tools.lib.slices import find_slice
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = ("train", "val_select", "val_calib", "val_test")
@@ -333,9 +334,9 @@ def test_a_slice_is_found_by_path_and_z_and_no_other_takes_its_place(tmp_path, e
     source = d.open_source(make_ct(tmp_path, encoding, series=2))
     for i in range(len(source)):
         row = source.rows[i]
-        assert d.find_slice(source, row["path"], str(row["z"])) == i
-        assert d.find_slice(source, row["path"], row["z"] + 100) is None
-    assert d.find_slice(source, "toy/none.npy") is None and d.find_slice(source, source.rows[0]["path"]) is not None
+        assert find_slice(source, row["path"], str(row["z"])) == i
+        assert find_slice(source, row["path"], row["z"] + 100) is None
+    assert find_slice(source, "toy/none.npy") is None and find_slice(source, source.rows[0]["path"]) is not None
 
 
 def test_an_index_of_photographs_is_taken_as_it_is_and_a_changed_picture_is_noticed_when_read(tmp_path):

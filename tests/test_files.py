@@ -6,6 +6,7 @@ import json
 import math
 import os
 
+import numpy as np
 import pytest
 
 import data
@@ -106,6 +107,17 @@ def test_bad_lines_are_skipped_and_counted(tmp_path):
     path.write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(lines) + b'\n{"step": 9')
     assert files.read_lines(path, {"step": int}) == (good, len(bad) + 1)
     assert files.read_lines(path)[1] == 5  # without types: only what is no object
+
+
+def test_json_has_null_where_a_number_is_missing(tmp_path):
+    value = {"z": math.nan, "b": np.float64(0.5), "c": [np.int64(3), -math.inf, {"d": np.float32("nan")}], "e": (1,)}
+    path = tmp_path / "new" / "x.json"
+    files.write_json(path, value)
+    text = path.read_text()
+    assert json.loads(text, parse_constant=pytest.fail) == {"z": None, "b": 0.5, "c": [3, None, {"d": None}], "e": [1]}
+    assert text.startswith('{\n "z": null,\n "b"') and text.endswith("}\n")  # keys as given
+    files.write_json(path, value, indent=None)
+    assert len(path.read_text().splitlines()) == 1
 
 
 def test_what_a_resume_did_again_replaces_what_it_had_done():

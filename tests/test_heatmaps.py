@@ -345,7 +345,7 @@ def root(tmp_path):
 def look(root, ckpt, *flags):
     out = ckpt.parent / "heatmaps"
     assert h.main(["--ckpt", str(ckpt), "--data", str(root), *QUICK, *flags]) == 0
-    return json.loads((out / "heatmaps.json").read_text()), out / "heatmaps.png"
+    return json.loads((out / "heatmaps.json").read_text(), parse_constant=pytest.fail), out / "heatmaps.png"
 
 
 @pytest.mark.parametrize("encoding", ["hu16-v1", "rgb-v1"])
@@ -430,8 +430,17 @@ def test_seen_patients_are_refused_or_said_in_red(root, tmp_path, capsys):
     assert report["warning"] == (f"{SEEN} ({seen} of {report['patients']})" if seen else "")
     torch.save(build_vit("vit_test").state_dict(), tmp_path / "bare.pth")
     report, _ = look(root, tmp_path / "bare.pth")
-    assert report["warning"] == judge.UNKNOWN and report["title"].endswith(judge.UNKNOWN)
-    assert report["verdict"][-1] == f"{judge.UNKNOWN.capitalize()}."
+    looked = "1 other weights or policies looked at val_test before"  # those above
+    assert report["warning"] == f"{judge.UNKNOWN}; {looked}" and report["title"].endswith(report["warning"])
+    assert report["verdict"][-2:] == [f"{judge.UNKNOWN.capitalize()}.", f"{looked}."]
+
+
+def test_an_interval_that_does_not_exist_is_null(root, tmp_path, monkeypatch):
+    ckpt = save(tmp_path / "run.pth", bright_vit())
+    monkeypatch.setattr(h, "interval", lambda values: (np.full(values.shape[1:], np.nan),) * 2)
+    report, _ = look(root, ckpt)
+    one = report["numbers"]["trained"]["own"]["mean"]["share"]
+    assert one["low"] is None and one["high"] is None and one["value"] > 0
 
 
 def test_a_series_is_recognised_under_another_name_of_its_patient(root, tmp_path):
@@ -441,6 +450,15 @@ def test_a_series_is_recognised_under_another_name_of_its_patient(root, tmp_path
     }
     ckpt = save(tmp_path / "run.pth", bright_vit(), trained=["other/A"], provenance={"known": True, "seen": [entry]})
     with pytest.raises(ValueError, match="leak: 1 groups of split val_test .*toy/P4"):
+        look(root, ckpt)
+    assert not looks(root)
+
+
+def test_weights_that_change_while_they_are_read_are_refused(root, tmp_path, monkeypatch):
+    ckpt, new = save(tmp_path / "run.pth", bright_vit()), save(tmp_path / "new.pth", bright_vit())
+    real = h.load_backbone
+    monkeypatch.setattr(h, "load_backbone", lambda path: (real(path), new.replace(path))[0])
+    with pytest.raises(ValueError, match=r"run\.pth changed while it was read"):
         look(root, ckpt)
     assert not looks(root)
 

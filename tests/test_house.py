@@ -157,6 +157,26 @@ def test_a_second_door_is_noticed():
     assert doors('open(p / "test_uses.jsonl")') == {"test_uses.jsonl"}
 
 
+@pytest.mark.parametrize("name", existing(PROGRAMS) + modules_of("tools") + modules_of("tools/lib"))
+def test_json_files_are_written_in_one_way(name):
+    """files.write_json: null where a number is NaN, a folder that is made, an atomic write."""
+    for call in ast.walk(ast.parse((ROOT / name).read_text())):
+        if isinstance(call, ast.Call) and ast.unparse(call.func).split(".")[-1] in ("write_text", "atomic_write"):
+            found = ast.unparse(call)
+            assert "json.dumps" not in found or ".jsonl" in found or name == "tools/lib/files.py", (name, call.lineno)
+
+
+WITH_BARS = sorted({*PROGRAMS, *modules_of("tools"), *modules_of("tools/lib")} - {"tools/lib/progress.py"})
+
+
+@pytest.mark.parametrize("name", existing(WITH_BARS))
+def test_bars_are_drawn_for_people_only(name):
+    """disable=None: where nobody watches (cron, a pipe), no bar fills the log."""
+    for node in ast.walk(ast.parse((ROOT / name).read_text())):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("tqdm", "trange"):
+            assert any(k.arg == "disable" and k.value.value is None for k in node.keywords), (name, node.lineno)
+
+
 @pytest.mark.parametrize("name", modules_of("tools/lib"))
 def test_a_module_does_not_run(name):
     text = (ROOT / name).read_text()

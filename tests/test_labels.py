@@ -67,6 +67,8 @@ REFUSED = {
     "twice": ("path,label,label\n", "column 'label' has no name, or stands there twice"),
     "a word of ours": ("path,label,patient\n", "rename column patient, .*called group"),
     "another case": (USUAL.replace("ice/1.jpg", "Ice/1.JPG"), "first Ice/1.JPG; write ice/1.jpg instead"),
+    "another folder": ("path,label\nIMG/ICE/1.jpg,x\nsea/9/7.JPG,x\n", "2 missing files, first IMG/ICE/1.jpg$"),
+    "a file of one name": ("path,label\nIMG/only.JPG,x\n", "first IMG/only.JPG; write only.jpg instead"),
     "no folder": ("path,label\n9.jpg,x\n", "1 missing files, first 9.jpg$"),
     "outside": ("path,label\n/elsewhere/x.jpg,x\n", "first /elsewhere/x.jpg$"),
     "two labels": (USUAL + "./ice/0.jpg,sea,g0\n", "row 12: ice/0.jpg has label sea, and ice above; keep one"),
@@ -77,6 +79,8 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_ambiguous_is_refused_with_the_remedy(folder, name):
     text, message = REFUSED[name]
+    if "only" in text:
+        Image.new("RGB", (8, 8)).save(folder / "only.jpg")
     with pytest.raises((ValueError, OSError), match=message) as caught:
         make_splits.main(["--data", str(write(folder, text))])
     assert name == "nodules" or "diameter_mm" not in str(caught.value)  # nothing of CT for a photographer

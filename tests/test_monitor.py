@@ -33,7 +33,7 @@ import losses
 import monitor as m
 import train_ssl as t
 from model import build_vit
-from tools.lib import loop, optim, provenance, runs, sheet
+from tools.lib import loop, machine, optim, provenance, runs, sheet
 from tools.lib.files import read_lines
 
 torch.set_num_threads(1)
@@ -260,6 +260,13 @@ def test_warm_up_excuses_what_must_be_learned_but_not_what_is_broken(toy):
     toy.age_s = 0
     nan_weights(toy)
     assert toy.write().look() == 2 and toy.status()["verdict"] == "diverging"
+
+
+def test_a_run_that_hangs_before_its_first_numbers_is_stalled(toy):
+    toy.lines = [{"step": 0, "event": "started"}, {"step": 5, "event": "SAVE FAILED, training goes on: no disk"}]
+    assert toy.write().look() == 2 and [f["word"] for f in toy.status()["findings"]] == ["not saving"]
+    toy.age_s = 16 * 60
+    assert toy.write().look() == 2 and [f["word"] for f in toy.status()["findings"]] == ["not saving", "stalled"]
 
 
 def test_a_finished_run_is_not_stalled_and_an_old_log_is_only_judged_by_its_interval(toy):
@@ -687,7 +694,7 @@ def test_a_first_report_has_no_empty_parts_and_explains_each_number(toy):
     assert {key for key, _ in cells} == (toy.status()["numbers"].keys() | toy.status()["pulse"].keys()) - {
         "view_slices"
     }
-    assert "DINO loss" in page  # the log has many points
+    assert "DINO loss" in page and "How to read the pictures" in page  # the log has many points
 
 
 def test_features_are_drawn_at_four_times_the_resolution_of_training(toy, monkeypatch):
@@ -1055,6 +1062,20 @@ def test_labels_are_read_by_header_and_only_of_slices_that_may_be_looked_at(toy,
     assert toy.look("--labels", tmp_path / "blank.csv") == 0 and toy.status()["numbers"]["knn_slices"] == 5
     write_table(tmp_path / "one.csv", header, [[*row[:5], 1, *row[6:]] for row in rows])
     assert toy.look("--labels", tmp_path / "one.csv") == 0 and "knn" not in toy.status()["numbers"]  # one class
+    write_table(tmp_path / "spaced.csv", header, [[*row[:5], "1" + " " * row[5], *row[6:]] for row in rows])
+    assert toy.look("--labels", tmp_path / "spaced.csv") == 0 and "knn" not in toy.status()["numbers"]  # still one
+    opened = data.open_for
+
+    def narrow(*args, **more):
+        source = opened(*args, **more)
+        source.rows.columns["spacing_x"] = source.rows.columns["spacing_x"] * 2
+        return source
+
+    monkeypatch.setattr(data, "open_for", narrow)
+    asked.clear()
+    assert toy.look("--labels", tmp_path / "nodules.csv") == 0
+    boxes = np.concatenate([r for r in asked if r is not None])
+    assert np.allclose(boxes, [[30 - half, 20 - half / 2, 30 + half, 20 + half / 2]] * 6)  # 50 mm along both axes
 
 
 # pictures
@@ -1154,7 +1175,7 @@ def test_the_body_has_no_holes_and_no_table():
 
 
 def test_the_marked_patch_is_the_most_structured_of_the_lung():
-    grey, inside = np.zeros((96, 96)), np.zeros((2, 96, 96))
+    grey, inside = np.full((96, 96), 0.7, np.float32), np.zeros((2, 96, 96))  # without structure: rounding is none
     random = np.random.default_rng(0)
 
     def patch(r, c):
@@ -1202,6 +1223,8 @@ def test_the_pulse_reads_a_log_with_restarts_and_halves(tmp_path):
     assert found["last_step"] == 30 and found["loss"] == 7.0 and found["age_s"] == 3.0 and not found["finished"]
     assert found["log_interval_s"] == pytest.approx(10 * 8 / 50) and found["last_event"].startswith("resumed")
     assert runs.pulse([], 3.0, ARGS) == {} and runs.read_log(tmp_path / "none") == ([], 0)
+    young = runs.pulse([{"step": 0, "event": "started"}, {"step": 5, "event": "saved"}], 3.0, ARGS)
+    assert young == {"age_s": 3.0, "finished": False, "last_event": "saved", "failed_save": None}
 
 
 def test_trends_in_the_log():
@@ -1232,10 +1255,10 @@ def test_sensors_are_read_in_their_units_and_silent_ones_left_out(tmp_path, monk
         (chip / name).write_text(text)
     (zone / "temp").write_text("-4000")
     (zone / "type").write_text("acpitz")
-    found = runs.sensors(tmp_path)
+    found = machine.sensors(tmp_path)
     assert found == {"hwmon3 amdgpu edge (C)": 61.5, "hwmon3 amdgpu power1 (W)": 95.0, "hwmon3 amdgpu fan1 (rpm)": 1200,
                      "thermal_zone0 acpitz temp (C)": -4.0}  # fmt: skip
-    assert runs.hottest(found) == 61.5 and runs.hottest({}) is None and runs.sensors(tmp_path / "none") == {}
+    assert machine.hottest(found) == 61.5 and machine.hottest({}) is None and machine.sensors(tmp_path / "none") == {}
     programs = tmp_path / "bin"
     programs.mkdir()
     rocm = {"card0": {"Temperature (Sensor edge) (C)": "44.0", "Average Graphics Package Power (W)": "N/A"}}
@@ -1243,12 +1266,15 @@ def test_sensors_are_read_in_their_units_and_silent_ones_left_out(tmp_path, monk
         (programs / name).write_text(f"#!/bin/sh\ncat <<'END'\n{text}\nEND\n")
         (programs / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
-    assert runs.card_sensors() == {
+    assert machine.card_sensors() == {
         "nvidia 0 temperature (C)": 71.0, "nvidia 0 power (W)": 300.5, "nvidia 1 temperature (C)": 72.0,
         "nvidia 1 power (W)": 301.0, "nvidia 1 fan (%)": 40.0, "card0 Temperature (Sensor edge) (C)": 44.0,
     }  # fmt: skip
     (programs / "rocm-smi").write_text("#!/bin/sh\necho ERROR; exit 1\n")
-    assert "card0 Temperature (Sensor edge) (C)" not in runs.card_sensors()
+    assert "card0 Temperature (Sensor edge) (C)" not in machine.card_sensors()
+    (programs / "nvidia-smi").write_text("#!/bin/sh\necho '[N/A], [N/A], [N/A]'\n")  # a card that tells nothing
+    found = machine.describe(torch.device("cpu"))["temperatures_c"]
+    assert all(key.endswith("(C)") and isinstance(value, float) for key, value in found.items())
 
 
 def test_metrics_prom_is_what_prometheus_parses(toy):

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 import checkpoint
@@ -435,3 +436,41 @@ def test_others_are_those_of_pytorch_optimizer(kind):
             lambda net: optim.Sophia(net.parameters(), 0.006, (0.96, 0.99), 0.1),
             lambda net: po.SophiaH(net.parameters(), 0.06, p=0.1), protocol=protocol,
         )  # fmt: skip
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_shards_step_like_whole_tensors(one_process):
+    """One rank of fully_shard: parameters are DTensors. Muon, which needs whole matrices, says so."""
+    from torch.distributed.fsdp import fully_shard
+
+    x, y = moons()
+    for name, wrapper in every()[1:5] + [("adamw", "friendlysam")]:
+        found = []
+        for sharded in (False, True):
+            net = network()
+            if sharded:
+                fully_shard(net)
+            optimizer = make(name, wrapper, net.parameters(), weight_decay=0.01)
+
+            def backward():
+                optimizer.zero_grad()
+                F.cross_entropy(net(x), y).backward()
+
+            for _ in range(2):
+                backward()
+                if name == "sophia":
+                    optimizer.observe(optim.gauss_newton(net.parameters(), len(x)))
+                if sharded and name == "muon":
+                    with pytest.raises(ValueError, match="these are shards"):
+                        optimizer.step(backward) if wrapper else optimizer.step()
+                else:
+                    optimizer.step(backward) if wrapper else optimizer.step()
+            found.append([p.full_tensor() if sharded else p for p in net.parameters()])
+        if name != "muon":
+            torch.testing.assert_close(*found)

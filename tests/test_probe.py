@@ -331,6 +331,25 @@ def looks(root):
 SEEN = "backbone has seen these patients"
 
 
+def test_weights_that_change_while_they_are_read_are_refused(study, tmp_path, monkeypatch):
+    """As last.pth of a run that saves meanwhile: the sha256 would be that of other weights than the features."""
+    root, _ = study
+    before, real = looks(root), t.load_backbone
+    make_checkpoint(root / "old.pth", ["toy/P0"])
+    (root / "moving.pth").hardlink_to(root / "old.pth")
+    make_checkpoint(root / "new.pth", ["toy/P0"])
+
+    def load_and_save(path):
+        net = real(path)
+        (root / "new.pth").replace(path)
+        return net
+
+    monkeypatch.setattr(t, "load_backbone", load_and_save)
+    with pytest.raises(ValueError, match=r"moving\.pth changed while it was read; .* step_\*\.pth"):
+        probe(root, tmp_path / "out", ckpt="moving.pth")
+    assert looks(root) == before and not (tmp_path / "out").exists() and not (tmp_path / "features").exists()
+
+
 def test_a_leaked_patient_is_refused_or_named_in_every_title(study, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(t, "REPEATS", 2)
     root, _ = study
@@ -526,6 +545,8 @@ def test_weights_that_cannot_be_judged_are_refused(study, tmp_path, monkeypatch)
     with pytest.raises(ValueError, match="--device gpu"):
         probe(root, tmp_path / "g", "--device", "gpu")
     assert looks(root) == before
+    with pytest.raises(ValueError, match="test_probe.py is a file; name a folder"):
+        t.main(["--ckpt", "x", "--data", "x", "--labels", "x", "--out", __file__])
     with pytest.raises(FileNotFoundError, match="does not exist; tools/lidc_nodules.py"):
         probe(root, tmp_path / "e", labels="nowhere.csv")
     with pytest.raises(SystemExit):

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
-from test_data import photo
 from test_demo import ROOT, parse
 
 README = (ROOT / "README.md").read_text()
@@ -19,6 +17,8 @@ TOY = {
     "tools/preprocess_dicom.py": "--workers 1",
     "tools/validate_samples.py": "--n 2",
     "tools/check_duplicates.py": "--workers 1",
+    "tools/make_roadwork.py": "--images 80 --size 144x192 --frames-per-scene 1 --object-share 0.01 0.05 --workers 1",
+    "tools/make_splits.py": "--min-per-class 1",
     "train_ssl.py": "--arch vit_test --steps 4 --batch-size 8 --global-size 32 --local-size 16 --local-crops 2 "
     "--prototypes 32 --head-hidden 32 --head-bottleneck 16 --workers 0 --eval-every 0 --layerscale 0.1 --device cpu",
     "monitor.py": "--slices 8 --images 1 --device cpu",
@@ -147,17 +147,6 @@ def test_no_phantom_number_is_called_one_of_lidc():
     assert "not measured yet" in README and "nothing about CT" in README
 
 
-def make_labelled_photos(root):
-    """Two kinds of pictures, dark and bright, with labels.csv."""
-    rows = ["path,label"]
-    for i in range(30):
-        path = root / f"{i}.png"
-        root.mkdir(parents=True, exist_ok=True)
-        Image.fromarray((photo(i) // (1 + i % 2)).permute(1, 2, 0).numpy()).save(path)
-        rows.append(f"{path.name},{('bright', 'dark')[i % 2]}")
-    (root / "labels.csv").write_text("\n".join(rows) + "\n")
-
-
 def run_small(command):
     """A command of the README at toy size, in this process -> exit code."""
     name, _ = parse(command)
@@ -171,7 +160,6 @@ def run_small(command):
 def test_every_command_that_needs_nothing_runs(tmp_path, monkeypatch, capsys):
     """In the order of the page, from an empty folder; then the Python examples on what it left."""
     monkeypatch.chdir(tmp_path)
-    make_labelled_photos(tmp_path / "data" / "photos")
     ran = []
     for command, needs in COMMANDS:
         if needs or parse(command)[0] in ELSEWHERE:

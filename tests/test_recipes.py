@@ -388,7 +388,7 @@ TABLE = {
     "gram_weight": (DEFAULT, "0.5"),
     "gram_ramp": (DEFAULT, "3"),
     "gram_teacher": (DEFAULT, "{weights}"),
-    "batch_size": ("16", "24"),
+    "batch_size": ("16", "8"),
     "micro_batch": ("4", "2"),
     "lr": (DEFAULT, "1e-3"),
     "lr_end": (DEFAULT, "1e-4"),
@@ -464,6 +464,8 @@ ALONE = [
         "aug": DEFAULT,
         "overfit": DEFAULT,
     },
+    {"drop_path": "0.9"},
+    {"w_dino": "0", "w_ibot": "0", "w_koleo": "0"},
 ]
 ROWS = PAIRS + [row | more for row, more in zip(PAIRS, ALONE)]
 

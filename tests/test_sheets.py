@@ -1,6 +1,7 @@
 """The drawing tools: what is drawn is what is there, and planted faults fail in words."""
 
 import json
+import math
 import re
 from dataclasses import asdict, replace
 
@@ -319,16 +320,16 @@ def test_what_a_run_did_not_see_is_refused(tmp_path, capsys):
         inspect(folder, step, "--images", "1")
         assert ("NOT among the 10 updates" in capsys.readouterr().out) == outside
     refused("2", step=0, error=SystemExit)
-    refused("its split is not the one this run was trained with", {"split_sha256": "0" * 64})
+    refused("split_sha256 is not that of the run", {"split_sha256": "0" * 64})
     refused(r"recipe of this run differs from ours in \['warp'\]", {"recipes": [asdict(SMALL) | {"warp": 1}]})
     refused(
-        "--data .*nowhere is not a folder",
+        "nowhere is no folder here; .* give --data",
         {"args": config["args"] | {"data": str(tmp_path / "nowhere")}},
         error=OSError,
     )
     index = root / "_index" / "index.csv"
     index.write_text(index.read_text().replace("2.5", "2.6", 1))
-    refused("its index is not the one this run was trained with")
+    refused("index_sha256 is not that of the run")
     (folder / "config.json").write_text("{")
     with pytest.raises(ValueError, match="config.json is damaged, or no JSON"):
         inspect(folder, 1)
@@ -387,3 +388,37 @@ def test_maps_are_enlarged_smoothly_or_as_they_are():
     assert np.abs(smooth.reshape(6, 10, 6, 10).mean((1, 3)) - values).max() < 0.2
     colours = np.stack([values, values.T, values], -1)
     assert (sheet.enlarge(colours, 60)[..., 0] == smooth).all() and sheet.enlarge(colours, 60).shape == (60, 60, 3)
+
+
+def reds(picture):
+    return np.argwhere((np.asarray(picture) == [255, 106, 90]).all(2))
+
+
+def test_a_plot_has_ticks_and_curves_where_their_numbers_are():
+    xs, ys = list(range(0, 101, 10)), [s**2 for s in range(0, 101, 10)]
+    drawn = np.asarray(sheet.plot("losses", {"a": (xs, ys)}, (600, 300), "updates", [("x", 50, "cut")])).astype(int)
+    orange = np.argwhere(np.abs(drawn - [255, 160, 48]).sum(2) < 60)
+    curve = orange[orange[:, 0] >= 60]  # below title and names
+    ends = np.array([[curve[:, 1].min(), curve[:, 0].max()], [curve[:, 1].max(), curve[:, 0].min()]])
+    middle = curve[np.abs(curve[:, 1] - ends[:, 0].mean()) <= 1][:, 0].mean()
+    assert middle == pytest.approx(
+        0.75 * ends[0, 1] + 0.25 * ends[1, 1], abs=4
+    )  # 50 squared is a quarter of 100 squared
+    line = reds(drawn)
+    upright = line[np.abs(line[:, 1] - ends[:, 0].mean()) <= 2]
+    assert len(upright) > 50 and np.ptp(upright[:, 1]) == 0  # the mark, in the middle
+    grey = (drawn == [160, 168, 176]).all(2)
+    assert np.abs(np.flatnonzero(grey[:-46, 55]) - ends[1, 1]).min() <= 1  # the tick of 10,000
+    assert grey[-46:, 58:].any(1).sum() > 20 and grey[60:-46, :58].any()  # numbers below and beside the axes
+
+
+def test_intervals_are_as_long_as_they_are_and_a_missing_one_is_a_dot():
+    rows = [("probe", 0.8, 0.6, 0.9), ("few", 0.5, None, None), ("nan", 0.5, math.nan, math.nan)]
+    drawn = np.asarray(sheet.intervals("t", rows, (800, 260)))
+    left, right = 170, 800 - 210
+    bright = np.argwhere((drawn[:, left : right + 1] == [255, 160, 48]).all(2))
+    assert bright[:, 1].min() == pytest.approx(0.6 * (right - left), abs=1)
+    assert bright[:, 1].max() == pytest.approx(0.9 * (right - left), abs=1)
+    white = np.argwhere((drawn[50:210, left : right + 1] == 240).all(2))
+    assert np.ptp(white[:, 1]) <= 13 and white[:, 1].mean() == pytest.approx(0.5 * (right - left), abs=1)
+    assert np.median(reds(drawn)[:, 1]) == pytest.approx(left + 0.5 * (right - left), abs=1)

@@ -30,7 +30,7 @@ import train_ssl as t
 from model import ProjectionHead, SSLModel, SSLOutput, build_vit, draw_rope, state_from_original
 from tools import make_phantom, make_splits, preprocess_dicom, release
 from tools.lib import loop, optim
-from tools.lib.loop import read_recipes
+from tools.lib.runs import read_recipes
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).parent / "golden"
@@ -474,9 +474,14 @@ def test_one_run_per_folder(folder, tmp_path, monkeypatch):
         (["--koleo-group", "3"], "--koleo-group 3 does not divide --micro-batch (8); nearest: 2"),
         (["--precision", "fp16"], "fp16"),
         (["--sizes", "448x112"], "'448x112' is not GLOBAL/LOCAL"),
-        (["--koleo-group", "1"], "--koleo-group 1: a sample alone has no neighbour; use 2 or more"),
-        (["--global-size", "100"], "100 is not a multiple of the patch size 16; nearest: 96"),
-        (["--sizes", "32/16,64/3"], "3 is not a multiple of the patch size 16; nearest: 16"),
+        (
+            ["--global-size", "40"],
+            "views of 40 pixels (--global-size, --local-size, --sizes): not a multiple of the patch",
+        ),
+        (["--sizes", "0/16"], "views of 0 pixels"),
+        (["--koleo-group", "1"], "--koleo-group 1: a sample alone has no neighbour"),
+        (["--out", __file__], "test_train.py is a file; name the folder of the run"),
+        (["--sizes", "32/8"], "nearest: 16"),
         (["--init", "/nowhere"], "no weights at /nowhere"),
         (["--mask-ratio", "0.5", "0.1"], "--mask-ratio 0.5 0.1: the smaller comes first"),
         (["--warmup", "9"], "--warmup 9 is more than --steps 2"),

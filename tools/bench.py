@@ -46,6 +46,7 @@ import data
 import train_ssl
 from model import ARCHS
 from tools.lib.cli import ROOT, Parser, above_zero, positive, run
+from tools.lib.files import write_json
 from tools.lib.loop import flops_per_image, git_commit, is_out_of_memory, moment, seconds_between, setup_distributed
 from tools.lib.machine import DTYPES, check_gemm, describe, synchronize
 from tools.lib.progress import progress
@@ -308,6 +309,42 @@ def measure_render(point, device):
     return [as_row(point["setting"], count / median(times["ours"]), "images/s", share, "GEMM", note, **more)]
 
 
+def pillow_views(path, boxes, size, draft):
+    """The same boxes of a JPEG, one by one; draft: decoded no larger than the smallest box needs."""
+    with Image.open(path) as file:
+        width, height = file.size
+        if draft:
+            needed = max(size / (box[2] - box[0]) for box in boxes), max(size / (box[3] - box[1]) for box in boxes)
+            file.draft("RGB", (math.ceil(width * needed[1]), math.ceil(height * needed[0])))
+        image, y, x = file.convert("RGB"), file.height / height, file.width / width
+        views = [image.resize((size, size), Image.Resampling.BICUBIC, (x0 * x, y0 * y, x1 * x, y1 * y))
+                 for y0, x0, y1, x1 in boxes]  # fmt: skip
+    return [np.asarray(view) for view in views]
+
+
+def measure_views(point, device):
+    """Twelve views of each JPEG of 12 megapixels from the file, in turns with Pillow."""
+    torch.set_num_threads(1)
+    source, view, layout = data.open_source(point["data"]), data.eval_view("photo"), data.LAYOUTS["tiles_and_squares"]
+    boxes, flips = data.view_boxes([(3024, 4032)], layout)
+
+    def ours():
+        for i in range(len(source)):
+            image, at = data.read_view(source, i, layout, view["size"], keep=1)  # what its smallest view needs
+            data.render_views(image[None], view, at[:, None], flips)
+
+    def pillow(draft):
+        for i in range(len(source)):
+            pillow_views(source.path(i), boxes[:, 0].tolist(), view["size"], draft)
+
+    ways = {"ours": ours, "full": functools.partial(pillow, False), "draft": functools.partial(pillow, True)}
+    times, _ = alternate(ways, CPU, point["seconds"])
+    note = ", ".join(
+        f"{ratio(times[name], times['ours']):.2f} x Pillow with a {name} decode" for name in ("full", "draft")
+    )
+    return [as_row(point["setting"], len(source) / median(times["ours"]), "images/s", note=note, seconds=times)]
+
+
 def measure_read(point, device):
     torch.set_num_threads(1)
     source, workers = data.open_source(point["data"]), point["workers"]
@@ -383,7 +420,7 @@ def measure_save(point, device):
     return [as_row(point["setting"], 1e3 * median(later), "ms stall", share, "copy", note, **more)]
 
 
-PARTS = (measure_step, measure_render, measure_read, measure_dicom, measure_save, measure_sweep)  # <- add one here
+PARTS = (measure_step, measure_render, measure_views, measure_read, measure_dicom, measure_save, measure_sweep)
 MEASURES = {measure.__name__.removeprefix("measure_"): measure for measure in PARTS}
 
 
@@ -422,6 +459,8 @@ def points_of(what, args, cuda, work):
         for device, folder in itertools.product(["cpu", "cuda"][: 1 + cuda], (rgb, hu16)):
             place = "one CPU thread" if device == "cpu" else "GPU"
             yield dict(data=folder, device=device, setting=f"{Path(folder).name}, 2x224 + 8x96 of 512x512, {place}")
+    elif what == "views":
+        yield dict(data=f"{work}/large", setting="12 views of 224 from a 12-megapixel JPEG, one thread")
     elif what == "read":
         counts = [0, 1] if args.quick else sorted({0, 1, 2, os.cpu_count()})
         for folder, workers in itertools.product((rgb, hu16, photo), counts):
@@ -451,6 +490,8 @@ def make_data(work, quick):
     (work / "photo").mkdir()
     for i, file in enumerate(sorted((work / "rgb").rglob("*.png"))):
         Image.open(file).resize((640, 480)).save(work / "photo" / f"{i}.jpg", quality=90)
+    command = [sys.executable, ROOT / "tools" / "make_roadwork.py", "--images=4", f"--out={work / 'large'}"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def run_point(point):
@@ -553,11 +594,12 @@ def build_parser():
 
 def main(argv=None):
     args = build_parser().parse_args(argv)
-    if args.json and not args.json.parent.is_dir():  # now, not after an hour
-        raise FileNotFoundError(f"--json {args.json}: {args.json.parent} is not a folder")
+    if args.json:  # now, not after an hour
+        args.json.parent.mkdir(parents=True, exist_ok=True)
     if args.point:
         print(json.dumps(measure(json.loads(args.point))))
         return 0
+    train_ssl.build_parser().parse_args(["--data", "x", *shlex.split(args.flags)])  # now, not at each point
     if args.what == "show":
         for file in sorted(RESULTS.glob("*.json")):
             print("\n".join(in_lines(json.loads(file.read_text()), args.markdown)) + "\n")
@@ -579,7 +621,7 @@ def main(argv=None):
     report = dict(version=1, date=f"{now:%Y-%m-%d}", commit=git_commit(), command=sys.argv[1:], quick=args.quick)
     report |= dict(machine=machine, rows=rows)
     if args.json:
-        checkpoint.write_text(args.json, json.dumps(report, indent=1))
+        write_json(args.json, report)
     print("\n".join([*in_lines(report, args.markdown), "", *advice(rows, args.images)]))
     return int(any("error" in row for row in rows if row["what"] != "sweep"))
 

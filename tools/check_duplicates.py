@@ -6,14 +6,12 @@ make_splits.py then keeps together. Exit code 1 if a duplicate crosses the split
     python tools/check_duplicates.py --data data/processed --workers 16
 """
 
+import functools
 import hashlib
-import json
 import os
-import signal
 import sys
 from collections import Counter, defaultdict
 from itertools import combinations
-from multiprocessing import Pool
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +19,14 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from checkpoint import write_text
-from data import Unreadable, read_splits, slice_name, split_path
+from data import Unreadable, read_splits, split_path
 from tools.lib import broken
 from tools.lib.cli import Parser, positive, run, shown, within
+from tools.lib.files import write_json
 from tools.lib.groups import join, open_data
 from tools.lib.progress import progress
+from tools.lib.slices import slice_name
+from tools.lib.workers import parallel
 
 VERSION = 1
 SIDE = 32  # of the thumbnail that is hashed and compared
@@ -39,10 +39,9 @@ BITS = np.array([bin(i).count("1") for i in range(1 << 16)], np.uint8)  # numpy 
 
 
 def ready(source):
-    """In a worker: keep the source, leave Ctrl+C to the parent, take photographs of any size."""
+    """In a worker: keep the source, take photographs of any size."""
     global SOURCE
     SOURCE = source
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     Image.MAX_IMAGE_PIXELS = None
 
 
@@ -65,12 +64,11 @@ def look(i):
 def look_at_all(source, order, workers):
     """(digests, thumbnails [N,32,32], {position: why it cannot be read}) of the images in `order`."""
     digests, thumbs, bad = [], np.empty((len(order), SIDE, SIDE), np.uint8), {}
-    with Pool(workers, ready, (source,)) as pool:
-        found = progress(pool.imap(look, order, chunksize=16), total=len(order), unit="image", desc="read")
-        for i, (digest, thumb, why) in enumerate(found):
-            digests.append(digest)
-            thumbs[i] = thumb
-            bad |= {i: why} if why else {}
+    found = parallel(look, order, workers, functools.partial(ready, source), chunk=16)
+    for i, (digest, thumb, why) in enumerate(progress(found, "read", len(order), unit="image")):
+        digests.append(digest)
+        thumbs[i] = thumb
+        bad |= {i: why} if why else {}
     return digests, thumbs, bad
 
 
@@ -225,9 +223,9 @@ def main(argv=None):
         "pairs": [{"a": title[a], "b": title[b], "distance": d} for (a, b), d in zip(listed.tolist(), distances)],
     }
     path = split_path(args.data, "duplicates.json")
-    path.parent.mkdir(exist_ok=True)
-    write_text(path, json.dumps(payload, indent=1) + "\n")
-    print("wrote", path, *(f"{key}={n}" for key, n in counts.items()))
+    write_json(path, payload)
+    words = {"slices": "images"} if source.encoding == "photo" else {}
+    print("wrote", path, *(f"{words.get(key, key)}={n}" for key, n in counts.items()))
     for pair in payload["conflicts"][:10]:
         a, b, (one, other) = *(shown(pair[key]) for key in "ab"), map(shown, pair["labels"])
         print(f"TWO LABELS of one picture: {a} is {one}, {b} is {other}")

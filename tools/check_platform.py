@@ -25,8 +25,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from checkpoint import write_text
 from tools.lib.cli import Parser, pick_device, run
+from tools.lib.files import write_json
 from tools.lib.machine import DTYPES, check_gemm, describe, seconds
 
 BACKENDS = {
@@ -207,7 +207,7 @@ def main(argv=None):
     reason = verdict(results)
     if args.json:
         report = dict(version=1, ok=reason is None, reason=reason, facts=facts, checks=results, advice=lines)
-        write_text(args.json, json.dumps(report, indent=1))
+        write_json(args.json, report)
     print("ok=true" if reason is None else f"ok=false reason={reason}")
     return 0 if reason is None else 1
 

@@ -8,7 +8,6 @@ neighbour pretraining makes fewer updates, 40 at least, which fits as long as ev
     python tools/demo.py --stage probe report      # these stages again, on what is there
 """
 
-import json
 import math
 import os
 import re
@@ -29,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from checkpoint import atomic_write, write_text
 from tools.lib import judge, page, sheet
 from tools.lib.cli import ROOT, Parser, above_zero, pick_device, run
-from tools.lib.files import last_per_step, read_json_file, read_lines
+from tools.lib.files import last_per_step, read_json_file, read_lines, write_json
 
 PHANTOM = "--patients 60 --slices 32 --size 256"  # 2,112 slices, 0.3 GB as DICOM and as much again in HU
 # Phantom patients cost nothing and the test needs many: 27 of them leave 47 rated by 3 readers or more.
@@ -287,12 +286,15 @@ def collect(out):
 
 
 def aucs(judged):
-    """(name, AUC and what it proves) of the probe and of what needs no pretraining."""
+    """(title, AUC, an aside on how it came about, what it proves) of the probe and of what needs no pretraining."""
     for name, (title, pair) in BASELINES.items():
         if name in judged["predictors"]:
             aside = judge.row_name(judged, name).removeprefix(name)
-            proof = judge.compared(judged, *pair) if pair else ""
-            yield title, judge.in_words(judged["predictors"][name]["auc"]) + aside + f"; {proof}" * bool(proof)
+            yield title, judged["predictors"][name]["auc"], aside, judge.compared(judged, *pair) if pair else ""
+
+
+def what_lights_up(results):
+    return [re.split(r": (?=share|auroc)", sentence)[0] for sentence in results.heat[:2]]
 
 
 def summary(results):
@@ -311,9 +313,9 @@ def summary(results):
     yield "collapse", f"monitor says {results.status['verdict']}" + f": {findings}" * bool(findings)
     size = f"{results.judged['samples']} nodules of {results.judged['patients']} patients never seen"
     yield "malignancy", f"AUC of {size}, with 95% intervals"
-    yield from aucs(results.judged)
-    for sentence in results.heat[:2]:
-        yield "heatmaps", re.split(r": (?=share|auroc)", sentence)[0]
+    for title, auc, aside, proof in aucs(results.judged):
+        yield title, judge.in_words(auc) + aside + f"; {proof}" * bool(proof)
+    yield from (("heatmaps", sentence) for sentence in what_lights_up(results))
 
 
 def took(notes):
@@ -369,27 +371,43 @@ def write_page(results, out, notes, stages):
     write_text(out / "report.html", html)
 
 
-def in_columns(pairs, width, size=15, left=130):
-    """(what, text) as two columns of a picture."""
-    rows = [
-        sheet.row([sheet.paragraphs([(what, sheet.DIM)], left, size), sheet.paragraphs([text], width - left, size)], 0)
-        for what, text in pairs
-    ]
-    return sheet.stack(rows, 2)
+def charts(results, size):
+    """What summary() says in numbers, drawn."""
+    marks = [("y", results.chance, "cls loss of a net that knows nothing")]
+    marks += [("x", step, "killed, resumed") for step in results.resumed_at]
+    steps = [line["step"] for line in results.losses]
+    losses = {f"{name} loss": (steps, [line[key] for line in results.losses])
+              for name, key in (("cls", "dino"), ("patch", "ibot"))}  # fmt: skip
+    yield sheet.plot("pretraining", losses, size, "updates", marks)
+    judged = results.judged
+    title = f"malignant or benign: AUC of {judged['samples']} nodules of {judged['patients']} patients never seen"
+    rows = [(name, *(auc[key] for key in ("value", "low", "high"))) for name, auc, *_ in aucs(judged)]
+    yield sheet.intervals(title, rows, size)
 
 
 def write_picture(results, out, notes):
-    """report.png: whole pictures as the programs wrote them (each with its margin), and in words what came out."""
+    """report.png: whole pictures as the programs wrote them (each with its margin), charts, and what they say."""
     read = [Image.open(path).convert("RGB") for path in (out / "sample.png", monitor_sheet(out))]
-    nodule = [Image.open(path) for path in sorted((out / "run" / "heatmaps").glob("nodule_*.png"))[:1]]
     width = read[0].width - 2 * sheet.GAP
-    words = in_columns(summary(results), width - sum(image.width for image in nodule))
     top = [sheet.heading(f"DINO-X demo: DICOM in, AUC out, {took(notes)}", width, size=22)]
     top.append(sheet.heading(HONEST, width, sheet.DIM, size=16))
-    titles, words = (ImageOps.expand(part, sheet.GAP, sheet.BACK) for part in (sheet.stack(top), words))
-    whole = sheet.stack([titles, *read, sheet.row([*nodule, words], 0)], 0)
-    whole = whole.quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)  # half of the bytes
-    atomic_write(out / "report.png", lambda f: whole.save(f, format="PNG", optimize=True))
+    half = (width - sheet.GAP) // 2
+    summed = dict(summary(results))
+    said = [f"{summed['pretraining'][0].upper()}{summed['pretraining'][1:]}. Monitor: {results.status['verdict']}."]
+    said += [f"{proof[0].upper()}{proof[1:]}." for *_, proof in aucs(results.judged) if proof]
+    said += [f"{sentence}." for sentence in what_lights_up(results)]
+    bottom = [sheet.row(list(charts(results, (half, 280))))]
+    nodule = [Image.open(path).convert("RGB") for path in sorted((out / "run" / "heatmaps").glob("nodule_*.png"))[:1]]
+    nodule = [image.crop((sheet.GAP, sheet.GAP, image.width - sheet.GAP, image.height - sheet.GAP)) for image in nodule]
+    words = sheet.paragraphs(said, width - sum(image.width + 2 * sheet.GAP for image in nodule), 17)
+    bottom.append(sheet.row([*nodule, words], 2 * sheet.GAP))
+    titles, bottom = (ImageOps.expand(sheet.stack(part), sheet.GAP, sheet.BACK) for part in (top, bottom))
+    whole = sheet.stack([titles, *read, bottom], 0)
+    for colours in (256, 128, 64):  # half of the bytes and less: the picture stands in a README
+        few = whole.quantize(colours, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+        atomic_write(out / "report.png", lambda f, few=few: few.save(f, format="PNG", optimize=True))
+        if (out / "report.png").stat().st_size < 300_000:
+            break
 
 
 def report_all(out, stages, notes):
@@ -450,7 +468,7 @@ def run_stage(k, device, folder, out, notes):
     if stage.name == "report":
         report_all(out, stages, notes)
     notes["seconds"][stage.name] = round(time.perf_counter() - began, 1)
-    write_text(out / "demo.json", json.dumps(notes, indent=1))
+    write_json(out / "demo.json", notes)
     progress(stages[: k + 1], stages, sum(notes["seconds"].values()))
 
 

@@ -36,8 +36,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from checkpoint import atomic_write, fsync_folder
+from checkpoint import fsync_folder
 from tools.lib.cli import Parser, above_zero, natural, not_negative, positive, run, shown
+from tools.lib.files import write_json
 from tools.lib.progress import progress
 
 VERSION = 1
@@ -359,7 +360,7 @@ def main(argv=None):
         done = [series.uid for series in wanted if (folder / series.uid).exists() and series.uid not in failed]
         counts = {"wanted": len(wanted), "done": len(done), "failed": dict(sorted(failed.items()))}
         record = {"version": VERSION, "base_url": url, "collection": args.collection, **counts}
-        atomic_write(folder / "_download.json", lambda f: f.write(json.dumps(record, indent=1).encode() + b"\n"))
+        write_json(folder / "_download.json", record)
     print(
         f"{len(done)} of {len(wanted)} series are in {folder}; MD5s were offered and right in {checked} of the new ones"
     )

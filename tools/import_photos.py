@@ -14,21 +14,19 @@ import math
 import os
 import re
 import shutil
-import signal
 import sys
 from collections import Counter
 from datetime import datetime
 from itertools import chain
-from multiprocessing import Pool
 from pathlib import Path, PurePosixPath
-
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from checkpoint import write_text
 from data import BROKEN, INDEX_COLUMNS, PHOTO_ENDINGS, label_columns, open_photo, read_csv, to_rgb, turn_of
 from tools.lib.cli import Parser, positive, run, shown, within
 from tools.lib.files import VERSION, created_utc, csv_text, parse, read_json_file, walk_files, write_json
+from tools.lib.progress import progress
+from tools.lib.workers import parallel
 
 # class -> what sources call it; case, spaces and hyphens do not matter. 19, 20, 55: labels of Mapillary Vistas
 ALIASES = {"no_roadwork": "no_roadwork class_0 0", "roadwork": "roadwork class_1 1 19 20 55"}
@@ -318,18 +316,17 @@ def main(argv=None):
     limits = args.min_side, args.max_aspect
     jobs = ((file, out / path, args.copy, args.facts, limits) for path, (_, _, file) in rows.items())
     counts = Counter()
-    with Pool(args.workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:  # Ctrl+C is for the parent
-        looks = tqdm(pool.imap(examine, jobs, chunksize=32), "import", len(rows), unit="picture", disable=None)
-        for (path, (_, row, _)), (seen, facts) in zip(rows.items(), looks):
-            path = path.encode(errors="backslashreplace").decode()
-            indexed[path] = dict(zip(INDEX, [path, *seen]))
-            if seen[-1]:
-                refused.append((path, seen[-1]))
-            else:
-                known = {key: text for key, text in row.items() if text}
-                facts = {key: text for key, text in facts.items() if key == "time" or not known.keys() & {"lat", "lon"}}
-                labelled[path] = {"path": path, "source": name} | facts | known
-                counts[row["label"]] += 1
+    looks = progress(parallel(examine, jobs, args.workers, chunk=32), "import", len(rows), unit="picture")
+    for (path, (_, row, _)), (seen, facts) in zip(rows.items(), looks):
+        path = path.encode(errors="backslashreplace").decode()
+        indexed[path] = dict(zip(INDEX, [path, *seen]))
+        if seen[-1]:
+            refused.append((path, seen[-1]))
+        else:
+            known = {key: text for key, text in row.items() if text}
+            facts = {key: text for key, text in facts.items() if key == "time" or not known.keys() & {"lat", "lon"}}
+            labelled[path] = {"path": path, "source": name} | facts | known
+            counts[row["label"]] += 1
     if not counts:
         raise ValueError(f"--from {args.source}: none of {len(rows)} pictures is fit, first {': '.join(refused[0])}")
     header = ["path", "label", "group", "source", "part", "lat", "lon", "time"]

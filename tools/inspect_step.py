@@ -19,21 +19,11 @@ import tools.lib.threads  # noqa: F401 - before torch
 import numpy as np
 import torch
 
-from data import (
-    denormalise,
-    eval_view,
-    look_windows,
-    make_loader,
-    open_for,
-    open_source,
-    render,
-    select,
-    slice_name,
-    weighed,
-)
+from data import denormalise, eval_view, look_windows, make_loader, render, select, weighed
 from tools.lib import sheet
 from tools.lib.cli import Parser, positive, run, within
-from tools.lib.loop import read_config, read_recipes
+from tools.lib.runs import open_trained, read_config, read_recipes
+from tools.lib.slices import slice_name
 
 SIDE = 448  # pixels, about, of a slice and of a global crop; crops are enlarged by whole factors only
 
@@ -43,19 +33,9 @@ def open_data(config, root):
     args = config["args"]
     if root is None and not Path(args["data"]).is_dir():
         raise FileNotFoundError(f"{args['data']} is no folder here; the run's config.json names it: give --data")
-    root, kept = root or args["data"], {"limit": args["limit"], "z_stride": args["z_stride"]}
-    if config["split"] == "train":  # duplicates.json may be younger than the run, and says nothing of what it saw
-        source = open_for(root, "fit", allow_duplicates=True, **kept)
-    else:
-        source = open_source(root, **kept)
-    source = weighed(source, args["weights"]) if args.get("weights") else source
-    for key in ("index_sha256", "split_sha256"):
-        if config[key] != getattr(source, key):
-            raise ValueError(
-                f"{source.root}: its {key.partition('_')[0]} is not the one this run was trained with, so the images"
-                " of its updates are unknown; put the old data back, or name it with --data"
-            )
-    return source
+    hashes = {key: config[key] for key in ("index_sha256", "split_sha256")}
+    source = open_trained(root or args["data"], args, config["split"], hashes)
+    return weighed(source, args["weights"]) if args.get("weights") else source
 
 
 def read_update(source, config, step, count):

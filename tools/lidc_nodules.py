@@ -573,7 +573,7 @@ def main(argv=None):
         "nodules_sha256": file_sha256(labels / "nodules.csv"),
         "malignancy_sha256": file_sha256(labels / "malignancy.csv"),
     }
-    write_json(labels / "nodules.json", report, indent=1)
+    write_json(labels / "nodules.json", report)
     show(report)
     print("\n".join(str(labels / name) for name in ("nodules.csv", "malignancy.csv", "nodules.json", "masks")))
     return 0

@@ -13,9 +13,7 @@ import csv
 import hashlib
 import os
 import shutil
-import signal
 import sys
-from multiprocessing import Pool
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,6 +25,7 @@ from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, ImplicitVRLittle
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tools.lib.cli import Parser, natural, positive, run, within
 from tools.lib.progress import progress
+from tools.lib.workers import parallel
 
 # z y x: centre as a fractional index in the volume ordered by position; z_mm y_mm x_mm: the same in patient
 # coordinates. kind: nodule, or small (< 3 mm: one point in the XML, no masks). malignancy: ratings of `readers`.
@@ -917,14 +916,10 @@ def main(argv=None):
     total = args.slices * sum(map(series_of, numbers))
     shown, nodules, malignant = [], 0, 0
     unfinished = args.out / ".truth.csv.tmp"  # renamed last: a truth.csv is always whole
-    with (
-        Pool(args.workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool,  # Ctrl+C is for the parent
-        open(unfinished, "w", newline="") as f,
-        progress(total=total, unit="slice", desc="phantom") as bar_of_slices,
-    ):
+    with open(unfinished, "w", newline="") as f, progress(total=total, unit="slice", desc="phantom") as bar_of_slices:
         table = csv.DictWriter(f, TRUTH_COLUMNS)
         table.writeheader()
-        for slices, rows in pool.imap(write_patient, jobs):
+        for slices, rows in parallel(write_patient, jobs, args.workers):
             table.writerows(rows)
             bar_of_slices.update(slices)
             shown += [rows] * (args.preview is not None and len(shown) < 6)

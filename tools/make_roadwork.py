@@ -11,22 +11,21 @@ none). A picture depends on --seed, --size, --object-share, its scene and its fr
 
 import math
 import os
-import signal
 import sys
 from datetime import datetime, timedelta
 from functools import lru_cache
-from multiprocessing import Pool
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 from PIL import Image, ImageDraw
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from checkpoint import write_text
-from tools.lib.cli import Parser, natural, positive, run
+from tools.lib.cli import Parser, natural, positive, run, within
 from tools.lib.files import csv_text
+from tools.lib.progress import progress
+from tools.lib.workers import parallel
 
 COLUMNS = "path label group source lat lon time weather daytime street truth objects object_share".split()
 LABELS = ("no_roadwork", "roadwork")
@@ -295,7 +294,7 @@ def textures(height, width):
     for octave in (6, 12, 24, 48):
         noise = Image.fromarray(rng.random((octave, octave)).astype(np.float32))
         field += np.asarray(noise.resize(field.shape[::-1], Image.Resampling.BICUBIC)) / octave
-    field = (field - field.min()) / np.ptp(field)
+    field = ((field - field.min()) / np.ptp(field)).astype(np.float32)
     thin, thick = (np.clip((field - low) * gain, 0, 0.88) for low, gain in ((0.52, 2.7), (0.3, 1.6)))
     return np.repeat(np.clip(grain, 0, 16).astype(np.uint8)[..., None], 3, 2), thin, thick
 
@@ -373,9 +372,11 @@ def build_parser():
     p.add_argument("--images", type=positive, default=400, help="number of pictures")
     p.add_argument("--frames-per-scene", type=positive, default=4, help="nearly equal pictures of one street")
     p.add_argument("--size", type=size, default=(3024, 4032), help="height x width of a picture, at least 64x64")
-    p.add_argument("--object-share", type=float, nargs=2, default=(0.0005, 0.01), metavar=("LEAST", "MOST"),
+    p.add_argument("--object-share", type=within("(0, 0.1]"), nargs=2, default=(0.0005, 0.01), metavar=("LOW", "HIGH"),
                    help="share of a picture that its objects cover together, uniform in the logarithm")  # fmt: skip
-    p.add_argument("--flip", type=float, default=0.0, help="share of pictures with a wrong label; truth stays right")
+    p.add_argument(
+        "--flip", type=within("[0, 0.5)"), default=0.0, help="share of pictures with a wrong label; truth stays right"
+    )
     p.add_argument("--seed", type=natural, default=0, help="one seed, the same pictures to the byte")
     p.add_argument("--workers", type=positive, default=os.cpu_count(), help="processes; the files stay the same")
     return p
@@ -389,15 +390,12 @@ def main(argv=None):
         parser.error(f"argument --size: each side at least 64, got {height}x{width}")
     if not 10 / (height * width) <= low <= high <= 0.1:
         parser.error(f"argument --object-share: from {10 / height / width:.2g} (10 pixels) to 0.1, got {low} {high}")
-    if not 0 <= args.flip < 0.5:
-        parser.error(f"argument --flip: from 0 to below 0.5, got {args.flip}")
     if out.exists() and (out.is_file() or any(out.iterdir())):
         raise FileExistsError(f"--out {out} is there and not empty: name a new folder")
     frames, fixed = args.frames_per_scene, (args.size, (low, high), args.flip)
     jobs = ((out, i, args.seed, frames, *fixed) for i in range(args.images))
-    with Pool(args.workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:  # Ctrl+C is for the parent
-        found = pool.imap(write_picture, jobs, chunksize=frames)
-        rows = list(tqdm(found, total=args.images, unit="picture", desc="streets", disable=None))
+    drawn = parallel(write_picture, jobs, args.workers, chunk=frames)
+    rows = list(progress(drawn, total=args.images, unit="picture", desc="streets"))
     write_text(out / "labels.csv", csv_text([COLUMNS, *rows]))  # last: a labels.csv is always whole
     flipped, positives = sum(row[1] != row[10] for row in rows), sum(row[10] == LABELS[1] for row in rows)
     scenes = len({row[2] for row in rows})

@@ -10,7 +10,6 @@ found to share pictures, if it was run.
 """
 
 import hashlib
-import json
 import sys
 from collections import Counter, defaultdict
 from fractions import Fraction
@@ -20,9 +19,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from checkpoint import write_text
 from data import file_sha256, find_table, read_duplicates, read_labels, read_splits, split_path
 from tools.lib.cli import Parser, natural, run, shown
+from tools.lib.files import json_text, write_json
 from tools.lib.groups import join, open_data, same_patients
 from tools.lib.provenance import plain_name
 
@@ -220,6 +219,22 @@ def check_classes(counts, least):
                 )
 
 
+def kept_together(args, source, labels, group_of):
+    """Lists of groups that must not be parted: one dataset (if asked), label group, patient or picture."""
+    together = defaultdict(set)
+    for name in source.groups if args.group_by == "dataset" else ():
+        together["dataset", plain_name(name.split("/")[0])].add(name)
+    for path, _, group, _ in labels:
+        together["label group", plain_name(group or group_of[path])].add(group_of[path])
+    sets = [sorted(members) for members in together.values()] + same_patients(source)
+    duplicates = args.duplicates or split_path(args.data, "duplicates.json")
+    if args.duplicates or duplicates.exists():
+        copies = read_duplicates(source, duplicates)
+        sets += copies
+        print(f"{duplicates}: {len(copies)} sets of groups share pictures and stay together")
+    return sets
+
+
 def verify(groups, counts, slices, sets):
     """Raise on what a bug in this file would break, before anything is written."""
     assert set(groups) == set(slices), "a group is missing or invented"
@@ -244,14 +259,12 @@ def show(counts, images):
 
 def write(path, payload, force):
     """Write once: the same content again is fine, another content needs --force."""
-    content = json.dumps(payload, indent=1) + "\n"
-    if path.exists() and path.read_bytes() == content.encode():
+    if path.exists() and path.read_bytes() == json_text(payload).encode() + b"\n":
         print("unchanged", path)
         return
     if path.exists() and not force:
         raise ValueError(f"{path} exists and differs; checkpoints may depend on it, --force replaces it")
-    path.parent.mkdir(exist_ok=True)
-    write_text(path, content)
+    write_json(path, payload)
     print("wrote", path)
 
 
@@ -297,18 +310,7 @@ def main(argv=None):
     usual = args.data / "labels.csv"
     table = find_table(args.data, args.labels) if args.labels else usual if photos and usual.exists() else None
     labels = read_table(table, args.data, group_of) if table else []
-    together = defaultdict(set)  # groups that share a dataset (if asked), or a value in the table's group column
-    for name in slices if args.group_by == "dataset" else ():
-        together["dataset", plain_name(name.split("/")[0])].add(name)
-    for path, _, group, _ in labels:
-        together["label group", plain_name(group or group_of[path])].add(group_of[path])
-    sets = [sorted(members) for members in together.values()] + same_patients(source)
-    duplicates = args.duplicates or split_path(args.data, "duplicates.json")
-    if args.duplicates or duplicates.exists():
-        copies = read_duplicates(source, duplicates)
-        sets += copies
-        print(f"{duplicates}: {len(copies)} sets of groups share pictures and stay together")
-
+    sets = kept_together(args, source, labels, group_of)
     units = join(slices, sets)
     if len(units) < len(ratios):
         raise ValueError(f"{len(units)} independent groups cannot fill {len(ratios)} splits; add groups or drop splits")

@@ -38,6 +38,7 @@ from tools.lib import judge, provenance, sheet
 from tools.lib.cli import Parser, above_zero, natural, pick_device, positive, run, shown
 from tools.lib.files import write_json
 from tools.lib.metrics import auc, interval, ratio, resample
+from tools.lib.slices import find_slice
 
 STATS = ("hit", "auroc", "inside", "ring", "share")
 KEPT = "id path z group diameter_mm".split()
@@ -174,7 +175,7 @@ def choose(source, rows, n, masks, crop_mm, patches, seed):
     targets, skipped = [], []
     for k in np.random.default_rng(seed).permutation(len(rows)):
         row, target = rows[k], "its slice is not in the index"
-        image = data.find_slice(source, row["path"], row["z"])
+        image = find_slice(source, row["path"], row["z"])
         if image is not None:
             target = aim(source, image, row, masks, crop_mm, patches, seed)
         if isinstance(target, str):
@@ -463,6 +464,7 @@ def main(argv=None):
         parser.error(f"--crop-mm {args.crop_mm:g} must be positive")
     if args.n < 2:
         parser.error("--n 1: chance is measured on other nodules, so at least 2 are needed")
+    before = provenance.stamp(args.ckpt)
     source, facts = data.open_source(args.data), read_facts(args.ckpt)
     if source.encoding == "photo":
         raise ValueError(f"--data {args.data} holds photographs; nodules need a processed CT folder")
@@ -477,6 +479,7 @@ def main(argv=None):
     device, masks = pick_device(args.device), args.data / "_labels" / "masks"
     why = f"heatmaps of {args.n} nodules, --split {args.split}"
     used_by = judge.used_by("tools/nodule_heatmaps.py", args.ckpt, labels, why)
+    provenance.refuse_change(args.ckpt, before)
     source = open_split(source, args.split, used_by, args.allow_duplicates)
     targets, skipped = choose(source, rows, args.n, masks, args.crop_mm, patches, args.seed)
     for item in skipped:
@@ -508,7 +511,7 @@ def main(argv=None):
                   patients=len(patients), numbers=numbers, skipped=skipped,
                   nodules=list_nodules(targets, own))  # fmt: skip
     out = args.out or args.ckpt.parent / "heatmaps"
-    write_json(out / "heatmaps.json", report, indent=1)
+    write_json(out / "heatmaps.json", report)
     drawn = tqdm(zip(targets, maps.swapaxes(0, 1), own), "draw", len(targets), unit="nodule", disable=None)
     pictures = [draw(source, target, some, values, args.crop_mm) for target, some, values in drawn]
     for old in out.glob("nodule_*.png"):

@@ -17,13 +17,8 @@ import os
 import re
 import secrets
 import shutil
-import signal
 import sys
-import threading
-import time
 from collections import Counter, defaultdict
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,6 +46,7 @@ from tools.lib.dicom import (
 from tools.lib.files import walk_files, write_json
 from tools.lib.progress import progress
 from tools.lib.provenance import plain_name
+from tools.lib.workers import parallel
 
 VERSION = 1  # part of every series' input hash: raise it when the same files would give other pixels or rows
 ENCODINGS = {"rgb": "rgb-v1", "hu16": "hu16-v1"}
@@ -276,39 +272,11 @@ def process_series(job):
         "files": write(root, folder, volume.hu),
         "rows": index_rows(job, folder, volume),
     }
-    write_json(record_file, record)
+    write_json(record_file, record, indent=None)
     return job, "", "", rejected
 
 
 # All series.
-
-
-def follow_parent():
-    """A worker leaves Ctrl+C to the parent, and ends when the parent was killed instead of waiting for ever."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = os.getppid()
-
-    def watch():
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def parallel(function, jobs, workers):
-    """Yield function(job) in order of completion, from `workers` processes (1: from this one)."""
-    if workers == 1:
-        yield from map(function, jobs)
-        return
-    with ProcessPoolExecutor(workers, initializer=follow_parent) as pool:
-        try:
-            for future in as_completed([pool.submit(function, job) for job in jobs]):
-                yield future.result()
-        except BrokenProcessPool:
-            raise OSError("a worker was killed, out of memory? run again with fewer --workers") from None
-        finally:
-            pool.shutdown(cancel_futures=True)
 
 
 def scan_files(paths):

@@ -11,7 +11,6 @@ path of this machine and no patient id in clear gets in.
     cd release/dinox-lidc-vit-small && sha256sum -c SHA256SUMS
 """
 
-import json
 import os
 import re
 import shutil
@@ -28,15 +27,14 @@ import safetensors.torch
 import torch
 
 import checkpoint
-import data
 from checkpoint import atomic_write, write_text
 from data import MEAN, STD, file_sha256
 from model import load_backbone, read_weights, state_to_hf
+from tools.lib import runs
 from tools.lib.cli import ROOT, Parser, run, shown
 from tools.lib.files import created_utc, read_json_file, write_json, wrong_field
 from tools.lib.judge import UNKNOWN, in_words
-from tools.lib.loop import LARGEST_VIEW
-from tools.lib.provenance import BORROWED, claimed, provenance_of
+from tools.lib.provenance import BORROWED, claimed, provenance_of, refuse_change, stamp
 
 TOLERANCE = 1e-5  # of reloaded outputs, absolute; they are layer-normalised, so of order 1
 # what a stranger may read of the flags: numbers, and of texts only these, which name choices and never files
@@ -181,8 +179,8 @@ def read_facts(path):
         wrong = "index_sha256 or split_sha256 is no sha256"
     if not wrong and content["encoding"] not in INPUTS:
         wrong = f"encoding is {shown(content['encoding'])}, known are {', '.join(INPUTS)}"
-    if not wrong and content["eval_view"]["size"] > LARGEST_VIEW:
-        wrong = f"eval_view is {content['eval_view']['size']} pixels wide, more than {LARGEST_VIEW}"
+    if not wrong and content["eval_view"]["size"] > runs.LARGEST_VIEW:
+        wrong = f"eval_view is {content['eval_view']['size']} pixels wide, more than {runs.LARGEST_VIEW}"
     wrong = wrong or wrong_provenance(content.get("provenance"))
     if wrong:
         raise ValueError(f"--ckpt {name}: {wrong}; use another checkpoint of the same run")
@@ -248,6 +246,8 @@ def secrets_of(facts, *paths):
     ids = {
         text for group in facts["trained_groups"] or () for text in (group, group.partition("/")[2]) if len(text) > 5
     }
+    # a group of photographs may be called "training": words of our own texts are in every release, and tell nothing
+    ids -= set(re.findall(r"\w[\w-]*", Path(__file__).read_text() + (ROOT / "LICENSE").read_text()))
     named = {value for value in facts["args"].values() if isinstance(value, str) and re.search(r"[/\\]", value)}
     named -= {facts["args"].get("sizes")}
     here = {str(Path(p).resolve()) for p in (Path.home(), ROOT, *paths)}
@@ -300,20 +300,14 @@ def datasets(facts, source):
     return table(["dataset", "patients", "series", "slices"], rows)
 
 
-def open_trained(facts, root):
+def open_images(facts, root):
     """The images that the run learned from, or None without --data; refuses other data."""
     if root is None:
         if facts["encoding"] == "photo":
             print("no --data: files are not hashed, so copies of these photographs will not be recognised as seen")
         return None
-    flags = facts["args"]
-    if flags["no_split"]:
-        source = data.open_source(root, flags["limit"], flags["z_stride"])
-    else:  # duplicates across splits concern who judges; here they are told
-        source = data.open_for(root, "fit", None, flags["limit"], flags["z_stride"], allow_duplicates=True)
-    for key in ("encoding", "index_sha256", "split_sha256"):
-        if facts[key] != getattr(source, key):
-            raise ValueError(f"--data {root}: {key} is not that of the checkpoint; name the data it was trained on")
+    trained = {key: facts[key] for key in ("encoding", "index_sha256", "split_sha256")}
+    source = runs.open_trained(root, facts["args"], not facts["args"]["no_split"], trained)
     if others := set(source.groups) - set(facts["trained_groups"] or source.groups):
         raise ValueError(f"--data {root}: {len(others)} of its groups are not those of the run; name the run's data")
     return source
@@ -387,9 +381,8 @@ def write_weights(vit, facts, folder):
     config |= {"image_size": facts["eval_view"]["size"], "dtype": "float32"}
     packed = safetensors.torch.save(state, {"format": "pt"})
     atomic_write(folder / "model.safetensors", lambda f: f.write(packed))
-    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
-    processor = processor_config(facts["eval_view"]["size"])
-    write_text(folder / "preprocessor_config.json", json.dumps(processor, indent=2) + "\n")
+    write_json(folder / "config.json", config, indent=2)
+    write_json(folder / "preprocessor_config.json", processor_config(facts["eval_view"]["size"]), indent=2)
     return config
 
 
@@ -409,7 +402,7 @@ def fill(folder, ckpt, facts, name, texts, provenance):
     print(f"reloaded: largest difference of any output {difference:.1e}")
     numbers = dict(difference=difference, millions=sum(p.numel() for p in vit.parameters()) / 1e6)
     numbers |= dict(weights_sha256=file_sha256(folder / "model.safetensors"), checkpoint_sha256=file_sha256(ckpt))
-    write_json(folder / "provenance.json", provenance)
+    write_json(folder / "provenance.json", provenance, indent=None)
     write_text(folder / "LICENSE", texts["licence"])
     write_text(folder / "README.md", write_card(facts, config, name, texts | numbers))
     write_sums(folder)
@@ -556,9 +549,10 @@ def main(argv=None):
         raise ValueError(f"--out {shown(args.out, 400)}: its name titles the card; choose a short one of plain letters")
     if args.out.exists() and (args.out.is_file() or any(args.out.iterdir())):
         raise FileExistsError(f"--out {args.out} exists and is not empty: name a new folder, or delete it first")
+    before = stamp(args.ckpt)
     facts, results = read_facts(args.ckpt), read_results(args.probe, args.ckpt)
     texts = dict(licence=licence_of(facts, args.license), created=created_utc())
-    source = open_trained(facts, args.data)
+    source = open_images(facts, args.data)
     provenance = provenance_file(facts, source)
     texts |= dict(data=datasets(facts, source), lineage=lineage(provenance))
     texts |= probe_numbers(results, facts, provenance["known"])
@@ -570,6 +564,7 @@ def main(argv=None):
     staging.mkdir(parents=True)
     try:
         fill(staging, args.ckpt, facts, args.out.name, texts, provenance)
+        refuse_change(args.ckpt, before)
         refuse_secrets(staging, secrets_of(facts, args.ckpt.parent, args.out.parent))
         os.replace(staging, args.out)
         checkpoint.fsync_folder(staging.parent)

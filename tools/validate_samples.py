@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import PURPOSES, RGB_WINDOWS, WINDOWS_HU, open_for, open_source, slice_name, window_codes
+from data import PURPOSES, RGB_WINDOWS, WINDOWS_HU, open_for, open_source, window_codes
 from tools.lib import sheet
 from tools.lib.cli import Parser, natural, run, shown, within
+from tools.lib.slices import slice_name
 
 SIDE, TYPE = 288, 15  # pixels of a tile, six of which fill a sheet, and of its type
 PHOTO = 1180  # width of the sheet of photographs
@@ -248,7 +249,8 @@ def main(argv=None):
     title = f"{args.data}: {summary} ({source.encoding}, split {args.split or 'all'}, seed {args.seed})"
     out = args.out or args.data / "_validation" / f"samples_{args.split or 'all'}_{args.seed}.png"
     width, colour = max(p.width for p in pictures), sheet.BAD if failed else sheet.GOOD
-    sheet.save(out, sheet.stack([sheet.heading(title, width, colour, 20), *pictures]))
+    whole = [sheet.heading(title, width, colour, 20)] if len(chosen) > 1 else []  # one says it itself
+    sheet.save(out, sheet.stack([*whole, *pictures]))
     print(f"{summary}; wrote {out}")
     return 1 if failed else 0
 

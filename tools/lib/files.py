@@ -27,18 +27,20 @@ CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029]")  # all but th
 LARGEST_INT = 2**63  # longer numbers are damage: they make neither a float nor a column
 
 
-def write_json(path, value, indent=None):
+def plain(value):
+    """A value as JSON holds it: numpy's numbers are numbers, NaN and infinity, which JSON does not know, None."""
+    text = json.dumps(value, default=lambda number: number.item())
+    return json.loads(text, parse_constant=lambda name: None)
+
+
+def json_text(value, indent=1):
+    return json.dumps(plain(value), indent=indent)
+
+
+def write_json(path, value, indent=1):
+    """The one way to write a JSON file; indent=None: of one line."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    return atomic_write(path, lambda f: f.write(json.dumps(value, indent=indent, sort_keys=True).encode() + b"\n"))
-
-
-def read_json(path):
-    """A manifest or record; None where there is none that we can read."""
-    try:
-        value = json.loads(Path(path).read_text())
-    except (FileNotFoundError, ValueError):
-        return None
-    return value if isinstance(value, dict) and value.get("version") == VERSION else None
+    return atomic_write(path, lambda f: f.write(json_text(value, indent).encode() + b"\n"))
 
 
 def is_a(value, kinds):

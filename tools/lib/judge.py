@@ -8,7 +8,6 @@ The first of the predictions is named "probe". Whether a difference is proven is
 
 import functools
 import hashlib
-import json
 
 import numpy as np
 import torch
@@ -361,12 +360,6 @@ def section(result, labels, classes, predictions, sizes=None):
 
 def balance(table):
     return {name: int((table.labels == k).sum()) for k, name in enumerate(table.classes)}
-
-
-def to_json(value):
-    """Text with null where a number is NaN, which JSON does not know."""
-    text = json.dumps(value, default=lambda number: number.item())
-    return json.dumps(json.loads(text, parse_constant=lambda name: None), indent=1)
 
 
 def prediction_rows(table, splits, outcomes):

@@ -23,11 +23,10 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import checkpoint
-from data import RECIPES, Recipe, append_line, denormalise, regular
+from data import append_line, denormalise, regular
 from model import check_arch
 from tools.lib import limits
 from tools.lib.cli import pick_device, shown
-from tools.lib.files import is_a, read_json_file, wrong_field
 
 # Ranks, schedules, random numbers.
 
@@ -434,55 +433,3 @@ class Log:
             self.bar.close()
             with self.writing():
                 self.tb.close()
-
-
-# Reading a run back.
-
-NOTHING = type(None)
-CONFIG = dict(args=dict, recipes=list, masking=list, patch_size=int, split=(str, NOTHING), index_sha256=str,
-              split_sha256=(str, NOTHING))  # fmt: skip
-FLAGS = dict(data=str, seed=int, steps=int, batch_size=int, micro_batch=int, limit=(int, NOTHING), z_stride=int,
-             overfit=bool, gram_start=int)  # fmt: skip
-OTHER_CODE = "use the code that trained this run, or put its own config.json back"
-LARGEST_VIEW = 4096  # pixels per side
-
-
-def read_config(folder):
-    """config.json of a run, checked."""
-    path = folder / "config.json"
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist; --run names a folder that train_ssl.py wrote")
-    config = read_json_file(path, CONFIG, OTHER_CODE)
-    counts = [config["patch_size"], *(config["args"].get(key) for key in ("batch_size", "micro_batch", "z_stride"))]
-    wrong = wrong_field(config["args"], FLAGS)
-    good = same_kind(config["masking"], (0.5, (0.1, 0.5))) and same_kind(counts, (1, 1, 1, 1)) and all(counts)
-    if not wrong and not good:
-        wrong = f"masking is {config['masking']}, patch size, batch, micro-batch and stride are {counts}"
-    if wrong:
-        raise ValueError(f"{path}: {shown(wrong, 200)}; {OTHER_CODE}")
-    read_recipes(config, path)
-    return config
-
-
-def same_kind(value, like):
-    """Whether a stored value can stand where `like` does: of its length, its types and a possible size."""
-    if isinstance(like, tuple):
-        return isinstance(value, (list, tuple)) and len(value) == len(like) and all(map(same_kind, value, like))
-    return is_a(value, type(like)) and (isinstance(value, str) or 0 <= value <= LARGEST_VIEW)
-
-
-def read_recipes(config, path="config.json"):
-    """Recipes as stored -> Recipe objects; JSON made lists of their tuples."""
-    usual, recipes = RECIPES["ct"], config["recipes"]
-    if not recipes or not all(isinstance(recipe, dict) for recipe in recipes):
-        raise ValueError(f"{path}: recipes is no list of objects; {OTHER_CODE}")
-    for recipe in recipes:
-        if odd := recipe.keys() ^ {f.name for f in dataclasses.fields(Recipe)}:
-            odd = shown(sorted(odd), 200)
-            raise ValueError(f"{path}: the recipe of this run differs from ours in {odd}; {OTHER_CODE}")
-        for name, value in recipe.items():
-            if not same_kind(value, getattr(usual, name)):
-                raise ValueError(f"{path}: {name} of a recipe is {shown(value)}; {OTHER_CODE}")
-        if not recipe["global_size"] > 0 or not recipe["local_size"] > 0 or recipe["kind"] not in ("ct", "photo"):
-            raise ValueError(f"{path}: a recipe of kind {shown(recipe['kind'])} or of size 0; {OTHER_CODE}")
-    return [Recipe(**{k: tuple(v) if isinstance(v, list) else v for k, v in recipe.items()}) for recipe in recipes]

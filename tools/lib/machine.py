@@ -1,8 +1,10 @@
-"""What this machine is and how fast: facts that need no measuring, the rate of a matrix product, temperatures."""
+"""What this machine is and how fast: facts that need no measuring, the rate of a matrix product, sensors."""
 
 import contextlib
+import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import time
@@ -43,19 +45,49 @@ def check_gemm(device, dtype):
         n *= 2
 
 
-def temperatures():
-    """{sensor: degrees C} of every readable kernel sensor (CPU, disks, AMD cards) and of NVIDIA cards."""
+def read_text(path):
+    with contextlib.suppress(OSError, UnicodeDecodeError):  # sensors of sleeping devices cannot be read
+        return path.read_text().strip()
+    return ""
+
+
+def sensors(root):
+    """Readable temperatures, powers and fans of hwmon (amdgpu is one) and thermal zones -> {"name (C)": value}."""
     found = {}
-    for file in sorted(Path("/sys/class/hwmon").glob("hwmon*/temp*_input")):
-        with contextlib.suppress(OSError, ValueError):  # sensors of sleeping devices refuse to be read
-            name = (file.parent / "name").read_text().strip()
-            found[f"{name}/{file.name[:-6]}"] = int(file.read_text()) / 1000
-    if shutil.which("nvidia-smi"):
-        command = ["nvidia-smi", "--query-gpu=index,temperature.gpu", "--format=csv,noheader,nounits"]
-        for line in subprocess.run(command, capture_output=True, text=True).stdout.splitlines():
-            index, degrees = line.split(",")
-            found[f"nvidia/{index}"] = float(degrees)
+    for path in sorted(root.glob("class/hwmon/hwmon*/*_*")) + sorted(root.glob("class/thermal/thermal_zone*/temp")):
+        kind = re.fullmatch(r"(temp|power|fan)(\d*)(_input|_average|)", path.name)
+        if kind and re.fullmatch(r"-?\d{1,15}", text := read_text(path)):
+            label = read_text(path.parent / f"{kind[1]}{kind[2]}_label") or kind[1] + kind[2]
+            owner = read_text(path.parent / ("name" if kind[3] else "type"))
+            unit, scale = {"temp": ("C", 1e3), "power": ("W", 1e6), "fan": ("rpm", 1)}[kind[1]]
+            found[f"{path.parent.name} {owner} {label} ({unit})"] = int(text) / scale
     return found
+
+
+def ask(*command):
+    """What a program prints; nothing where it is not installed, fails or hangs."""
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout
+    return ""
+
+
+def card_sensors():
+    """The same from nvidia-smi and rocm-smi."""
+    found, answers = {}, {}
+    query = "--query-gpu=temperature.gpu,power.draw,fan.speed"
+    for k, line in enumerate(ask("nvidia-smi", query, "--format=csv,noheader,nounits").splitlines()):
+        answers[f"nvidia {k}"] = dict(zip(("temperature (C)", "power (W)", "fan (%)"), line.split(",")))
+    with contextlib.suppress(ValueError, TypeError):
+        answers |= json.loads(ask("rocm-smi", "--showtemp", "--showpower", "--showfan", "--json"))
+    for card, values in answers.items():
+        for key, value in values.items() if isinstance(values, dict) else ():
+            with contextlib.suppress(ValueError, TypeError):  # "N/A", "[Not Supported]"
+                found |= {f"{card} {key}": float(value)} if key.endswith(("(C)", "(W)", "(%)")) else {}
+    return found
+
+
+def hottest(values):
+    return max((value for name, value in values.items() if name.endswith("(C)")), default=None)
 
 
 def describe(device):
@@ -69,7 +101,7 @@ def describe(device):
         "rocm": torch.version.hip,
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "free_disk_gb": shutil.disk_usage(".").free / 1e9,
-        "temperatures_c": temperatures(),
+        "temperatures_c": {k: v for k, v in (sensors(Path("/sys")) | card_sensors()).items() if k.endswith("(C)")},
     }
     with contextlib.suppress(ValueError, OSError):  # not every system tells
         facts["memory_gb"] = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9

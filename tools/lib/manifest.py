@@ -138,7 +138,7 @@ def write_manifest(root, dataset, origin, files):
         "processed": {field: sum(s[field] for s in series.values()) for field in ("files", "bytes")},
         "series": series,
     }
-    write_json(manifest_path(root, dataset), manifest, indent=1)
+    write_json(manifest_path(root, dataset), manifest)
     return manifest
 
 
@@ -148,4 +148,4 @@ def refresh_index_hash(root):
     for path in sorted((Path(root) / "_manifests").glob("*.json")):
         manifest = read_manifest(root, path.stem)
         if manifest["index_sha256"] != digest:
-            write_json(path, manifest | {"index_sha256": digest}, indent=1)
+            write_json(path, manifest | {"index_sha256": digest})

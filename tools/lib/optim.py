@@ -37,13 +37,9 @@ def clip_gradients(student, limit):
     """Clip each sub-module to `limit` on its own norm, as DINOv3 does -> norms before clipping."""
     norms = {}
     for name, module in student.named_children():
-        norms[name] = whole(torch.nn.utils.clip_grad_norm_(module.parameters(), limit))
+        norm = torch.nn.utils.clip_grad_norm_(module.parameters(), limit)
+        norms[name] = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
     return norms
-
-
-def whole(x):
-    """Of a sharded tensor, all of it."""
-    return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
 @torch.no_grad()
@@ -94,8 +90,7 @@ class AdEMAMix(Stepper):
     def update(self, p, grad, t, group):
         fast, _, slow = group["betas"]
         share = min(1.0, t / group["warmup"]) if group["warmup"] else 1.0
-        if share < 1:  # the half-life grows linearly
-            slow = math.exp(1 / ((1 - share) / math.log(fast) + share / math.log(slow)))
+        slow = math.exp(1 / ((1 - share) / math.log(fast) + share / math.log(slow)))  # half-life grows linearly
         m1 = self.buffer(p, "exp_avg").lerp_(grad, 1 - fast)
         m2 = self.buffer(p, "exp_avg_slow").lerp_(grad, 1 - slow)
         move = (m1 / (1 - fast**t) + share * group["alpha"] * m2) / self.adam_divisor(p, grad, t, group)
@@ -105,7 +100,7 @@ class AdEMAMix(Stepper):
 class Sophia(Stepper):
     """Mean gradient over a diagonal Hessian, each number clipped to 1 (arXiv:2305.14342).
 
-    Give observe() what hutchinson() or gauss_newton() estimates, before the first and about every tenth step.
+    Before the first and about every tenth step give observe() an estimate by hutchinson() or gauss_newton().
     """
 
     def __init__(self, params, lr=2e-4, betas=(0.965, 0.99), gamma=0.01, eps=1e-12, weight_decay=0.0):
@@ -113,7 +108,6 @@ class Sophia(Stepper):
 
     @torch.no_grad()
     def observe(self, estimates):
-        """{parameter: estimate of its diagonal Hessian}"""
         for group in self.param_groups:
             for p in estimates.keys() & set(group["params"]):
                 self.buffer(p, "hessian").lerp_(estimates[p], 1 - group["betas"][1])
@@ -227,16 +221,16 @@ class SAM:
     def climb(self):
         trained = [p for group in self.base.param_groups for p in group["params"] if p.grad is not None]
         measured, walked = zip(*(self.direction(p) for p in trained))
-        norm = whole(torch.nn.utils.get_total_norm(measured))
+        norm = torch.nn.utils.get_total_norm(measured)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         self.kept = {p: p.clone() for p in trained}
         for p, d in zip(trained, walked):
             p.add_(self.rho / (norm + 1e-12) * d)
 
     @torch.no_grad()
     def descend(self):
-        """Back, to the bit."""
         for p, w in self.kept.items():
-            p.copy_(w)
+            p.copy_(w)  # to the bit
         self.kept = {}
 
     def step(self, closure=None):

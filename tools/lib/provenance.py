@@ -5,6 +5,7 @@ exposure = refuse_leak(read_facts(path), held_out, "val_test")
 """
 
 import hashlib
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -56,6 +57,19 @@ class Exposure(NamedTuple):
 
     groups: list  # sorted names of the groups that they were trained on
     known: bool  # False: they, or those they started from, do not say what they were trained on
+
+
+def stamp(path):
+    """Which files a name stands for at this moment: last.pth of a run that is alive goes to another with each save."""
+    path = Path(path)
+    stats = [file.stat() for file in ([path] if path.is_file() else sorted(path.glob("*")))]
+    return [(s.st_ino, s.st_size, s.st_mtime_ns) for s in stats]
+
+
+def refuse_change(path, before):
+    """Facts, tensors and sha256 of weights are read one after the other; before: the stamp when that began."""
+    if stamp(path) != before:
+        raise ValueError(f"{path} changed while it was read; of a run that is alive name one of its step_*.pth")
 
 
 def rows_named(rows, key, test):

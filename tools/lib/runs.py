@@ -1,21 +1,16 @@
-"""A run as it lies on disk, read with care: its checkpoint, recipe, log and earlier looks; its pulse, and the sensors.
+"""A run as it lies on disk, read with care: its checkpoint, recipe, log and earlier looks; its pulse.
 
     state, size = read_checkpoint(run / "last.pth")
     rows, skipped = read_log(run / "metrics.jsonl")
     beat = pulse(rows, seconds_since_it_grew, state["args"])
-    heat = hottest(sensors(Path("/sys")) | card_sensors())
 
 Files of a run may be damaged. What is needed and is not of the promised types ends in one sentence; rows of a log are
 skipped and counted.
 """
 
-import contextlib
 import dataclasses
-import json
 import math
 import os
-import re
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +18,11 @@ import numpy as np
 import checkpoint
 import data
 from model import is_provenance
+from tools.lib.cli import shown
 from tools.lib.files import is_a, last_per_step, read_json_file, read_lines, wrong_field
 from tools.lib.limits import spiked
-from tools.lib.loop import LARGEST_VIEW, OTHER_CODE, read_recipes
 
+LARGEST_VIEW = 4096  # pixels per side
 LARGEST = 1e39  # float32 holds nothing beyond: a larger finite number in a file is damage
 
 
@@ -79,6 +75,70 @@ def check_state(path, state):
         raise ValueError(f"{path}: {wrong}; use another checkpoint of the same run, or the code that wrote it")
 
 
+CONFIG = dict(args=dict, recipes=list, masking=list, patch_size=int, split=(str, type(None)), index_sha256=str,
+              split_sha256=(str, type(None)))  # fmt: skip
+CONFIG_FLAGS = dict.fromkeys("seed steps batch_size micro_batch z_stride gram_start".split(), int)
+CONFIG_FLAGS |= dict(data=str, limit=(int, type(None)), overfit=bool)
+OTHER_CODE = "use the code that trained this run, or put its own config.json back"
+
+
+def read_config(folder):
+    """config.json of a run, checked."""
+    path = folder / "config.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist; --run names a folder that train_ssl.py wrote")
+    config = read_json_file(path, CONFIG, OTHER_CODE)
+    counts = [config["patch_size"], *(config["args"].get(key) for key in ("batch_size", "micro_batch", "z_stride"))]
+    wrong = wrong_field(config["args"], CONFIG_FLAGS)
+    good = same_kind(config["masking"], (0.5, (0.1, 0.5))) and same_kind(counts, (1, 1, 1, 1)) and all(counts)
+    if not wrong and not good:
+        wrong = f"masking is {config['masking']}, patch size, batch, micro-batch and stride are {counts}"
+    if wrong:
+        raise ValueError(f"{path}: {shown(wrong, 200)}; {OTHER_CODE}")
+    read_recipes(config, path)
+    return config
+
+
+def same_kind(value, like):
+    """Whether a stored value can stand where `like` does: of its length, its types and a possible size."""
+    if isinstance(like, tuple):
+        return isinstance(value, (list, tuple)) and len(value) == len(like) and all(map(same_kind, value, like))
+    return is_a(value, type(like)) and (isinstance(value, str) or 0 <= value <= LARGEST_VIEW)
+
+
+def read_recipes(config, path="config.json"):
+    """Recipes as stored -> Recipe objects; JSON made lists of their tuples."""
+    usual, recipes = data.RECIPES["ct"], config["recipes"]
+    if not recipes or not all(isinstance(recipe, dict) for recipe in recipes):
+        raise ValueError(f"{path}: recipes is no list of objects; {OTHER_CODE}")
+    for recipe in recipes:
+        if odd := recipe.keys() ^ {f.name for f in dataclasses.fields(data.Recipe)}:
+            odd = shown(sorted(odd), 200)
+            raise ValueError(f"{path}: the recipe of this run differs from ours in {odd}; {OTHER_CODE}")
+        for name, value in recipe.items():
+            if not same_kind(value, getattr(usual, name)):
+                raise ValueError(f"{path}: {name} of a recipe is {shown(value)}; {OTHER_CODE}")
+        if not recipe["global_size"] > 0 or not recipe["local_size"] > 0 or recipe["kind"] not in ("ct", "photo"):
+            raise ValueError(f"{path}: a recipe of kind {shown(recipe['kind'])} or of size 0; {OTHER_CODE}")
+    return [data.Recipe(**{k: tuple(v) if isinstance(v, list) else v for k, v in recipe.items()}) for recipe in recipes]
+
+
+def open_trained(root, args, split, trained):
+    """The images that a run with these flags learned from, as train_ssl.py opened them; other data is refused.
+
+    split: None where it had none; trained: {fact: value} of the run, which must be those of the data.
+    """
+    kept = args["limit"], args["z_stride"]
+    if split:  # duplicates across splits concern who judges, and the file may be younger than the run
+        source = data.open_for(root, "fit", None, *kept, allow_duplicates=True)
+    else:
+        source = data.open_source(root, *kept)
+    for key, value in trained.items():
+        if value != getattr(source, key):
+            raise ValueError(f"{root}: {key} is not that of the run; put its data back, or name them with --data")
+    return source
+
+
 def recipe_of(folder, state):
     """How the run cuts its views; a checkpoint that was copied away has no config.json: as by default."""
     if (path := folder / "config.json").exists():
@@ -128,15 +188,22 @@ def course(rows):
 
 
 def pulse(lines, age_s, args):
-    """What metrics.jsonl says of a run with these flags; its last line is age_s old -> dict, empty without a line."""
+    """What metrics.jsonl says of a run with these flags; its last line is age_s old -> dict, empty without a line.
+
+    Before the first numbers it is the age and what the last events say.
+    """
     rows, events = last_per_step(lines, "loss"), [r for r in lines if "event" in r]
+    said = [e["event"].replace("SAVE FAILED, training goes on", "SAVE FAILED") for e in events]  # it may have ended
+    saves = [text for text in said if text.startswith(("saved", "SAVE FAILED"))]
+    found = {"age_s": age_s, "finished": False, "last_event": said[-1] if said else None}
+    found["failed_save"] = saves[-1] if saves and saves[-1] != "saved" else None
     if not rows:
-        return {}
+        return found if events else {}
     last, recent = rows[-1], rows[-20:]
-    found = {key: last.get(key) for key in ("loss", "dino", "ibot", "excess", "lr")}
+    found |= {key: last.get(key) for key in ("loss", "dino", "ibot", "excess", "lr")}
     found |= {key: middle(rows[-5:], key) for key in "teacher_entropy kl rankme images_s data_wait memory_gb".split()}
     found |= course([r for r in rows if r["step"] > args["grace"]])
-    found |= {"last_step": last["step"], "finished": last["step"] >= args["steps"] + args["extend"], "age_s": age_s}
+    found |= {"last_step": last["step"], "finished": last["step"] >= args["steps"] + args["extend"]}
     found["log_interval_s"] = args["log_every"] * args["batch_size"] / (found["images_s"] or math.inf)
     found["eta_h"] = max(last.get("seconds_to_go", 0) - age_s, 0) / 3600
     found["nonfinite_loss"] = int(not math.isfinite(last["loss"]))
@@ -147,56 +214,4 @@ def pulse(lines, age_s, args):
     for name, key in (("images_s_change", "images_s"), ("memory_change", "memory_gb")):  # shares, since the start
         was, now = middle(rows[1:21], key), middle(recent, key)
         found[name] = now / was - 1 if was and now else None
-    said = [e["event"].replace("SAVE FAILED, training goes on", "SAVE FAILED") for e in events]  # it may have ended
-    saves = [text for text in said if text.startswith(("saved", "SAVE FAILED"))]
-    found["failed_save"] = saves[-1] if saves and saves[-1] != "saved" else None
-    found["last_event"] = said[-1] if said else None
     return found
-
-
-# Sensors.
-
-
-def read_text(path):
-    with contextlib.suppress(OSError, UnicodeDecodeError):  # sensors of sleeping devices cannot be read
-        return path.read_text().strip()
-    return ""
-
-
-def sensors(root):
-    """Readable temperatures, powers and fans of hwmon (amdgpu is one) and thermal zones -> {"name (C)": value}."""
-    found = {}
-    for path in sorted(root.glob("class/hwmon/hwmon*/*_*")) + sorted(root.glob("class/thermal/thermal_zone*/temp")):
-        kind = re.fullmatch(r"(temp|power|fan)(\d*)(_input|_average|)", path.name)
-        if kind and re.fullmatch(r"-?\d{1,15}", text := read_text(path)):
-            label = read_text(path.parent / f"{kind[1]}{kind[2]}_label") or kind[1] + kind[2]
-            owner = read_text(path.parent / ("name" if kind[3] else "type"))
-            unit, scale = {"temp": ("C", 1e3), "power": ("W", 1e6), "fan": ("rpm", 1)}[kind[1]]
-            found[f"{path.parent.name} {owner} {label} ({unit})"] = int(text) / scale
-    return found
-
-
-def ask(*command):
-    """What a program prints; nothing where it is not installed, fails or hangs."""
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout
-    return ""
-
-
-def card_sensors():
-    """The same from nvidia-smi and rocm-smi."""
-    found, answers = {}, {}
-    query = "--query-gpu=temperature.gpu,power.draw,fan.speed"
-    for k, line in enumerate(ask("nvidia-smi", query, "--format=csv,noheader,nounits").splitlines()):
-        answers[f"nvidia {k}"] = dict(zip(("temperature (C)", "power (W)", "fan (%)"), line.split(",")))
-    with contextlib.suppress(ValueError, TypeError):
-        answers |= json.loads(ask("rocm-smi", "--showtemp", "--showpower", "--showfan", "--json"))
-    for card, values in answers.items():
-        for key, value in values.items() if isinstance(values, dict) else ():
-            with contextlib.suppress(ValueError, TypeError):  # "N/A", "[Not Supported]"
-                found |= {f"{card} {key}": float(value)} if key.endswith(("(C)", "(W)", "(%)")) else {}
-    return found
-
-
-def hottest(values):
-    return max((value for name, value in values.items() if name.endswith("(C)")), default=None)

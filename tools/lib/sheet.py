@@ -19,6 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from checkpoint import atomic_write
 from data import BROKEN, RGB_WINDOWS, WINDOWS_HU, regular, window_codes
+from tools.lib import page
 
 BACK, INK, DIM, GOOD, BAD = "#14171a", "#f0f0f0", "#a0a8b0", "#58d080", "#ff6a5a"
 COLOURS = "#ffa030 #40c8ff #f4e04d #ff70b0 #70e070 #b090ff #ff7050 #50e0c8 #c8a070 #9ab0ff #d0d0d0 #c0e040".split()
@@ -165,6 +166,69 @@ def curves(lines, low, high, ticks, size, marks=()):
     for x in ticks:
         anchor = "l" if across(x) < 20 else "r" if across(x) > width - 20 else "m"
         draw.text((across(x), height - 4), str(x), fill=DIM, font=font(LEAST), anchor=f"{anchor}s")
+    return image
+
+
+def dashed(draw, x0, y0, x1, y1, ink):
+    """A level or an upright line."""
+    for k in range(0, max(x1 - x0, y1 - y0), 8):
+        draw.line([min(x0 + k, x1), min(y0 + k, y1), min(x0 + k + 4, x1), min(y0 + k + 4, y1)], fill=ink, width=1)
+
+
+def plot(title, lines, size, label, marks=()):
+    """Lines {name: (xs, ys)} on axes with ticks; label: of x. marks: ("x" or "y", value, text), dashed."""
+    image, (width, height) = Image.new("RGB", size, "#1c2126"), size
+    draw, left, top, right, bottom = ImageDraw.Draw(image), 58, 60, width - 16, height - 46
+    xs, ys = (np.concatenate([line[k] for line in lines.values()] + [[v for a, v, _ in marks if a == "xy"[k]]])
+              for k in (0, 1))  # fmt: skip
+    ranges = page.limits(xs.tolist(), 0.02), page.limits(ys.tolist())
+    across = functools.partial(np.interp, xp=ranges[0], fp=(left, right))
+    up = functools.partial(np.interp, xp=ranges[1], fp=(bottom, top))
+    small, x = font(14), 14
+    for (name, line), ink in zip({title: None, **lines}.items(), (INK, *COLOURS)):
+        draw.text((x, 10), name, fill=ink, font=font(16))
+        x += round(font(16).getlength(name)) + 24
+        if line:
+            draw.line([(across(a), up(b)) for a, b in zip(*line)], fill=ink, width=2)
+    for values, place in zip(map(page.ticks, *zip(*ranges)), (across, up)):
+        for value, text in zip(values, page.tick_texts(values)):
+            at = (place(value), bottom + 5) if place is across else (left - 8, place(value))
+            draw.text(at, text, fill=DIM, font=small, anchor="mt" if place is across else "rm")
+            end = (at[0], bottom, at[0], bottom + 4) if place is across else (left - 4, at[1], left, at[1])
+            draw.line(end, fill=DIM)
+    draw.line([left, top, left, bottom, right, bottom], fill=DIM)
+    draw.text(((left + right) / 2, height - 6), label, fill=DIM, font=small, anchor="ms")
+    for axis, value, text in marks:
+        if axis == "x":
+            dashed(draw, round(across(value)), top, round(across(value)), bottom, BAD)
+            draw.text((across(value) + 6, (top + bottom) / 2), text, fill=BAD, font=small, anchor="lm")
+        else:
+            dashed(draw, left, round(up(value)), right, round(up(value)), DIM)
+            draw.text((right - 4, up(value) - 4), text, fill=DIM, font=small, anchor="rs")
+    return image
+
+
+def intervals(title, rows, size, even=0.5):
+    """Rows (name, value, low, high), of shares, as dots on their intervals, the first in colour; even: of chance."""
+    image, (width, height) = Image.new("RGB", size, "#1c2126"), size
+    draw, left, top, right, bottom = ImageDraw.Draw(image), 170, 46, width - 210, height - 46
+    draw.text((14, 10), title, fill=INK, font=font(16))
+    for tick in (0, 0.25, 0.5, 0.75, 1):
+        x = left + tick * (right - left)
+        draw.text((x, bottom + 5), f"{tick:g}", fill=DIM, font=font(14), anchor="mt")
+        draw.line([x, bottom, x, bottom + 4], fill=DIM)
+    draw.line([left, bottom, right, bottom], fill=DIM)
+    dashed(draw, round(left + even * (right - left)), top, round(left + even * (right - left)), bottom, BAD)
+    draw.text((left + even * (right - left), height - 6), "chance", fill=BAD, font=font(14), anchor="ms")
+    for k, (name, *numbers) in enumerate(rows):
+        y, ink = top + (k + 0.5) * (bottom - top) / len(rows), INK if k else COLOURS[0]
+        there = [n for n in numbers if n is not None and np.isfinite(n)]  # without an interval the dot stands alone
+        value, *ends = (left + number * (right - left) for number in there)
+        draw.text((14, y), name, fill=ink, font=font(16), anchor="lm")
+        draw.line([min([value, *ends]), y, max([value, *ends]), y], fill=ink, width=3)
+        draw.ellipse([value - 6, y - 6, value + 6, y + 6], fill=ink)
+        text = ("{:.2f} ({:.2f} to {:.2f})" if ends else "{:.2f}").format(*there)
+        draw.text((right + 20, y), text, fill=ink, font=font(16), anchor="lm")
     return image
 
 
@@ -325,9 +389,9 @@ def foreground(inside, body, view):
     return np.stack([filled, inside[1] * filled])
 
 
-def pooled(values, grid):
+def pooled(values, grid, how=np.mean):
     """Means of [S, S] over a grid (rows, columns)."""
-    return values.reshape(grid[0], len(values) // grid[0], grid[1], -1).mean((1, 3))
+    return how(values.reshape(grid[0], len(values) // grid[0], grid[1], -1), (1, 3))
 
 
 def marked_patch(grey, inside, grid):
@@ -337,7 +401,7 @@ def marked_patch(grey, inside, grid):
     """
     body, lung = (np.pad(pooled(share, grid) > 0.5, 1) for share in inside)
     deep = np.lib.stride_tricks.sliding_window_view(lung, (3, 3)).all((2, 3))
-    spread = np.sqrt(pooled(np.square(grey), grid) - np.square(pooled(grey, grid)) + 1e-12)
+    spread = pooled(grey, grid, np.std)
     chosen = next((m for m in (deep, lung[1:-1, 1:-1], body[1:-1, 1:-1]) if m.any()), np.ones_like(deep))
     return tuple(int(k) for k in np.unravel_index(np.where(chosen, spread, -1).argmax(), grid))
 
