@@ -79,7 +79,8 @@ def verdict(result, policy, split, looks):
     words += ". " if policy["feasible"] else ". What was asked of the policy could not be reached. "
     words += "Nothing is promised. " if policy["guarantee"] == "none" else f"Promised: {policy['guarantee']}. "
     words += f"Targets that are not met: {', '.join(missed)}." if missed else "All targets that are defined are met."
-    return words + (f" {looks} looks by other weights or policies came before: optimistic." if looks else "")
+    before = f" Looks by other weights or policies that came before, which makes this optimistic: {looks}."
+    return words + (before if looks else "")
 
 
 def bins(labels, probabilities):
@@ -113,6 +114,22 @@ def draw(y, out, before, policy):
         chosen = [("x", last["parameters"]["threshold"], "chosen")] if last["kind"] == "threshold" else []
         curves = {"MCC": thinned((s["threshold"], thresholds.mcc_of(s["tp"], s["fp"], s["fn"], s["tn"])))}
         yield page.line_plot("MCC by threshold", curves, "threshold", "MCC", chosen)
+
+
+def worst_rows(table, out, most):
+    """errors.csv: of each kind the `most` worst: wrong ones by how sure they are, right ones by how little sure."""
+    y, p, classes = table.labels, out.probabilities, np.array(table.facts["classes"])
+    sure, here = p.max(1), out.decision >= 0
+    wrong = here & (out.decision != y)
+    kinds = {f"{classes[k]}, said {classes[j]}": (wrong & (y == k) & (out.decision == j), -p[:, j])
+             for k in range(len(classes)) for j in range(len(classes)) if j != k}  # fmt: skip
+    kinds["right, below 0.7"] = (here & ~wrong & (sure < 0.7), sure)
+    yield ["kind", "id", "group", "label", "decision", "probability"]
+    for kind, (members, order) in kinds.items():
+        members = np.flatnonzero(members)
+        for i in members[np.argsort(order[members], kind="stable")][:most]:
+            said = out.decision[i]
+            yield [kind, str(table.ids[i]), str(table.groups[i]), classes[y[i]], classes[said], f"{p[i, said]:.4f}"]
 
 
 def sweep_rows(y, p):
