@@ -212,13 +212,13 @@ def verify(path) -> None:
         check(f, path)
 
 
-def load(path, map_location="cpu", fields=()) -> dict:
+def load(path, fields=()) -> dict:
     """The state in a verified checkpoint; nothing in the file can run code. `fields`: names that must be there."""
     try:
         with open_regular(path) as f:  # opened once: a newer save under this name cannot slip in after the check
             check(f, path)
             f.seek(0)
-            state = torch.load(f, map_location=map_location, weights_only=True)
+            state = torch.load(f, map_location="cpu", weights_only=True)
         if missing := [name for name in fields if name not in state]:
             raise ValueError(f"field {missing[0]} is missing")
         return state

@@ -56,7 +56,7 @@ def build_parser():
     g.add_argument("--extend", type=natural, default=0, help="further updates at the final values of all schedules")
     g.add_argument("--seed", type=natural, default=0, help="of weights, order, crops, masks and stochastic depth")
     g.add_argument("--device", default="auto", help="auto (CUDA/ROCm if there, else CPU), cpu, cuda")
-    g.add_argument("--precision", choices=["auto", "bf16", "fp32", "fp16"], default="auto", help="auto: bf16 on a GPU")
+    g.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 on a GPU")
     g.add_argument("--workers", type=natural, default=min(8, max(1, (os.cpu_count() or 2) - 1)), help="0: none")
     g.add_argument("--log-every", type=positive, default=50, help="updates")
     g.add_argument("--save-every", type=positive, default=500, help="updates")
@@ -156,8 +156,6 @@ def check_together(args):
 
 def resolve(args, world):
     """Turn shares into updates and fill in what depends on the batch, once and for the whole run."""
-    if args.precision == "fp16":
-        raise ValueError("--precision fp16: attention and prototype logits overflow in it; use bf16 or fp32")
     loop.divisor("the number of ranks", world, args.batch_size, "--batch-size")
     images = args.batch_size // world
     group = args.koleo_group or min(16, args.batch_size)

@@ -472,7 +472,6 @@ def test_one_run_per_folder(folder, tmp_path, monkeypatch):
     [
         (["--micro-batch", "3"], "--micro-batch 3 does not divide the images of a rank (8); nearest: 2"),
         (["--koleo-group", "3"], "--koleo-group 3 does not divide --micro-batch (8); nearest: 2"),
-        (["--precision", "fp16"], "fp16"),
         (["--sizes", "448x112"], "'448x112' is not GLOBAL/LOCAL"),
         (
             ["--global-size", "40"],
@@ -513,6 +512,7 @@ def test_bad_flags_say_what_to_do(folder, tmp_path, flags, message):
         ("--field 0 1", "--field: must be above 0, got 0"),
         ("--gram-start -1", "--gram-start: must be at least 0, got -1"),
         ("--koleo-group 0", "--koleo-group: must be at least 1"),
+        ("--precision fp16", "--precision: invalid choice: 'fp16'"),
         ("--steps 1e5", "--steps: invalid int value: '1e5'"),
         (f"--seed {2**70}", "--seed: must be at most 1e+18"),
         ("--batchsize 32", "there is no --batchsize; did you mean --batch-size?"),

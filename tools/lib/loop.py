@@ -1,6 +1,6 @@
 """What every training loop needs around its update: ranks, schedules, signals, the run's folder, the log, warnings.
 
-Shared by the training programs; nothing here knows the method.
+Shared by the training programs; of the method only what an update costs and what its numbers say is known here.
 """
 
 import contextlib

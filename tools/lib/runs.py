@@ -39,7 +39,7 @@ def read_checkpoint(path):
         same = Path(f"/proc/self/fd/{f.fileno()}")  # Linux: this very file, whatever happens to its name
         before = os.fstat(f.fileno())
         try:
-            state = checkpoint.load(same if same.exists() else path)
+            state = checkpoint.load(same if same.exists() else path, fields=STATE)
         except checkpoint.BROKEN as error:
             why = str(error).replace(str(same), str(path))
             changed = f"{path} changed while it was read ({type(error).__name__}: {why})"
@@ -51,16 +51,15 @@ def read_checkpoint(path):
     return {key: value for key, value in state.items() if key not in ("optimizer", "gram")}, after.st_size
 
 
-STATE = dict(step=int, args=dict, arch=dict, encoding=str, eval_view=dict, student=dict, teacher=dict, centers=dict)
+STATE = "step args arch encoding eval_view student teacher centers".split()  # must be there; load() knows their types
 FLAGS = dict.fromkeys("steps extend grace log_every batch_size teacher_temp_warmup student_temp".split(), float)
 FLAGS |= dict.fromkeys("local_size head_hidden head_bottleneck prototypes".split(), int)
 FLAGS |= dict(data=str, no_split=bool, centering=str, teacher_temp=(list, tuple))
-VIEW = dict(size=int, window=(list, tuple, type(None)))
 
 
 def check_state(path, state):
     """Refuse a checkpoint that verifies and yet is none of a run of train_ssl.py."""
-    wrong = wrong_field(state, STATE) or wrong_field(state["args"], FLAGS) or wrong_field(state["eval_view"], VIEW)
+    wrong = wrong_field(state["args"], FLAGS)
     if not wrong:
         temperatures, view = state["args"]["teacher_temp"], state["eval_view"]
         if len(temperatures) != 2 or not all(map(is_number, temperatures)):
