@@ -44,11 +44,11 @@ def test_fit_and_evaluate_leave_what_they_say(tmp_path, capsys, method):
     run = Run(tmp_path)
     assert run.fit(*method.split()) == 0
     said = capsys.readouterr().out
-    assert "guarantee: " in said and str(run.policy) in said
+    assert "foretold with AUROC 0." in said and "guarantee: " in said and str(run.policy) in said
     assert run.evaluate() == 0
     said, folder = capsys.readouterr().out, run.out / "evaluation"
     assert "samples of val_test" in said
-    names = {"report.html", "results.json", "confusion.json", "predictions.csv", "threshold_sweep.csv"}
+    names = {"report.html", "results.json", "confusion.json", "predictions.csv", "threshold_sweep.csv", "errors.csv"}
     assert {p.name for p in folder.iterdir()} == names
     result = json.loads((folder / "results.json").read_text())
     assert result["verdict"] in said and result["decisions"]["n"] == 900 and len(result["targets"]) == 5
@@ -60,6 +60,12 @@ def test_fit_and_evaluate_leave_what_they_say(tmp_path, capsys, method):
     kept = out.decision >= 0
     assert result["decided"]["accuracy"] == pytest.approx((out.decision == test.labels)[kept].mean())
     assert json.loads((folder / "confusion.json").read_text())["counts"] == result["decided"]["confusion"]
+    lines = [line.rsplit(",", 4) for line in (folder / "errors.csv").read_text().splitlines()[1:]]
+    false_alarms = np.flatnonzero((out.decision == 1) & (test.labels == 0))
+    worst = false_alarms[np.argsort(-out.probabilities[false_alarms, 1])][:100]
+    assert [cells[0].rsplit(",", 1)[1] for cells in lines if cells[0].startswith('"c0, said c1"')] == test.ids[
+        worst
+    ].tolist()
     page = (folder / "report.html").read_text()
     assert "<svg" in page and "Targets" in page and 'src="http' not in page
     assert result["probabilities"]["nll"] < result["uncalibrated"]["nll"] or "exit" in method or "gate" in method
@@ -75,7 +81,7 @@ def test_a_second_policy_on_val_test_needs_a_reason_and_every_look_is_kept(tmp_p
         run.evaluate()
     assert len(run.looks()) == 2
     run.evaluate("--again", "the first had a bug")
-    assert "1 looks by other weights or policies came before" in capsys.readouterr().out
+    assert "which makes this optimistic: 1." in capsys.readouterr().out
     looks = run.looks()
     assert [look["why"] for look in looks] == ["final evaluation"] * 2 + ["the first had a bug"]
     assert len({look["policy_sha256"] for look in looks}) == 2 and looks[0]["program"] == "evaluate.py"

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from tools.lib import calibrate, choice, conformal, metrics, rules, tables, thresholds
+from tools.lib import calibrate, choice, conformal, failure, metrics, rules, tables, thresholds
 
 
 def table(seed=0, n=600, V=1, C=2, bend=2.0, noise=0.3):
@@ -381,3 +381,45 @@ def test_a_hundred_thousand_rows_take_seconds():
     out = rules.decide(policy, t.logits, t.ids)
     assert abs(out.sets[np.arange(100_000), t.labels].mean() - 0.9) < 0.01
     assert conformal.METHODS["raps"][0] and metrics.worth(t.labels, out.probabilities)["ece"] < 0.02
+
+
+# which decisions will be wrong
+
+
+def test_the_failure_predictor_sees_what_the_largest_probability_cannot():
+    """Samples whose views disagree are labelled at random: their mean may be as sure as that of others."""
+    t = table(13, 3000, V=5, bend=1.0, noise=0.1)
+    random = np.random.default_rng(0)
+    torn = random.random(3000) < 0.4
+    logits = t.logits.astype(float)
+    swing = np.array([3.0, -3.0, 3.0, -3.0, 0.0])[None, :, None] * [[[1.0, -1.0]]]
+    logits[torn] += swing
+    labels = np.where(torn, random.integers(0, 2, 3000), (logits.mean(1)[:, 1] > logits.mean(1)[:, 0]).astype(int))
+    flip = random.random(3000) < 0.05
+    labels = np.where(flip, 1 - labels, labels)
+    found = failure.compare(logits, labels, t.groups)
+    assert found["predictor"] > found["largest_probability"] + 0.2 and found["predictor"] > 0.75
+    one = json.loads(json.dumps(failure.fit(logits, labels), allow_nan=False))
+    chance = failure.apply(one, logits)
+    wrong = logits.mean(1).argmax(1) != labels
+    assert chance.mean() == pytest.approx(wrong.mean(), abs=1e-3) and chance[torn].mean() > 3 * chance[~torn].mean()
+    x = failure.features(logits[:7])
+    for row, z in zip(x, logits[:7]):
+        p = np.exp(z) / np.exp(z).sum(1, keepdims=True)
+        mean = np.exp(z.mean(0)) / np.exp(z.mean(0)).sum()
+        own = p[:, mean.argmax()]
+        slow = [mean.max(), p.max(1).var(), -(mean * np.log(mean)).sum(), own.max() - own.mean(), own.std()]
+        assert row == pytest.approx([*slow, -(p * np.log(p)).sum(1).mean()])
+    single = logits[:, :1]
+    assert failure.features(single)[:, [1, 3, 4]].max() < 1e-12 and np.isfinite(
+        failure.compare(single, labels, t.groups)["predictor"]
+    )
+    with pytest.raises(ValueError, match="0 of 3000 decisions are wrong"):
+        failure.fit(logits, logits.mean(1).argmax(1))
+
+
+def test_on_noise_alone_the_failure_predictor_claims_nothing():
+    t = table(14, 1500, V=3)
+    labels = np.random.default_rng(1).integers(0, 2, 1500)
+    found = failure.compare(t.logits, labels, t.groups)
+    assert 0.44 < found["predictor"] < 0.56

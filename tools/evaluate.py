@@ -20,7 +20,7 @@ import numpy as np
 import data
 from checkpoint import write_text
 from tools.lib import evaluation, metrics, page, policies, rules, tables
-from tools.lib.cli import Parser, positive, run, shown
+from tools.lib.cli import Parser, natural, positive, run, shown
 from tools.lib.files import csv_text, write_json
 
 COMPARED = "nll brier ece ece_mass ece_classes ece_debiased mce auc average_precision aurc augrc".split()
@@ -37,6 +37,7 @@ def build_parser():
     parser.add_argument("--slices", nargs="*", default=[], help="fact columns of --labels to report by")
     parser.add_argument("--split", default="val_test", help="another split is evaluated without a record")
     parser.add_argument("--again", help="why val_test is looked at with a second policy or other weights; recorded")
+    parser.add_argument("--errors", type=natural, default=100, help="worst samples of each kind in errors.csv; 0: none")
     parser.add_argument("--bootstrap", type=positive, default=1000, help="resamples of groups for each interval")
     return parser
 
@@ -112,6 +113,8 @@ def main(argv=None):
         for name in args.slices
     }
     write_all(args.out, table, out, before, policy, result)
+    if args.errors:
+        write_text(args.out / "errors.csv", csv_text(evaluation.worst_rows(table, out, args.errors)))
     print(args.out / "report.html")
     return 0
 

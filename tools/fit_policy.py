@@ -16,7 +16,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import tools.lib.threads  # noqa: F401 - before torch
 
 # isort: split
-from tools.lib import policies, rules
+import numpy as np
+
+from tools.lib import failure, policies, rules
 from tools.lib.cli import Parser, run, shown
 from tools.lib.files import write_json
 from tools.lib.page import number
@@ -58,6 +60,17 @@ def report(policy):
            f"sets of {seen['set_size']:.2f} classes hold the truth in {seen['in_set']:.1%}")  # fmt: skip
 
 
+def foreseen(table):
+    """Whether the views of a sample tell more of its being wrong than the largest probability does, in a line."""
+    known = table.take(np.flatnonzero(table.labels >= 0))
+    errors = failure.wrong(known.logits, known.labels)
+    if min(errors.sum(), (~errors).sum()) < 20:
+        return f"{errors.sum()} of {len(errors)} samples are wrong: too few to learn what foretells it"
+    auroc = failure.compare(known.logits, known.labels, known.groups)
+    return (f"being wrong is foretold with AUROC {auroc['predictor']:.3f} by six features of the views, "
+            f"{auroc['largest_probability']:.3f} by the largest probability (cross-fitted)")  # fmt: skip
+
+
 def main(argv=None):
     args = build_parser().parse_args(argv)
     table = policies.load(args.predictions, "val_calib")
@@ -67,7 +80,7 @@ def main(argv=None):
     slices = policies.column_of(args.labels, root, args.by, table.ids) if args.by else None
     policy = rules.fit_steps(table, args.method, slices, args.by)
     policy |= {name: table.facts[name] for name in ("weights_sha256", "split_sha256")}
-    print("\n".join(report(policy)))
+    print("\n".join([*report(policy), foreseen(table)]))
     write_json(args.out, policy, indent=1)
     print(args.out)
     return 0

@@ -6,6 +6,7 @@ name, table = choose(logits, labels, groups)
 import hashlib
 
 import numpy as np
+from tqdm import tqdm
 
 from tools.lib import calibrate
 from tools.lib.metrics import calibration_errors, decisions, mcc, nll, score_of
@@ -42,6 +43,7 @@ def choose(logits, labels, groups, slices=None, names=tuple(calibrate.METHODS), 
     logits, labels = calibrate.check(logits, labels)
     fold, slices = folds_of(labels, groups, folds), None if slices is None else np.asarray(slices)
     table = {"none": scores(labels, np.exp(calibrate.log_softmax(logits)))}
-    table |= {name: scores(labels, cross_fit(name, logits, labels, fold, slices)) for name in names}
+    bar = tqdm(names, "calibrators", unit="method", disable=None)
+    table |= {name: scores(labels, cross_fit(name, logits, labels, fold, slices)) for name in bar}
     fair = [name for name in names if table["none"]["mcc"] - table[name]["mcc"] <= MCC_DROP]
     return min(fair or ["temperature"], key=lambda name: table[name]["nll"]), table

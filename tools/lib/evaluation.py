@@ -3,6 +3,7 @@
 import functools
 
 import numpy as np
+from tqdm import tqdm
 
 from tools.lib import judge, metrics, page, rules, thresholds
 from tools.lib.calibrate import log_softmax
@@ -17,12 +18,22 @@ TARGETS = {  # what is asked of the system: (where it stands in the results, bou
 COSTS = {"decision": 1.0, "left": 10.0}  # in units of one decision: what it costs, and what others cost who decide it
 
 
-def estimate(statistic, labels, groups, repeats):
-    """{value, low, high} of statistic(weights); None where it does not exist."""
+def intervals(statistics, labels, groups, repeats):
+    """{name: {value, low, high}} of statistics {name: function of weights}; of one class nothing is said."""
     if len(np.unique(labels)) < 2:
-        return None
-    low, high = metrics.interval(metrics.resample(statistic, groups, repeats, strata=labels))
-    return {"value": float(statistic(None)), "low": float(low), "high": float(high)}
+        return dict.fromkeys(statistics)
+    values = {name: float(statistic(None)) for name, statistic in statistics.items()}
+    if len(np.unique(groups)) < judge.FEWEST:
+        return {name: {"value": value, "low": None, "high": None} for name, value in values.items()}
+    with tqdm(total=repeats, desc=f"intervals of {' and '.join(statistics)}", unit="resample", disable=None) as bar:
+
+        def drawn(weights):
+            bar.update(len(weights))
+            return np.stack([statistic(weights) for statistic in statistics.values()], 1)
+
+        low, high = metrics.interval(metrics.resample(drawn, groups, repeats, strata=labels))
+    ends = [[float(end) if np.isfinite(end) else None for end in pair] for pair in zip(low, high)]
+    return {name: {"value": values[name], "low": low, "high": high} for name, (low, high) in zip(values, ends)}
 
 
 def uncalibrated(policy, logits):
@@ -36,12 +47,13 @@ def evaluate(table, out, before, sets, repeats):
     kept, decisions = out.decision >= 0, rules.measured(y, out)
     decisions["coverage"] = decisions["in_set"] if sets else None
     result = {"decided": decisions.pop("decided") or {}, "decisions": decisions, "probabilities": metrics.worth(y, p)}
-    result |= {"uncalibrated": metrics.worth(y, before), "intervals": {}}
-    for name, metric in (("accuracy", metrics.accuracy), ("mcc", metrics.mcc)):
-        statistic = functools.partial(metric, y[kept], out.decision[kept])
-        result["intervals"][name] = estimate(statistic, y[kept], groups[kept], repeats)
+    result["uncalibrated"] = metrics.worth(y, before)
+    both = {
+        name: functools.partial(getattr(metrics, name), y[kept], out.decision[kept]) for name in ("accuracy", "mcc")
+    }
+    result["intervals"] = intervals(both, y[kept], groups[kept], repeats)
     if p.shape[1] == 2:
-        result["intervals"]["auc"] = estimate(functools.partial(metrics.auc, y, p[:, 1]), y, groups, repeats)
+        result["intervals"] |= intervals({"auc": functools.partial(metrics.auc, y, p[:, 1])}, y, groups, repeats)
     left = {"n": int((~kept).sum()), "cost_per_sample": COSTS["decision"] + float((~kept).mean()) * COSTS["left"]}
     left["accuracy_if_decided"] = float((p.argmax(1) == y)[~kept].mean()) if left["n"] else None
     return result | {"left": left | {"accuracy_if_others_are_right": float(((out.decision == y) | ~kept).mean())}}
@@ -67,7 +79,8 @@ def verdict(result, policy, split, looks):
     words += ". " if policy["feasible"] else ". What was asked of the policy could not be reached. "
     words += "Nothing is promised. " if policy["guarantee"] == "none" else f"Promised: {policy['guarantee']}. "
     words += f"Targets that are not met: {', '.join(missed)}." if missed else "All targets that are defined are met."
-    return words + (f" {looks} looks by other weights or policies came before: optimistic." if looks else "")
+    before = f" Looks by other weights or policies that came before, which makes this optimistic: {looks}."
+    return words + (before if looks else "")
 
 
 def bins(labels, probabilities):
@@ -76,31 +89,53 @@ def bins(labels, probabilities):
     return said[weight > 0] / weight[weight > 0], true[weight > 0] / weight[weight > 0]
 
 
+def thinned(curve):
+    """At most 400 points of a curve."""
+    return tuple(zip(*page.thin(list(zip(*(np.asarray(values).tolist() for values in curve))))))
+
+
 def draw(y, out, before, policy):
     p, wrong, last = out.probabilities, out.probabilities.argmax(1) != y, policy["steps"][-1]
     classes, two = np.unique(y), p.shape[1] == 2
     if len(classes) > 1:
         lines = {"before": bins(y, before), "after": bins(y, p), "perfect": ([0, 1], [0, 1])}
         yield page.line_plot("Reliability", lines, "said", "came true")
-    best = metrics.risk_coverage(np.sort(wrong), -np.arange(len(y)))
-    curves = {"confidence": metrics.risk_coverage(wrong, p.max(1)), "best": best}
+    best = thinned(metrics.risk_coverage(np.sort(wrong), -np.arange(len(y))))
+    curves = {"confidence": thinned(metrics.risk_coverage(wrong, p.max(1))), "best": best}
     yield page.line_plot("Risk and coverage", curves, "share accepted", "errors among accepted")
     share = np.bincount(out.sets.sum(1), minlength=p.shape[1] + 1) / len(y)
     yield page.line_plot("Set sizes", {"": (range(len(share)), share)}, "classes in the set", "share", points=True)
     if two and len(classes) == 2:
-        curves = {"policy": metrics.roc_curve(y, p[:, 1]), "chance": ([0, 1], [0, 1])}
+        curves = {"policy": thinned(metrics.roc_curve(y, p[:, 1])), "chance": ([0, 1], [0, 1])}
         yield page.line_plot("ROC", curves, "false alarms", "hits")
-        curves = {"policy": metrics.precision_recall_curve(y, p[:, 1])}
+        curves = {"policy": thinned(metrics.precision_recall_curve(y, p[:, 1]))}
         yield page.line_plot("Precision and recall", curves, "recall", "precision")
         s = thresholds.sweep(y, p[:, 1])
         chosen = [("x", last["parameters"]["threshold"], "chosen")] if last["kind"] == "threshold" else []
-        curves = {"MCC": (s["threshold"], thresholds.mcc_of(s["tp"], s["fp"], s["fn"], s["tn"]))}
+        curves = {"MCC": thinned((s["threshold"], thresholds.mcc_of(s["tp"], s["fp"], s["fn"], s["tn"])))}
         yield page.line_plot("MCC by threshold", curves, "threshold", "MCC", chosen)
 
 
+def worst_rows(table, out, most):
+    """errors.csv: of each kind the `most` worst: wrong ones by how sure they are, right ones by how little sure."""
+    y, p, classes = table.labels, out.probabilities, np.array(table.facts["classes"])
+    sure, here = p.max(1), out.decision >= 0
+    wrong = here & (out.decision != y)
+    kinds = {f"{classes[k]}, said {classes[j]}": (wrong & (y == k) & (out.decision == j), -p[:, j])
+             for k in range(len(classes)) for j in range(len(classes)) if j != k}  # fmt: skip
+    kinds["right, below 0.7"] = (here & ~wrong & (sure < 0.7), sure)
+    yield ["kind", "id", "group", "label", "decision", "probability"]
+    for kind, (members, order) in kinds.items():
+        members = np.flatnonzero(members)
+        for i in members[np.argsort(order[members], kind="stable")][:most]:
+            said = out.decision[i]
+            yield [kind, str(table.ids[i]), str(table.groups[i]), classes[y[i]], classes[said], f"{p[i, said]:.4f}"]
+
+
 def sweep_rows(y, p):
-    """threshold_sweep.csv: what each threshold on the probability of class 1 would have given here."""
+    """threshold_sweep.csv: what at most 5,000 thresholds on the probability of class 1 would have given here."""
     s = thresholds.sweep(y, p[:, 1])
     s["mcc"] = thresholds.mcc_of(s["tp"], s["fp"], s["fn"], s["tn"])
     names = ("threshold", "mcc", "tp", "fp", "fn", "tn")
-    return [names, *zip(*([f"{value:.8g}" for value in s[name].tolist()] for name in names))]
+    rows = page.thin(list(zip(*(s[name].tolist() for name in names))), 5000)
+    return [names, *([f"{value:.8g}" for value in row] for row in rows)]
