@@ -560,7 +560,7 @@ def epoch_order(source, seed, epoch, batch):
 
 
 def weighed(source, table):
-    """The source, whose images are drawn as often as a table path,weight says (tools/sample_weights.py writes it)."""
+    """The source, whose images are drawn as often as a table path,weight says."""
     table, pieces = find_table(source.root, Path(table)), []
     header, *pieces = read_csv(table)
     if source.encoding != "photo" or header != ["path", "weight"]:
@@ -707,9 +707,8 @@ def read_splits(path, remedy):
 def split_names(source):
     """Split of each row of a Source, by a contract made for this very index. No image is opened."""
     path = split_path(source.root)
-    make = f"python tools/make_splits.py --data {source.root} (with the --ratios and --labels you want)"
-    again = f"make it again, with --force: {make}"
-    contract = read_splits(path, again if path.exists() else f"make it with: {make}")
+    again = f"make the split of {source.root} again, with --force and the ratios and labels you want"
+    contract = read_splits(path, again if path.exists() else again.replace(" again, with --force and", ", with"))
     of_group = contract["groups"]
     if contract.get("index_sha256") != source.index_sha256:
         raise ValueError(f"{path} was made for another index; {again}")
@@ -736,7 +735,7 @@ def read_duplicates(source, path=None, allowed=False):
     allowed: one that was made for another index is said and not used.
     """
     path = path or split_path(source.root, "duplicates.json")
-    again = f"run python tools/check_duplicates.py --data {source.root} again"
+    again = f"look for duplicates in {source.root} again"
     contract = read_contract(path, again)
     sets, names = contract.get("groups"), set(source.rows.names["group"])
     if contract.get("index_sha256") != source.index_sha256:

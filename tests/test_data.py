@@ -115,7 +115,7 @@ def test_limit_is_a_fixed_subset(ct):
 
 
 def test_splits_are_contracts(ct):
-    with pytest.raises(FileNotFoundError, match=r"make_splits.py --data"):
+    with pytest.raises(FileNotFoundError, match=r"make the split of .*, with the ratios"):
         d.open_for(ct.root, "fit")
     groups = {g: "train" if g < "toy/P5" else "val_select" for g in ct.groups}
     make_split(ct.root, groups)

@@ -556,7 +556,7 @@ def test_weights_that_cannot_be_judged_are_refused(study, tmp_path, monkeypatch)
 def test_no_split_is_an_error_and_cross_validation_does_without(tmp_path, capsys):
     make_nodules(tmp_path / "data", patients=12)
     make_checkpoint(tmp_path / "w.pth", ["toy/P0"])
-    with pytest.raises(FileNotFoundError, match="make_splits.py"):
+    with pytest.raises(FileNotFoundError, match="make the split of"):
         probe(tmp_path, tmp_path / "a")
     result = probe(tmp_path, tmp_path / "b", "--protocol", "cv", "--seeds", "1")
     assert result["cv"]["patients"] == 11 and result["split_sha256"] is None

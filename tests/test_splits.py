@@ -154,7 +154,7 @@ def test_joined_groups_stay_together_through_chains(tmp_path):
         assert list(got["groups"]) == names
         assert sizes(got) == {"train": 34, "val_select": 2, "val_test": 4}  # single groups fill what large ones left
     processed(root, patients(41))
-    with pytest.raises(ValueError, match="d.json was made for another index; run python tools/check_duplicates.py"):
+    with pytest.raises(ValueError, match="d.json was made for another index; look for duplicates"):
         split(root, "--duplicates", root / "d.json", "--force")
 
 
@@ -351,7 +351,7 @@ def test_the_duplicates_that_were_found_are_used_without_a_flag(tmp_path, capsys
     processed(root, patients(21))
     with pytest.raises(ValueError, match="duplicates.json was made for another index; run python tools/check_dup"):
         split(root, "--force")
-    with pytest.raises(FileNotFoundError, match="none.json does not exist; run python tools/check_duplicates.py"):
+    with pytest.raises(FileNotFoundError, match="none.json does not exist; look for duplicates"):
         split(root, "--duplicates", root / "none.json", "--force")
 
 
@@ -378,7 +378,7 @@ def test_a_damaged_duplicates_file_is_one_sentence(tmp_path, name):
     path = root / "_splits" / "duplicates.json"
     path.parent.mkdir()
     path.write_bytes(DAMAGED[name].replace(b"SHA", file_sha256(root / "_index" / "index.csv").encode()))
-    with pytest.raises(ValueError, match="s/duplicates.json.*run python tools/check_duplicates.py --data") as caught:
+    with pytest.raises(ValueError, match="s/duplicates.json.*look for duplicates in") as caught:
         split(root)
     assert str(caught.value).isprintable() and len(str(caught.value)) < 500
     path.write_bytes(b"\xef\xbb\xbf" + json.dumps(found_copies(root, [])).encode())  # a byte order mark is harmless

@@ -365,7 +365,7 @@ def test_a_changed_split_or_index_is_refused(folder, tmp_path):
     with pytest.raises(ValueError, match="split_sha256 differs"):
         train(folder, tmp_path / "run", "--steps", "2", "--extend", "2")
     (folder / "_splits" / "splits.json").unlink()
-    with pytest.raises(FileNotFoundError, match="make_splits.py"):
+    with pytest.raises(FileNotFoundError, match="make the split of"):
         train(folder, tmp_path / "other", "--steps", "2")
     assert train(folder, tmp_path / "other", "--steps", "2", "--no-split") == 0
     assert checkpoint.load(tmp_path / "other" / "last.pth")["split_sha256"] is None

@@ -142,6 +142,7 @@ def is_ours(error):
 REMEDIES = {  # in the words of the leaves, which know no program, and the program that does it
     "preprocess": "tools/preprocess_dicom.py",
     "make the split": "tools/make_splits.py",
+    "look for duplicates": "tools/check_duplicates.py",
 }
 
 
