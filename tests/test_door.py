@@ -85,7 +85,7 @@ def test_a_series_in_two_splits_is_refused(four):
     index = four / "_index" / "index.csv"
     index.write_text(index.read_text().replace("1.2.7,", "1.2.0,"))  # one series, preprocessed under two patients
     make_split(four, {f"toy/P{i}": NAMES[i // 2] for i in range(8)})
-    with pytest.raises(ValueError, match=r"series 1\.2\.0 lies in train and in val_test; make it again"):
+    with pytest.raises(ValueError, match=r"series 1\.2\.0 lies in train and in val_test; make the split of .* again"):
         d.open_for(four, "fit")
 
 
@@ -106,13 +106,13 @@ def test_duplicates_across_splits_are_refused_or_counted(four, capsys):
     assert not (four / "_splits" / "test_uses.jsonl").exists()  # what is refused was no look
     assert d.open_for(four, "fit", allow_duplicates=True).crossing == 1
     duplicates(four, [["toy/P0", "toy/P6"]], index_sha256="0" * 64)
-    with pytest.raises(ValueError, match=r"made for another index; run .*check_dupl.* delete .*--allow-duplicates"):
+    with pytest.raises(ValueError, match=r"made for another index; look for duplicates .* delete .*--allow-duplicates"):
         d.open_for(four, "fit")
     assert d.open_for(four, "fit", allow_duplicates=True).crossing == 0
     assert "made for another index and is not used" in capsys.readouterr().out
     for groups in ("toy/P0", [[["toy/P0"]]], [[]], [["toy/P0", "toy/P99"]], [[1]], {"toy/P0": 1}):
         duplicates(four, groups)
-        with pytest.raises(ValueError, match=r"duplicates\.json: groups must be lists of groups of the index; run"):
+        with pytest.raises(ValueError, match=r"duplicates\.json: groups must be lists of groups of the index; look for"):
             d.open_for(four, "fit", allow_duplicates=True)
 
 

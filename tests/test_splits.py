@@ -349,7 +349,7 @@ def test_the_duplicates_that_were_found_are_used_without_a_flag(tmp_path, capsys
     split(root, "--duplicates", root / "d.json", "--force")  # the flag names another file, which is used instead
     assert "0 sets of groups" in capsys.readouterr().out
     processed(root, patients(21))
-    with pytest.raises(ValueError, match="duplicates.json was made for another index; run python tools/check_dup"):
+    with pytest.raises(ValueError, match="duplicates.json was made for another index; look for duplicates"):
         split(root, "--force")
     with pytest.raises(FileNotFoundError, match="none.json does not exist; look for duplicates"):
         split(root, "--duplicates", root / "none.json", "--force")
