@@ -112,7 +112,7 @@ def test_duplicates_across_splits_are_refused_or_counted(four, capsys):
     assert "made for another index and is not used" in capsys.readouterr().out
     for groups in ("toy/P0", [[["toy/P0"]]], [[]], [["toy/P0", "toy/P99"]], [[1]], {"toy/P0": 1}):
         duplicates(four, groups)
-        with pytest.raises(ValueError, match=r"duplicates\.json: groups must be lists of groups of the index; look for"):
+        with pytest.raises(ValueError, match=r"duplicates\.json: groups must be lists of groups of the index; look"):
             d.open_for(four, "fit", allow_duplicates=True)
 
 
