@@ -35,7 +35,7 @@ import data
 import losses
 from model import ProjectionHead, SSLModel, Tokens, build_arch
 from tools.lib import broken, machine, page, provenance, runs, sheet
-from tools.lib.cli import Parser, finite, is_ours, natural, pick_device, positive, run, shown
+from tools.lib.cli import Parser, finite, is_ours, named, natural, pick_device, positive, run, shown
 from tools.lib.files import NUMBER, plain, read_json_file, write_json
 from tools.lib.fits import neighbours
 from tools.lib.limits import AGREES, ONE_HOT, UNIFORM
@@ -578,7 +578,7 @@ def blind(error, out, args):
     """Say why there is no verdict -> 3; where the run's own disk is full, no checkpoint will fit there either -> 2."""
     if isinstance(error, ValueError) and not is_ours(error):
         traceback.print_exception(error)  # not a sentence of ours: where it came from helps
-    verdict, reason = "could not look", shown(" ".join(str(error).split()), 1000)
+    verdict, reason = "could not look", shown(named(" ".join(str(error).split())), 1000)
     folder = args.ckpt.parent
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = Path(error.filename or out or folder)

@@ -207,6 +207,7 @@ def test_rows_of_a_step_hold_rate_limit_and_phases(folder, monkeypatch):
     json.dumps([plain, split])
 
 
+@pytest.mark.slow
 def test_a_child_prints_rows_and_one_that_dies_is_a_row_that_says_why(folder, monkeypatch):
     point = dict(what="read", setting="toy", device="cpu", data=str(folder), workers=0, seconds=0)
     (row,) = bench.run_point(point)

@@ -960,6 +960,7 @@ def kill(run, kills, seed):
     return map(int, done.stdout.split())
 
 
+@pytest.mark.slow
 def test_kill_at_any_moment_loses_at_most_the_save_under_way(tmp_path):
     inside, _, steps = kill(tmp_path, kills=40, seed=0)
     assert inside >= 4, f"only {inside} of 40 kills fell inside a save"  # 18 to 25 on a quiet machine

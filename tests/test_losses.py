@@ -275,6 +275,7 @@ def on_one_rank(rank, folder):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_with_uneven_rows_equal_one(tmp_path):
     torch.multiprocessing.spawn(on_one_rank, (str(tmp_path),), nprocs=2)
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]

@@ -376,6 +376,7 @@ def loss_of(out):
     return out.cls_logits.square().mean() + out.patch_logits.square().sum() / 10 + out.cls[1].square().mean()
 
 
+@pytest.mark.slow
 def test_two_processes_with_ddp_and_fsdp_give_the_gradients_of_one(tmp_path):
     mp.spawn(distributed_worker, (str(tmp_path),), 2)
     vit = small_vit(local_cls_norm=True)

@@ -879,8 +879,8 @@ def test_a_name_that_goes_to_a_broken_or_no_file_in_mid_read_changes_nothing(tmp
 def test_a_file_that_is_written_to_in_place_is_refused(tmp_path, healthy, monkeypatch):
     path, real = checkpoint.save(tmp_path / "last.pth", marked(healthy, 7)), checkpoint.load
 
-    def load(name):
-        state = real(name)
+    def load(name, **more):
+        state = real(name, **more)
         os.utime(path)  # what any write to this very file does
         return state
 
