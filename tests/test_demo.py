@@ -256,6 +256,7 @@ def test_a_folder_that_is_no_demo_is_left_alone(tmp_path):
     assert (tmp_path / "thesis.txt").read_text() == "years"
 
 
+@pytest.mark.slow
 def test_bad_flags_are_one_line(tmp_path):
     for flags, word in ((["--minutes", "0"], "--minutes"), (["--stage", "tea"], "tea"), (["--device", "tpu"], "tpu")):
         done = subprocess.run([sys.executable, ROOT / "tools" / "demo.py", "--out", tmp_path / "x", *flags],

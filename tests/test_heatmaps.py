@@ -200,6 +200,7 @@ def test_maps_are_attention_of_the_chosen_block_and_cosines():
         assert maps[k, 3].argmax() == centre and maps[k, 3].max() == pytest.approx(1)
 
 
+@pytest.mark.slow
 def test_verdicts_follow_what_was_planted():
     targets = scattered(40)
     noise = np.random.default_rng(0).random((2, 40, 16, 16))

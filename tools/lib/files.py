@@ -39,6 +39,7 @@ def json_text(value, indent=1):
 
 def write_json(path, value, indent=1):
     """The one way to write a JSON file; indent=None: of one line."""
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     return atomic_write(path, lambda f: f.write(json_text(value, indent).encode() + b"\n"))
 
