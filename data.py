@@ -13,6 +13,7 @@ import contextlib
 import csv
 import datetime
 import functools
+import gc
 import hashlib
 import itertools
 import json
@@ -357,6 +358,19 @@ def indexed_photos(path):
     return [name for name, _ in found], np.array([size for _, size in found], np.int64)
 
 
+@contextlib.contextmanager
+def without_collection():
+    """A million texts are no garbage: to look through them again and again takes a quarter of the time."""
+    on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if on:
+            gc.enable()
+
+
+@without_collection()
 def index_photos(root):
     index = root / "_index" / "photos.csv"
     paths, sizes = indexed_photos(index) if index.exists() else (photo_paths(root), None)
