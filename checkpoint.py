@@ -84,7 +84,7 @@ def open_regular(path):
 
 
 def read_zip(f, path):
-    """What torch.save wrote into the open file `path`; refuses what it could not have written so.
+    """What torch.save wrote into the open file `path`; refuses files that torch.save does not write.
 
     torch maps a member by its offset and the length that the pickle claims, whatever the zip directory says: of a
     compressed, shortened or linked member it returns other numbers. The tensors stay on disk until they are used.
@@ -127,12 +127,12 @@ def is_text(value):
 
 
 def is_size(value):
-    """A number that makes nothing too large to allocate; NaN is none."""
+    """A number of at most a million; NaN is refused."""
     return isinstance(value, (int, float)) and abs(value) <= 1 << 20
 
 
 def is_plain(value):
-    """A tensor of bytes that the file holds: what a stride of 0 claims, a copy would take."""
+    """A tensor of bytes that the file holds: one with stride 0 claims more, and a copy would allocate them."""
     return value.device.type == "cpu" and not value.is_quantized and value.nbytes <= value.untyped_storage().nbytes()
 
 
@@ -160,7 +160,7 @@ def is_view(value):
     return is_count(size) and 0 < size <= 1 << 16 and (window is None or is_list(window, is_size) and len(window) == 2)
 
 
-FIELDS = {  # what a field must be where it is there at all; whatever a test of these raises is a no, too
+FIELDS = {  # what a field must be if it is present; a check that raises counts as false
     "step images gram_refreshes": (is_count, "a count"),
     "args": (lambda v: is_dict(v, is_flag), "flags, each a plain value or a short list of such"),
     "optimizer": (is_dict, "a dict by name"),
@@ -301,7 +301,7 @@ def latest(run_dir) -> Path | None:
 def same_file(path, other):
     try:
         return path.samefile(other)
-    except FileNotFoundError:  # also one that went away a moment ago
+    except FileNotFoundError:  # or deleted a moment ago
         return False
 
 

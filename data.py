@@ -59,17 +59,8 @@ PURPOSES = {"fit": "train", "select": "val_select", "calibrate": "val_calib", "t
 TABLES = ("labels.csv", "weights.csv")  # ours, in a folder of pictures
 ODD_PATH = re.compile(r"^[./\s]|\\|//|/\.|\s$", re.MULTILINE)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as released DINOv3 weights expect
-STREAMS = {
-    "order": 1,
-    "crops": 2,
-    "masks": 3,
-    "limit": 4,
-    "sizes": 5,
-    "rope": 6,
-    "depth": 7,
-    "augment": 8,
-    "mix": 9,
-}  # none meets another
+# first number in the key of each random stream, so that no two purposes share numbers
+STREAMS = dict(order=1, crops=2, masks=3, limit=4, sizes=5, rope=6, depth=7, augment=8, mix=9)
 
 
 # what numpy and pillow say of broken files; tokenize: the header of a .npy is a Python literal
@@ -360,7 +351,7 @@ def indexed_photos(path):
 
 @contextlib.contextmanager
 def without_collection():
-    """A million texts are no garbage: to look through them again and again takes a quarter of the time."""
+    """No garbage collection meanwhile: it would look through a million texts again and again, a quarter of the time."""
     on = gc.isenabled()
     gc.disable()
     try:
@@ -400,7 +391,7 @@ def index_photos(root):
         for name, cells in columns.items():
             column = group_of if name == "group" else texts.get(name)
             for i, cell in zip(where, cells if column is not None else ()):
-                if i is not None and (cell or name != "group"):  # of a path that stands in two groups the last
+                if i is not None and (cell or name != "group"):  # a path in two groups keeps the last
                     column[i] = cell
     if missing:
         name = min(missing)
@@ -560,7 +551,8 @@ class Source:
 
 @functools.lru_cache(maxsize=2)
 def epoch_order(source, seed, epoch, batch):
-    """Ids [updates, batch]: slices sorted by (shuffled) series are dealt like cards, so a series never meets itself."""
+    """Ids [updates, batch]: slices sorted by shuffled series go to the updates in turn, so a batch holds a series once
+    (or more often where the series has more slices than the epoch has updates)."""
     random = rng(seed, "order", epoch)
     ids = random.permutation(len(source))
     if len(ids) < batch:  # fewer images than one batch holds: whole permutations after each other
@@ -569,7 +561,7 @@ def epoch_order(source, seed, epoch, batch):
     updates = len(ids) // batch
     ids = ids[: updates * batch]
     shuffled = random.permutation(source.series.max() + 1)[source.series[ids]]
-    dealt = ids[np.argsort(shuffled, kind="stable")].reshape(batch, updates).T  # card i goes to update i % updates
+    dealt = ids[np.argsort(shuffled, kind="stable")].reshape(batch, updates).T  # number i goes to update i % updates
     return random.permuted(dealt[random.permutation(updates)], axis=1)
 
 
@@ -642,9 +634,8 @@ def open_source(root, limit=None, z_stride=1):
         split_pair = [divmod(int(p), len(rows.names["patient"])) for p in pairs]
         rows.names["group"] = [f"{rows.names['dataset'][d]}/{rows.names['patient'][p]}" for d, p in split_pair]
         rows.columns["group"] = codes.astype(np.int32)
-    elif (
-        index.parent.exists() and not (index.parent / "photos.csv").exists()
-    ):  # as photographs, every slice would be its own group
+    elif index.parent.exists() and not (index.parent / "photos.csv").exists():
+        # an index.csv was lost: read as photographs, every slice would be its own group
         raise FileNotFoundError(f"{index} is missing beside its folder; preprocess again")
     else:
         (rows, sha), encoding = index_photos(root), "photo"
@@ -1133,7 +1124,7 @@ def normalise(x):
 
 
 def denormalise(x):
-    """And back."""
+    """The inverse of normalise."""
     mean, std = (x.new_tensor(t)[:, None, None] for t in (MEAN, STD))
     return x * std + mean
 
@@ -1255,7 +1246,7 @@ def colour_(x, looks, solarized):
 
 
 def eval_view(encoding, size=224):
-    """The one deterministic look at an image, as plain values that a checkpoint stores."""
+    """How an image is rendered for evaluation, as plain values that a checkpoint stores."""
     return {"size": size, "window": list(WIDE_HU) if encoding == "hu16-v1" else None}
 
 
@@ -1496,7 +1487,7 @@ class Updates(torch.utils.data.Dataset):
 
 
 def select(plan, index):
-    """The plan of some of its images."""
+    """The part of a plan that belongs to these images."""
     return Plan(plan.recipe, *(None if a is None else a[:, index] for a in plan[1:]))
 
 

@@ -926,7 +926,7 @@ def open_regular(path):
 
 
 def read_zip(f, path):
-    """What torch.save wrote into the open file `path`; refuses what it could not have written so.
+    """What torch.save wrote into the open file `path`; refuses files that torch.save does not write.
 
     torch maps a member by its offset and the length that the pickle claims, whatever the zip directory says: of a
     compressed, shortened or linked member it returns other numbers. The tensors stay on disk until they are used.
@@ -1141,7 +1141,9 @@ def recognise(path, content, config):
     """Any known content -> (state dict of VisionTransformer, {name, overrides})."""
     if "format" in content:
         check_facts(path, content)
-        state = {k[9:]: v for k, v in content["teacher"].items() if k.startswith("backbone.")}  # EMA, the product
+        state = {
+            k[9:]: v for k, v in content["teacher"].items() if k.startswith("backbone.")
+        }  # the EMA teacher is what is used
         check_arch(content.get("arch"), check_tensors(path, state))
         return state, content["arch"]
     if isinstance(content.get("teacher"), dict):  # the original code's evaluation export

@@ -393,7 +393,7 @@ def judge(n, beat, heat, history, alike, warming, args):
     best = max([h["numbers"].get("patch_rank") or 0 for h in alike if not h["warming"]], default=0)
     kept = n["patch_rank"] / best if best and "patch_rank" in n else None
     targets, logged = n.get("teacher_entropy"), beat.get("teacher_entropy")
-    agree = n.get("kl", 1) < AGREES or (targets or 0) > 0.99999  # a dead teacher has no student that agrees
+    agree = n.get("kl", 1) < AGREES or (targets or 0) > 0.99999  # so uniform a teacher counts whatever the student says
     calm = targets if agree else None, logged if (beat.get("kl") or 0) < AGREES else None
     rules = [  # <- change the verdict here: word, level, judged in warm-up too, what, value, its limit, flag
         ("diverging", 2, True, "share of what is not finite", n["nonfinite"], ">", 0, "always"),
@@ -621,14 +621,14 @@ def main(argv=None):
 
 
 def be_harmless():
-    """Last in line for the processor, first to go when memory runs out."""
+    """Lowest priority for the processor; ended first when memory runs out."""
     os.setpriority(os.PRIO_PROCESS, 0, 19)
     with contextlib.suppress(OSError):  # not Linux
         Path("/proc/self/oom_score_adj").write_text("1000")
 
 
 def unforeseen(kind, error, trace):
-    """A bug of ours is no verdict: exit code 3, where Python's own 1 would read as a warning."""
+    """A crash must not look like a warning: exit code 3, where Python's own 1 would read as a warning."""
     traceback.print_exception(kind, error, trace)
     sys.stderr.flush()
     os._exit(3)

@@ -57,17 +57,18 @@ def build_parser():
     g.add_argument("--seed", type=natural, default=0, help="of weights, order, crops, masks and stochastic depth")
     g.add_argument("--device", default="auto", help="auto (CUDA/ROCm if there, else CPU), cpu, cuda")
     g.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 on a GPU")
-    g.add_argument("--workers", type=natural, default=min(8, max(1, (os.cpu_count() or 2) - 1)), help="0: none")
+    g.add_argument("--workers", type=natural, default=min(8, max(1, (os.cpu_count() or 2) - 1)),
+                   help="reading processes of each rank; 0: read in this process")
     g.add_argument("--log-every", type=positive, default=50, help="updates")
     g.add_argument("--save-every", type=positive, default=500, help="updates")
     g.add_argument("--keep-last", type=positive, default=3, help="checkpoints, besides those of --keep-every")
     g.add_argument("--keep-every", type=natural, default=0, help="updates; checkpoints at multiples stay; 0: none")
     g.add_argument("--eval-every", type=natural, default=1000, help="updates between looks at val_select; 0: never")
     g.add_argument("--time-limit", type=not_negative, default=0, help="minutes until the run saves and exits; 0: none")
-    g.add_argument("--grace", type=not_negative, help="updates or share without warnings; default: --warmup")
+    g.add_argument("--grace", type=not_negative, help="updates or share before the first warnings; default: --warmup")
     g.add_argument("--skip-bad", type=natural, default=0, help="broken files a rank may replace; one more ends the run")
     g.add_argument("--deterministic", default=False, action=switch, help="bit-identical on a GPU too; slower")
-    g.add_argument("--compile", default=False, action=switch, help="torch.compile the blocks; a slow first update")
+    g.add_argument("--compile", default=False, action=switch, help="torch.compile the blocks; update 1 takes minutes")
     g.add_argument("--fsdp", default=False, action=switch, help="shard weights over ranks, for what does not fit one")
     g.add_argument("--checkpointing", default=False, action=switch, help="recompute activations to save memory")
 
@@ -77,8 +78,8 @@ def build_parser():
                    "lie in several splits; recorded")
     g.add_argument("--weights", help="table path,weight: photographs are drawn as often as they weigh")
     g.add_argument("--limit", type=positive, default=None, help="images to train on, a fixed random subset")
-    g.add_argument("--overfit", action="store_true", help="each epoch is the first again, crops and all: a test")
-    g.add_argument("--z-stride", type=positive, default=1, help="every n-th slice; neighbours stay the true ones")
+    g.add_argument("--overfit", action="store_true", help="repeat the first epoch, crops and masks too: can it learn?")
+    g.add_argument("--z-stride", type=positive, default=1, help="every n-th slice; neighbours as in the full volume")
     g.add_argument("--aug", choices=["auto", *data.RECIPES], default="auto", help="views; auto: by encoding")
     g.add_argument("--global-size", type=positive, default=224, help="pixels")
     g.add_argument("--local-size", type=positive, default=96, help="pixels")
@@ -94,7 +95,8 @@ def build_parser():
     g = p.add_argument_group("model")
     g.add_argument("--arch", choices=list(ARCHS), default="vit_small", help="backbone")
     g.add_argument("--init", default=None, help="backbone weights to start from: what model.load_backbone reads")
-    g.add_argument("--prototypes", type=within("[2, 1e9]", int), default=8192, help="per head; 32 per crop at most")
+    g.add_argument("--prototypes", type=within("[2, 1e9]", int), default=8192,
+                   help="of each head; more than 32 for each global crop of a batch make targets noisy")
     g.add_argument("--head-hidden", type=positive, default=2048, help="width of the heads")
     g.add_argument("--head-bottleneck", type=positive, default=256, help="dimension of the sphere before prototypes")
     g.add_argument("--prototype-norm", type=above_zero, default=1.0, help="length of prototypes at the start: 1 in "
@@ -106,7 +108,7 @@ def build_parser():
     g = p.add_argument_group("loss (updates or share: from 0 to 1 a share of --steps, above 1 updates)")
     g.add_argument("--w-dino", type=not_negative, default=1.0, help="weight of the cls cross entropy")
     g.add_argument("--w-ibot", type=not_negative, default=1.0, help="weight of the masked patch cross entropy")
-    g.add_argument("--w-koleo", type=not_negative, default=0.1, help="weight of the spreading term, twice as in DINOv3")
+    g.add_argument("--w-koleo", type=not_negative, default=0.1, help="weight of KoLeo for each of the two global crops")
     g.add_argument("--koleo-group", type=positive, help="samples to spread apart; default: 16")
     g.add_argument("--centering", choices=["sinkhorn", "softmax", "none"], default="sinkhorn", help="of targets")
     g.add_argument("--student-temp", type=above_zero, default=0.1, help="temperature")
@@ -143,7 +145,7 @@ SHARES = "warmup teacher_temp_warmup gram_start gram_refresh gram_ramp freeze_la
 
 
 def check_together(args):
-    """Refuse what is wrong of several values; each alone has its type in the parser."""
+    """Checks between flags; the range of each alone is its argparse type."""
     for name in ("mask_ratio", "ema", "field", "global_scale", "local_scale"):
         low, high = getattr(args, name) or (0, 1)
         if low > high:
@@ -231,7 +233,7 @@ class Micro(NamedTuple):
 
     crops: data.Crops
     masks: torch.Tensor  # [2b, N] bool
-    at: torch.Tensor  # [M] positions of masked patches in [2b * N]; from the host, so that no device is waited for
+    at: torch.Tensor  # [M] positions of masked patches in [2b * N]; from the readers, so that no device is waited for
     keep: list | None = None  # rows that pass each residual branch
     rope: list | None = None  # one RopeDraw per view group
 
@@ -256,7 +258,7 @@ class Seen(NamedTuple):
     cls_targets: torch.Tensor  # [2B, K]
     cls_logits: torch.Tensor  # [2b, K] the student's, of the last micro-batch
     features: torch.Tensor  # [B, D] the teacher's cls of the first crops
-    target_entropy: torch.Tensor  # where DINO + iBOT end when the student agrees; what is above it is the excess
+    target_entropy: torch.Tensor  # of DINO + iBOT, their lower bound; what is above it is the excess
 
 
 def center(logits, centers, key, w):
@@ -432,11 +434,11 @@ class Upcoming:
             self.prepare(clock)
 
 
-def one_update(run, micro_batches, now, wish=bool, ahead=bool, clock=contextlib.nullcontext):
+def one_update(run, micro_batches, now, wish=lambda: False, ahead=lambda: None, clock=contextlib.nullcontext):
     """Prepared micro-batches and the schedules' values -> Update; moves student, teacher, optimizer and centers.
 
-    `wish`: called once; whether this rank wants to stop after it, told to all with the one transfer from the device.
-    `ahead`: called while the device is busy with this update; its place to prepare the next one.
+    wish(): does this rank want to stop after it? All ranks learn it with the one transfer from the device.
+    ahead(): called while the device is busy with this update, to prepare the next one.
     """
     args, optimizer, centers = run.args, run.optimizer, dict(run.centers)
     optimizer.zero_grad(set_to_none=True)

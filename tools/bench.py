@@ -581,7 +581,8 @@ def build_parser():
     p.add_argument("--device", default="auto", help="auto (CUDA/ROCm if there, else CPU), cpu, cuda")
     p.add_argument("--arch", nargs="+", choices=list(ARCHS), help="of step and sweep; default: ViT-S, on a GPU also "
                    "B and L")
-    p.add_argument("--batch-size", type=positive, nargs="+", help="of step, and the most of sweep; default: 4, GPU 64")
+    p.add_argument("--batch-size", type=positive, nargs="+",
+                   help="images per update of step, largest tried by sweep; default: 4, GPU 64")
     p.add_argument("--precision", nargs="+", choices=["fp32", "bf16"], help="of step; default: bf16 on a GPU, else "
                    "fp32, and bf16 if the CPU has it")
     p.add_argument("--flags", default="", help="further flags of train_ssl.py, in one string")

@@ -2,8 +2,8 @@
 
     python tools/check_platform.py [--json platform.json]
 
-Every kernel is run forward and backward on 512x512 scores and compared with float64 math. Kernels that
-crash or hang are reported, not suffered: they run in a child process. The last line is `ok=true` (exit 0)
+Every kernel is run forward and backward on 512x512 scores and compared with float64 math. Kernels run in
+a child process, so one that crashes or hangs is reported and the next is tried. The last line is `ok=true` (exit 0)
 or `ok=false reason=...` (exit 1).
 """
 
@@ -65,7 +65,7 @@ def check_sdpa(device, backend, dtype):
     generator = torch.Generator().manual_seed(0)
     shape = 2, 6, 512, 64  # batch, heads, tokens, head dim
     inputs = [torch.randn(shape, generator=generator).to(kind) for _ in range(4)]
-    exact = attend(SDPBackend.MATH, [x.double() for x in inputs])  # on the CPU: the device is no judge of itself
+    exact = attend(SDPBackend.MATH, [x.double() for x in inputs])  # on the CPU: the reference, on the CPU in float64
     inputs = [x.to(device) for x in inputs]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

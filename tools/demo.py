@@ -189,7 +189,7 @@ def last_step(run_dir):
 
 
 def pass_on(stream, killed, kept):
-    """Copy a program's errors to ours until it is killed: what torchrun says then looks like a failure and is none."""
+    """Copy a program's errors to ours until it is killed: torchrun's messages about the kill look like a failure."""
     for chunk in iter(lambda: stream.read1(4096), b""):
         if killed.is_set():
             kept.append(chunk)

@@ -117,7 +117,9 @@ def retried(service, attempt, sign=""):
             reason = shown(getattr(error, "reason", "") or error, 200) or type(error).__name__
             if isinstance(error, URLError):
                 reason = f"no connection to {service.base_url} ({reason}), is there a network?"
-        backoff = min(60.0, service.backoff_s * 2**n * random.uniform(0.5, 1))  # random: threads must not march in step
+        backoff = min(
+            60.0, service.backoff_s * 2**n * random.uniform(0.5, 1)
+        )  # random, so that threads do not retry at the same moment
         what = f"{sign}{reason}; Ctrl+C stops; try {n + 2} of {service.retries + 1}"
         if n < service.retries and wait(service, asked or backoff, what, sign):
             raise Failed("stopped")

@@ -2,7 +2,7 @@
 
 SOURCE is a labels.json ([{filename, label, ...}]), a CSV (path,label without a header, or with one), a Hugging Face
 folder (metadata.csv or .jsonl, or .parquet files), a folder that holds one of these, or one folder per class. Labels
-become names by one table; what else a row says is kept as facts. Pictures that are missing, unreadable, too small or
+are renamed by ALIASES, other columns are kept as facts. Pictures that are missing, unreadable, too small or
 too long are listed with reasons in OUT/_manifests/photos.json. OUT/_index/photos.csv has a row per picture. The same
 command again replaces what it wrote; another --name adds a source.
 

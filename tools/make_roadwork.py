@@ -1,10 +1,11 @@
 """Draw street photographs whose label is decided by small orange cones, barriers and signs: an oracle for photographs.
 
 Streets in perspective, with weather, day and night. Each has two to five orange things; one to three of them are
-roadwork if the street is, all others are lookalikes (bins, vests, leaves, parasols, cars, other signs): in both classes
-as much is orange. A scene is a group of nearly equal frames. labels.csv tells label (after --flip), truth, place, time
-and the share of the picture that the objects cover; _labels/masks/ their pixels (1 cone, 2 barrier, 3 sign; no file:
-none). A picture depends on --seed, --size, --object-share, its scene and its frame alone: more pictures change none.
+roadwork if the street is, all others are lookalikes (bins, vests, leaves, parasols, cars, other signs), so orange
+alone does not tell the classes apart. A scene is a group of nearly equal frames. labels.csv tells label (after
+--flip), truth, place, time and the share of the picture that the objects cover; _labels/masks/ their pixels (1 cone,
+2 barrier, 3 sign; no file: none). A picture depends on --seed, --size, --object-share, its scene and its frame alone:
+the first pictures stay where more are asked for.
 
     python tools/make_roadwork.py --out data/street --images 400 --size 378x504
 """

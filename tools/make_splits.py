@@ -282,7 +282,11 @@ def build_parser():
     )
     p.add_argument("--group-by", choices=("patient", "dataset"), default="patient", help="what never straddles")
     p.add_argument("--seed", type=natural, default=0, help="another seed, another division")
-    p.add_argument("--stable", action="store_true", help="by hash: new patients move nobody; not stratified")
+    p.add_argument(
+        "--stable",
+        action="store_true",
+        help="by a hash of each name, so that later patients move nobody; not stratified",
+    )
     p.add_argument("--min-per-class", type=natural, default=5, help="pictures of each label in each split")
     p.add_argument("--train-only", default="", metavar="source=A,B", help="photographs of these sources only train")
     p.add_argument("--extend", action="store_true", help="keep every group of splits.json where it is, deal new ones")

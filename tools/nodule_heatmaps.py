@@ -2,8 +2,9 @@
 
 In: weights that load_backbone reads, a processed CT folder with _labels/nodules.csv and masks (tools/lidc_nodules.py).
 Out: OUT/heatmaps.png and .json, and each nodule as OUT/nodule_01.png .... It is seen once, in a crop of --crop-mm whose
-place around it is drawn by seed, so that "look at the middle" is no answer. Inside: patches at least half covered by
-the majority mask (or the most covered one, if the nodule is smaller); outside: patches it does not touch.
+place around it is drawn by seed, so that a map that always marks the middle scores no better than chance. Inside:
+patches at least half covered by the majority mask (or the most covered one, if the nodule is smaller); outside: patches
+it does not touch.
 
     hit      pointing game: the strongest patch is inside (of tied ones, their part that is)
     auroc    chance that a patch inside is above one outside

@@ -45,7 +45,7 @@ def open_split(root, split):
         )
     if split not in purposes:
         raise ValueError(f"--split {split}: use one of {', '.join(purposes)}, or leave --split away")
-    return open_for(root, purposes[split], allow_duplicates=True)  # a picture of a duplicate misleads nobody
+    return open_for(root, purposes[split], allow_duplicates=True)  # duplicates do not matter for pictures
 
 
 def as_rgb(image, encoding):

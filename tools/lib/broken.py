@@ -1,4 +1,4 @@
-"""Images that cannot be read: all of them are named at once, and left out only where the user said how many.
+"""Images that cannot be read: all are listed at once, and left out only where the user said how many.
 
 with broken.named(source):                              # around what reads
     ...

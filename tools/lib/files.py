@@ -74,7 +74,7 @@ def wrong_field(value, fields):
 
 
 def parse(text):
-    """json.loads that says of any text why it is none."""
+    """json.loads that says of any text why it is not JSON."""
     try:
         return json.loads(text)
     except RecursionError:

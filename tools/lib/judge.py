@@ -171,7 +171,7 @@ def standing(result, name, other):
     """1: that `name` has the larger AUC is proven, -1: the smaller, 0: neither; None: they were not compared.
 
     Proven: the whole interval of the difference lies above 0, p < 0.05, and the AUC of `name` is itself above chance,
-    since to beat what fails is no merit.
+    since beating a predictor below chance proves nothing.
     """
     d, own = result["differences"].get(f"{name} - {other}"), result["predictors"][name]["auc"]
     if d is None or not exists(d["low"]):
@@ -206,7 +206,7 @@ UNKNOWN = "what the backbone was pretrained on is unknown"
 
 
 def caveats(seen, patients, known, crossing, earlier_looks=0, unit="patients"):
-    """What stands beside every number: how many of the patients were in the pretraining, and what nobody knows."""
+    """Warnings beside every number: patients seen in pretraining, what is unknown, duplicates, earlier looks."""
     texts = [f"backbone has seen these {unit} ({len(seen)} of {patients})"] if seen else []
     texts += [] if known else [UNKNOWN]
     texts += [f"near-duplicates cross the splits ({crossing} sets)"] if crossing else []

@@ -237,7 +237,7 @@ def find_run(args, source, harmless, rank, world):
 
 @dataclasses.dataclass
 class Pace:
-    """What the next log line counts from."""
+    """State at the last log line, from which the next one counts."""
 
     since: float
     done: int

@@ -286,7 +286,7 @@ def matched_pairs(labels, sizes, tolerance=0.1):
 
 
 def matched_auc(labels, scores, sizes, tolerance=0.1, weights=None, folds=None):
-    """AUC over size-matched pairs alone: what is left of a score when the ruler is blind. NaN without a pair."""
+    """AUC over pairs of nearly equal size, where size cannot help; NaN without a pair."""
     labels, scores, weights = check(labels, scores, weights)
     pairs = matched_pairs(labels, sizes, tolerance).astype(float)
     if folds is not None:

@@ -1,4 +1,6 @@
-"""What weights were trained on, as hashes to compare and not to read: leaks are found by them, names are not told.
+"""What weights were trained on, as salted hashes: they show a leak without naming patients.
+
+The salt is public: who has a list of possible names can try them, so this is no secrecy.
 
 trained = trained_on((args.init,), source, held_out)     # for the checkpoint
 exposure = refuse_leak(read_facts(path), held_out, "val_test")

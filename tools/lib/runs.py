@@ -58,7 +58,7 @@ FLAGS |= dict(data=str, no_split=bool, centering=str, teacher_temp=(list, tuple)
 
 
 def check_state(path, state):
-    """Refuse a checkpoint that verifies and yet is none of a run of train_ssl.py."""
+    """Refuse a whole checkpoint that train_ssl.py did not write."""
     wrong = wrong_field(state["args"], FLAGS)
     if not wrong:
         temperatures, view = state["args"]["teacher_temp"], state["eval_view"]
@@ -139,7 +139,7 @@ def open_trained(root, args, split, trained):
 
 
 def recipe_of(folder, state):
-    """How the run cuts its views; a checkpoint that was copied away has no config.json: as by default."""
+    """How the run cuts its views; without config.json (a copied checkpoint) the default recipe."""
     if (path := folder / "config.json").exists():
         return read_recipes(read_json_file(path, {"recipes": list}, OTHER_CODE), path)[0]
     base = data.RECIPES["photo" if state["encoding"] == "photo" else "ct"]

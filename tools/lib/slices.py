@@ -1,4 +1,4 @@
-"""Slices by name: how one is called for people and in tables, and where one of that name is.
+"""Names of slices for people and tables, and the look-up of a slice by its name.
 
 i = find_slice(source, row["path"], row["z"])
 slice_name(source, i)
