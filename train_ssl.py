@@ -177,7 +177,8 @@ def resolve(args, world):
     return args
 
 
-def choices_in_words(args, encoding):
+def choices_in_words(args, encoding, begun):
+    """Lines for people; begun: the file of --init is behind a run that goes on, and may have changed or gone."""
     rows = 2 * args.batch_size
     yield f"batch {args.batch_size} as {args.micro_batch} at a time, {args.prototypes} prototypes, lr {args.lr:.2e}"
     if args.centering == "sinkhorn" and args.prototypes > 32 * rows:
@@ -185,7 +186,7 @@ def choices_in_words(args, encoding):
             f"warning: Sinkhorn shares {rows} crops among {args.prototypes} prototypes, which makes targets noisy: use "
             f"--prototypes {32 * rows} or fewer, a larger batch, or --centering softmax"
         )
-    facts = read_facts(args.init) if args.init and Path(args.init).exists() else {}
+    facts = read_facts(args.init) if args.init and not begun else {}
     if foreign := loop.other_encoding(facts, encoding):
         yield foreign
     if args.aug != "auto" and (encoding == "photo") != (data.RECIPES[args.aug].kind == "photo"):
@@ -789,7 +790,7 @@ def train(args, rank, world, device):
     log.event(
         start, f"resumed from {path.name}" if path else "started", changed=changed, git=loop.git_commit(), world=world
     )
-    for text in choices_in_words(args, source.encoding) if rank == 0 else ():
+    for text in choices_in_words(args, source.encoding, begun=start > 0) if rank == 0 else ():
         tqdm.write(text)
     saver = checkpoint.Saver(out, args.keep_last, args.keep_every)
     sources = [s for s in (source, held_out) if s] if rank == 0 else []

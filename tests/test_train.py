@@ -790,6 +790,19 @@ def test_a_gram_teacher_belongs_to_the_run_from_its_first_update(folder, tmp_pat
     assert steps and min(steps) > 4
 
 
+def test_a_run_goes_on_whatever_has_become_of_the_file_it_began_with(folder, tmp_path):
+    train(folder, tmp_path / "one", "--steps", "2")
+    first = tmp_path / "first.pth"
+    flags = ("--init", str(first), "--steps", "6", "--save-every", "1")
+    for name in ("whole", "parts"):
+        first.write_bytes((tmp_path / "one" / "last.pth").read_bytes())
+        with mock.patch.object(t.loop.Stop, "why", lambda self, name=name: "a test" if name == "parts" else None):
+            assert train(folder, tmp_path / name, *flags) == 0
+    first.write_bytes(b"no weights any more")
+    assert train(folder, tmp_path / "parts", *flags) == 0
+    same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+
+
 def test_weights_that_have_seen_val_select_are_not_measured_on_it_after_a_resume(folder, tmp_path):
     train(folder, tmp_path / "one", "--steps", "2")
     make_split(folder, {f"toy/P{i}": "val_select" if i == 0 else "train" for i in range(9)})
