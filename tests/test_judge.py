@@ -268,11 +268,14 @@ def test_random_backbones_depend_on_the_seed_alone():
 
 
 def test_of_a_handful_of_groups_nothing_is_claimed():
-    """Eight pictures of two scenes: an AUC of 1 from 1 to 1 proves nothing."""
-    labels, groups = np.array([0, 0, 0, 0, 1, 1, 1, 1]), np.repeat(["a", "b"], 4)
-    sure = np.stack([1 - labels * 0.9, labels * 0.9], 1)[None]
-    predictions = {"probe": sure, "random weights": sure * 0.5 + 0.25 + np.array([[0.1], [-0.1]] * 4) * [1, -1]}
+    """Eight pictures of two scenes, each with both labels: every resample is perfect, and proves nothing."""
+    labels, groups = np.array([0, 0, 0, 0, 1, 1, 1, 1]), np.array(list("abababab"))
+    scores = {
+        "probe": [0.1, 0.1, 0.1, 0.1, 0.9, 0.9, 0.9, 0.9],
+        "random weights": [0.7, 0.2, 0.3, 0.8, 0.6, 0.4, 0.9, 0.5],
+    }
+    predictions = {name: np.stack([1 - np.array(values), values], 1)[None] for name, values in scores.items()}
     result = m.judge(labels, groups, predictions, np.zeros((1, 8), int), repeats=300)
     said = m.verdict(result)
-    assert "1.000 (too few for an interval)" in said and "pretraining is not shown to help" in said
+    assert "AUC 1.000 (too few for an interval)" in said and "pretraining is not shown to help" in said
     assert m.tone(result) == "warn"
