@@ -158,12 +158,14 @@ def test_the_update_is_that_of_train_ssl_to_the_bit(folder, tmp_path, gram):
 def test_a_way_is_what_its_name_says(folder, monkeypatch):
     compiled = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda block, **_: compiled.append(block))
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)  # beyond which torch goes on uncompiled
     plain = bench.make_run(bench.train_args(toy_point(folder), ""), CPU)
     assert plain.args.micro_batch == 4 and not plain.student.backbone.checkpointing and not compiled
     args = bench.train_args(toy_point(folder), "accumulate 4")
     assert args.micro_batch == args.koleo_group == 1 and args.batch_size == 4
     fast = bench.make_run(bench.train_args(toy_point(folder), "compile checkpointing"), CPU)
     assert fast.student.backbone.checkpointing and {*compiled} >= {*fast.student.backbone.blocks[:-1]}
+    assert torch._dynamo.config.recompile_limit >= 64  # four --sizes, three networks, with and without gradients
 
 
 def test_an_update_that_is_not_finite_is_no_measurement(folder):
