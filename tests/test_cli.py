@@ -142,3 +142,36 @@ def test_a_misspelt_flag_is_told_the_right_one(words, hint, capsys):
     with pytest.raises(SystemExit) as ended:
         parser.parse_args(words.split())
     assert ended.value.code == 2 and capsys.readouterr().err.endswith(f"{hint}\n")
+
+
+TECHNIQUES = {"focal": lambda logits, targets, weights=None, gamma=2.0, k=3, betas=(0.9, 0.999): 0, "ce": lambda x: 0}
+
+
+def test_a_technique_is_a_row_of_a_table_and_its_numbers():
+    assert cli.technique("ce", TECHNIQUES) == ("ce", {})
+    name, options = cli.technique(" focal: gamma=1, k=4", TECHNIQUES)
+    assert (name, options) == ("focal", {"gamma": 1.0, "k": 4}) and type(options["gamma"]) is float
+    assert cli.read_technique("raps:alpha=0.05,mode=fast,list=") == (
+        "raps",
+        {"alpha": 0.05, "mode": "fast", "list": ""},
+    )
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("facol", "--loss facol: there is no 'facol'; known are focal, ce"),
+        ("focal:gama=1", r"focal has no 'gama'; its numbers, with their defaults, are gamma \(2.0\), k \(3\)"),
+        ("focal:weights=1", "focal has no 'weights'"),
+        ("focal:betas=1", "focal has no 'betas'"),
+        ("focal:gamma", "gamma is ''; expected something like 2.0"),
+        ("focal:gamma=1e400", "gamma is 'inf'"),
+        ("focal:gamma=NaN", "gamma is 'nan'"),
+        ("focal:k=1.5", "k is '1.5'; expected something like 3"),
+        ("focal:k=true", "k is 'True'"),
+        ("ce:a=1", "ce has no 'a'; its numbers, with their defaults, are none"),
+    ],
+)
+def test_a_wrong_technique_is_told_what_there_is(text, words):
+    with pytest.raises(ValueError, match=words):
+        cli.technique(text, TECHNIQUES, "--loss", taken=("weights",))

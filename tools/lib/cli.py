@@ -12,6 +12,9 @@ import contextlib
 import ctypes
 import difflib
 import dis
+import inspect
+import json
+import math
 import operator
 import re
 import sys
@@ -80,6 +83,41 @@ share = within("[0, 1]")  # also a probability
 not_negative = within("[0, inf)")
 above_zero = within("(0, inf)")
 finite = within("(-inf, inf)")
+
+
+def read_technique(text):
+    """`raps:alpha=0.05,lam=0.1` -> ("raps", {"alpha": 0.05, "lam": 0.1}); what is no JSON stays a text."""
+    name, _, rest = text.partition(":")
+    options = {}
+    for part in filter(None, rest.split(",")):
+        key, _, value = part.partition("=")
+        try:
+            options[key.strip()] = json.loads(value)
+        except ValueError:
+            options[key.strip()] = value.strip()
+    return name.strip(), options
+
+
+def technique(text, table, flag="", taken=()):
+    """`focal:gamma=2` -> ("focal", {"gamma": 2}): a row of table {name: function}, and numbers that it takes.
+
+    Those are the arguments of the function that have a number (or a text) as default, but for `taken`.
+    """
+    name, options = read_technique(text)
+    where = f"{flag} {shown(text)}".strip()
+    if name not in table:
+        raise ValueError(f"{where}: there is no {shown(name)!r}; known are {', '.join(table)}")
+    defaults = {key: p.default for key, p in inspect.signature(table[name]).parameters.items() if key not in taken}
+    defaults = {key: value for key, value in defaults.items() if type(value) in (int, float, str)}
+    for key, value in options.items():
+        if key not in defaults:
+            known = ", ".join(f"{k} ({v})" for k, v in defaults.items()) or "none"
+            raise ValueError(f"{where}: {name} has no {shown(key)!r}; its numbers, with their defaults, are {known}")
+        kinds = (int, float) if isinstance(defaults[key], float) else (type(defaults[key]),)
+        if type(value) not in kinds or value in (math.inf, -math.inf) or value != value:
+            raise ValueError(f"{where}: {key} is {shown(value)!r}; expected something like {defaults[key]}")
+        options[key] = type(defaults[key])(value)
+    return name, options
 
 
 def pick_device(name):
