@@ -85,38 +85,50 @@ above_zero = within("(0, inf)")
 finite = within("(-inf, inf)")
 
 
-def read_technique(text):
-    """`raps:alpha=0.05,lam=0.1` -> ("raps", {"alpha": 0.05, "lam": 0.1}); what is no JSON stays a text."""
+def read_value(text):
+    """A number, list or truth value as JSON writes it; anything else is text."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def read_options(text):
+    """focal:gamma=2,weights=[1,2] -> ("focal", {"gamma": 2, "weights": [1, 2]})."""
     name, _, rest = text.partition(":")
-    options = {}
-    for part in filter(None, rest.split(",")):
-        key, _, value = part.partition("=")
-        try:
-            options[key.strip()] = json.loads(value)
-        except ValueError:
-            options[key.strip()] = value.strip()
-    return name.strip(), options
+    pairs = [part.partition("=") for part in re.split(r",(?=\s*\w+\s*=)", rest) if part.strip()]
+    return name.strip(), {key.strip(): read_value(value.strip()) for key, _, value in pairs}
 
 
-def technique(text, table, flag="", taken=()):
-    """`focal:gamma=2` -> ("focal", {"gamma": 2}): a row of table {name: function}, and numbers that it takes.
+def same_kind(value, default):
+    """Whether an option may replace its default: finite numbers for numbers, as many of them for several."""
+    if isinstance(default, (tuple, list)):
+        return isinstance(value, list) and len(value) == len(default) and all(map(same_kind, value, default))
+    if isinstance(default, (bool, str)):
+        return type(value) is type(default)
+    if isinstance(default, (int, float)):
+        return type(value) in (int, float) and math.isfinite(value)
+    return True
 
-    Those are the arguments of the function that have a number (or a text) as default, but for `taken`.
+
+def technique(text, table):
+    """A value such as muon:lr=0.02 -> ("muon", {"lr": 0.02}), by a table {name: function or class}.
+
+    An option is a parameter that has a default in the row's signature (not behind its *), and of the default's kind.
     """
-    name, options = read_technique(text)
-    where = f"{flag} {shown(text)}".strip()
+    name, options = read_options(text)
     if name not in table:
-        raise ValueError(f"{where}: there is no {shown(name)!r}; known are {', '.join(table)}")
-    defaults = {key: p.default for key, p in inspect.signature(table[name]).parameters.items() if key not in taken}
-    defaults = {key: value for key, value in defaults.items() if type(value) in (int, float, str)}
+        near = difflib.get_close_matches(name, table, 1)
+        hint = f"did you mean {near[0]}? known" if near else "known"
+        raise ValueError(f"there is no {shown(name) or 'empty name'}; {hint} are {', '.join(table)}")
+    parameters = inspect.signature(table[name]).parameters.values()
+    known = {p.name: p.default for p in parameters if p.default is not p.empty and p.kind is not p.KEYWORD_ONLY}
     for key, value in options.items():
-        if key not in defaults:
-            known = ", ".join(f"{k} ({v})" for k, v in defaults.items()) or "none"
-            raise ValueError(f"{where}: {name} has no {shown(key)!r}; its numbers, with their defaults, are {known}")
-        kinds = (int, float) if isinstance(defaults[key], float) else (type(defaults[key]),)
-        if type(value) not in kinds or value in (math.inf, -math.inf) or value != value:
-            raise ValueError(f"{where}: {key} is {shown(value)!r}; expected something like {defaults[key]}")
-        options[key] = type(defaults[key])(value)
+        if key not in known:
+            choice = ", ".join(f"{k}={v}" for k, v in known.items()) or "none"
+            raise ValueError(f"{name} has no option {shown(key)}; its options are {choice}")
+        if not same_kind(value, known[key]):
+            raise ValueError(f"{name}:{key} is {shown(value)}, expected a value like {shown(known[key])}")
     return name, options
 
 

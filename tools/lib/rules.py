@@ -15,7 +15,7 @@ import numpy as np
 
 from tools.lib import calibrate, conformal, thresholds
 from tools.lib.choice import choose
-from tools.lib.cli import read_technique, shown
+from tools.lib.cli import read_options, shown
 from tools.lib.fusion import POOLS, simplex_weights
 from tools.lib.metrics import rates
 
@@ -38,7 +38,7 @@ class Decisions(NamedTuple):
 def read_step(step):
     """raps:alpha=0.05,lam=0.1 as text, or {"kind", "method", ...options} -> (kind, method, options)."""
     if isinstance(step, str):
-        method, options = read_technique(step)
+        method, options = read_options(step)
         step = {"method": method, **options}
     options = {key: value for key, value in step.items() if key not in ("kind", "method")}
     method, kind = step.get("method"), KIND_OF.get(step.get("method"))
