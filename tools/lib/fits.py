@@ -232,37 +232,33 @@ def conjugate_gradients(product, target, scale, most):
 
 
 @torch.no_grad()
-def linear_probe(X, labels, fit, select, classes, refit=False):
+def linear_path(X, labels, rows, classes, cs):
+    """(weight [K, d], bias [K]) of centred classes for each C, fitted on rows [n]; each begins at the one before."""
+    X, rows, outputs = torch.as_tensor(X, dtype=torch.float64), torch.as_tensor(rows), 1 if classes == 2 else classes
+    truth = F.one_hot(torch.as_tensor(labels)[rows], classes).double()[:, -outputs:]
+    found = rotate(X, rows)
+    Z, s2 = (found.scaled[rows] @ found.axes)[:, found.keep], found.s2[found.keep]
+    w, bias = Z.new_zeros(Z.shape[1], outputs), Z.new_zeros(outputs)
+    for C in cs:
+        w, bias = newton(Z, s2, truth, w, bias, C)
+        weight = F.pad((found.axes[:, found.keep] @ w / found.divisor[:, None]).T, (0, 0, classes - outputs, 0))
+        offset = F.pad(bias, (classes - outputs, 0)) - weight @ found.mean
+        yield (weight - weight.mean(0)).numpy(), (offset - offset.mean()).numpy()
+
+
+def linear_probe(X, labels, fit, select, classes):
     """Logistic regression on the rows `fit` [n] for every C of PATH; the C of the least log loss on `select` [n] wins.
 
-    Features are standardised inside. refit: with that C once more on both. -> Linear, of centred classes.
+    Features are standardised inside.
     """
     for words, rows in (("to fit on", fit), ("that choose C", select)):
         if absent := set(range(classes)) - set(labels[rows].tolist()):
             raise ValueError(f"the rows {words} have no sample of class {min(absent)}; make a split that has")
-    X, labels = torch.as_tensor(X, dtype=torch.float64), torch.as_tensor(labels)
-    outputs = 1 if classes == 2 else classes
-    truth = F.one_hot(labels, classes).double()[:, -outputs:]
-
-    def path(rows, cs):
-        found = rotate(X, torch.as_tensor(rows))
-        Z, s2 = (found.scaled[rows] @ found.axes)[:, found.keep], found.s2[found.keep]
-        w, bias = Z.new_zeros(Z.shape[1], outputs), Z.new_zeros(outputs)
-        for C in cs:
-            w, bias = newton(Z, s2, truth[rows], w, bias, C)
-            weight = F.pad((found.axes[:, found.keep] @ w / found.divisor[:, None]).T, (0, 0, classes - outputs, 0))
-            offset = F.pad(bias, (classes - outputs, 0)) - weight @ found.mean
-            yield weight - weight.mean(0), offset - offset.mean()
-
-    best, losses = None, []
-    for weight, bias in path(fit, PATH):
-        losses.append(F.cross_entropy(X[select] @ weight.T + bias, labels[select]).item())
-        if losses[-1] == min(losses):
-            best = weight, bias
-    C = float(PATH[int(np.argmin(losses))])
-    if refit:
-        (best,) = path(fit | select, [C])
-    return Linear(*(part.numpy() for part in best), C, losses)
+    best, losses, truth = None, [], torch.as_tensor(labels[select])
+    for weight, bias in linear_path(X, labels, fit, classes, PATH):
+        losses.append(F.cross_entropy(torch.as_tensor(X[select] @ weight.T + bias), truth).item())
+        best = (weight, bias) if losses[-1] == min(losses) else best
+    return Linear(*best, float(PATH[int(np.argmin(losses))]), losses)
 
 
 SETTINGS = {logistic: CS, nearest: KS}  # what `choose` chooses from
