@@ -7,8 +7,6 @@
 A picture's logits do not depend on the pictures beside it: batched and one by one agree to 1e-6.
 """
 
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -20,14 +18,13 @@ from model import Classifier, Head, load_backbone
 from tools.lib import provenance, tables
 from tools.lib.calibrate import log_softmax
 from tools.lib.cli import shown
+from tools.lib.features import CPU_VIEWS, VALUES, ahead
 from tools.lib.files import wrong_field
 from tools.lib.fusion import POOLS
 from tools.lib.progress import progress
 
 FIELDS = {"classes": list, "pool": str, "layers": int, "layout": tables.TEXT, "eval_view": dict, "encoding": str}
 TENSORS = ("student", "teacher", "gram", "optimizer")
-VALUES = 1 << 22  # pixel values that are padded and made float at once: 16 MB, however large the batch
-CPU_VIEWS = 32  # per forward on a CPU: more need memory and are no faster
 ALIKE = 1e-6  # logits of all samples within this are the same
 
 
@@ -80,18 +77,6 @@ def build(path, backbone, head, facts):
 # ----- logits
 
 
-def ahead(function, items, workers):
-    """function(item) in order, computed by threads while the caller works."""
-    with ThreadPoolExecutor(workers) as pool:
-        waiting = deque()
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) > workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-
-
 def layout_of(text):
     """A layout as text -> (what data.read_view takes, flips [V]). None: the square of data.eval_boxes."""
     if text is None:
@@ -141,9 +126,9 @@ def logits_of(classifier, source, rows, layout, view, device="cpu", batch=96, wo
 # ----- tables
 
 
-def facts_of(facts, source, split, layout=None, labels_sha256=None):
+def facts_of(facts, source, split, labels_sha256=None):
     """Of the .json beside a prediction table. facts: of read_classifier; split: "none" without a contract."""
-    return {"classes": facts["classes"], "split": split, "layout": layout or facts["layout"],
+    return {"classes": facts["classes"], "split": split, "layout": facts["layout"],
             "eval_view": facts["eval_view"], "weights_sha256": facts["sha256"], "split_sha256": source.split_sha256,
             "data": str(source.root), "labels_sha256": labels_sha256}  # fmt: skip
 
