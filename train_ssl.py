@@ -605,7 +605,7 @@ def main(argv=None):
 def open_data(args):
     """(images to train on, val_select or None): what is held out is read here for the log only."""
     if args.no_split:
-        source = data.open_source(args.data, args.limit, args.z_stride)
+        source = data.thin(data.open_source(args.data), args.limit, args.z_stride)
         return data.weighed(source, args.weights) if args.weights else source, None
     everything, more = data.open_source(args.data), dict(z_stride=args.z_stride, allow_duplicates=args.allow_duplicates)
     source = data.open_for(everything, "fit", limit=args.limit, **more)
