@@ -1,10 +1,10 @@
-"""Turn a checkpoint into a folder for other people: the EMA teacher in the Hugging Face DINOv3 layout, with its papers.
+"""Turn a checkpoint into a folder for other people: the EMA teacher as transformers or timm reads it, with its papers.
 
 In: a checkpoint of train_ssl.py and, with --probe, the results.json that train_probe.py wrote about it. Out: OUT/ with
-model.safetensors, config.json, preprocessor_config.json, README.md (model card), provenance.json, LICENSE and
-SHA256SUMS. provenance.json holds salted hashes of what the weights were trained on, so that whoever evaluates them can
-refuse a leak. The folder appears only when what is in it was loaded again and gives the teacher's outputs to 1e-5. No
-path of this machine and no patient id in clear gets in.
+model.safetensors, config.json, README.md (model card), provenance.json, LICENSE and SHA256SUMS; for transformers also
+preprocessor_config.json. provenance.json holds salted hashes of what the weights were trained on, so that whoever
+evaluates them can refuse a leak. The folder appears only when what is in it was loaded again and gives the teacher's
+outputs to 1e-5. No path of this machine and no patient id in clear gets in.
 
     python tools/release.py --ckpt runs/lidc/last.pth --data data/processed --probe runs/lidc/probe/results.json \\
         --out release/dinox-lidc-vit-small
@@ -29,7 +29,7 @@ import torch
 import checkpoint
 from checkpoint import atomic_write, write_text
 from data import MEAN, STD, file_sha256
-from model import load_backbone, read_weights, state_to_hf
+from model import load_backbone, read_weights, state_to_hf, state_to_timm
 from tools.lib import runs
 from tools.lib.cli import ROOT, Parser, run, shown
 from tools.lib.files import created_utc, read_json_file, write_json, wrong_field
@@ -72,7 +72,7 @@ def to_image(hu):  # HU [3, H, W] -> uint8 [H, W, 3]
     level, width = np.array([[-600, 40, 300], [1500, 400, 1500]])[:, :, None, None]
     return (255 * np.clip((hu - (level - width / 2)) / width, 0, 1) + 0.5).astype(np.uint8).transpose(1, 2, 0)
 ```""",
-    "photo": "Images are ordinary RGB pictures; the processor does the rest.",
+    "photo": "Images are ordinary RGB pictures.",
 }
 WINDOWS = {  # of the views, by recipe
     "ct": "In training the window of each view varied around this one: its level by 10% of the width, its width by a "
@@ -80,9 +80,36 @@ WINDOWS = {  # of the views, by recipe
     "ct_any_window": "In training the windows varied between lung (-600/1500), soft tissue (40/400) and bone "
     "(300/1500; level/width).",
 }
+USE = {
+    "transformers": """```python
+import numpy as np
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModel
+
+model = AutoModel.from_pretrained("PATH OR REPOSITORY").eval()
+processor = AutoImageProcessor.from_pretrained("PATH OR REPOSITORY")
+out = model(**processor(Image.fromarray(image), return_tensors="pt"))
+out.pooler_output                         # cls [1, {dim}]
+out.last_hidden_state[:, {prefix}:]             # patches [1, {patches}, {dim}], row by row
+```
+
+`model.load_backbone("PATH")` of DINO-X opens the folder too, without transformers.""",
+    "timm": """```python
+import timm
+
+model = timm.create_model("{architecture}", checkpoint_path="PATH/model.safetensors", {arguments}).eval()
+tokens = model.forward_features(images)  # [B, {tokens}, {dim}]: cls, {registers} registers, patches
+tokens[:, 0]                             # cls
+tokens[:, {prefix}:]                            # patches, row by row
+```
+
+`timm.create_model("local-dir:PATH", pretrained=True)` does the same. timm computes the RoPE periods in float32, as this
+model was trained (the original DINOv3 code rounds them to bfloat16, which moves outputs by up to 4e-3).
+`model.load_backbone("PATH")` of DINO-X opens the folder too, without timm.""",
+}
 CARD = """---
 license: {license}
-library_name: transformers
+library_name: {library}
 pipeline_tag: image-feature-extraction
 tags: [dinov3, self-supervised{tags}]
 ---
@@ -95,24 +122,12 @@ These are the weights of the EMA teacher, without projection heads. This run use
 
 ## Use
 
-```python
-import numpy as np
-from PIL import Image
-from transformers import AutoImageProcessor, AutoModel
-
-model = AutoModel.from_pretrained("PATH OR REPOSITORY").eval()
-processor = AutoImageProcessor.from_pretrained("PATH OR REPOSITORY")
-out = model(**processor(Image.fromarray(image), return_tensors="pt"))
-out.pooler_output                         # cls [1, {dim}]
-out.last_hidden_state[:, {prefix}:]             # patches [1, {patches}, {dim}], row by row
-```
-
-`model.load_backbone("PATH")` of DINO-X opens the folder too, without transformers.
+{use}
 
 {inputs}
 
-Give a square picture: the processor resizes it to {size} x {size} pixels (bicubic) and normalises with the mean and
-standard deviation of ImageNet. Sides that are other multiples of {patch} work as well.
+Give a square picture of {size} x {size} pixels (resized bicubically), normalised with the mean and standard deviation
+of ImageNet{by}. Sides that are other multiples of {patch} work as well.
 
 ## Data
 
@@ -329,7 +344,19 @@ def licence_of(facts, path):
         raise ValueError(f"licence {path} is not UTF-8 text; save it as such") from None
 
 
-def write_card(facts, config, name, texts):
+def usage(vit, config, layout, size):
+    """The card's code that opens the folder."""
+    shapes = dict(dim=vit.dim, registers=vit.registers, prefix=1 + vit.registers)
+    shapes |= dict(patches=(size // vit.patch_size) ** 2, tokens=1 + vit.registers + (size // vit.patch_size) ** 2)
+    if layout == "hf":
+        return dict(library="transformers", by=", which the processor does", use=USE["transformers"].format(**shapes))
+    given = dict(num_classes=0, **config["model_args"])
+    arguments = ", ".join(f"{name}={value!r}" for name, value in given.items())
+    words = USE["timm"].format(architecture=config["architecture"], arguments=arguments, **shapes)
+    return dict(library="timm", by="", use=words)
+
+
+def write_card(facts, vit, name, texts):
     """The model card out of facts, architecture and the texts that main() put together."""
     photos, size = facts["encoding"] == "photo", facts["eval_view"]["size"]
     aug = "ct" if facts["args"]["aug"] == "auto" else facts["args"]["aug"]
@@ -342,8 +369,7 @@ def write_card(facts, config, name, texts):
     return CARD.format(
         name=name, tags="" if photos else ", computed-tomography, medical-imaging",
         license="mit" if texts["licence"].startswith("MIT License") else "other",
-        arch=facts["arch"]["name"], patch=config["patch_size"], dim=config["hidden_size"],
-        prefix=1 + config["num_register_tokens"], patches=(size // config["patch_size"]) ** 2, size=size,
+        arch=facts["arch"]["name"], patch=vit.patch_size, size=size,
         what="photographs" if photos else "CT slices with their two neighbours",
         images=facts["images"], step=facts["step"],
         inputs=INPUTS[facts["encoding"]].format(low=level - width / 2, width=width, training=WINDOWS.get(aug, "")),
@@ -375,14 +401,25 @@ def largest_difference(vit, folder, size):
         return max((a - b).abs().max().item() for a, b in pairs if a.numel())
 
 
-def write_weights(vit, facts, folder):
-    """model.safetensors, config.json and preprocessor_config.json; returns the config."""
-    state, config = state_to_hf(vit)
-    config |= {"image_size": facts["eval_view"]["size"], "dtype": "float32"}
+def timm_config(size, chans):
+    """What timm is told of pictures."""
+    return {"input_size": [chans, size, size], "fixed_input_size": False, "interpolation": "bicubic", "crop_pct": 1.0,
+            "mean": list(MEAN), "std": list(STD), "num_classes": 0, "first_conv": "patch_embed.proj"}  # fmt: skip
+
+
+def write_weights(vit, facts, folder, layout="hf"):
+    """model.safetensors, config.json and, for transformers, preprocessor_config.json; returns the config."""
+    size = facts["eval_view"]["size"]
+    if layout == "hf":
+        state, config = state_to_hf(vit)
+        config |= {"image_size": size, "dtype": "float32"}
+        write_json(folder / "preprocessor_config.json", processor_config(size), indent=2)
+    else:
+        state, config = state_to_timm(vit)
+        config |= {"pretrained_cfg": timm_config(size, vit.patch_embed.proj.in_channels)}
     packed = safetensors.torch.save(state, {"format": "pt"})
     atomic_write(folder / "model.safetensors", lambda f: f.write(packed))
     write_json(folder / "config.json", config, indent=2)
-    write_json(folder / "preprocessor_config.json", processor_config(facts["eval_view"]["size"]), indent=2)
     return config
 
 
@@ -392,19 +429,20 @@ def write_sums(folder):
     write_text(folder / "SHA256SUMS", "".join(f"{file_sha256(path)}  {path.name}\n" for path in files))
 
 
-def fill(folder, ckpt, facts, name, texts, provenance):
+def fill(folder, ckpt, facts, name, texts, provenance, layout):
     """Write everything into a folder that nobody sees yet; raises when what is there is not the teacher."""
     vit = load_backbone(ckpt)
-    config = write_weights(vit, facts, folder)
+    config = write_weights(vit, facts, folder, layout)
     difference = largest_difference(vit, folder, facts["eval_view"]["size"])
     if not difference <= TOLERANCE:
         raise ValueError(f"reloaded, the export differs by {difference:.2e} from --ckpt {ckpt}: nothing released")
     print(f"reloaded: largest difference of any output {difference:.1e}")
     numbers = dict(difference=difference, millions=sum(p.numel() for p in vit.parameters()) / 1e6)
+    numbers |= usage(vit, config, layout, facts["eval_view"]["size"])
     numbers |= dict(weights_sha256=file_sha256(folder / "model.safetensors"), checkpoint_sha256=file_sha256(ckpt))
     write_json(folder / "provenance.json", provenance, indent=None)
     write_text(folder / "LICENSE", texts["licence"])
-    write_text(folder / "README.md", write_card(facts, config, name, texts | numbers))
+    write_text(folder / "README.md", write_card(facts, vit, name, texts | numbers))
     write_sums(folder)
 
 
@@ -532,6 +570,8 @@ def build_parser():
     parser = Parser(__doc__)
     parser.add_argument("--ckpt", required=True, type=Path, help="of train_ssl.py; its EMA teacher goes out")
     parser.add_argument("--out", required=True, type=Path, help="folder to make; its name titles the card")
+    parser.add_argument("--layout", choices=["hf", "timm"], default="hf", help="hf: for transformers; timm: for "
+                        "timm.create_model")  # fmt: skip
     parser.add_argument("--probe", type=Path, help="results.json of train_probe.py about this checkpoint")
     parser.add_argument("--data", type=Path, help="what it was trained on: adds counts of series and slices")
     parser.add_argument("--license", type=Path, help="text for the weights; default: LICENSE of this repository")
@@ -563,7 +603,7 @@ def main(argv=None):
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     try:
-        fill(staging, args.ckpt, facts, args.out.name, texts, provenance)
+        fill(staging, args.ckpt, facts, args.out.name, texts, provenance, args.layout)
         refuse_change(args.ckpt, before)
         refuse_secrets(staging, secrets_of(facts, args.ckpt.parent, args.out.parent))
         os.replace(staging, args.out)
