@@ -35,7 +35,7 @@ from pydicom.uid import (
 
 from data import INDEX_COLUMNS, WINDOWS_HU
 from tools import preprocess_dicom, write_manifest
-from tools.lib import dicom
+from tools.lib import dicom, volumes
 
 ROOT = Path(__file__).resolve().parent.parent
 AXIAL = (1, 0, 0, 0, 1, 0)
@@ -145,7 +145,8 @@ def enhanced(hu, order, slope=lambda z: 1, **change):
 def volume_of(files, **options):
     """Files of one series -> what dicom_series makes of them."""
     slices = [s for data in files for s in dicom.read_slices(data)]
-    return dicom.assemble(slices, options.pop("min_slices", 8), **options)
+    [volume] = dicom.assemble(slices, options.pop("min_slices", 8), **options)
+    return volume
 
 
 def write_tree(folder, datasets, syntax=ExplicitVRLittleEndian, seed=0):
@@ -931,15 +932,15 @@ def test_the_body_box_is_the_body_without_the_table(shape):
     for table in ("none", "plates"):
         hu, box = scene(*shape, table)
         noisy = (hu + np.random.default_rng(0).normal(0, 30, shape)).astype(np.int16)
-        found = preprocess_dicom.body_box(noisy)
+        found = volumes.body_box(noisy)
         assert np.abs(np.subtract(found, box)).max() <= (0 if table == "none" else shape[0] // 64), (found, box)
 
 
 def test_a_slice_without_a_body_keeps_its_whole_box():
     hu = np.full((50, 60), -1000, np.int16)
-    assert preprocess_dicom.body_box(hu) == (0, 50, 0, 60)
+    assert volumes.body_box(hu) == (0, 50, 0, 60)
     hu[20, :] = 100
-    assert preprocess_dicom.body_box(hu) == (0, 50, 0, 60)
+    assert volumes.body_box(hu) == (0, 50, 0, 60)
 
 
 def test_largest_region_by_flood_fill():
@@ -956,7 +957,7 @@ def test_largest_region_by_flood_fill():
                 left -= near
                 stack += near
             best = max(best, region, key=len)
-        found = preprocess_dicom.largest_region(mask)
+        found = volumes.largest_region(mask)
         assert found.sum() == len(best) and not np.any(found & ~mask)
 
 
