@@ -303,9 +303,10 @@ def check_size(data):
 
 def read_scan(data):
     """The beginning of a file -> fields of Scan; raises when it ends before its SeriesInstanceUID is complete."""
-    passed = []
+    passed, groups = [], set()
 
     def beyond_series(tag, vr, length):
+        groups.add(tag >> 16)
         if tag > tag_for_keyword("SeriesInstanceUID"):
             passed.append(tag)
         return bool(passed)
@@ -313,7 +314,7 @@ def read_scan(data):
     with parsing("header"):
         check_size(data)
         ds = read_partial(io.BytesIO(data), beyond_series, force=True, specific_tags=SCAN_TAGS)
-        if text_of(ds.file_meta, "MediaStorageSOPClassUID") == DICOMDIR:
+        if text_of(ds.file_meta, "MediaStorageSOPClassUID") == DICOMDIR or 4 in groups:  # the group of directories
             raise Reject("dicomdir")
         if not passed:
             raise Reject("header", "the file ends early")
