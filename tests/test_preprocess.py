@@ -1,6 +1,7 @@
 """Claims about preprocess_dicom.py, dicom_series.py and write_manifest.py. The truth is a volume in HU that the test
 itself writes as DICOM, in every lawful and unlawful way."""
 
+import concurrent.futures
 import contextlib
 import copy
 import csv
@@ -414,6 +415,13 @@ def test_shards_and_their_merge_write_the_bytes_of_one_process(tmp_path, capsys)
     assert preprocess(raw, many, *flags, "--merge", "3") == 1
     assert same_trees(tree(many), tree(one))
     assert write_manifest.verify(many, "d") == []
+
+
+def test_shards_that_begin_at_once_share_one_key(tmp_path):
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        keys = set(pool.map(dicom.load_key, [tmp_path / "new" / "key"] * 32))
+    assert len(keys) == 1 and [path.name for path in (tmp_path / "new").iterdir()] == ["key"]
+    assert (tmp_path / "new" / "key").stat().st_mode & 0o777 == 0o600
 
 
 def test_a_merge_names_the_shard_that_is_not_whole(tmp_path):

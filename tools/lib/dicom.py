@@ -208,7 +208,15 @@ def load_key(path):
             os.chmod(f.name, 0o600)  # before the secret is in it
             f.write(secrets.token_hex(32).encode())
 
-        atomic_write(path, write)
+        mine = atomic_write(path.with_name(f".{path.name}.{secrets.token_hex(4)}"), write)
+        try:
+            os.link(mine, path)  # of several shards that begin at once the first one's key is everybody's
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without links
+            os.replace(mine, path)
+        finally:
+            mine.unlink(missing_ok=True)
     text = regular(path).read_text(errors="replace").strip()
     if not re.fullmatch("[0-9a-f]{64}", text):
         raise ValueError(f"{path}: a key file holds 64 hex digits; restore it or name another with --key-file")
