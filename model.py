@@ -1016,7 +1016,7 @@ def read_tensors(path):
         raise ValueError(f"{path} is damaged, or not safetensors or a weights-only torch file: {reason}") from None
 
 
-def read_config(path):
+def read_hf_config(path):
     """config.json, if there is one, else {}; refuses numbers of a DINOv3 ViT that are none."""
     config = read_json(path) if path.exists() else {}
     fields = {"num_attention_heads": numbers.Integral, "layer_norm_eps": numbers.Real, "rope_theta": numbers.Real}
@@ -1026,7 +1026,7 @@ def read_config(path):
     return config
 
 
-def read_index(path):
+def read_shards(path):
     """{file name: names of its tensors} by model.safetensors.index.json."""
     files, where = {}, read_json(path).get("weight_map")
     good = isinstance(where, dict) and where and all(isinstance(name, str) for name in where.values())
@@ -1043,7 +1043,7 @@ def read_weights(path):
     if not path.exists():
         raise FileNotFoundError(f"no weights at {path}")
     folder = path if path.is_dir() else path.parent
-    config = read_config(folder / "config.json")
+    config = read_hf_config(folder / "config.json")
     kind = config.get("model_type")
     if kind != "dinov3_vit" and path.is_dir():
         hint = f"; its newest checkpoint is {path / 'last.pth'}" if (path / "last.pth").exists() else ""
@@ -1053,7 +1053,7 @@ def read_weights(path):
     if not path.is_dir():
         return read_tensors(path), config
     index = path / "model.safetensors.index.json"  # large models come in several files
-    files = read_index(index) if index.exists() else {"model.safetensors": None}
+    files = read_shards(index) if index.exists() else {"model.safetensors": None}
     missing = [name for name in files if not (path / name).exists()]
     if missing:
         raise FileNotFoundError(f"{path} holds no {some(missing)}")

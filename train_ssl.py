@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import functools
 import gc
 import math
 import os
@@ -30,8 +31,8 @@ from tqdm import tqdm
 import checkpoint
 import data
 import losses
-from model import ARCHS, ProjectionHead, SSLModel, build_vit, draw_keep, draw_rope, load_backbone, pack, read_facts
-from tools.lib import broken, loop, optim, provenance
+from model import ARCHS, ProjectionHead, SSLModel, build_vit, draw_keep, draw_rope, load_backbone, pack
+from tools.lib import broken, loop, optim, provenance, settings
 from tools.lib.cli import Parser, above_zero, natural, not_negative, positive, run, share, within
 from tools.lib.files import write_json
 
@@ -175,24 +176,6 @@ def resolve(args, world):
     check_together(args)
     args.lr = 5e-4 * math.sqrt(args.batch_size / 256) if args.lr is None else args.lr
     return args
-
-
-def choices_in_words(args, encoding, begun):
-    """Lines for people; begun: the file of --init is behind a run that goes on, and may have changed or gone."""
-    rows = 2 * args.batch_size
-    yield f"batch {args.batch_size} as {args.micro_batch} at a time, {args.prototypes} prototypes, lr {args.lr:.2e}"
-    if args.centering == "sinkhorn" and args.prototypes > 32 * rows:
-        yield (
-            f"warning: Sinkhorn shares {rows} crops among {args.prototypes} prototypes, which makes targets noisy: use "
-            f"--prototypes {32 * rows} or fewer, a larger batch, or --centering softmax"
-        )
-    facts = read_facts(args.init) if args.init and not begun else {}
-    if foreign := loop.other_encoding(facts, encoding):
-        yield foreign
-    if args.aug != "auto" and (encoding == "photo") != (data.RECIPES[args.aug].kind == "photo"):
-        yield f"note: --aug {args.aug} was made for other images than these, which are {encoding}"
-    if args.no_split:
-        yield "no split: this run may have seen any image, and nothing that evaluates it can claim otherwise"
 
 
 # ------------------------------------------------------------------ schedules
@@ -395,44 +378,14 @@ def weights_of(now, args):
                    args.koleo_group, args.centering, args.precision)  # fmt: skip
 
 
-class Upcoming:
-    """The next `left` updates: read, rendered and drawn in order, all of it a function of (seed, step).
-
-    On a card one of them ahead, while the card works on the one before; a CPU would only hold one more set of crops.
-    """
-
-    def __init__(self, run, batches, micros, left):
-        self.run, self.batches, self.micros, self.left = run, batches, micros, left
-        self.ready, self.reads = [], []  # reads: begin and end of each
-
-    def waited(self):
-        """Seconds of reading since the last call, without those in which a card had still work."""
-        reads, self.reads = self.reads, []
-        return sum(loop.seconds_between(begin, end) for begin, end in reads)
-
-    def prepare(self, clock):
-        run, begin = self.run, loop.moment(self.run.device)
-        with clock("read"):
-            read = [next(self.batches) for _ in range(self.micros)]
-        self.reads.append((begin, loop.moment(run.device)))
-        self.left -= 1
-        step, depth, with_gram = read[0].step, run.student.backbone.depth, gram_snapshots(read[0].step, run.args) > 0
-        with clock("render"):
-            micro_batches = [
-                with_draws(to_micro(batch, run.device, with_gram), run.args, depth, step, number)
-                for number, batch in enumerate(read, run.rank * len(read))
-            ]
-        self.ready.append((read, micro_batches))
-
-    def take(self, clock=contextlib.nullcontext):
-        """(micro-batches as read, the same rendered) of the next update."""
-        if not self.ready:
-            self.prepare(clock)
-        return self.ready.pop()
-
-    def ahead(self, clock=contextlib.nullcontext):
-        if self.run.device.type == "cuda" and self.left:
-            self.prepare(clock)
+def prepared(run, read):
+    """Micro-batches of one update as read -> rendered on the device, with training's draws; ranks number them on."""
+    step, depth = read[0].step, run.student.backbone.depth
+    with_gram = gram_snapshots(step, run.args) > 0
+    return [
+        with_draws(to_micro(batch, run.device, with_gram), run.args, depth, step, number)
+        for number, batch in enumerate(read, run.rank * len(read))
+    ]
 
 
 def one_update(run, micro_batches, now, wish=lambda: False, ahead=lambda: None, clock=contextlib.nullcontext):
@@ -486,8 +439,8 @@ def evaluate(run, source, w, slices=256):
     size = max(m for m in range(group, max(args.micro_batch, group) + 1, group) if batch % m == 0)
     held_out = source.take(np.sort(data.rng(0, "limit").permutation(len(source))[: updates * batch]))
     micros = data.make_loader(
-        held_out, run.recipes[0], 0, range(updates), batch, size, masking=masking(args), skip_bad=args.skip_bad,
-        patch_size=student.backbone.patch_size,
+        held_out, run.recipes[0], 0, range(updates), batch, size, masking=settings.masking(args),
+        patch_size=student.backbone.patch_size, skip_bad=args.skip_bad,
     )  # fmt: skip
     terms, pairs, series = [], [], []
     student.eval()
@@ -509,39 +462,7 @@ def evaluate(run, source, w, slices=256):
 # ------------------------------------------------------------------ ranks, folder, state
 
 
-def masking(args):
-    return args.mask_probability, tuple(args.mask_ratio)
-
-
-def make_recipes(args, encoding):
-    kind = ("photo" if encoding == "photo" else "ct") if args.aug == "auto" else args.aug
-    base = dataclasses.replace(data.RECIPES[kind], local_crops=args.local_crops)
-    scales = {"field": args.field, "global_scale": args.global_scale, "local_scale": args.local_scale}
-    base = dataclasses.replace(base, **{name: tuple(scale) for name, scale in scales.items() if scale})
-    pairs = f"{args.global_size}/{args.local_size}" if args.sizes is None else args.sizes
-    recipes = []
-    for pair in pairs.split(","):
-        try:
-            size, local = map(int, pair.split("/"))
-        except ValueError:
-            raise ValueError(f"--sizes {args.sizes}: {pair!r} is not GLOBAL/LOCAL, as in 448/112") from None
-        gram = args.gram_scale * size if args.gram_weight else 0
-        recipes.append(dataclasses.replace(base, global_size=size, local_size=local, gram_size=gram))
-    return recipes
-
-
 # ------------------------------------------------------------------ main
-
-
-def check_sizes(recipes, patch):
-    """Refuse views that are no whole number of patches."""
-    for size in sorted({size for r in recipes for size in (r.global_size, r.local_size)}):
-        if size < patch or size % patch:
-            nearest = max(1, round(size / patch)) * patch
-            raise ValueError(
-                f"views of {size} pixels (--global-size, --local-size, --sizes): not a multiple of the patch size "
-                f"{patch}; nearest: {nearest}"
-            )
 
 
 def build_backbone(args, arch=None):
@@ -620,7 +541,7 @@ def write_config(run):
         "version": 1,
         "args": vars(args),
         "recipes": [dataclasses.asdict(r) for r in run.recipes],
-        "masking": masking(args),
+        "masking": settings.masking(args),
         "patch_size": run.student.backbone.patch_size,
         "arch": run.student.backbone.arch,
         "encoding": source.encoding,
@@ -645,22 +566,16 @@ def log_line(run, log, update, now, pace):
     health = losses.health(seen.cls_targets[-rows:], seen.cls_logits, seen.features, args.student_temp)
     values |= dict(zip(health, torch.stack(list(health.values())).tolist()))
     values["excess"] = args.w_dino * values["dino"] + args.w_ibot * values["ibot"] - values["target_entropy"]
-    seconds, updates = time.perf_counter() - pace.since, done - pace.done
-    rate = updates * args.batch_size / seconds
     recipe = data.pick_recipe(run.recipes, args.seed, done - 1)
-    tflops = rate * loop.flops_per_image(run.student, recipe, args, "gram" in terms) / 1e12
-    peak, images = loop.device_peak(run.device), done * args.batch_size
+    flops = loop.flops_per_image(run.student, recipe, args, "gram" in terms)
+    images = done * args.batch_size
     line = {"images": images, "epoch": images / len(run.source), **values, **now._asdict()}
     line |= {f"grad_norm_{name}": float(norm) for name, norm in update.norms.items()}
-    line |= dict(images_s=rate, data_wait=pace.waited / seconds, tflops=tflops, memory_gb=loop.memory_gb(run.device),
-                 seconds_to_go=(args.steps + args.extend - done) * seconds / max(updates, 1))  # fmt: skip
-    if peak:
-        line["mfu"] = tflops / (peak * world)
-    log.numbers(done, line)
+    log.numbers(done, line | pace.numbers(done, args, run.device, flops, world))
     if done > args.grace:
         for text in loop.warnings_in_words(values, pace.loss, *seen.features.shape):
             log.event(done, f"warning: {text}")
-    pace.since, pace.done, pace.waited, pace.loss = time.perf_counter(), done, 0.0, values["loss"]
+    pace.begin(done, values["loss"])
 
 
 def log_evaluation(run, held_out, now, log):
@@ -690,7 +605,7 @@ def main(argv=None):
 def open_data(args):
     """(images to train on, val_select or None): what is held out is read here for the log only."""
     if args.no_split:
-        source = data.open_source(args.data, args.limit, args.z_stride)
+        source = data.thin(data.open_source(args.data), args.limit, args.z_stride)
         return data.weighed(source, args.weights) if args.weights else source, None
     everything, more = data.open_source(args.data), dict(z_stride=args.z_stride, allow_duplicates=args.allow_duplicates)
     source = data.open_for(everything, "fit", limit=args.limit, **more)
@@ -702,7 +617,7 @@ def start_reading(args, source, recipes, steps, patch_size, rank, world, device)
     """The micro-batches of these updates, as readers deliver them."""
     return data.make_loader(
         source, recipes, args.seed, steps, args.batch_size, args.micro_batch, rank, world, args.workers, patch_size,
-        masking(args), args.skip_bad, pin_memory=device.type == "cuda", fixed=args.overfit,
+        settings.masking(args), args.skip_bad, pin_memory=device.type == "cuda", fixed=args.overfit,
     )  # fmt: skip
 
 
@@ -722,20 +637,7 @@ def build_run(args, backbone, source, recipes, rank, world, device, gram_arch=No
     student, teacher = build(args, backbone)
     gram_net = build_gram_net(args, teacher.backbone, gram_arch)
     nets = [m for m in (student, teacher, gram_net) if m is not None]
-    if args.compile:  # every size is a shape of its own: at the usual 8 torch goes on uncompiled
-        torch._dynamo.config.recompile_limit = 64
-        # but for the last block, which runs on other rows each time and would be compiled anew
-        for block in (block for m in nets for block in getattr(m, "backbone", m).blocks[:-1]):
-            block.compile(dynamic=False)  # mixed --sizes: guessed dynamic shapes fail in the backward (torch 2.13, CPU)
-    for m in nets:
-        if args.fsdp and world > 1:
-            loop.shard(m, device)  # from the CPU, part by part: no card ever holds a whole network
-        else:
-            m.to(device)
-    net = student
-    if world > 1 and not args.fsdp:
-        ids = [device.index] if device.type == "cuda" else None
-        net = torch.nn.parallel.DistributedDataParallel(student, device_ids=ids, gradient_as_bucket_view=True)
+    net = loop.on_device(args, student, nets, world, device)
     groups = optim.param_groups(student, args.layer_decay, args.patch_lr)
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, args.beta2), fused=True)
     return Run(args, rank, world, device, source, recipes, student, teacher, net, optimizer, gram_net)
@@ -747,7 +649,7 @@ def train(args, rank, world, device):
     if device.type == "cuda":  # small tensors are left to this process; the cores are for readers
         torch.set_num_threads(1)
     source, held_out = open_data(args)
-    recipes = make_recipes(args, source.encoding)  # refuses bad sizes before anything is made
+    recipes = settings.make_recipes(args, source.encoding)  # refuses bad sizes before anything is made
     if args.batch_size > len(source):
         raise ValueError(
             f"--batch-size {args.batch_size} is more than the {len(source)} images to train on, so an update would see "
@@ -755,13 +657,7 @@ def train(args, rank, world, device):
         )
 
     # ------------------------------------------------------------------ run folder, what to resume
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out} is a file; name the folder of the run")
-    if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        locked = loop.lock(out)
-        checkpoint.sweep(out)
-    path, facts, changed = loop.find_run(args, source, HARMLESS, rank, world)
+    locked, path, facts, changed = loop.open_run(args, source, HARMLESS, rank, world)
     start = facts.get("step", 0)
     if start >= total:
         if rank == 0:
@@ -776,7 +672,7 @@ def train(args, rank, world, device):
 
     # ------------------------------------------------------------------ readers, model
     backbone = build_backbone(args, facts.get("arch"))  # <- change the backbone there
-    check_sizes(recipes, backbone.patch_size)
+    settings.check_sizes(recipes, backbone.patch_size)
     micros = args.batch_size // (world * args.micro_batch)
     # forks now: later, readers would keep a copy of all weights (1.5 s of ViT-S's start)
     batches = start_reading(args, source, recipes, range(start, total), backbone.patch_size, rank, world, device)
@@ -790,7 +686,7 @@ def train(args, rank, world, device):
     log.event(
         start, f"resumed from {path.name}" if path else "started", changed=changed, git=loop.git_commit(), world=world
     )
-    for text in choices_in_words(args, source.encoding, begun=start > 0) if rank == 0 else ():
+    for text in settings.choices_in_words(args, source.encoding, begun=start > 0) if rank == 0 else ():
         tqdm.write(text)
     saver = checkpoint.Saver(out, args.keep_last, args.keep_every)
     sources = [s for s in (source, held_out) if s] if rank == 0 else []
@@ -801,7 +697,7 @@ def train(args, rank, world, device):
             saver.wait()
             loop.report_saves(log, saver, log.done, going_on=False)
             log.close()
-            if rank == 0:
+            if locked:
                 locked.close()
     return code or int(saver.error is not None)  # a run whose end is not on disk has failed
 
@@ -813,7 +709,7 @@ def run_updates(run, batches, micros, held_out, steps, tools):
     """Updates from start to total, with what happens between them -> exit code."""
     (start, total), (log, saver, stop), args = steps, tools, run.args
     pace, bad_in_a_row = loop.Pace(time.perf_counter(), start), 0
-    upcoming = Upcoming(run, batches, micros, total - start)
+    upcoming = loop.Upcoming(batches, micros, total - start, run.device, functools.partial(prepared, run))
     for step in range(start, total):
         done = log.done = step + 1
         now = values_at(step, args)

@@ -45,9 +45,9 @@ import checkpoint
 import data
 import train_ssl
 from model import ARCHS
+from tools.lib import loop, settings
 from tools.lib.cli import ROOT, Parser, above_zero, positive, run
 from tools.lib.files import write_json
-from tools.lib.loop import flops_per_image, git_commit, is_out_of_memory, moment, seconds_between, setup_distributed
 from tools.lib.machine import DTYPES, check_gemm, describe, synchronize
 from tools.lib.progress import progress
 
@@ -133,15 +133,15 @@ class Phases:
 
     @contextlib.contextmanager
     def __call__(self, name):
-        start = moment(self.device)
+        start = loop.moment(self.device)
         yield
-        self.marks.append((name, start, moment(self.device)))
+        self.marks.append((name, start, loop.moment(self.device)))
 
     def seconds(self):
         """{name: seconds}, for after a synchronize."""
         sums = {}
         for name, start, end in self.marks:
-            sums[name] = sums.get(name, 0) + seconds_between(start, end)
+            sums[name] = sums.get(name, 0) + loop.seconds_between(start, end)
         return sums
 
 
@@ -164,7 +164,7 @@ class Way(NamedTuple):
     """One way to do the update: a run at step 0, its endless updates, and the values of its last schedules."""
 
     run: train_ssl.Run
-    upcoming: train_ssl.Upcoming
+    upcoming: loop.Upcoming
     now: train_ssl.Now
 
 
@@ -192,7 +192,7 @@ def train_args(point, name):
 def make_run(args, device):
     """A run at step 0, with its Gram teacher in use if it has one."""
     source = data.open_source(args.data)
-    recipes = train_ssl.make_recipes(args, source.encoding)
+    recipes = settings.make_recipes(args, source.encoding)
     made = train_ssl.build_run(args, None, source, recipes, 0, 1, device)
     train_ssl.refresh_gram(made, 0)
     return made
@@ -203,7 +203,8 @@ def make_way(made):
     args.workers = args.workers if made.device.type == "cuda" else 0
     patch_size = made.student.backbone.patch_size
     batches = train_ssl.start_reading(args, made.source, made.recipes, range(10**6), patch_size, 0, 1, made.device)
-    upcoming = train_ssl.Upcoming(made, batches, args.batch_size // args.micro_batch, 10**6)
+    prepare = functools.partial(train_ssl.prepared, made)
+    upcoming = loop.Upcoming(batches, args.batch_size // args.micro_batch, 10**6, made.device, prepare)
     return Way(made, upcoming, train_ssl.values_at(args.steps - 1, args))  # late: the weight of Gram is above 0
 
 
@@ -239,7 +240,7 @@ def measure_step(point, device):
     updates = {name: functools.partial(update, way) for name, way in ways.items()}
     times, limits = alternate(updates, device, point["seconds"], gemm(device, first.args.precision))
     phases = phase_shares(ways[plain], median(times[plain]))
-    tflop = batch * flops_per_image(first.student, first.recipes[0], first.args, first.gram is not None) / 1e12
+    tflop = batch * loop.flops_per_image(first.student, first.recipes[0], first.args, first.gram is not None) / 1e12
     rows = []
     for name, seconds in times.items():
         more = dict(way=name, flags=point["flags"], seconds=seconds, limits=limits[name], tflop=tflop)
@@ -510,11 +511,11 @@ def run_point(point):
 
 def measure(point):
     """Rows of one point, in this process."""
-    device = setup_distributed(point["device"])[2]
+    device = loop.setup_distributed(point["device"])[2]
     try:
         return MEASURES[point["what"]](point, device)
     except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
+        if not loop.is_out_of_memory(error):
             raise
         return [{"error": "does not fit in memory"}]
 
@@ -605,7 +606,7 @@ def main(argv=None):
         for file in sorted(RESULTS.glob("*.json")):
             print("\n".join(in_lines(json.loads(file.read_text()), args.markdown)) + "\n")
         return 0
-    device = setup_distributed(args.device)[2]
+    device = loop.setup_distributed(args.device)[2]
     usual = 8 if args.quick else 30
     cuda, seconds = device.type == "cuda", usual if args.seconds is None else args.seconds
     with tempfile.TemporaryDirectory() as work:
@@ -619,7 +620,7 @@ def main(argv=None):
         rows = measure_all(points, most)
     machine = describe(device) | {"threads": torch.get_num_threads()}
     now = datetime.datetime.now(datetime.timezone.utc)
-    report = dict(version=1, date=f"{now:%Y-%m-%d}", commit=git_commit(), command=sys.argv[1:], quick=args.quick)
+    report = dict(version=1, date=f"{now:%Y-%m-%d}", commit=loop.git_commit(), command=sys.argv[1:], quick=args.quick)
     report |= dict(machine=machine, rows=rows)
     if args.json:
         write_json(args.json, report)

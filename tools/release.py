@@ -159,7 +159,7 @@ output {difference:.1e}.
 """
 
 
-def read_facts(path):
+def facts_for_card(path):
     """Everything a checkpoint of ours says but its tensors, checked as far as the card repeats it."""
     name = shown(path, 400)
     if not path.is_file():
@@ -550,7 +550,7 @@ def main(argv=None):
     if args.out.exists() and (args.out.is_file() or any(args.out.iterdir())):
         raise FileExistsError(f"--out {args.out} exists and is not empty: name a new folder, or delete it first")
     before = stamp(args.ckpt)
-    facts, results = read_facts(args.ckpt), read_results(args.probe, args.ckpt)
+    facts, results = facts_for_card(args.ckpt), read_results(args.probe, args.ckpt)
     texts = dict(licence=licence_of(facts, args.license), created=created_utc())
     source = open_images(facts, args.data)
     provenance = provenance_file(facts, source)
