@@ -134,8 +134,8 @@ def gain(points, drawn, random):
 
     Two chances: another draw of groups (the scatter of the resampled means), and other seeds (what the seeds differ by
     beyond what so few groups explain: t with Satterthwaite's degrees of freedom, S - 1 where seeds are all the noise).
-    Equal arms of three seeds are kept in 2% of simulations, in 8% at worst (seeds scatter twice as far as groups), where
-    a bootstrap over seeds would keep 12%. One seed says nothing of others: p is 1.
+    Equal arms of three seeds are kept in 2% of simulations, in 8% at worst (seeds scatter twice as far as groups). One
+    seed says nothing of others: p is 1.
     """
     S, mean = len(points), float(np.mean(points))
     if S < 2 or not np.isfinite(drawn).all():
