@@ -660,7 +660,8 @@ def open_for(root, purpose, used_by=None, limit=None, z_stride=1, allow_duplicat
     """The images of one purpose (or of several) of PURPOSES -> Source with its split_sha256 and the split of each row.
 
     root: a folder, or a Source of all of it. `test` is the final number: used_by {program, weights_sha256,
-    policy_sha256, labels_sha256, why} is added to _splits/test_uses.jsonl, and earlier looks by others are counted.
+    policy_sha256, labels_sha256, why} is added to _splits/test_uses.jsonl, and earlier looks by others are counted;
+    NO_SCORE: predictions are exported, which is no look.
     """
     source = root if isinstance(root, Source) else open_source(root)
     purposes = [purpose] if isinstance(purpose, str) else list(purpose)
@@ -674,7 +675,7 @@ def open_for(root, purpose, used_by=None, limit=None, z_stride=1, allow_duplicat
             f"{len(crossing)} sets of duplicate pictures lie in several splits, first {', '.join(crossing[0][:3])}; "
             "make the split again with --force, or go on with --allow-duplicates"
         )
-    looks = record_look(source.root, used_by) if "test" in purposes else 0
+    looks = record_look(source.root, used_by) if "test" in purposes and used_by != NO_SCORE else 0
     everything = Source(source.root, source.encoding, source.rows, source.index_sha256, file_sha256(path), splits,
                         len(crossing), looks)  # fmt: skip
     return thin(everything.take(np.flatnonzero(np.isin(splits, wanted))), limit, z_stride)
@@ -766,6 +767,7 @@ def crossing_duplicates(source, splits, allowed):
     return [members for members in sets if len({split_of[g] for g in members if g in split_of}) > 1]
 
 
+NO_SCORE = "no score"  # used_by of tools/lib/asking.py
 USED_BY = "program weights_sha256 policy_sha256 labels_sha256 why".split()
 
 

@@ -12,161 +12,33 @@ B fits at once (folds), R repeats (seeds).
 
 import argparse
 import functools
-import hashlib
 import json
-import math
 import time
-import zipfile
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 import tools.lib.threads  # noqa: F401 - before torch
 
 # isort: split
 import numpy as np
-import torch
-from torch.nn import functional as F
 
 import data
-from checkpoint import atomic_write, write_text
+from checkpoint import write_text
 from model import load_backbone, read_facts
 from tools.lib import broken, fits, judge, page, provenance
 from tools.lib.cli import Parser, above_zero, natural, pick_device, positive, run, shown
+from tools.lib.features import Framing, cached, extract, images_sha256
 from tools.lib.files import csv_text, json_text, write_json
 from tools.lib.loop import git_commit, other_encoding
 from tools.lib.progress import progress
-from tools.lib.slices import find_slice, slice_name
+from tools.lib.samples import leave_out, read_table
+from tools.lib.slices import find_slice
 
 REPEATS = 5  # of cross-validation
-PIXELS = 16  # side of the raw-pixel baseline
-VALUES = 1 << 22  # pixel values that are padded and made float at once: 16 MB, however large the batch
-CPU_VIEWS = 32  # per forward on a CPU: 96 of ViT-S take 0.37 GB more and the same 11.3 s of two cores (2026-11)
 TITLES = {"test": "Fit on train, scored once on val_test",
           "cv": "Cross-validation, 5 x 5 folds of {}"}  # fmt: skip
 
 
-class Table(NamedTuple):
-    """Labelled samples; patients are the groups of the index (what the backbone saw), groups those of the table."""
-
-    ids: list
-    rows: np.ndarray  # [n] of the source
-    labels: np.ndarray  # [n] 0..K-1
-    classes: list
-    groups: np.ndarray
-    patients: np.ndarray
-    centres: np.ndarray | None  # [n, 2] y, x in pixels
-    sizes: np.ndarray | None  # [n, 2] diameter_mm, box_mm
-    unit: str = "patients"  # what groups are called; of photographs groups
-
-    def take(self, keep):
-        arrays = {name: value[keep] for name, value in self._asdict().items() if isinstance(value, np.ndarray)}
-        return self._replace(ids=[self.ids[i] for i in np.flatnonzero(keep)], **arrays)
-
-
-# ----- labels
-
-
-def in_row(path, k, text):
-    """What is wrong with sample k, where a person finds it: the header is row 1."""
-    return ValueError(f"{path}, row {k + 2}: {text}")
-
-
-def find_rows(path, rows, source, nodules):
-    """Row of the source for each row of the table; of a whole volume its middle slice. What is missing is listed."""
-    indices, missing = [], {}
-    for k, row in enumerate(rows):
-        z = row["z"].strip() if nodules else "0"
-        if not (z.isascii() and z.isdigit() and len(z) < 10):
-            raise in_row(path, k, f"z is {shown(z)!r}, expected the number of a slice")
-        indices.append(find_slice(source, row["path"], z if nodules else None))
-        if indices[-1] is None:
-            missing.setdefault(f"{row['path']} z {z}" if nodules else row["path"], k)
-    if missing:
-        names = ", ".join(shown(name) for name in sorted(missing)[:20])
-        raise in_row(path, min(missing.values()), f"{len(missing)} images are not in {source.root}, from this row on; "
-                     f"make the labels for it: {names}")  # fmt: skip
-    return np.array(indices)
-
-
-def refuse_doubled(path, names):
-    """names: of the samples, equal for what is one sample."""
-    first = {}
-    for k, name in enumerate(names):
-        if name in first:
-            raise in_row(path, k, f"{shown(name)} stands in row {first[name] + 2} already; keep one row for each")
-        first[name] = k
-
-
-def to_number(text):
-    try:
-        return float(text)
-    except ValueError:
-        return math.nan
-
-
-def read_places(path, rows, source, index):
-    """Of nodules: centres [n, 2] in pixels, (diameter_mm, box_mm) [n, 2]."""
-    if source.encoding == "photo":
-        raise ValueError(f"{path} names nodules in CT, {source.root} holds photographs; give path,label[,group]")
-    names = ("y", "x", "diameter_mm", "box_mm")
-    places = np.array([[to_number(row[name]) for name in names] for row in rows])
-    size = np.stack([source.rows.columns[name][index] for name in ("rows", "cols")], 1)  # pixels
-    side_mm = (size * np.stack([source.rows.columns[f"spacing_{a}"][index] for a in "yx"], 1)).max(1, keepdims=True)
-    right = {
-        "must be numbers": np.isfinite(places),
-        "must lie inside its image": (places[:, :2] >= 0) & (places[:, :2] < size),
-        "must be above 0 mm and no larger than its image": (places[:, 2:] > 0) & (places[:, 2:] <= side_mm),
-    }
-    for (words, good), some in zip(right.items(), (names, names[:2], names[2:])):
-        if not good.all():
-            k = int((~good).any(1).argmax())
-            values = ", ".join(f"{name} {shown(rows[k][name])}" for name in some)
-            raise in_row(path, k, f"{values} of {shown(rows[k]['id'])} {words}; correct the row, or leave it out")
-    refuse_doubled(path, [f"a nodule at slice {i}, y {y}, x {x}" for i, (y, x) in zip(index, places[:, :2].tolist())])
-    return places[:, :2], places[:, 2:]
-
-
-def order_classes(labels):
-    numbers = all(name.replace(".", "", 1).isdecimal() for name in labels)
-    return sorted(set(labels), key=float if numbers else str)
-
-
-def read_table(path, source):
-    """-> Table; refuses unknown columns, unknown images, one class, doubled rows, a group other than the index's."""
-    if not path.exists():
-        how = (
-            "write path,label" if source.encoding == "photo" else "tools/lidc_nodules.py writes _labels/malignancy.csv"
-        )
-        raise FileNotFoundError(f"--labels {path} does not exist; {how}")
-    rows, nodules = data.read_labels(path, source.root)
-    labels = [row["label"].strip() for row in rows]
-    classes = order_classes(labels)
-    if len(classes) < 2:
-        raise ValueError(f"{path}: all {len(rows)} labels are {shown(classes)}; a probe needs two classes")
-    ids = [row["id" if nodules else "path"] for row in rows]
-    refuse_doubled(path, ids)
-    index = find_rows(path, rows, source, nodules)
-    patients = source.rows.column("group")[index]
-    groups = np.array([row.get("group") or patient for row, patient in zip(rows, patients)])
-    pairs = {}
-    for k, (patient, group) in enumerate(zip(patients.tolist(), groups.tolist())):
-        if pairs.setdefault(patient, group) != group or nodules and patient != group:
-            raise in_row(path, k, f"the group of {patient} is {shown(group)}, another than in the index or in the rows "
-                         f"above; each of the {'patients' if nodules else 'images'} has one group")  # fmt: skip
-    centres, sizes = read_places(path, rows, source, index) if nodules else (None, None)
-    codes = {name: k for k, name in enumerate(classes)}
-    unit, codes_of = "groups" if source.encoding == "photo" else "patients", np.array([codes[name] for name in labels])
-    return Table(ids, index, codes_of, classes, groups, patients, centres, sizes, unit)
-
-
-def leave_out(table, source, skip_bad):
-    """The table without samples whose file cannot be read."""
-    if not skip_bad:
-        return table
-    good = broken.leave_out(source.take(table.rows), skip_bad)
-    return table.take(np.isin(source.rows.columns["path"][table.rows], good.rows.columns["path"]))
+# ----- splits
 
 
 def split_of(source, table, protocol):
@@ -192,121 +64,6 @@ def open_samples(source, table, splits, used_by, allow_duplicates):
     rows = [source.rows[i] for i in table.rows]
     moved = [find_slice(chosen, row["path"], row.get("z")) for row in rows]
     return chosen, table._replace(rows=np.array(moved))
-
-
-# ----- features: extracted once, cached under the hash of (weights, images, framing)
-
-
-class Framing(NamedTuple):
-    """How samples become views."""
-
-    view: dict  # data.eval_view
-    crop_mm: tuple  # () for whole images
-    batch: int
-    workers: int
-
-
-def read_sample(source, table, k, framing, grid):
-    """-> pixels around the crops [3, h, w], crops in them [S, 4], share of each patch in the nodule's box [S, N]."""
-    i, size = int(table.rows[k]), framing.view["size"]
-    if table.centres is None:
-        return *data.read_view(source, i, None, size), np.zeros((1, grid**2), np.float32)
-    spacing = np.array([source.rows.columns[f"spacing_{axis}"][i] for axis in "yx"])
-    half = np.array(framing.crop_mm)[:, None] / 2 / spacing
-    centre = table.centres[k]
-    corners = np.concatenate([centre - half, centre + half], 1)
-    boxes = data.eval_boxes([source.size(i)] * len(half), corners)  # [S, 4]
-    cell = (boxes[:, 2:] - boxes[:, :2]) / grid
-    at = boxes[:, None, :2] + (np.arange(grid) + 0.5)[:, None] * cell[:, None]  # [S, grid, 2]
-    reach = np.maximum(table.sizes[k, 1] / 2 / spacing, cell / 2 + 1e-6)  # at least the patch that holds the centre
-    near = np.abs(at - centre) <= reach[:, None]
-    inside = (near[:, :, None, 0] & near[:, None, :, 1]).reshape(len(half), -1).astype(np.float32)
-    return *data.read_view(source, i, boxes, size), inside / inside.sum(1, keepdims=True)
-
-
-def render(images, boxes, view, device):
-    """Pixels of b samples and their boxes [S, 4] -> views [b, S, 3, side, side]."""
-    images, boxes = data.pad_to_one_size(images).to(device), np.stack(boxes, 1)  # [S, b, 4]
-    return torch.stack([data.render_eval(images, view, at) for at in boxes], 1)
-
-
-def make_views(source, table, members, framing, grid, device):
-    """Views [b * S, 3, side, side] and patch weights [b * S, N] of some samples.
-
-    Few enough at once are padded and rendered that memory depends on VALUES, not on the size of the pictures.
-    """
-    views, weights, images, boxes = [], [], [], []
-    for k in members:
-        pixels, crops, inside = read_sample(source, table, k, framing, grid)
-        if images and (len(images) + 1) * max(p.numel() for p in (pixels, *images)) > VALUES:
-            views.append(render(images, boxes, framing.view, device))
-            images, boxes = [], []
-        images.append(pixels)
-        boxes.append(crops)
-        weights.append(inside)
-    views.append(render(images, boxes, framing.view, device))
-    return torch.cat(views).flatten(0, 1), torch.from_numpy(np.concatenate(weights)).to(device)
-
-
-def ahead(function, items, workers):
-    """function(item) in order, computed by threads while the caller works."""
-    with ThreadPoolExecutor(workers) as pool:
-        waiting = deque()
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) > workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-
-
-@torch.inference_mode()
-def extract(vit, source, table, framing, device, name):
-    """-> features [n, S, P, D] float32 and raw pixels [n, S, 3 * 16 * 16], with a bar of samples."""
-    vit, grid = vit.to(device), framing.view["size"] // vit.patch_size
-    scales = max(len(framing.crop_mm), 1) if table.centres is not None else 1
-    batch = framing.batch if torch.device(device).type == "cuda" else min(framing.batch, CPU_VIEWS)
-    step = max(1, batch // scales)
-    batches = [range(k, min(k + step, len(table.rows))) for k in range(0, len(table.rows), step)]
-    features, pixels = [], []
-    with progress(total=len(table.rows), desc=name, unit="sample") as bar:
-        todo = functools.partial(make_views, source, table, framing=framing, grid=grid, device=device)
-        for views, inside in ahead(todo, batches, framing.workers):
-            tokens = vit(views)
-            pooled = [tokens.cls, tokens.patches.mean(1)]
-            pooled += [torch.einsum("bn,bnd->bd", inside, tokens.patches)] if table.centres is not None else []
-            features.append(torch.stack(pooled, 1).unflatten(0, (-1, scales)).cpu().numpy())
-            pixels.append(F.adaptive_avg_pool2d(views, PIXELS).flatten(1).unflatten(0, (-1, scales)).cpu().numpy())
-            bar.update(len(views) // scales)
-    return np.concatenate(features), np.concatenate(pixels)
-
-
-def images_sha256(source, table, framing):
-    """Of all that decides the views: index, slices, files by size and time of change, places, framing."""
-    files = [source.path(int(i)) for i in table.rows]
-    stats = {path: path.stat() for path in set(files)}
-    facts = [source.index_sha256, framing.view, framing.crop_mm, source.encoding]
-    facts += [[slice_name(source, int(i)), stats[f].st_size, stats[f].st_mtime_ns]
-              for i, f in zip(table.rows, files)]  # fmt: skip
-    digest = hashlib.sha256(json.dumps(facts).encode())
-    for array in (table.centres, table.sizes):
-        digest.update(b"" if array is None else np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()
-
-
-def cached(folder, weights, images, make):
-    """(features, pixels) from folder/<hash>.npz, or made and kept there."""
-    path = folder / f"{hashlib.sha256(f'{weights} {images} 2'.encode()).hexdigest()[:32]}.npz"
-    if path.exists():
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                return file["features"], file["pixels"]
-        except (*data.BROKEN, zipfile.BadZipFile):
-            print(f"{path} is damaged: extracted again")
-    features, pixels = make()
-    folder.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, lambda f: np.savez(f, features=features, pixels=pixels))
-    return features, pixels
 
 
 # ----- protocols: who is fitted on whom

@@ -142,3 +142,34 @@ def test_a_misspelt_flag_is_told_the_right_one(words, hint, capsys):
     with pytest.raises(SystemExit) as ended:
         parser.parse_args(words.split())
     assert ended.value.code == 2 and capsys.readouterr().err.endswith(f"{hint}\n")
+
+
+def row(x, gamma=2.0, betas=(0.9, 0.95), twice=False, name="sum", *, inner=1):
+    """What a table of techniques holds."""
+
+
+def test_a_technique_is_a_name_with_options():
+    table = {"focal": row, "ce": lambda x: x}
+    for text, expected in {
+        "ce": ("ce", {}), "focal": ("focal", {}), "focal:gamma=3": ("focal", {"gamma": 3}),
+        " focal : gamma = 0.5 , betas=[0, 1e-3],twice=true,name=mean": (
+            "focal", {"gamma": 0.5, "betas": [0, 0.001], "twice": True, "name": "mean"}),
+    }.items():  # fmt: skip
+        assert cli.technique(text, table) == expected
+    for text, sentence in {
+        "focl": "there is no focl; did you mean focal. known are focal, ce",
+        "": "there is no empty name; known are focal, ce",
+        "ce:gamma=2": "ce has no option gamma; its options are none",
+        "focal:gama=2": r"focal has no option gama; its .* gamma=2.0, betas=\(0.9, 0.95\), twice=False, name=sum$",
+        "focal:inner=2": "has no option inner",
+        "focal:x=2": "has no option x",
+        "focal:gamma=true": "focal:gamma is True, expected a value like 2.0",
+        "focal:gamma=NaN": "focal:gamma is nan",
+        "focal:gamma": "focal:gamma is , expected",
+        "focal:betas=[0.9]": r"focal:betas is \[0.9\]",
+        "focal:betas=0.9": "focal:betas is 0.9",
+        "focal:twice=1": "focal:twice is 1, expected a value like False",
+        "focal:name=2": "focal:name is 2",
+    }.items():  # fmt: skip
+        with pytest.raises(ValueError, match=sentence):
+            cli.technique(text, table)

@@ -27,10 +27,10 @@ from test_data import make_ct, make_photos, make_split
 import checkpoint
 import data
 import monitor
-import train_probe
 import train_ssl
 from model import load_backbone, read_facts
 from tools import inspect_step, make_splits, release
+from tools.lib import samples
 from tools.lib.cli import is_ours
 
 FLAGS = (
@@ -108,7 +108,7 @@ def slices(root, name):
 
 def table(root):
     source = data.open_source(root / "ct")
-    found = train_probe.read_table(root / "ct" / "_labels" / "nodules.csv", source)
+    found = samples.read_table(root / "ct" / "_labels" / "nodules.csv", source)
     return [str(part) for part in found]
 
 

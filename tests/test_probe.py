@@ -19,7 +19,7 @@ import data
 import train_probe as t
 from data import NODULE
 from model import build_vit
-from tools.lib import fits, judge, metrics, provenance
+from tools.lib import features, fits, judge, metrics, provenance, samples
 
 torch.set_num_threads(1)
 
@@ -41,19 +41,20 @@ def ramp(root, spacing=0.7, size=64, slices=6):
 
 
 def framing_of(crop_mm, size=64, batch=4, workers=1):
-    return t.Framing(data.eval_view("hu16-v1", size), crop_mm, batch, workers)
+    return features.Framing(data.eval_view("hu16-v1", size), crop_mm, batch, workers)
 
 
 def table_of(centre, box_mm, row=1):
     ids, rows, text = ["a"], np.array([row]), np.array(["toy/P0"])
-    return t.Table(ids, rows, np.array([0]), ["0", "1"], text, text, np.array([centre]), np.array([[box_mm, box_mm]]))
+    place = np.array([centre]), np.array([[box_mm, box_mm]])
+    return samples.Table(ids, rows, np.array([0]), ["0", "1"], text, text, *place)
 
 
 @pytest.mark.parametrize("spacing", [0.5, 0.7, 1.3])
 def test_a_crop_has_its_side_in_millimetres_and_three_true_neighbours(tmp_path, spacing):
     source = ramp(tmp_path, spacing)
     table = table_of((30.3, 33.8), 8.0)
-    pixels, boxes, inside = t.read_sample(source, table, 0, framing_of((10.0, 20.0)), 4)
+    pixels, boxes, inside = features.read_sample(source, table, 0, framing_of((10.0, 20.0)), 4)
     assert np.allclose((boxes[:, 2:] - boxes[:, :2]) * spacing, [[10, 10], [20, 20]])
     low = np.array([30.3, 33.8]) - 20 / spacing / 2
     corner = np.floor(np.floor(low))  # the first pixel that was kept
@@ -76,27 +77,27 @@ def test_a_crop_has_its_side_in_millimetres_and_three_true_neighbours(tmp_path, 
 def test_a_nodule_at_the_border_keeps_its_patch_and_a_small_image_its_crop(tmp_path):
     source = ramp(tmp_path)
     for centre in ((0.0, 0.0), (63.0, 1.0), (32.0, 63.4)):
-        pixels, boxes, inside = t.read_sample(source, table_of(centre, 3.0), 0, framing_of((20.0, 500.0)), 8)
+        pixels, boxes, inside = features.read_sample(source, table_of(centre, 3.0), 0, framing_of((20.0, 500.0)), 8)
         assert (inside > 0).any(1).all() and (boxes >= 0).all() and (boxes[:, 2:] <= pixels.shape[1:]).all()
 
 
 def test_features_are_those_of_the_forward_one_by_one(tmp_path):
     source = ramp(tmp_path)
-    table = t.Table(list("abcde"), np.array([0, 1, 2, 3, 1]), np.array([0, 1, 0, 1, 0]), ["0", "1"],
+    table = samples.Table(list("abcde"), np.array([0, 1, 2, 3, 1]), np.array([0, 1, 0, 1, 0]), ["0", "1"],
                     *[np.array(["toy/P0"] * 5)] * 2, np.random.default_rng(0).uniform(10, 50, (5, 2)),
                     np.full((5, 2), 9.0))  # fmt: skip
     vit = build_vit("vit_test", layerscale=1.0).eval()
     framing = framing_of((12.0, 24.0), 32, 5, 2)
-    features, pixels = t.extract(vit, source, table, framing, "cpu", "x")
-    assert features.shape == (5, 2, 3, 64) and pixels.shape == (5, 2, 3 * 16 * 16)
+    found, pixels = features.extract(vit, source, table, framing, "cpu", "x")
+    assert found.shape == (5, 2, 3, 64) and pixels.shape == (5, 2, 3 * 16 * 16)
     for k in range(5):
-        image, boxes, inside = t.read_sample(source, table, k, framing, 2)
+        image, boxes, inside = features.read_sample(source, table, k, framing, 2)
         for s in range(2):
             x = data.render_eval(image[None], framing.view, boxes[s : s + 1])
             tokens = vit(x)
             box = (tokens.patches[0] * torch.from_numpy(inside[s])[:, None]).sum(0)
             expected = torch.stack([tokens.cls[0], tokens.patches[0].mean(0), box])
-            np.testing.assert_allclose(features[k, s], expected.detach().numpy(), atol=1e-5)
+            np.testing.assert_allclose(found[k, s], expected.detach().numpy(), atol=1e-5)
             np.testing.assert_allclose(pixels[k, s], torch.nn.functional.avg_pool2d(x, 2).flatten(), atol=1e-5)
 
 
@@ -110,7 +111,8 @@ def test_the_cache_holds_until_weights_images_or_recipe_change(tmp_path):
         return np.full((1, 1, 3, 4), len(made), np.float32), np.zeros((1, 1, 768), np.float32)
 
     def ask(weights="w", framing=framing, table=table):
-        return t.cached(tmp_path / "cache", weights, t.images_sha256(source, table, framing), make)[0].max()
+        images = features.images_sha256(source, table, framing)
+        return features.cached(tmp_path / "cache", weights, images, make)[0].max()
 
     assert ask() == 1 and ask() == 1
     assert ask(weights="other") == 2
@@ -125,16 +127,16 @@ def test_the_cache_holds_until_weights_images_or_recipe_change(tmp_path):
     np.save(volume, np.load(volume) + 1)
     assert ask() == 6
     fewer = source.take(np.arange(1, len(source)))  # row 1 of another choice of slices is another slice
-    assert t.images_sha256(fewer, table, framing) != t.images_sha256(source, table, framing)
+    assert features.images_sha256(fewer, table, framing) != features.images_sha256(source, table, framing)
     same = table._replace(rows=table.rows - 1)
-    assert t.images_sha256(fewer, same, framing) == t.images_sha256(source, table, framing)
+    assert features.images_sha256(fewer, same, framing) == features.images_sha256(source, table, framing)
 
 
 @pytest.mark.parametrize("crop_mm", [(12.0, 24.0), ()])
 def test_views_do_not_depend_on_how_many_are_rendered_at_once(tmp_path, monkeypatch, crop_mm):
     source = ramp(tmp_path)
     random = np.random.default_rng(1)
-    table = t.Table(
+    table = samples.Table(
         list("abcdefg"),
         random.integers(0, 4, 7),
         np.zeros(7, int),
@@ -143,13 +145,13 @@ def test_views_do_not_depend_on_how_many_are_rendered_at_once(tmp_path, monkeypa
         *(random.uniform(10, 50, (2, 7, 2)) if crop_mm else (None, None)),
     )
     framing = framing_of(crop_mm, 48)
-    whole = t.make_views(source, table, range(7), framing, 3, "cpu")
+    whole = features.make_views(source, table, range(7), framing, 3, "cpu")
     rendered = []
-    render = t.render
-    monkeypatch.setattr(t, "render", lambda images, *rest: rendered.append(len(images)) or render(images, *rest))
+    render = features.render
+    monkeypatch.setattr(features, "render", lambda images, *rest: rendered.append(len(images)) or render(images, *rest))
     for values, most in ((1, 1), (13_000, 3)):
-        monkeypatch.setattr(t, "VALUES", values)
-        parts = t.make_views(source, table, range(7), framing, 3, "cpu")
+        monkeypatch.setattr(features, "VALUES", values)
+        parts = features.make_views(source, table, range(7), framing, 3, "cpu")
         assert all(torch.equal(a, b) for a, b in zip(whole, parts))
         assert sum(rendered) == 7 and max(rendered) <= most
         rendered.clear()
@@ -176,14 +178,14 @@ def photographs(root, count, size, exif=None, kind="JPEG"):
 
 def test_a_large_photograph_is_cut_to_its_view_and_upright_before_it_is_rendered(tmp_path, monkeypatch):
     size = 32
-    most, render = [], t.render
-    monkeypatch.setattr(t, "render", lambda images, *rest: most.append(images) or render(images, *rest))
+    most, render = [], features.render
+    monkeypatch.setattr(features, "render", lambda images, *rest: most.append(images) or render(images, *rest))
     views = []
     for name, exif in (("plain", None), ("turned", 6)):
         source = data.open_source(photographs(tmp_path / name, 2, (600, 800), exif))
-        table = t.read_table(source.root / "labels.csv", source)
-        framing = t.Framing(data.eval_view("photo", size), (), 96, 2)
-        views.append(t.make_views(source, table, range(2), framing, 2, "cpu")[0])
+        table = samples.read_table(source.root / "labels.csv", source)
+        framing = features.Framing(data.eval_view("photo", size), (), 96, 2)
+        views.append(features.make_views(source, table, range(2), framing, 2, "cpu")[0])
     assert all(max(image.shape) <= 4 * size for images in most for image in images)
     assert (views[0] - views[1]).abs().max() < 0.1  # JPEG, in another direction
     whole = source.read(0)
@@ -607,9 +609,10 @@ def test_extraction_keeps_up_with_the_forward(tmp_path):
     """ViT-S at 224 pixels on one core: reading and cutting may cost 10% of the pure forward."""
     make_nodules(tmp_path / "data", patients=4)
     source = data.open_source(tmp_path / "data")
-    table = t.read_table(tmp_path / "data" / "_labels" / "malignancy.csv", source)
-    vit, framing = build_vit("vit_small").eval(), t.Framing(data.eval_view("hu16-v1", 224), (16.0, 24.0, 32.0), 12, 2)
-    views, _ = t.make_views(source, table, range(4), framing, 14, "cpu")
+    table = samples.read_table(tmp_path / "data" / "_labels" / "malignancy.csv", source)
+    vit = build_vit("vit_small").eval()
+    framing = features.Framing(data.eval_view("hu16-v1", 224), (16.0, 24.0, 32.0), 12, 2)
+    views, _ = features.make_views(source, table, range(4), framing, 14, "cpu")
     ratios = []
     for _ in range(3):
         start = time.perf_counter()
@@ -617,6 +620,6 @@ def test_extraction_keeps_up_with_the_forward(tmp_path):
             for _ in range(2):
                 vit(views)
         middle = time.perf_counter()
-        t.extract(vit, source, table, framing, "cpu", "x")
+        features.extract(vit, source, table, framing, "cpu", "x")
         ratios.append((time.perf_counter() - middle) / (middle - start))
     assert min(ratios) < 1.1, ratios

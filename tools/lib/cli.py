@@ -12,6 +12,9 @@ import contextlib
 import ctypes
 import difflib
 import dis
+import inspect
+import json
+import math
 import operator
 import re
 import sys
@@ -80,6 +83,53 @@ share = within("[0, 1]")  # also a probability
 not_negative = within("[0, inf)")
 above_zero = within("(0, inf)")
 finite = within("(-inf, inf)")
+
+
+def read_value(text):
+    """A number, list or truth value as JSON writes it; anything else is text."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def read_options(text):
+    """focal:gamma=2,weights=[1,2] -> ("focal", {"gamma": 2, "weights": [1, 2]})."""
+    name, _, rest = text.partition(":")
+    pairs = [part.partition("=") for part in re.split(r",(?=\s*\w+\s*=)", rest) if part.strip()]
+    return name.strip(), {key.strip(): read_value(value.strip()) for key, _, value in pairs}
+
+
+def same_kind(value, default):
+    """Whether an option may replace its default: finite numbers for numbers, as many of them for several."""
+    if isinstance(default, (tuple, list)):
+        return isinstance(value, list) and len(value) == len(default) and all(map(same_kind, value, default))
+    if isinstance(default, (bool, str)):
+        return type(value) is type(default)
+    if isinstance(default, (int, float)):
+        return type(value) in (int, float) and math.isfinite(value)
+    return True
+
+
+def technique(text, table):
+    """A value such as muon:lr=0.02 -> ("muon", {"lr": 0.02}), by a table {name: function or class}.
+
+    An option is a parameter that has a default in the row's signature (not behind its *), and of the default's kind.
+    """
+    name, options = read_options(text)
+    if name not in table:
+        near = difflib.get_close_matches(name, table, 1)
+        hint = f"did you mean {near[0]}? known" if near else "known"
+        raise ValueError(f"there is no {shown(name) or 'empty name'}; {hint} are {', '.join(table)}")
+    parameters = inspect.signature(table[name]).parameters.values()
+    known = {p.name: p.default for p in parameters if p.default is not p.empty and p.kind is not p.KEYWORD_ONLY}
+    for key, value in options.items():
+        if key not in known:
+            choice = ", ".join(f"{k}={v}" for k, v in known.items()) or "none"
+            raise ValueError(f"{name} has no option {shown(key)}; its options are {choice}")
+        if not same_kind(value, known[key]):
+            raise ValueError(f"{name}:{key} is {shown(value)}, expected a value like {shown(known[key])}")
+    return name, options
 
 
 def pick_device(name):

@@ -9,14 +9,13 @@ Each step is fitted on what the steps before it put out, on its own part of the 
 
 import hashlib
 import inspect
-import json
 from typing import NamedTuple
 
 import numpy as np
 
 from tools.lib import calibrate, conformal, thresholds
 from tools.lib.choice import choose
-from tools.lib.cli import shown
+from tools.lib.cli import read_options, shown
 from tools.lib.fusion import POOLS, simplex_weights
 from tools.lib.metrics import rates
 
@@ -36,19 +35,11 @@ class Decisions(NamedTuple):
 # ----- what a policy is made of
 
 
-def read_value(text):
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
-
-
 def read_step(step):
     """raps:alpha=0.05,lam=0.1 as text, or {"kind", "method", ...options} -> (kind, method, options)."""
     if isinstance(step, str):
-        method, _, rest = step.partition(":")
-        pairs = [part.partition("=") for part in rest.split(",") if part]
-        step = {"method": method, **{key.strip(): read_value(value.strip()) for key, _, value in pairs}}
+        method, options = read_options(step)
+        step = {"method": method, **options}
     options = {key: value for key, value in step.items() if key not in ("kind", "method")}
     method, kind = step.get("method"), KIND_OF.get(step.get("method"))
     if kind is None:

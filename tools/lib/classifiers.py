@@ -1,0 +1,158 @@
+"""Classifiers on disk, what they say of pictures, and what they said as a prediction table.
+
+    classifier, facts = read_classifier("runs/photos/best.pth")        # EMA weights, adapters merged, eval mode
+    logits = logits_of(classifier, source, rows, facts["layout"], facts["eval_view"], device)     # [N, V, C]
+    export(run / "predictions", ids, groups, labels, logits, facts_of(facts, source, "val_select"))
+
+A picture's logits do not depend on the pictures beside it: batched and one by one agree to 1e-6.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import checkpoint
+import data
+from model import Classifier, Head, load_backbone
+from tools.lib import provenance, tables
+from tools.lib.calibrate import log_softmax
+from tools.lib.cli import shown
+from tools.lib.features import CPU_VIEWS, VALUES, ahead
+from tools.lib.files import wrong_field
+from tools.lib.fusion import POOLS
+from tools.lib.progress import progress
+
+FIELDS = {"classes": list, "pool": str, "layers": int, "layout": tables.TEXT, "eval_view": dict, "encoding": str}
+TENSORS = ("student", "teacher", "gram", "optimizer")
+ALIKE = 1e-6  # logits of all samples within this are the same
+
+
+def read_classifier(path):
+    """A supervised checkpoint -> (Classifier with its EMA weights in eval mode, all that it says beside tensors).
+
+    facts: classes, pool, layers, layout, eval_view, encoding, ..., and sha256 of the file.
+    """
+    path, before = Path(path), provenance.stamp(path)
+    state = checkpoint.load(path)
+    if "classes" not in state:
+        raise ValueError(f"{path} is no classifier: it names no classes; train one with train_probe.py --tune")
+    classes = state["classes"]
+    if wrong := wrong_field(state, FIELDS):
+        raise ValueError(f"{path} {wrong}; use another checkpoint of the same run")
+    check_classes(path, classes)
+    own = {name: state["teacher"].get(f"head.last_layer.{name}") for name in ("weight", "bias")}
+    if not all(isinstance(t, torch.Tensor) for t in own.values()) or own["weight"].ndim != 2:
+        raise ValueError(f"{path}: the teacher holds no head; use another checkpoint of the same run")
+    if own["weight"].shape[0] != len(classes) or own["bias"].shape != (len(classes),):
+        raise ValueError(f"{path}: its head is of {own['weight'].shape[0]} classes and it names {len(classes)}")
+    head = Head(own["weight"].shape[1], len(classes))
+    head.last_layer.load_state_dict({name: t.float() for name, t in own.items()})
+    facts = {key: value for key, value in state.items() if key not in TENSORS}
+    facts["sha256"] = data.file_sha256(path)
+    classifier = build(path, load_backbone(path, quiet=True), head, facts)
+    provenance.refuse_change(path, before)
+    return classifier, facts
+
+
+def check_classes(path, classes):
+    if not all(isinstance(c, str) for c in classes) or len(set(classes)) != len(classes) or len(classes) < 2:
+        raise ValueError(f"{path}: classes {shown(classes)} must be two or more different names")
+
+
+def build(path, backbone, head, facts):
+    """Backbone and head as one; facts of a file, which may be wrong, become a sentence with its name."""
+    if not 1 <= facts["layers"] <= backbone.depth:
+        raise ValueError(f"{path}: layers is {facts['layers']}, its backbone has {backbone.depth}")
+    if facts["eval_view"]["size"] % backbone.patch_size:
+        raise ValueError(f"{path}: views of {facts['eval_view']['size']} pixels, patches of {backbone.patch_size}")
+    try:
+        if facts["layout"] is not None:
+            data.find_layout(facts["layout"])
+        return Classifier(backbone, head, facts["pool"], facts["layers"]).eval().requires_grad_(False)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+# ----- logits
+
+
+def layout_of(text):
+    """A layout as text -> (what data.read_view takes, flips [V]). None: the square of data.eval_boxes."""
+    if text is None:
+        return None, np.zeros(1, bool)
+    layout = data.find_layout(text)
+    return layout, data.view_boxes(np.ones((1, 2)), layout)[1]
+
+
+def views_of(source, rows, layout, view, device):
+    """Views [len(rows), V, 3, size, size] of some pictures; memory for pixels depends on VALUES, not on their size."""
+    (layout, flips), views, images, boxes = layout_of(layout), [], [], []
+
+    def render():
+        pixels, at = data.pad_to_one_size(images).to(device), np.stack(boxes, 1)  # [V, b, 4]
+        views.append(data.render_views(pixels, view, at, flips).transpose(0, 1))
+        images.clear(), boxes.clear()
+
+    for i in rows:
+        pixels, at = data.read_view(source, int(i), layout, view["size"])
+        if images and (len(images) + 1) * max(p.numel() for p in (pixels, *images)) > VALUES:
+            render()
+        images.append(pixels)
+        boxes.append(at)
+    render()
+    return torch.cat(views)
+
+
+@torch.inference_mode()
+def logits_of(classifier, source, rows, layout, view, device="cpu", batch=96, workers=2, name="predict"):
+    """What a classifier says of each view of rows of a Source -> logits [N, V, C] float32.
+
+    layout: text, or None; view: an eval_view; batch: views per forward; workers: threads that read and cut ahead.
+    """
+    classifier, device = classifier.to(device).eval(), torch.device(device)
+    batch, count = batch if device.type == "cuda" else min(batch, CPU_VIEWS), len(layout_of(layout)[1])
+    step = max(1, batch // count)
+    parts, found = [rows[k : k + step] for k in range(0, len(rows), step)], []
+    with progress(total=len(rows), desc=name, unit="sample") as bar:
+        for views in ahead(lambda part: views_of(source, part, layout, view, device), parts, workers):
+            flat = views.flatten(0, 1)
+            logits = torch.cat([classifier(some) for some in flat.split(batch)]).float()
+            found.append(logits.unflatten(0, (-1, count)).cpu().numpy())
+            bar.update(len(views))
+    return np.concatenate(found)
+
+
+# ----- tables
+
+
+def facts_of(facts, source, split, labels_sha256=None):
+    """Of the .json beside a prediction table. facts: of read_classifier; split: "none" without a contract."""
+    return {"classes": facts["classes"], "split": split, "layout": facts["layout"],
+            "eval_view": facts["eval_view"], "weights_sha256": facts["sha256"], "split_sha256": source.split_sha256,
+            "data": str(source.root), "labels_sha256": labels_sha256}  # fmt: skip
+
+
+def refuse_constant(ids, logits):
+    """Weights that say the same of every sample have learned nothing."""
+    if len(ids) > 1 and np.ptp(logits, 0).max() < ALIKE:
+        raise ValueError(f"the logits of all {len(ids)} samples are the same ({logits[0, 0].tolist()}): the weights "
+                         "tell nothing apart, so nothing is exported; train longer, or with another --lr")  # fmt: skip
+
+
+def mean_probabilities(logits):
+    """[N, V, C] -> [N, C]: softmax of the mean logits over views, as without a policy."""
+    return np.exp(log_softmax(POOLS["mean"](np.asarray(logits, np.float64))))
+
+
+def export(folder, ids, groups, labels, logits, facts, decided=None):
+    """Writes folder/<split>.npz, .json and .csv -> path of the npz; refuses NaN, one class, constant logits.
+
+    decided: rules.Decisions of a policy, for the CSV; without one its probabilities are the mean's.
+    """
+    table = tables.checked(f"the table of {facts['split']}", ids, groups, labels, logits, facts)
+    refuse_constant(table.ids, table.logits)
+    path = tables.write(folder, table)
+    p, sets, decision = decided or (mean_probabilities(table.logits), None, None)
+    tables.write_csv(path.with_suffix(".csv"), table, p, decision, sets)
+    return path
