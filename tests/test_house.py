@@ -196,7 +196,7 @@ def test_every_flag_is_read_and_explained(name):
     module = importlib.import_module(name[:-3].replace("/", "."))
     source = (ROOT / name).read_text()
     if name.startswith("train_"):  # the loop reads flags that all trainers share
-        source += (ROOT / "tools" / "lib" / "loop.py").read_text()
+        source += "".join((ROOT / "tools" / "lib" / f"{lib}.py").read_text() for lib in ("loop", "supervise"))
     for action in module.build_parser()._actions:
         if action.dest == "help":
             continue
