@@ -504,7 +504,7 @@ class Source:
         self.check(i)
         try:
             if self.encoding == "hu16-v1":
-                image = read_slices(path, int(self.rows.columns["z"][i]))
+                image = read_three_slices(path, int(self.rows.columns["z"][i]))
             else:
                 with open_photo(path) as file:
                     turn = turn_of(file)[0] if self.encoding == "photo" else TURNS[1]
@@ -593,7 +593,7 @@ def weighed(source, table):
     return source
 
 
-def read_slices(path, z):
+def read_three_slices(path, z):
     """int16 [3, H, W]: slices z-1, z, z+1 of a volume; read, since a mapped file that is cut kills the process."""
     with open(regular(path), "rb") as f:
         version = np.lib.format.read_magic(f)
@@ -612,11 +612,10 @@ def read_slices(path, z):
         return np.fromfile(f, np.int16, 3 * one).reshape(3, *shape[1:])
 
 
-def open_source(root, limit=None, z_stride=1):
+def open_source(root):
     """Everything in a processed CT folder (by its index) or in any folder of pictures -> Source.
 
-    For training and evaluation see open_for. z_stride keeps every n-th slice of a series (neighbours still come from
-    the full volume); limit keeps N images.
+    For training and evaluation see open_for.
     """
     root = Path(root)
     if not root.is_dir():
@@ -641,11 +640,12 @@ def open_source(root, limit=None, z_stride=1):
         raise FileNotFoundError(f"{index} is missing beside its folder; preprocess again")
     else:
         (rows, sha), encoding = index_photos(root), "photo"
-    return thin(Source(root, encoding, rows, sha), limit, z_stride)
+    return Source(root, encoding, rows, sha)
 
 
-def thin(source, limit, z_stride):
-    """Every z_stride-th slice of a series, then at most `limit` images, the same for any seed."""
+def thin(source, limit=None, z_stride=1):
+    """Every z_stride-th slice of a series (neighbours still come from the full volume), then at most `limit` images,
+    the same for any seed."""
     if z_stride > 1 and source.encoding == "photo":
         raise ValueError(f"--z-stride {z_stride}: photographs have no slices; leave it away")
     if z_stride > 1:
@@ -662,7 +662,8 @@ def open_for(root, purpose, used_by=None, limit=None, z_stride=1, allow_duplicat
     """The images of one purpose (or of several) of PURPOSES -> Source with its split_sha256 and the split of each row.
 
     root: a folder, or a Source of all of it. `test` is the final number: used_by {program, weights_sha256,
-    policy_sha256, labels_sha256, why} is added to _splits/test_uses.jsonl, and earlier looks by others are counted.
+    policy_sha256, labels_sha256, why} is added to _splits/test_uses.jsonl, and earlier looks by others are counted;
+    NO_SCORE: predictions are exported, which is no look.
     """
     source = root if isinstance(root, Source) else open_source(root)
     purposes = [purpose] if isinstance(purpose, str) else list(purpose)
@@ -676,7 +677,7 @@ def open_for(root, purpose, used_by=None, limit=None, z_stride=1, allow_duplicat
             f"{len(crossing)} sets of duplicate pictures lie in several splits, first {', '.join(crossing[0][:3])}; "
             "make the split again with --force, or go on with --allow-duplicates"
         )
-    looks = record_look(source.root, used_by) if "test" in purposes else 0
+    looks = record_look(source.root, used_by) if "test" in purposes and used_by != NO_SCORE else 0
     everything = Source(source.root, source.encoding, source.rows, source.index_sha256, file_sha256(path), splits,
                         len(crossing), looks)  # fmt: skip
     return thin(everything.take(np.flatnonzero(np.isin(splits, wanted))), limit, z_stride)
@@ -768,6 +769,7 @@ def crossing_duplicates(source, splits, allowed):
     return [members for members in sets if len({split_of[g] for g in members if g in split_of}) > 1]
 
 
+NO_SCORE = "no score"  # used_by of tools/lib/asking.py
 USED_BY = "program weights_sha256 policy_sha256 labels_sha256 why".split()
 
 
@@ -1432,16 +1434,27 @@ def pick_recipe(recipes, seed, step):
     return recipes[rng(seed, "sizes", step).integers(len(recipes))]
 
 
+@dataclass
 class Updates(torch.utils.data.Dataset):
     """Item k is micro-batch k % micros of update steps[k // micros], this rank's contiguous part of the plan."""
 
-    def __init__(self, source, recipes, seed, steps, batch, micro_batch, rank, world, patch_size, masking, fixed):
-        if batch % (world * micro_batch):
-            raise ValueError(f"batch {batch} is not a multiple of ranks x micro-batch = {world} x {micro_batch}")
-        self.source, self.recipes, self.seed, self.steps, self.batch = source, recipes, seed, steps, batch
-        self.micro_batch, self.rank, self.patch_size = micro_batch, rank, patch_size
-        self.masking, self.fixed = masking, fixed
-        self.micros = batch // (world * micro_batch)
+    source: Source
+    recipes: list
+    seed: int
+    steps: range
+    batch: int
+    micro_batch: int
+    rank: int
+    world: int
+    patch_size: int
+    masking: tuple
+    fixed: bool
+
+    def __post_init__(self):
+        self.micros, rest = divmod(self.batch, self.world * self.micro_batch)
+        if rest:
+            ranks = f"{self.world} x {self.micro_batch}"
+            raise ValueError(f"batch {self.batch} is not a multiple of ranks x micro-batch = {ranks}")
 
     def __len__(self):
         return len(self.steps) * self.micros

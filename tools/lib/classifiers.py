@@ -7,8 +7,6 @@
 A picture's logits do not depend on the pictures beside it: batched and one by one agree to 1e-6.
 """
 
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -20,14 +18,13 @@ from model import Classifier, Head, load_backbone
 from tools.lib import provenance, tables
 from tools.lib.calibrate import log_softmax
 from tools.lib.cli import shown
+from tools.lib.features import CPU_VIEWS, VALUES, ahead
 from tools.lib.files import wrong_field
 from tools.lib.fusion import POOLS
 from tools.lib.progress import progress
 
 FIELDS = {"classes": list, "pool": str, "layers": int, "layout": tables.TEXT, "eval_view": dict, "encoding": str}
 TENSORS = ("student", "teacher", "gram", "optimizer")
-VALUES = 1 << 22  # pixel values that are padded and made float at once: 16 MB, however large the batch
-CPU_VIEWS = 32  # per forward on a CPU: more need memory and are no faster
 ALIKE = 1e-6  # logits of all samples within this are the same
 
 
@@ -80,18 +77,6 @@ def build(path, backbone, head, facts):
 # ----- logits
 
 
-def ahead(function, items, workers):
-    """function(item) in order, computed by threads while the caller works."""
-    with ThreadPoolExecutor(workers) as pool:
-        waiting = deque()
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) > workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-
-
 def layout_of(text):
     """A layout as text -> (what data.read_view takes, flips [V]). None: the square of data.eval_boxes."""
     if text is None:
@@ -120,30 +105,34 @@ def views_of(source, rows, layout, view, device):
 
 
 @torch.inference_mode()
+def each_view(function, source, rows, layout, view, device, batch, workers, name):
+    """function(views) -> [views, ...] of every view of rows of a Source, as [N, V, ...] float32."""
+    device, count = torch.device(device), len(layout_of(layout)[1])
+    batch = batch if device.type == "cuda" else min(batch, CPU_VIEWS)
+    step = max(1, batch // count)
+    parts, found = [rows[k : k + step] for k in range(0, len(rows), step)], []
+    with progress(total=len(rows), desc=name, unit="sample") as bar:
+        for views in ahead(lambda part: views_of(source, part, layout, view, device), parts, workers):
+            values = torch.cat([function(some) for some in views.flatten(0, 1).split(batch)]).float()
+            found.append(values.unflatten(0, (-1, count)).cpu().numpy())
+            bar.update(len(views))
+    return np.concatenate(found)
+
+
 def logits_of(classifier, source, rows, layout, view, device="cpu", batch=96, workers=2, name="predict"):
     """What a classifier says of each view of rows of a Source -> logits [N, V, C] float32.
 
     layout: text, or None; view: an eval_view; batch: views per forward; workers: threads that read and cut ahead.
     """
-    classifier, device = classifier.to(device).eval(), torch.device(device)
-    batch, count = batch if device.type == "cuda" else min(batch, CPU_VIEWS), len(layout_of(layout)[1])
-    step = max(1, batch // count)
-    parts, found = [rows[k : k + step] for k in range(0, len(rows), step)], []
-    with progress(total=len(rows), desc=name, unit="sample") as bar:
-        for views in ahead(lambda part: views_of(source, part, layout, view, device), parts, workers):
-            flat = views.flatten(0, 1)
-            logits = torch.cat([classifier(some) for some in flat.split(batch)]).float()
-            found.append(logits.unflatten(0, (-1, count)).cpu().numpy())
-            bar.update(len(views))
-    return np.concatenate(found)
+    return each_view(classifier.to(device).eval(), source, rows, layout, view, device, batch, workers, name)
 
 
 # ----- tables
 
 
-def facts_of(facts, source, split, layout=None, labels_sha256=None):
+def facts_of(facts, source, split, labels_sha256=None):
     """Of the .json beside a prediction table. facts: of read_classifier; split: "none" without a contract."""
-    return {"classes": facts["classes"], "split": split, "layout": layout or facts["layout"],
+    return {"classes": facts["classes"], "split": split, "layout": facts["layout"],
             "eval_view": facts["eval_view"], "weights_sha256": facts["sha256"], "split_sha256": source.split_sha256,
             "data": str(source.root), "labels_sha256": labels_sha256}  # fmt: skip
 

@@ -66,6 +66,24 @@ def shard(model, device):
     return fully_shard(model, reshard_after_forward=True)  # the teacher has no backward that would do it
 
 
+def on_device(args, model, nets, world, device):
+    """Compile, shard or move `nets` as the flags say -> `model`, one of them, as it is called: itself, or wrapped."""
+    if args.compile:  # every size is a shape of its own: at the usual 8 torch goes on uncompiled
+        torch._dynamo.config.recompile_limit = 64
+        # but for the last block, which runs on other rows each time and would be compiled anew
+        for block in (block for m in nets for block in getattr(m, "backbone", m).blocks[:-1]):
+            block.compile(dynamic=False)  # mixed --sizes: guessed dynamic shapes fail in the backward (torch 2.13, CPU)
+    for m in nets:
+        if args.fsdp and world > 1:
+            shard(m, device)  # from the CPU, part by part: no card ever holds a whole network
+        else:
+            m.to(device)
+    if world == 1 or args.fsdp:
+        return model
+    ids = [device.index] if device.type == "cuda" else None
+    return torch.nn.parallel.DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+
+
 def largest_over_ranks(values, device):
     """Element-wise maximum over ranks: the one transfer from the device in each update -> a function that waits for it.
 
@@ -113,6 +131,41 @@ def over_ranks(function, rows, rank, world):
     dist.all_gather_object(parts, function(mine) if len(mine) else None)
     whole = np.concatenate([part for part in parts if part is not None])
     return whole[np.argsort(np.concatenate([np.arange(len(rows))[r::world] for r in range(world)]))]
+
+
+class Upcoming:
+    """The next `left` updates of `micros` micro-batches each: read in order and made ready by prepare(read).
+
+    On a card one of them ahead, while the card works on the one before; a CPU would only hold one more set of crops.
+    """
+
+    def __init__(self, batches, micros, left, device, prepare):
+        self.batches, self.micros, self.left, self.device, self.make_ready = batches, micros, left, device, prepare
+        self.ready, self.reads = [], []  # reads: begin and end of each
+
+    def waited(self):
+        """Seconds of reading since the last call, without those in which a card had still work."""
+        reads, self.reads = self.reads, []
+        return sum(seconds_between(begin, end) for begin, end in reads)
+
+    def prepare(self, clock):
+        begin = moment(self.device)
+        with clock("read"):
+            read = [next(self.batches) for _ in range(self.micros)]
+        self.reads.append((begin, moment(self.device)))
+        self.left -= 1
+        with clock("render"):
+            self.ready.append((read, self.make_ready(read)))
+
+    def take(self, clock=contextlib.nullcontext):
+        """(micro-batches as read, the same made ready) of the next update."""
+        if not self.ready:
+            self.prepare(clock)
+        return self.ready.pop()
+
+    def ahead(self, clock=contextlib.nullcontext):
+        if self.device.type == "cuda" and self.left:
+            self.prepare(clock)
 
 
 def divisor(flag, value, whole, of):
@@ -271,6 +324,19 @@ class Pace:
     waited: float = 0.0  # seconds for data
     loss: float = math.inf  # of the line before
 
+    def numbers(self, done, args, device, flops, world):
+        """Speed since then and what is to come; flops: of the forward and backward of one image."""
+        seconds, updates = time.perf_counter() - self.since, done - self.done
+        rate = updates * args.batch_size / seconds
+        tflops, peak = rate * flops / 1e12, device_peak(device)
+        to_go = (args.steps + args.extend - done) * seconds / max(updates, 1)
+        line = dict(images_s=rate, data_wait=self.waited / seconds, tflops=tflops, memory_gb=memory_gb(device),
+                    seconds_to_go=to_go)  # fmt: skip
+        return line | {"mfu": tflops / (peak * world)} if peak else line
+
+    def begin(self, done, loss):
+        self.since, self.done, self.waited, self.loss = time.perf_counter(), done, 0.0, loss
+
 
 def smaller_micro_batch(args, world):
     """The largest micro-batch of at most half of this one that the same run may use, or None."""
@@ -302,6 +368,18 @@ def report_saves(log, saver, done, going_on):
         failed = "SAVE FAILED, training goes on" if going_on else "SAVE FAILED"
         text = f"{failed}: {e['error']}" if e["error"] else "saved"
         log.event(e["step"], text, at=done, save_s=e["seconds"], stall_s=e["stall_s"])
+
+
+def open_run(args, source, harmless, rank, world):
+    """The run's folder, made and held by rank 0 -> (its lock or None, then what find_run says)."""
+    out, locked = Path(args.out), None
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file; name the folder of the run")
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        locked = lock(out)
+        checkpoint.sweep(out)
+    return locked, *find_run(args, source, harmless, rank, world)
 
 
 def lock(out, patience_s=60):
