@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import functools
 import gc
 import math
 import os
@@ -30,8 +31,8 @@ from tqdm import tqdm
 import checkpoint
 import data
 import losses
-from model import ARCHS, ProjectionHead, SSLModel, build_vit, draw_keep, draw_rope, load_backbone, pack, read_facts
-from tools.lib import broken, loop, optim, provenance
+from model import ARCHS, ProjectionHead, SSLModel, build_vit, draw_keep, draw_rope, load_backbone
+from tools.lib import broken, loop, optim, provenance, settings
 from tools.lib.cli import Parser, above_zero, natural, not_negative, positive, run, share, within
 from tools.lib.files import write_json
 
@@ -177,24 +178,6 @@ def resolve(args, world):
     return args
 
 
-def choices_in_words(args, encoding, begun):
-    """Lines for people; begun: the file of --init is behind a run that goes on, and may have changed or gone."""
-    rows = 2 * args.batch_size
-    yield f"batch {args.batch_size} as {args.micro_batch} at a time, {args.prototypes} prototypes, lr {args.lr:.2e}"
-    if args.centering == "sinkhorn" and args.prototypes > 32 * rows:
-        yield (
-            f"warning: Sinkhorn shares {rows} crops among {args.prototypes} prototypes, which makes targets noisy: use "
-            f"--prototypes {32 * rows} or fewer, a larger batch, or --centering softmax"
-        )
-    facts = read_facts(args.init) if args.init and not begun else {}
-    if foreign := loop.other_encoding(facts, encoding):
-        yield foreign
-    if args.aug != "auto" and (encoding == "photo") != (data.RECIPES[args.aug].kind == "photo"):
-        yield f"note: --aug {args.aug} was made for other images than these, which are {encoding}"
-    if args.no_split:
-        yield "no split: this run may have seen any image, and nothing that evaluates it can claim otherwise"
-
-
 # ------------------------------------------------------------------ schedules
 
 
@@ -251,26 +234,33 @@ class Weights(NamedTuple):
     koleo_group: int = 16
     centering: str = "sinkhorn"
     precision: str = "fp32"
+    compiled: bool = False
 
 
 class Seen(NamedTuple):
     """What one update looked at, for the log; all of this rank."""
 
-    cls_targets: torch.Tensor  # [2B, K]
-    cls_logits: torch.Tensor  # [2b, K] the student's, of the last micro-batch
+    cls: losses.Targets  # [2b, K] of the last micro-batch
+    cls_logits: torch.Tensor  # [2b, K] the student's of the same
     features: torch.Tensor  # [B, D] the teacher's cls of the first crops
     target_entropy: torch.Tensor  # of DINO + iBOT, their lower bound; what is above it is the excess
 
+    @property
+    def cls_targets(self):
+        return self.cls.probabilities()
+
 
 def center(logits, centers, key, w):
-    """Teacher logits of the whole batch -> targets; leaves in `centers` the softmax centre of the next update."""
+    """Teacher logits of each micro-batch -> its Targets; leaves in `centers` the softmax centre of the next update."""
     if w.centering == "sinkhorn":
-        return losses.sinkhorn(logits, w.teacher_temp)
-    if w.centering == "none":
-        return F.softmax(logits.float() / w.teacher_temp, -1)
-    old = centers.get(key, logits.new_zeros(logits.shape[1], dtype=torch.float32))  # there may be no row
-    targets, centers[key] = losses.softmax_center(logits, old, w.teacher_temp)
-    return targets
+        offsets = losses.sinkhorn_offsets(logits, w.teacher_temp, compiled=w.compiled)
+    else:
+        zeros = logits[0].new_zeros(logits[0].shape[1], dtype=torch.float32)  # there may be no row
+        old = (centers or {}).get(key, zeros)
+        offsets = losses.center_offsets(old, w.teacher_temp)
+        if w.centering == "softmax":
+            centers[key] = losses.moved_center(logits, old)
+    return [losses.Targets(each, w.teacher_temp, offsets) for each in logits]
 
 
 def ssl_update(student, teacher, gram, micro_batches, w, centers=None, clock=contextlib.nullcontext):
@@ -287,46 +277,37 @@ def ssl_update(student, teacher, gram, micro_batches, w, centers=None, clock=con
         with clock("teacher"):
             seen = [teacher([m.crops.globals], at=m.at) for m in micro_batches]
         with clock("centring"):
-            cls_targets = center(pack([s.cls_logits for s in seen]), centers, "cls", w)  # [2B, K]
-            patch_targets = center(pack([s.patch_logits for s in seen]), centers, "patch", w)  # [M, K]
+            cls_targets = center([s.cls_logits for s in seen], centers, "cls", w)  # [2b, K] each
+            patch_targets = center([s.patch_logits for s in seen], centers, "patch", w)  # [M, K] each
         features = torch.cat([s.cls[0].chunk(2)[0] for s in seen]).float()  # [B, D]
         del seen
 
     n, sums, entropy = len(micro_batches), {}, 0.0
-    targets = zip(cls_targets.chunk(n), patch_targets.split([len(m.at) for m in micro_batches]))
-    for i, (m, (cls_target, patch_target)) in enumerate(zip(micro_batches, targets)):
-        b, views = len(m.masks) // 2, len(m.crops.locals)
+    for i, m in enumerate(micro_batches):
+        b = len(m.masks) // 2
         of_crop = 1 / m.masks.sum(1).clamp(min=1)  # [2b]
         mask_weights = of_crop.index_select(0, m.at // m.masks.shape[1])  # [M]
+        dino = functools.partial(losses.dino_scores, cls_targets[i], w.student_temp, w.compiled)
+        ibot = functools.partial(losses.ibot_scores, patch_targets[i], mask_weights, 2 * b, w.student_temp, w.compiled)
         with contextlib.ExitStack() as stack:
             if i < n - 1 and hasattr(student, "no_sync"):
                 stack.enter_context(student.no_sync())  # ranks average once, with the last micro-batch
-            # student: masked globals and locals in one packed pass
+            # student: masked globals and locals in one packed pass; DINO and iBOT come out of its heads
             with autocast, clock("student"):
-                out = student(
-                    [m.crops.globals, m.crops.locals], [m.masks, None], m.at, m.keep, m.rope, gram is not None
-                )
+                views = [m.crops.globals, m.crops.locals]
+                out = student(views, [m.masks, None], m.at, m.keep, m.rope, gram is not None, (dino, ibot))
             if gram is not None:
                 with autocast, torch.no_grad(), clock("gram"):
                     gram_tokens = gram(m.crops.globals if m.crops.gram is None else m.crops.gram).patches
             with clock("losses"):
-                big, small = out.cls_logits.split([2 * b, views])
-                glob, local = big.unflatten(0, (2, b)), small.unflatten(0, (-1, b))
-                target = cls_target.unflatten(0, (2, b))  # [2, b, K]
-                terms = {
-                    "dino_global": losses.dino_loss(glob, target, w.student_temp, ignore_diagonal=True),
-                    "dino_local": losses.dino_loss(local, target, w.student_temp),
-                    "ibot": losses.ibot_loss(out.patch_logits, patch_target, mask_weights, 2 * b, w.student_temp),
-                    "koleo": sum(losses.koleo_loss(c, w.koleo_group) for c in out.cls[0].chunk(2)) / 2,
-                }
+                dino, ibot = out.cls_logits, out.patch_logits
+                koleo = sum(losses.koleo_loss(c, w.koleo_group) for c in out.cls[0].chunk(2)) / 2
+                terms = {**dino.terms, **ibot.terms, "koleo": koleo}
                 if gram is not None:
                     tokens = out.patches
                     grids = [[math.isqrt(t.shape[1])] * 2 for t in (tokens, gram_tokens)]
                     terms["gram"] = losses.gram_loss(tokens, gram_tokens, grids=grids)
-                # the sum: local and global DINO terms count by their pairs, KoLeo twice  <- change the objective here
-                pairs_local, pairs_global = 2 * views // b, 2
-                dino = pairs_local * terms["dino_local"] + pairs_global * terms["dino_global"]
-                terms["dino"] = dino / (pairs_local + pairs_global)
+                # the sum; DINO counts each pair of crops alike, KoLeo counts twice  <- change the objective here
                 terms["loss"] = w.dino * terms["dino"] + w.ibot * terms["ibot"] + 2 * w.koleo * terms["koleo"]
                 if gram is not None:
                     terms["loss"] = terms["loss"] + w.gram * terms["gram"]
@@ -336,9 +317,8 @@ def ssl_update(student, teacher, gram, micro_batches, w, centers=None, clock=con
         with torch.no_grad():
             for key, value in terms.items():
                 sums[key] = sums.get(key, 0) + value.detach() / n
-            of_patches = (losses.entropy(patch_target) * mask_weights).sum() / (2 * b)
-            entropy += (w.dino * losses.entropy(cls_target).mean() + w.ibot * of_patches) / n
-    return sums, Seen(cls_targets, big.detach(), features, entropy)
+            entropy += (w.dino * dino.entropy + w.ibot * ibot.entropy) / n
+    return sums, Seen(cls_targets[-1], dino.logits, features, entropy)
 
 
 def to_micro(batch, device, with_gram):
@@ -392,47 +372,17 @@ class Update(NamedTuple):
 
 def weights_of(now, args):
     return Weights(now.teacher_temp, args.student_temp, args.w_dino, args.w_ibot, args.w_koleo, now.gram,
-                   args.koleo_group, args.centering, args.precision)  # fmt: skip
+                   args.koleo_group, args.centering, args.precision, args.compile)  # fmt: skip
 
 
-class Upcoming:
-    """The next `left` updates: read, rendered and drawn in order, all of it a function of (seed, step).
-
-    On a card one of them ahead, while the card works on the one before; a CPU would only hold one more set of crops.
-    """
-
-    def __init__(self, run, batches, micros, left):
-        self.run, self.batches, self.micros, self.left = run, batches, micros, left
-        self.ready, self.reads = [], []  # reads: begin and end of each
-
-    def waited(self):
-        """Seconds of reading since the last call, without those in which a card had still work."""
-        reads, self.reads = self.reads, []
-        return sum(loop.seconds_between(begin, end) for begin, end in reads)
-
-    def prepare(self, clock):
-        run, begin = self.run, loop.moment(self.run.device)
-        with clock("read"):
-            read = [next(self.batches) for _ in range(self.micros)]
-        self.reads.append((begin, loop.moment(run.device)))
-        self.left -= 1
-        step, depth, with_gram = read[0].step, run.student.backbone.depth, gram_snapshots(read[0].step, run.args) > 0
-        with clock("render"):
-            micro_batches = [
-                with_draws(to_micro(batch, run.device, with_gram), run.args, depth, step, number)
-                for number, batch in enumerate(read, run.rank * len(read))
-            ]
-        self.ready.append((read, micro_batches))
-
-    def take(self, clock=contextlib.nullcontext):
-        """(micro-batches as read, the same rendered) of the next update."""
-        if not self.ready:
-            self.prepare(clock)
-        return self.ready.pop()
-
-    def ahead(self, clock=contextlib.nullcontext):
-        if self.run.device.type == "cuda" and self.left:
-            self.prepare(clock)
+def prepared(run, read):
+    """Micro-batches of one update as read -> rendered on the device, with training's draws; ranks number them on."""
+    step, depth = read[0].step, run.student.backbone.depth
+    with_gram = gram_snapshots(step, run.args) > 0
+    return [
+        with_draws(to_micro(batch, run.device, with_gram), run.args, depth, step, number)
+        for number, batch in enumerate(read, run.rank * len(read))
+    ]
 
 
 def one_update(run, micro_batches, now, wish=lambda: False, ahead=lambda: None, clock=contextlib.nullcontext):
@@ -486,8 +436,8 @@ def evaluate(run, source, w, slices=256):
     size = max(m for m in range(group, max(args.micro_batch, group) + 1, group) if batch % m == 0)
     held_out = source.take(np.sort(data.rng(0, "limit").permutation(len(source))[: updates * batch]))
     micros = data.make_loader(
-        held_out, run.recipes[0], 0, range(updates), batch, size, masking=masking(args), skip_bad=args.skip_bad,
-        patch_size=student.backbone.patch_size,
+        held_out, run.recipes[0], 0, range(updates), batch, size, masking=settings.masking(args),
+        patch_size=student.backbone.patch_size, skip_bad=args.skip_bad,
     )  # fmt: skip
     terms, pairs, series = [], [], []
     student.eval()
@@ -509,39 +459,7 @@ def evaluate(run, source, w, slices=256):
 # ------------------------------------------------------------------ ranks, folder, state
 
 
-def masking(args):
-    return args.mask_probability, tuple(args.mask_ratio)
-
-
-def make_recipes(args, encoding):
-    kind = ("photo" if encoding == "photo" else "ct") if args.aug == "auto" else args.aug
-    base = dataclasses.replace(data.RECIPES[kind], local_crops=args.local_crops)
-    scales = {"field": args.field, "global_scale": args.global_scale, "local_scale": args.local_scale}
-    base = dataclasses.replace(base, **{name: tuple(scale) for name, scale in scales.items() if scale})
-    pairs = f"{args.global_size}/{args.local_size}" if args.sizes is None else args.sizes
-    recipes = []
-    for pair in pairs.split(","):
-        try:
-            size, local = map(int, pair.split("/"))
-        except ValueError:
-            raise ValueError(f"--sizes {args.sizes}: {pair!r} is not GLOBAL/LOCAL, as in 448/112") from None
-        gram = args.gram_scale * size if args.gram_weight else 0
-        recipes.append(dataclasses.replace(base, global_size=size, local_size=local, gram_size=gram))
-    return recipes
-
-
 # ------------------------------------------------------------------ main
-
-
-def check_sizes(recipes, patch):
-    """Refuse views that are no whole number of patches."""
-    for size in sorted({size for r in recipes for size in (r.global_size, r.local_size)}):
-        if size < patch or size % patch:
-            nearest = max(1, round(size / patch)) * patch
-            raise ValueError(
-                f"views of {size} pixels (--global-size, --local-size, --sizes): not a multiple of the patch size "
-                f"{patch}; nearest: {nearest}"
-            )
 
 
 def build_backbone(args, arch=None):
@@ -620,7 +538,7 @@ def write_config(run):
         "version": 1,
         "args": vars(args),
         "recipes": [dataclasses.asdict(r) for r in run.recipes],
-        "masking": masking(args),
+        "masking": settings.masking(args),
         "patch_size": run.student.backbone.patch_size,
         "arch": run.student.backbone.arch,
         "encoding": source.encoding,
@@ -641,26 +559,19 @@ def log_line(run, log, update, now, pace):
     if world > 1:
         dist.all_reduce(means)
     values = dict(zip([*terms, "target_entropy"], (means / world).tolist()))
-    rows = len(seen.cls_logits)
-    health = losses.health(seen.cls_targets[-rows:], seen.cls_logits, seen.features, args.student_temp)
+    health = losses.health(seen.cls_targets, seen.cls_logits, seen.features, args.student_temp)
     values |= dict(zip(health, torch.stack(list(health.values())).tolist()))
     values["excess"] = args.w_dino * values["dino"] + args.w_ibot * values["ibot"] - values["target_entropy"]
-    seconds, updates = time.perf_counter() - pace.since, done - pace.done
-    rate = updates * args.batch_size / seconds
     recipe = data.pick_recipe(run.recipes, args.seed, done - 1)
-    tflops = rate * loop.flops_per_image(run.student, recipe, args, "gram" in terms) / 1e12
-    peak, images = loop.device_peak(run.device), done * args.batch_size
+    flops = loop.flops_per_image(run.student, recipe, args, "gram" in terms)
+    images = done * args.batch_size
     line = {"images": images, "epoch": images / len(run.source), **values, **now._asdict()}
     line |= {f"grad_norm_{name}": float(norm) for name, norm in update.norms.items()}
-    line |= dict(images_s=rate, data_wait=pace.waited / seconds, tflops=tflops, memory_gb=loop.memory_gb(run.device),
-                 seconds_to_go=(args.steps + args.extend - done) * seconds / max(updates, 1))  # fmt: skip
-    if peak:
-        line["mfu"] = tflops / (peak * world)
-    log.numbers(done, line)
+    log.numbers(done, line | pace.numbers(done, args, run.device, flops, world))
     if done > args.grace:
         for text in loop.warnings_in_words(values, pace.loss, *seen.features.shape):
             log.event(done, f"warning: {text}")
-    pace.since, pace.done, pace.waited, pace.loss = time.perf_counter(), done, 0.0, values["loss"]
+    pace.begin(done, values["loss"])
 
 
 def log_evaluation(run, held_out, now, log):
@@ -690,7 +601,7 @@ def main(argv=None):
 def open_data(args):
     """(images to train on, val_select or None): what is held out is read here for the log only."""
     if args.no_split:
-        source = data.open_source(args.data, args.limit, args.z_stride)
+        source = data.thin(data.open_source(args.data), args.limit, args.z_stride)
         return data.weighed(source, args.weights) if args.weights else source, None
     everything, more = data.open_source(args.data), dict(z_stride=args.z_stride, allow_duplicates=args.allow_duplicates)
     source = data.open_for(everything, "fit", limit=args.limit, **more)
@@ -702,7 +613,7 @@ def start_reading(args, source, recipes, steps, patch_size, rank, world, device)
     """The micro-batches of these updates, as readers deliver them."""
     return data.make_loader(
         source, recipes, args.seed, steps, args.batch_size, args.micro_batch, rank, world, args.workers, patch_size,
-        masking(args), args.skip_bad, pin_memory=device.type == "cuda", fixed=args.overfit,
+        settings.masking(args), args.skip_bad, pin_memory=device.type == "cuda", fixed=args.overfit,
     )  # fmt: skip
 
 
@@ -722,20 +633,7 @@ def build_run(args, backbone, source, recipes, rank, world, device, gram_arch=No
     student, teacher = build(args, backbone)
     gram_net = build_gram_net(args, teacher.backbone, gram_arch)
     nets = [m for m in (student, teacher, gram_net) if m is not None]
-    if args.compile:  # every size is a shape of its own: at the usual 8 torch goes on uncompiled
-        torch._dynamo.config.recompile_limit = 64
-        # but for the last block, which runs on other rows each time and would be compiled anew
-        for block in (block for m in nets for block in getattr(m, "backbone", m).blocks[:-1]):
-            block.compile(dynamic=False)  # mixed --sizes: guessed dynamic shapes fail in the backward (torch 2.13, CPU)
-    for m in nets:
-        if args.fsdp and world > 1:
-            loop.shard(m, device)  # from the CPU, part by part: no card ever holds a whole network
-        else:
-            m.to(device)
-    net = student
-    if world > 1 and not args.fsdp:
-        ids = [device.index] if device.type == "cuda" else None
-        net = torch.nn.parallel.DistributedDataParallel(student, device_ids=ids, gradient_as_bucket_view=True)
+    net = loop.on_device(args, student, nets, world, device)
     groups = optim.param_groups(student, args.layer_decay, args.patch_lr)
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, args.beta2), fused=True)
     return Run(args, rank, world, device, source, recipes, student, teacher, net, optimizer, gram_net)
@@ -747,7 +645,7 @@ def train(args, rank, world, device):
     if device.type == "cuda":  # small tensors are left to this process; the cores are for readers
         torch.set_num_threads(1)
     source, held_out = open_data(args)
-    recipes = make_recipes(args, source.encoding)  # refuses bad sizes before anything is made
+    recipes = settings.make_recipes(args, source.encoding)  # refuses bad sizes before anything is made
     if args.batch_size > len(source):
         raise ValueError(
             f"--batch-size {args.batch_size} is more than the {len(source)} images to train on, so an update would see "
@@ -755,13 +653,7 @@ def train(args, rank, world, device):
         )
 
     # ------------------------------------------------------------------ run folder, what to resume
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out} is a file; name the folder of the run")
-    if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        locked = loop.lock(out)
-        checkpoint.sweep(out)
-    path, facts, changed = loop.find_run(args, source, HARMLESS, rank, world)
+    locked, path, facts, changed = loop.open_run(args, source, HARMLESS, rank, world)
     start = facts.get("step", 0)
     if start >= total:
         if rank == 0:
@@ -776,7 +668,7 @@ def train(args, rank, world, device):
 
     # ------------------------------------------------------------------ readers, model
     backbone = build_backbone(args, facts.get("arch"))  # <- change the backbone there
-    check_sizes(recipes, backbone.patch_size)
+    settings.check_sizes(recipes, backbone.patch_size)
     micros = args.batch_size // (world * args.micro_batch)
     # forks now: later, readers would keep a copy of all weights (1.5 s of ViT-S's start)
     batches = start_reading(args, source, recipes, range(start, total), backbone.patch_size, rank, world, device)
@@ -790,7 +682,7 @@ def train(args, rank, world, device):
     log.event(
         start, f"resumed from {path.name}" if path else "started", changed=changed, git=loop.git_commit(), world=world
     )
-    for text in choices_in_words(args, source.encoding, begun=start > 0) if rank == 0 else ():
+    for text in settings.choices_in_words(args, source.encoding, begun=start > 0) if rank == 0 else ():
         tqdm.write(text)
     saver = checkpoint.Saver(out, args.keep_last, args.keep_every)
     sources = [s for s in (source, held_out) if s] if rank == 0 else []
@@ -801,7 +693,7 @@ def train(args, rank, world, device):
             saver.wait()
             loop.report_saves(log, saver, log.done, going_on=False)
             log.close()
-            if rank == 0:
+            if locked:
                 locked.close()
     return code or int(saver.error is not None)  # a run whose end is not on disk has failed
 
@@ -813,7 +705,7 @@ def run_updates(run, batches, micros, held_out, steps, tools):
     """Updates from start to total, with what happens between them -> exit code."""
     (start, total), (log, saver, stop), args = steps, tools, run.args
     pace, bad_in_a_row = loop.Pace(time.perf_counter(), start), 0
-    upcoming = Upcoming(run, batches, micros, total - start)
+    upcoming = loop.Upcoming(batches, micros, total - start, run.device, functools.partial(prepared, run))
     for step in range(start, total):
         done = log.done = step + 1
         now = values_at(step, args)

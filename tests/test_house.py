@@ -198,8 +198,8 @@ def test_a_program_runs(name):
 def test_every_flag_is_read_and_explained(name):
     module = importlib.import_module(name[:-3].replace("/", "."))
     source = (ROOT / name).read_text()
-    if name.startswith("train_"):  # the loop reads flags that all trainers share
-        source += (ROOT / "tools" / "lib" / "loop.py").read_text()
+    if name.startswith("train_"):  # what trainers share reads flags too
+        source += "".join((ROOT / "tools/lib" / lib).read_text() for lib in ("loop.py", "settings.py", "supervise.py"))
     for action in module.build_parser()._actions:
         if action.dest == "help":
             continue

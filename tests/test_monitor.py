@@ -33,7 +33,7 @@ import losses
 import monitor as m
 import train_ssl as t
 from model import build_vit
-from tools.lib import loop, machine, optim, provenance, runs, sheet
+from tools.lib import loop, machine, optim, provenance, runs, settings, sheet
 from tools.lib.files import read_lines
 
 torch.set_num_threads(1)
@@ -64,7 +64,7 @@ def healthy(tmp_path_factory):
             block.mlp.fc2.weight.data *= 4  # of random blocks: lets tokens differ as those of a trained one do
     source = data.open_for(root, "fit")
     optimizer = torch.optim.AdamW(optim.param_groups(student, 0.9, 0.2), lr=0.0)
-    recipes = t.make_recipes(args, source.encoding)
+    recipes = settings.make_recipes(args, source.encoding)
     seen = {"known": True, "seen": [provenance.provenance_of(source)]}
     seen = {"trained_groups": source.groups, "provenance": seen}
     cpu = torch.device("cpu")
@@ -996,7 +996,7 @@ def test_attention_is_weighed_against_body_and_lung(healthy, monkeypatch):
 
 def test_retrieval_is_that_of_the_training_log(healthy):
     source = data.open_for(healthy["args"]["data"], "select")
-    recipe = t.make_recipes(t.build_parser().parse_args(["--data", "x", *FLAGS]), source.encoding)[0]
+    recipe = settings.make_recipes(t.build_parser().parse_args(["--data", "x", *FLAGS]), source.encoding)[0]
     recipe = dataclasses.replace(recipe, gram_size=0)
     rows = m.of_views(*models(healthy), m.training_views(source, recipe, 16))
     found = losses.retrieval(*rows["pairs"].unbind(1), rows["series"])

@@ -308,7 +308,7 @@ def test_an_update_prepared_while_the_one_before_runs_changes_no_bit(folder, tmp
 
     monkeypatch.setattr(t, "one_update", watched)
     monkeypatch.setattr(
-        t.Upcoming, "ahead", lambda self, clock=t.contextlib.nullcontext: self.left and self.prepare(clock)
+        t.loop.Upcoming, "ahead", lambda self, clock=t.contextlib.nullcontext: self.left and self.prepare(clock)
     )
     assert train(folder, tmp_path / "ahead", *flags) == 0 and len(depth) == 5
     assert train(folder, tmp_path / "ahead", *flags) == 0
@@ -642,14 +642,11 @@ def test_reading_while_a_card_works_is_no_waiting(monkeypatch, late, waited):
             yield mock.Mock(step=step)
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(t, "to_micro", mock.Mock())
-    monkeypatch.setattr(t, "with_draws", mock.Mock())
-    run = mock.Mock(device=device, args=mock.Mock(gram_weight=0), rank=0)
-    upcoming = t.Upcoming(run, read(), 1, 2)
+    upcoming = t.loop.Upcoming(read(), 1, 2, device, mock.Mock())
     upcoming.ahead()
     assert upcoming.waited() == pytest.approx(waited) and upcoming.waited() == 0
     device.type = "cpu"
-    monkeypatch.setattr(t.time, "perf_counter", clock)
+    monkeypatch.setattr(t.loop.time, "perf_counter", clock)
     upcoming.ready.clear()
     upcoming.take()
     assert upcoming.waited() == pytest.approx(0.05)

@@ -39,15 +39,16 @@ import numpy as np
 import pydicom
 import torch
 from PIL import Image, ImageFilter
+from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import checkpoint
 import data
 import train_ssl
-from model import ARCHS
+from model import ADAPTER_NORMS, ARCHS, Classifier, Head, adapted_layers, add_adapters, build_vit
+from tools.lib import loop, settings
 from tools.lib.cli import ROOT, Parser, above_zero, positive, run
 from tools.lib.files import write_json
-from tools.lib.loop import flops_per_image, git_commit, is_out_of_memory, moment, seconds_between, setup_distributed
 from tools.lib.machine import DTYPES, check_gemm, describe, synchronize
 from tools.lib.progress import progress
 
@@ -133,15 +134,15 @@ class Phases:
 
     @contextlib.contextmanager
     def __call__(self, name):
-        start = moment(self.device)
+        start = loop.moment(self.device)
         yield
-        self.marks.append((name, start, moment(self.device)))
+        self.marks.append((name, start, loop.moment(self.device)))
 
     def seconds(self):
         """{name: seconds}, for after a synchronize."""
         sums = {}
         for name, start, end in self.marks:
-            sums[name] = sums.get(name, 0) + seconds_between(start, end)
+            sums[name] = sums.get(name, 0) + loop.seconds_between(start, end)
         return sums
 
 
@@ -164,7 +165,7 @@ class Way(NamedTuple):
     """One way to do the update: a run at step 0, its endless updates, and the values of its last schedules."""
 
     run: train_ssl.Run
-    upcoming: train_ssl.Upcoming
+    upcoming: loop.Upcoming
     now: train_ssl.Now
 
 
@@ -192,7 +193,7 @@ def train_args(point, name):
 def make_run(args, device):
     """A run at step 0, with its Gram teacher in use if it has one."""
     source = data.open_source(args.data)
-    recipes = train_ssl.make_recipes(args, source.encoding)
+    recipes = settings.make_recipes(args, source.encoding)
     made = train_ssl.build_run(args, None, source, recipes, 0, 1, device)
     train_ssl.refresh_gram(made, 0)
     return made
@@ -203,7 +204,8 @@ def make_way(made):
     args.workers = args.workers if made.device.type == "cuda" else 0
     patch_size = made.student.backbone.patch_size
     batches = train_ssl.start_reading(args, made.source, made.recipes, range(10**6), patch_size, 0, 1, made.device)
-    upcoming = train_ssl.Upcoming(made, batches, args.batch_size // args.micro_batch, 10**6)
+    prepare = functools.partial(train_ssl.prepared, made)
+    upcoming = loop.Upcoming(batches, args.batch_size // args.micro_batch, 10**6, made.device, prepare)
     return Way(made, upcoming, train_ssl.values_at(args.steps - 1, args))  # late: the weight of Gram is above 0
 
 
@@ -239,7 +241,7 @@ def measure_step(point, device):
     updates = {name: functools.partial(update, way) for name, way in ways.items()}
     times, limits = alternate(updates, device, point["seconds"], gemm(device, first.args.precision))
     phases = phase_shares(ways[plain], median(times[plain]))
-    tflop = batch * flops_per_image(first.student, first.recipes[0], first.args, first.gram is not None) / 1e12
+    tflop = batch * loop.flops_per_image(first.student, first.recipes[0], first.args, first.gram is not None) / 1e12
     rows = []
     for name, seconds in times.items():
         more = dict(way=name, flags=point["flags"], seconds=seconds, limits=limits[name], tflop=tflop)
@@ -320,6 +322,49 @@ def pillow_views(path, boxes, size, draft):
         views = [image.resize((size, size), Image.Resampling.BICUBIC, (x0 * x, y0 * y, x1 * x, y1 * y))
                  for y0, x0, y1, x1 in boxes]  # fmt: skip
     return [np.asarray(view) for view in views]
+
+
+def thin_products(layer, x, bias=None):
+    """What adapters are measured against: a linear layer, and per chosen piece the two products of plain LoRA."""
+    parts = list(F.linear(x, layer.weight, layer.bias if bias is None else bias).chunk(layer.pieces, -1))
+    for i, a, b in zip(layer.chosen, *(t.chunk(len(layer.chosen)) for t in (layer.lora_a, layer.lora_b))):
+        parts[i] = parts[i] + layer.scale * F.linear(F.linear(x, a), b)
+    return torch.cat(parts, -1) if len(parts) > 1 else parts[0]
+
+
+def adapted_update(point, way, device):
+    """A function that does one supervised update of a classifier with the adapters of `way`."""
+    vit = build_vit(point["arch"], layerscale=0.1)
+    norm = "lora" if way == "thin" else way
+    add_adapters(vit, point["rank"], point["rank"], norm, point["targets"])
+    for layer in adapted_layers(vit).values() if way == "thin" else ():
+        layer.forward = functools.partial(thin_products, layer)
+    net = Classifier(vit, Head(vit.dim, 2)).to(device).train()
+    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], 1e-4, fused=True)
+    images = torch.randn(point["batch"], 3, point["size"], point["size"], device=device)
+    labels = torch.arange(point["batch"], device=device) % 2
+
+    def update():
+        optimizer.zero_grad()
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            loss = F.cross_entropy(net(images), labels)
+        loss.backward()
+        optimizer.step()
+
+    return update
+
+
+def measure_adapters(point, device):
+    """Supervised updates with each kind of adapter in turns, beside LoRA written as two thin products."""
+    updates = {way: adapted_update(point, way, device) for way in ("thin", *ADAPTER_NORMS)}
+    times, _ = alternate(updates, device, point["seconds"])
+    rows = []
+    for name, seconds in times.items():
+        more = dict(way=name, seconds=seconds, factor=ratio(seconds, times["thin"]))
+        note = "" if name == "thin" else f"{more['factor']:.3f} x the time of LoRA as two thin products"
+        setting = f"{point['setting']}, {'LoRA as two thin products' if name == 'thin' else name}"
+        rows.append(as_row(setting, point["batch"] / median(seconds), "images/s", note=note, **more))
+    return rows
 
 
 def measure_views(point, device):
@@ -420,7 +465,8 @@ def measure_save(point, device):
     return [as_row(point["setting"], 1e3 * median(later), "ms stall", share, "copy", note, **more)]
 
 
-PARTS = (measure_step, measure_render, measure_views, measure_read, measure_dicom, measure_save, measure_sweep)
+PARTS = (measure_step, measure_adapters, measure_render, measure_views, measure_read, measure_dicom, measure_save)
+PARTS += (measure_sweep,)
 MEASURES = {measure.__name__.removeprefix("measure_"): measure for measure in PARTS}
 
 
@@ -455,6 +501,11 @@ def points_of(what, args, cuda, work):
             yield from (step_point(args, hu16, flags, precision, ways) for ways in fitting)
             if precision == precisions[0]:
                 yield step_point(args, hu16, flags, precision, ["compile" * cuda], gram=True)
+    elif what == "adapters":
+        for arch, targets in itertools.product(archs, ("qv", "all")):
+            batch, size = batches[0], 96 if args.quick else 224
+            setting = f"{arch} batch {batch} of {size} pixels, rank 16 on {targets}"
+            yield dict(arch=arch, batch=batch, size=size, rank=16, targets=targets, setting=setting)
     elif what == "render":
         for device, folder in itertools.product(["cpu", "cuda"][: 1 + cuda], (rgb, hu16)):
             place = "one CPU thread" if device == "cpu" else "GPU"
@@ -510,11 +561,11 @@ def run_point(point):
 
 def measure(point):
     """Rows of one point, in this process."""
-    device = setup_distributed(point["device"])[2]
+    device = loop.setup_distributed(point["device"])[2]
     try:
         return MEASURES[point["what"]](point, device)
     except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
+        if not loop.is_out_of_memory(error):
             raise
         return [{"error": "does not fit in memory"}]
 
@@ -579,10 +630,10 @@ def build_parser():
     p.add_argument("--json", type=Path, help="also write every number here")
     p.add_argument("--markdown", action="store_true", help="print tables of Markdown, to copy rows into the README")
     p.add_argument("--device", default="auto", help="auto (CUDA/ROCm if there, else CPU), cpu, cuda")
-    p.add_argument("--arch", nargs="+", choices=list(ARCHS), help="of step and sweep; default: ViT-S, on a GPU also "
-                   "B and L")
+    p.add_argument("--arch", nargs="+", choices=list(ARCHS), help="of step, adapters and sweep; default: ViT-S, "
+                   "on a GPU also B and L")
     p.add_argument("--batch-size", type=positive, nargs="+",
-                   help="images per update of step, largest tried by sweep; default: 4, GPU 64")
+                   help="images per update of step and adapters, largest tried by sweep; default: 4, GPU 64")
     p.add_argument("--precision", nargs="+", choices=["fp32", "bf16"], help="of step; default: bf16 on a GPU, else "
                    "fp32, and bf16 if the CPU has it")
     p.add_argument("--flags", default="", help="further flags of train_ssl.py, in one string")
@@ -605,7 +656,7 @@ def main(argv=None):
         for file in sorted(RESULTS.glob("*.json")):
             print("\n".join(in_lines(json.loads(file.read_text()), args.markdown)) + "\n")
         return 0
-    device = setup_distributed(args.device)[2]
+    device = loop.setup_distributed(args.device)[2]
     usual = 8 if args.quick else 30
     cuda, seconds = device.type == "cuda", usual if args.seconds is None else args.seconds
     with tempfile.TemporaryDirectory() as work:
@@ -619,7 +670,7 @@ def main(argv=None):
         rows = measure_all(points, most)
     machine = describe(device) | {"threads": torch.get_num_threads()}
     now = datetime.datetime.now(datetime.timezone.utc)
-    report = dict(version=1, date=f"{now:%Y-%m-%d}", commit=git_commit(), command=sys.argv[1:], quick=args.quick)
+    report = dict(version=1, date=f"{now:%Y-%m-%d}", commit=loop.git_commit(), command=sys.argv[1:], quick=args.quick)
     report |= dict(machine=machine, rows=rows)
     if args.json:
         write_json(args.json, report)

@@ -23,7 +23,7 @@ import checkpoint
 import data
 from model import Classifier, Head
 from tools.lib import features, fused, metrics
-from tools.lib.classifiers import layout_of, logits_of
+from tools.lib.classifiers import each_view, layout_of
 from tools.lib.cli import shown, technique
 from tools.lib.fusion import combined_loss
 from tools.lib.progress import progress
@@ -66,19 +66,6 @@ class Set(NamedTuple):
 # ----- what it reads
 
 
-class Reader(nn.Module):
-    """A classifier without its head, for logits_of: features of views, or of their patches side by side."""
-
-    def __init__(self, classifier, patches=False):
-        super().__init__()
-        self.classifier, self.patches = classifier, patches
-
-    def forward(self, images):
-        if self.patches:
-            return self.classifier.backbone(images).patches.flatten(1)
-        return self.classifier.features(images)
-
-
 def mask_shares(path, boxes, flips, grid, kinds):
     """Share of each patch of each view that the objects of each kind cover, from a picture of codes: [V, P, M]."""
     if not path.exists():  # nothing is there to be seen
@@ -114,12 +101,11 @@ def read_set(classifier, part, view, args, weights_sha256, fields, weather, swit
     images, rows = features.images_sha256(source, table, framing), np.arange(len(source))
     cache = Path(args.cache) if args.cache else Path(args.out).parent / "features"
 
-    def ask(patches):
-        found = logits_of(Reader(classifier, patches), source, rows, args.views, view, device,
-                          workers=args.workers or 1, name=f"{name} {'patches' * patches or 'views'}")  # fmt: skip
+    def ask(what, function):
+        found = each_view(function, source, rows, args.views, view, device, 96, args.workers or 1, f"{name}, {what}")
         return found, np.zeros(0)
 
-    views, _ = features.cached(cache, weights_sha256, images, functools.partial(ask, False))
+    views, _ = features.cached(cache, weights_sha256, images, functools.partial(ask, "views", classifier.features))
     if (bad := ~np.isfinite(views).all((1, 2))).any():
         raise ValueError(f"features of {bad.sum()} pictures of {name} are NaN or infinite; broken weights?")
     facts = fused.facts_at(source, rows, {**fields, **weather})
@@ -131,7 +117,8 @@ def read_set(classifier, part, view, args, weights_sha256, fields, weather, swit
             raise ValueError("masks: patches and views must have the same features: use --features mean, --layers 1")
         if (size := views.nbytes * grid**2) > PATCH_BYTES:
             raise ValueError(f"masks: patches of {len(views)} pictures take {size / 2**30:.1f} GB; use smaller --size")
-        patches, _ = features.cached(cache, weights_sha256, images + " patches", functools.partial(ask, True))
+        todo = functools.partial(ask, "patches", lambda x: classifier.backbone(x).patches.flatten(1))
+        patches, _ = features.cached(cache, weights_sha256, images + " patches", todo)
         patches = torch.from_numpy(patches).unflatten(2, (grid**2, -1))
         masks = read_masks(source, args.views, grid, switches["masks"])
     return Set(torch.from_numpy(views), torch.from_numpy(table.labels), facts or None, told, patches, masks)
@@ -188,7 +175,7 @@ def train(vit, parts, view, objective, facts, args, device):
     weather = fused.read_fields(source, [more["weather"]]) if more["weather"] else {}
     if weather and (name := next(iter(weather))) in fields:
         raise ValueError(f"{shown(name)} is metadata already, so telling it is trivial: choose one")
-    classifier = Classifier(vit, Head(vit.dim * args.layers * (2 if facts["pool"] == "both" else 1), classes),
+    classifier = Classifier(vit.to(device), Head(vit.dim * args.layers * (2 if facts["pool"] == "both" else 1), classes),
                             facts["pool"], args.layers).eval()  # fmt: skip
     sets = [read_set(classifier, part, view, args, data.file_sha256(args.ckpt), fields, weather, switches, device, name)
             for part, name in zip(parts, ("train", "val_select"))]  # fmt: skip

@@ -35,10 +35,14 @@ class FusedClassifier(Classifier):
         x = torch.cat([self.features(some) for some in views.flatten(0, 1).split(chunk)])
         return self.head(x.unflatten(0, views.shape[:2]), facts, known)
 
-    def of_rows(self, views, source, rows, chunk=96):
-        """The same for rows of a Source, with what is known of them."""
-        facts = facts_at(source, rows, self.fields)
-        return self(views, facts and {name: x.to(views.device) for name, x in facts.items()}, chunk=chunk)
+    @torch.inference_mode()
+    def of_features(self, x, source, rows):
+        """Features [N, V, D] of rows of a Source -> logits [N, 1, C], by what is known of them too; numpy to numpy."""
+        facts, device, found = facts_at(source, rows, self.fields), self.head.centre.device, []
+        for at in torch.arange(len(x)).split(1024):
+            some = facts and {name: value[at].to(device) for name, value in facts.items()}
+            found.append(self.head(torch.from_numpy(x)[at].to(device), some).logits.float().cpu().numpy())
+        return np.concatenate(found)[:, None]
 
 
 def sizes_of(fields):

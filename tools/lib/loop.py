@@ -25,8 +25,8 @@ from tqdm import tqdm
 import checkpoint
 from data import append_line, denormalise, regular
 from model import check_arch
-from tools.lib import limits
-from tools.lib.cli import pick_device, shown
+from tools.lib import limits, optim
+from tools.lib.cli import pick_device, read_options, shown, technique
 
 # Ranks, schedules, random numbers.
 
@@ -64,6 +64,24 @@ def shard(model, device):
     for module in (*getattr(model, "backbone", model).blocks, *heads):
         fully_shard(module)
     return fully_shard(model, reshard_after_forward=True)  # the teacher has no backward that would do it
+
+
+def on_device(args, model, nets, world, device):
+    """Compile, shard or move `nets` as the flags say -> `model`, one of them, as it is called: itself, or wrapped."""
+    if args.compile:  # every size is a shape of its own: at the usual 8 torch goes on uncompiled
+        torch._dynamo.config.recompile_limit = 64
+        # but for the last block, which runs on other rows each time and would be compiled anew
+        for block in (block for m in nets for block in getattr(m, "backbone", m).blocks[:-1]):
+            block.compile(dynamic=False)  # mixed --sizes: guessed dynamic shapes fail in the backward (torch 2.13, CPU)
+    for m in nets:
+        if args.fsdp and world > 1:
+            shard(m, device)  # from the CPU, part by part: no card ever holds a whole network
+        else:
+            m.to(device)
+    if world == 1 or args.fsdp:
+        return model
+    ids = [device.index] if device.type == "cuda" else None
+    return torch.nn.parallel.DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
 
 
 def largest_over_ranks(values, device):
@@ -104,6 +122,52 @@ def seconds_between(begin, end):
     return begin.elapsed_time(end) / 1e3
 
 
+def over_ranks(function, rows, rank, world):
+    """function(rows) -> array [rows, ...], of which each rank computes a part; all of it on all ranks."""
+    if world == 1:
+        return function(rows)
+    mine = rows[rank::world]
+    parts = [None] * world
+    dist.all_gather_object(parts, function(mine) if len(mine) else None)
+    whole = np.concatenate([part for part in parts if part is not None])
+    return whole[np.argsort(np.concatenate([np.arange(len(rows))[r::world] for r in range(world)]))]
+
+
+class Upcoming:
+    """The next `left` updates of `micros` micro-batches each: read in order and made ready by prepare(read).
+
+    On a card one of them ahead, while the card works on the one before; a CPU would only hold one more set of crops.
+    """
+
+    def __init__(self, batches, micros, left, device, prepare):
+        self.batches, self.micros, self.left, self.device, self.make_ready = batches, micros, left, device, prepare
+        self.ready, self.reads = [], []  # reads: begin and end of each
+
+    def waited(self):
+        """Seconds of reading since the last call, without those in which a card had still work."""
+        reads, self.reads = self.reads, []
+        return sum(seconds_between(begin, end) for begin, end in reads)
+
+    def prepare(self, clock):
+        begin = moment(self.device)
+        with clock("read"):
+            read = [next(self.batches) for _ in range(self.micros)]
+        self.reads.append((begin, moment(self.device)))
+        self.left -= 1
+        with clock("render"):
+            self.ready.append((read, self.make_ready(read)))
+
+    def take(self, clock=contextlib.nullcontext):
+        """(micro-batches as read, the same made ready) of the next update."""
+        if not self.ready:
+            self.prepare(clock)
+        return self.ready.pop()
+
+    def ahead(self, clock=contextlib.nullcontext):
+        if self.device.type == "cuda" and self.left:
+            self.prepare(clock)
+
+
 def divisor(flag, value, whole, of):
     """`value`, if it divides `whole`; else an error that names the nearest number that does."""
     if whole % value:
@@ -122,6 +186,22 @@ def schedule(step, start, peak, end, warmup=0, hold=0, cosine=0):
     if step < cosine:
         return end + (peak - end) * (1 + math.cos(math.pi * step / max(cosine - 1, 1))) / 2
     return end
+
+
+def build_optimizer(text, groups):
+    """muon:momentum=0.9, or with a wrapper before it sam:rho=0.1+muon (sam alone: around AdamW) -> optimizer."""
+    *outer, inner = text.split("+")
+    if read_options(inner)[0] in optim.WRAPPERS:
+        outer, inner = [*outer, inner], "adamw"
+    name, options = technique(inner, optim.OPTIMIZERS)
+    if taken := {"lr", "weight_decay"} & options.keys():
+        raise ValueError(f"--optimizer {text}: {min(taken)} has a flag of its own")
+    more = {"fused": True} if name == "adamw" else {}
+    optimizer = optim.OPTIMIZERS[name](groups, lr=0.0, **{**more, **options})
+    for part in reversed(outer):
+        name, options = technique(part, optim.WRAPPERS)
+        optimizer = optim.WRAPPERS[name](optimizer, **options)
+    return optimizer
 
 
 def generator(*key):
@@ -196,7 +276,7 @@ def check_flags(args, saved, harmless):
 RESUMED = "step args arch student teacher gram optimizer centers index_sha256 split_sha256".split()
 
 
-def find_run(args, source, harmless, rank, world):
+def find_run(args, source, harmless, rank, world, fields=RESUMED):
     """(checkpoint to go on from or None, its plain values, harmless changes of flags); refuses what is another run."""
     out, newest = Path(args.out), [None, False]
     # to verify 100 GB takes a slow disk longer than the 10 minutes after which NCCL gives a collective up
@@ -216,7 +296,7 @@ def find_run(args, source, harmless, rank, world):
         raise ValueError(f"{out} holds {path.name} and --resume never was given; choose another --out")
     # latest() has just verified it; tensors stay on disk
     state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    if missing := [name for name in RESUMED if name not in state]:
+    if missing := [name for name in fields if name not in state]:
         raise ValueError(f"{path}: field {missing[0]} is missing; use an older step_*.pth of the same run")
     try:  # before anything of its size is made
         weights = {k.removeprefix("backbone."): v for k, v in state["student"].items() if k.startswith("backbone.")}
@@ -244,11 +324,25 @@ class Pace:
     waited: float = 0.0  # seconds for data
     loss: float = math.inf  # of the line before
 
+    def numbers(self, done, args, device, flops, world):
+        """Speed since then and what is to come; flops: of the forward and backward of one image."""
+        seconds, updates = time.perf_counter() - self.since, done - self.done
+        rate = updates * args.batch_size / seconds
+        tflops, peak = rate * flops / 1e12, device_peak(device)
+        to_go = (args.steps + args.extend - done) * seconds / max(updates, 1)
+        line = dict(images_s=rate, data_wait=self.waited / seconds, tflops=tflops, memory_gb=memory_gb(device),
+                    seconds_to_go=to_go)  # fmt: skip
+        return line | {"mfu": tflops / (peak * world)} if peak else line
+
+    def begin(self, done, loss):
+        self.since, self.done, self.waited, self.loss = time.perf_counter(), done, 0.0, loss
+
 
 def smaller_micro_batch(args, world):
     """The largest micro-batch of at most half of this one that the same run may use, or None."""
     images = args.batch_size // world
-    sizes = [m for m in range(args.koleo_group, args.micro_batch // 2 + 1, args.koleo_group) if images % m == 0]
+    group = getattr(args, "koleo_group", 1)
+    sizes = [m for m in range(group, args.micro_batch // 2 + 1, group) if images % m == 0]
     return sizes[-1] if sizes else None
 
 
@@ -262,10 +356,9 @@ def out_of_memory(args, world, optimizer, step):
     optimizer.zero_grad(set_to_none=True)
     torch.cuda.empty_cache()
     fits = smaller_micro_batch(args, world)
-    less = f"--micro-batch {fits}, or " if fits else ""
-    return ValueError(
-        f"out of memory at step {step}; the same command goes on from the newest checkpoint, with {less}--checkpointing"
-    )
+    ways = [f"--micro-batch {fits}"] * bool(fits) + ["--checkpointing"] * hasattr(args, "checkpointing")
+    how = ", or ".join(ways) or "a smaller --batch-size in another --out"
+    return ValueError(f"out of memory at step {step}; the same command goes on from the newest checkpoint, with {how}")
 
 
 def report_saves(log, saver, done, going_on):
@@ -275,6 +368,18 @@ def report_saves(log, saver, done, going_on):
         failed = "SAVE FAILED, training goes on" if going_on else "SAVE FAILED"
         text = f"{failed}: {e['error']}" if e["error"] else "saved"
         log.event(e["step"], text, at=done, save_s=e["seconds"], stall_s=e["stall_s"])
+
+
+def open_run(args, source, harmless, rank, world):
+    """The run's folder, made and held by rank 0 -> (its lock or None, then what find_run says)."""
+    out, locked = Path(args.out), None
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file; name the folder of the run")
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        locked = lock(out)
+        checkpoint.sweep(out)
+    return locked, *find_run(args, source, harmless, rank, world)
 
 
 def lock(out, patience_s=60):
@@ -377,7 +482,8 @@ def memory_gb(device):
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e9
 
 
-SHOWN = "loss excess dino ibot koleo gram teacher_entropy rankme lr images_s val_loss val_top1 val_top5".split()
+SHOWN = """loss excess dino ibot koleo gram accuracy teacher_entropy rankme lr images_s val_loss val_top1 val_top5
+val_mcc val_accuracy val_auc""".split()
 
 
 class Log:
