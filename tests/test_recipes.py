@@ -366,6 +366,12 @@ TABLE = {
     "mask_ratio": (DEFAULT, "0.3 0.8"),
     "arch": ("vit_test",),  # the next one takes half a minute: see ALONE
     "init": (DEFAULT, "{weights}"),
+    "adapter_norm": (DEFAULT, "doran"),  # their numbers are in one row: see ALONE
+    "adapter_rank": (DEFAULT,),
+    "adapter_alpha": (DEFAULT,),
+    "adapter_targets": (DEFAULT,),
+    "adapter_init": (DEFAULT,),
+    "unfreeze": (DEFAULT,),
     "prototypes": ("32", "48"),
     "head_hidden": ("32", "24"),
     "head_bottleneck": ("16", "24"),
@@ -398,13 +404,15 @@ TABLE = {
     "layer_decay": (DEFAULT, "1"),
     "patch_lr": (DEFAULT, "1"),
     "freeze_last": (DEFAULT, "0", "4"),
-    "beta2": (DEFAULT, "0.95"),
+    "optimizer": (DEFAULT, "muon:momentum=0.9"),
     "clip": (DEFAULT, "0.3"),
     "ema": (DEFAULT, "0.9 0.99"),
 }
 REFUSED = {  # two values that the program refuses to run together, and what it says
     (("data", "{photos}"), ("z_stride", "2")): "photographs have no slices",
     (("koleo_group", "4"), ("micro_batch", "2")): "--koleo-group 4 does not divide --micro-batch",
+    (("adapter_norm", "doran"), ("init", DEFAULT)): "adapters change weights that exist; name them with --init",
+    (("fsdp", ON), ("optimizer", "muon:momentum=0.9")): "--optimizer muon needs whole matrices",
 }
 
 
@@ -455,7 +463,7 @@ SLOW = 6  # rows that .ci/run takes
 ALONE = [
     {"compile": ON, "sizes": "32/16,48/32", "precision": DEFAULT},  # as highres.sh says, which runs uncompiled above
     {"no_split": ON},
-    {"arch": "vit_tiny", "init": DEFAULT},
+    {"arch": "vit_tiny", "init": DEFAULT, "adapter_norm": DEFAULT},
     {
         "data": "{photos}",
         "weights": "{drawn}",
@@ -465,6 +473,16 @@ ALONE = [
         "overfit": DEFAULT,
     },
     {"drop_path": "0.9"},
+    {
+        "init": "{weights}",
+        "adapter_norm": "rslora",
+        "adapter_rank": "3",
+        "adapter_alpha": "5",
+        "unfreeze": "0",
+        "adapter_targets": "q,mlp",
+        "adapter_init": "pissa",
+        "optimizer": "ademamix:warmup=4",
+    },
     {"w_dino": "0", "w_ibot": "0", "w_koleo": "0"},
 ]
 ROWS = PAIRS + [row | more for row, more in zip(PAIRS, ALONE)]
