@@ -486,15 +486,17 @@ class ProjectionHead(nn.Module):
     def bottleneck(self, x):
         return F.normalize(self.mlp(x).float(), dim=-1, eps=1e-12)
 
-    def forward(self, x):
-        return self.last_layer(self.bottleneck(x).to(self.last_layer.weight.dtype))
+    def forward(self, x, score=None):
+        """score(what goes into the last layer, its weight): what to return instead of logits."""
+        x = self.bottleneck(x).to(self.last_layer.weight.dtype)
+        return self.last_layer(x) if score is None else score(x, self.last_layer.weight)
 
 
 class SSLOutput(NamedTuple):
     cls: list  # [B, D] of each view group
     patches: Tensor | None  # [B, N, D] of the first group, where asked for
-    cls_logits: Tensor  # [images of all groups, K], group after group
-    patch_logits: Tensor | None  # [M, K] at the given patches of the first group
+    cls_logits: Tensor  # [images of all groups, K], group after group; or what `scores` make of them
+    patch_logits: Tensor | None  # [M, K] at the given patches of the first group; or the same
 
 
 class SSLModel(nn.Module):
@@ -504,18 +506,19 @@ class SSLModel(nn.Module):
         super().__init__()
         self.backbone, self.dino_head, self.ibot_head = backbone, dino_head, ibot_head
 
-    def forward(self, crops, masks=None, at=None, keep=None, rope=None, patches=False):
+    def forward(self, crops, masks=None, at=None, keep=None, rope=None, patches=False, scores=(None, None)):
         """`at` [M]: positions in the first group's flattened [B * N] patches that go through the iBOT head.
 
-        patches: all patches of the first group are read too.
+        patches: all patches of the first group are read too. scores: what to make of either head's logits, losses as a
+        rule: this forward is the only place where DDP and FSDP let weights be used.
         """
         none = at is None and not patches
         read = crops[0].new_zeros(0, dtype=torch.long) if none else None if patches else at
         cls, dense = self.backbone.forward_read(crops, masks, keep, rope, read)
         masked = None if at is None else dense.index_select(0, at) if patches else dense
         return SSLOutput(
-            cls, dense.unflatten(0, (len(crops[0]), -1)) if patches else None, self.dino_head(torch.cat(cls)),
-            None if at is None else self.ibot_head(masked),
+            cls, dense.unflatten(0, (len(crops[0]), -1)) if patches else None,
+            self.dino_head(torch.cat(cls), scores[0]), None if at is None else self.ibot_head(masked, scores[1]),
         )  # fmt: skip
 
 

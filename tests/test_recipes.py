@@ -50,6 +50,7 @@ OWN = {  # what else differs from the recipe
     "pretrain": "--warmup 3 --layerscale 0.1".split(),  # compiled, as it is typed
     "gram": "--no-compile --warmup 3 --gram-refresh 8".split(),
     "highres": "--no-compile --warmup 3 --sizes 32/16,48/16".split(),
+    "explora": "--no-compile --warmup 3".split(),
     "big_run": [*LATER, "--layerscale", "0.1"],
     "micro_run": LATER,
     "smoke_cpu": [],
@@ -58,11 +59,12 @@ STATED = {  # some of what the recipes state, written down a second time
     "pretrain": dict(drop_path=0.3, schedule="constant", ema=[0.994, 0.994], gram_weight=0, compile=True),
     "gram": dict(drop_path=0.3, schedule="constant", lr=1e-4, gram_start=0, gram_scale=2, weight_decay=[0.04, 0.04]),
     "highres": dict(checkpointing=True, gram_scale=1, gram_weight=1.5, gram_start=0, teacher_temp=[0.07, 0.07]),
+    "explora": dict(adapter_norm="lora", adapter_rank=32, adapter_targets="qv", unfreeze=1, gram_start=0),
     "big_run": dict(drop_path=0.1, keep_every=10000),
     "micro_run": dict(overfit=True, limit=1000, layerscale=0.1, rope_rescale=1),
     "smoke_cpu": dict(layerscale=1, field=[0.02, 0.1], gram_weight=0, ema=[0.99, 1], lr=1e-3),
 }
-NEEDS_WEIGHTS = ("gram", "highres")
+NEEDS_WEIGHTS = ("gram", "highres", "explora")
 
 
 def recipe(name, *words):
@@ -179,7 +181,11 @@ class Shop:
         if name == "smoke_cpu":
             given = [out]
         elif name in NEEDS_WEIGHTS:
-            given = [self.data, self.unbroken({"gram": "pretrain", "highres": "gram"}[name]) / "last.pth", out]
+            given = [
+                self.data,
+                self.unbroken({"gram": "pretrain", "highres": "gram", "explora": "pretrain"}[name]) / "last.pth",
+                out,
+            ]
         return recipe(name, *given, *TOY, *OWN[name], *more)
 
     def start(self, name, out, *more):

@@ -157,7 +157,7 @@ def test_names_inside_the_weights_are_looked_at_too(tmp_path):
     state, _ = state_to_hf(vit)
     release.write_weights(vit, {"eval_view": {"size": 32}}, tmp_path)
     release.refuse_secrets(tmp_path, {"LIDC-IDRI-0079"})
-    packed = release.safetensors.torch.save(state, {"from": "LIDC-IDRI-0079"})
+    packed = safetensors.torch.save(state, {"from": "LIDC-IDRI-0079"})
     (tmp_path / "model.safetensors").write_bytes(packed)
     with pytest.raises(ValueError, match="model.safetensors would say 'LIDC-IDRI-0079'"):
         release.refuse_secrets(tmp_path, {"LIDC-IDRI-0079"})
@@ -303,7 +303,7 @@ def test_an_export_that_is_not_the_teacher_is_refused(ckpt, monkeypatch, fault):
             state = {key: value.half() for key, value in state.items()}  # 4e-4 off: no error, only other numbers
         return state, config
 
-    monkeypatch.setattr(release, "state_to_hf", faulty)
+    monkeypatch.setattr("tools.lib.export.state_to_hf", faulty)
     refused("reloaded, the export differs by .*: nothing released", ckpt)
 
 
@@ -323,7 +323,7 @@ def test_a_full_disk_is_named(ckpt, monkeypatch):
     def no_room(path, writer):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(release, "atomic_write", no_room)
+    monkeypatch.setattr("tools.lib.export.atomic_write", no_room)
     refused(r"No space left on device: '.*out/\.dinox-ct\.tmp'", ckpt, error=OSError)
 
 

@@ -11,9 +11,7 @@ outputs to 1e-5. No path of this machine and no patient id in clear gets in.
     cd release/dinox-lidc-vit-small && sha256sum -c SHA256SUMS
 """
 
-import os
 import re
-import shutil
 import sys
 from collections import Counter
 from importlib.util import find_spec
@@ -23,18 +21,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import tools.lib.threads  # noqa: F401 - before torch
 
 # isort: split
-import safetensors.torch
 import torch
 
 import checkpoint
-from checkpoint import atomic_write, write_text
-from data import MEAN, STD, file_sha256
-from model import load_backbone, read_weights, state_to_hf, state_to_timm
-from tools.lib import runs
+from checkpoint import write_text
+from data import file_sha256
+from model import load_backbone, read_weights
+from tools.lib import export, runs
 from tools.lib.cli import ROOT, Parser, run, shown
+from tools.lib.export import provenance_file, write_sums, write_weights
 from tools.lib.files import created_utc, read_json_file, write_json, wrong_field
 from tools.lib.judge import UNKNOWN, in_words
-from tools.lib.provenance import BORROWED, claimed, provenance_of, refuse_change, stamp
+from tools.lib.provenance import BORROWED, refuse_change, stamp
 
 TOLERANCE = 1e-5  # of reloaded outputs, absolute; they are layer-normalised, so of order 1
 # what a stranger may read of the flags: numbers, and of texts only these, which name choices and never files
@@ -223,24 +221,6 @@ def wrong_provenance(found):
     return None
 
 
-def provenance_file(facts, source):
-    """{version, known, seen}: that of the checkpoint; of an older one made from its trained_groups.
-
-    source: the images of the run, or None; adds hashes of series, and of photographs hashes of the bytes of each file.
-    """
-    found = claimed(facts)
-    seen = found["seen"]
-    if source is not None:
-        seen = [*seen, provenance_of(source, files=source.encoding == "photo")]
-    merged = {}
-    for entry in seen:
-        own = merged.setdefault(entry["salt"], {key: set() for key in ("groups", "series", "files")})
-        for key, hashes in own.items():
-            hashes.update(entry.get(key) or ())
-    seen = [{"salt": salt} | {key: sorted(own) for key, own in sets.items()} for salt, sets in merged.items()]
-    return {"version": 1, "known": found["known"], "seen": seen}
-
-
 def lineage(provenance):
     """The card's sentence about what the weights say they were trained on."""
     counts = {key: sum(len(entry[key]) for entry in provenance["seen"]) for key in ("groups", "series", "files")}
@@ -262,7 +242,8 @@ def secrets_of(facts, *paths):
         text for group in facts["trained_groups"] or () for text in (group, group.partition("/")[2]) if len(text) > 5
     }
     # a group of photographs may be called "training": words of our own texts are in every release, and tell nothing
-    ids -= set(re.findall(r"\w[\w-]*", Path(__file__).read_text() + (ROOT / "LICENSE").read_text()))
+    ours = (Path(__file__), Path(export.__file__), ROOT / "LICENSE")
+    ids -= set(re.findall(r"\w[\w-]*", "".join(path.read_text() for path in ours)))
     named = {value for value in facts["args"].values() if isinstance(value, str) and re.search(r"[/\\]", value)}
     named -= {facts["args"].get("sizes")}
     here = {str(Path(p).resolve()) for p in (Path.home(), ROOT, *paths)}
@@ -382,15 +363,6 @@ def write_card(facts, vit, name, texts):
     )  # fmt: skip
 
 
-def processor_config(size):
-    """preprocessor_config.json: what eval_view does, in the words of the published DINOv3 models."""
-    return {
-        "image_processor_type": "DINOv3ViTImageProcessorFast", "do_resize": True, "resample": 3,  # bicubic
-        "size": {"height": size, "width": size}, "do_rescale": True, "rescale_factor": 1 / 255,
-        "do_normalize": True, "image_mean": list(MEAN), "image_std": list(STD), "data_format": "channels_first",
-    }  # fmt: skip
-
-
 def largest_difference(vit, folder, size):
     """Largest |difference| of any output between the teacher and what load_backbone makes of the folder."""
     size = -(-size // vit.patch_size) * vit.patch_size
@@ -399,34 +371,6 @@ def largest_difference(vit, folder, size):
     with torch.no_grad():
         pairs = zip(vit(images), load_backbone(folder)(images))
         return max((a - b).abs().max().item() for a, b in pairs if a.numel())
-
-
-def timm_config(size, chans):
-    """What timm is told of pictures."""
-    return {"input_size": [chans, size, size], "fixed_input_size": False, "interpolation": "bicubic", "crop_pct": 1.0,
-            "mean": list(MEAN), "std": list(STD), "num_classes": 0, "first_conv": "patch_embed.proj"}  # fmt: skip
-
-
-def write_weights(vit, facts, folder, layout="hf"):
-    """model.safetensors, config.json and, for transformers, preprocessor_config.json; returns the config."""
-    size = facts["eval_view"]["size"]
-    if layout == "hf":
-        state, config = state_to_hf(vit)
-        config |= {"image_size": size, "dtype": "float32"}
-        write_json(folder / "preprocessor_config.json", processor_config(size), indent=2)
-    else:
-        state, config = state_to_timm(vit)
-        config |= {"pretrained_cfg": timm_config(size, vit.patch_embed.proj.in_channels)}
-    packed = safetensors.torch.save(state, {"format": "pt"})
-    atomic_write(folder / "model.safetensors", lambda f: f.write(packed))
-    write_json(folder / "config.json", config, indent=2)
-    return config
-
-
-def write_sums(folder):
-    """SHA256SUMS of all other files, as sha256sum writes it."""
-    files = sorted(path for path in folder.iterdir() if path.name != "SHA256SUMS")
-    write_text(folder / "SHA256SUMS", "".join(f"{file_sha256(path)}  {path.name}\n" for path in files))
 
 
 def fill(folder, ckpt, facts, name, texts, provenance, layout):
@@ -587,8 +531,7 @@ def main(argv=None):
         raise ValueError("--push needs huggingface_hub: pip install huggingface_hub")
     if shown(args.out.name) != args.out.name:
         raise ValueError(f"--out {shown(args.out, 400)}: its name titles the card; choose a short one of plain letters")
-    if args.out.exists() and (args.out.is_file() or any(args.out.iterdir())):
-        raise FileExistsError(f"--out {args.out} exists and is not empty: name a new folder, or delete it first")
+    export.refuse_full(args.out)
     before = stamp(args.ckpt)
     facts, results = facts_for_card(args.ckpt), read_results(args.probe, args.ckpt)
     texts = dict(licence=licence_of(facts, args.license), created=created_utc())
@@ -599,22 +542,10 @@ def main(argv=None):
     if source is not None and source.crossing:
         crossing = f"{source.crossing} sets of duplicate pictures lie in several splits of this data"
         texts["lineage"] += f" {crossing}, so held-out numbers on it are too good."
-    staging = args.out.resolve().with_name(f".{args.out.name}.tmp")  # half a release never has its final name
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    try:
+    with export.staged(args.out) as staging:
         fill(staging, args.ckpt, facts, args.out.name, texts, provenance, args.layout)
         refuse_change(args.ckpt, before)
         refuse_secrets(staging, secrets_of(facts, args.ckpt.parent, args.out.parent))
-        os.replace(staging, args.out)
-        checkpoint.fsync_folder(staging.parent)
-    except OSError as error:
-        error.filename = error.filename or str(staging)  # "No space left on device" names no place
-        raise
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-    for path in sorted(args.out.iterdir()):
-        print(f"{shown(args.out / path.name, 400)}: {path.stat().st_size:,} bytes")
     if args.push:
         push(args.out, args.push)
     return 0
