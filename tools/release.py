@@ -36,7 +36,7 @@ from tools.lib.provenance import BORROWED, refuse_change, stamp
 
 TOLERANCE = 1e-5  # of reloaded outputs, absolute; they are layer-normalised, so of order 1
 # what a stranger may read of the flags: numbers, and of texts only these, which name choices and never files
-WORDS = "arch aug schedule centering precision sizes".split()
+WORDS = "arch aug schedule centering precision sizes optimizer adapter_norm adapter_targets adapter_init".split()
 # flags of machine, disk and clock: they change nothing that was learned
 PLUMBING = (
     "workers log_every save_every keep_last keep_every eval_every time_limit grace skip_bad resume device compile "
