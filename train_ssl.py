@@ -32,9 +32,12 @@ import checkpoint
 import data
 import losses
 from model import ARCHS, ProjectionHead, SSLModel, build_vit, draw_keep, draw_rope, load_backbone, pack
-from tools.lib import broken, loop, optim, provenance, settings
+from tools.lib import autopsy, broken, loop, optim, provenance, settings
 from tools.lib.cli import Parser, above_zero, natural, not_negative, positive, run, share, within
-from tools.lib.files import write_json
+from tools.lib.files import json_text, write_json
+from tools.lib.progress import progress
+from tools.lib.runs import read_config
+from tools.lib.slices import slice_name
 
 # ------------------------------------------------------------------ flags
 
@@ -72,6 +75,9 @@ def build_parser():
     g.add_argument("--compile", default=False, action=switch, help="torch.compile the blocks; update 1 takes minutes")
     g.add_argument("--fsdp", default=False, action=switch, help="shard weights over ranks, for what does not fit one")
     g.add_argument("--checkpointing", default=False, action=switch, help="recompute activations to save memory")
+
+    g.add_argument("--why", type=positive, help="no training: replay this update of the run in --out, which is only "
+                   "read, and print what it was made of; for tools/inspect_step.py --why")
 
     g = p.add_argument_group("data")
     g.add_argument("--no-split", action="store_true", help="train on everything, without a contract; recorded")
@@ -595,7 +601,7 @@ def main(argv=None):
     args = build_parser().parse_args(argv)
     rank, world, device = loop.setup_distributed(args.device)
     try:
-        return train(resolve(args, world), rank, world, device)
+        return replay(args, device) if args.why else train(resolve(args, world), rank, world, device)
     finally:
         if dist.is_initialized():
             gc.collect()  # DDP sits in reference cycles; alive at exit, its threads abort the process
@@ -729,7 +735,7 @@ def run_updates(run, batches, micros, held_out, steps, tools):
         log.tick(update.crops if done == start + 1 else None)
         bad_in_a_row = bad_in_a_row + 1 if update.bad else 0
         if update.bad:
-            log.event(done, f"skipped: loss or gradient is not finite; see tools/inspect_step.py --step {done}")
+            log.event(done, f"skipped: loss or gradient is not finite; see tools/inspect_step.py --why {done}")
         elif done % args.log_every == 0 or done == total:
             log_line(run, log, update, now, pace)
         if bad_in_a_row == 3:
@@ -752,6 +758,59 @@ def run_updates(run, batches, micros, held_out, steps, tools):
             return 0
         loop.report_saves(log, saver, done, going_on=done < total)
     return 0
+
+
+# ------------------------------------------------------------------ one update of a run again: why was it as it was?
+
+
+def replay(args, device):
+    """Print what update --why was made of, replayed from the nearest checkpoint; the run is only read -> exit code."""
+    path, facts = autopsy.nearest(args.out, args.why)
+    flags = facts["args"] if path else read_config(Path(args.out))["args"]
+    here = {name: getattr(args, name) for name in ("data", "out", "workers", "why", "device")}
+    here |= dict(compile=False, fsdp=False, eval_every=0, allow_duplicates=True)
+    args = argparse.Namespace(**{**vars(args), **flags, **here})
+    loop.set_precision(args, device)
+    source, _ = open_data(args)
+    for name in ("index_sha256", "split_sha256", "weights_sha256") if path else ():
+        if facts.get(name) != getattr(source, name):
+            raise ValueError(f"{args.data}: {name} differs from that of {path}; name the run's data with --data")
+    recipes, start = settings.make_recipes(args, source.encoding), facts.get("step", 0)
+    backbone = build_backbone(args, facts.get("arch"))
+    batches = start_reading(args, source, recipes, range(start, args.why), backbone.patch_size, 0, 1, device)
+    run = build_run(args, backbone, source, recipes, 0, 1, device, facts.get("gram_arch"))
+    if path:
+        unpack_state(run, path)
+    for step in progress(range(start, args.why), f"from {path.name if path else 'the start'}", unit="update"):
+        now = values_at(step, args)
+        refresh_gram(run, step)
+        read = [next(batches) for _ in range(args.batch_size // args.micro_batch)]
+        micro_batches = prepared(run, read)
+        if step < args.why - 1:
+            one_update(run, micro_batches, now)
+    w = weights_of(now, args)
+    update = autopsy.Replay(run.student, run.teacher, run.gram, w, run.centers, ssl_update, source)
+    found = autopsy.examine(update, micro_batches, read, functools.partial(in_its_place, run, read))
+    found |= {"step": args.why, "from": path.name if path else "the start", "replayed": args.why - start}
+    found |= autopsy.confirmed(args.out, args.why, found, one_update(run, micro_batches, now), run.student)
+    print(json_text(found, None))
+    return 0
+
+
+def in_its_place(run, read, m, j):
+    """The micro-batches of an update with another image in one place, drawn alike -> (micro-batches, its name)."""
+    args, source, step = run.args, run.source, read[0].step
+    taken = {int(i) for batch in read for i in batch.ids}
+    other = next((int(i) for i in source.order(args.seed, step + 1, args.batch_size) if int(i) not in taken), None)
+    if other is None:
+        other = next((i for i in range(len(source)) if i not in taken), int(read[m].ids[j]))
+    index = np.arange(len(source))
+    index[read[m].ids[j]] = other
+    swapped = source.take(index)
+    swapped.order = source.order  # by the series of the images that were there
+    patch = run.student.backbone.patch_size
+    batches = start_reading(args, swapped, run.recipes, range(step, step + 1), patch, 0, 1, run.device)
+    return prepared(run, [next(batches) for _ in read]), slice_name(source, other)
 
 
 if __name__ == "__main__":
