@@ -31,7 +31,7 @@ from tqdm import tqdm
 import checkpoint
 import data
 import losses
-from model import ARCHS, ProjectionHead, SSLModel, build_vit, draw_keep, draw_rope, load_backbone, pack
+from model import ARCHS, ProjectionHead, SSLModel, build_vit, draw_keep, draw_rope, load_backbone
 from tools.lib import broken, loop, optim, provenance, settings
 from tools.lib.cli import Parser, above_zero, natural, not_negative, positive, run, share, within
 from tools.lib.files import write_json
@@ -234,26 +234,33 @@ class Weights(NamedTuple):
     koleo_group: int = 16
     centering: str = "sinkhorn"
     precision: str = "fp32"
+    compiled: bool = False
 
 
 class Seen(NamedTuple):
     """What one update looked at, for the log; all of this rank."""
 
-    cls_targets: torch.Tensor  # [2B, K]
-    cls_logits: torch.Tensor  # [2b, K] the student's, of the last micro-batch
+    cls: losses.Targets  # [2b, K] of the last micro-batch
+    cls_logits: torch.Tensor  # [2b, K] the student's of the same
     features: torch.Tensor  # [B, D] the teacher's cls of the first crops
     target_entropy: torch.Tensor  # of DINO + iBOT, their lower bound; what is above it is the excess
 
+    @property
+    def cls_targets(self):
+        return self.cls.probabilities()
+
 
 def center(logits, centers, key, w):
-    """Teacher logits of the whole batch -> targets; leaves in `centers` the softmax centre of the next update."""
+    """Teacher logits of each micro-batch -> its Targets; leaves in `centers` the softmax centre of the next update."""
     if w.centering == "sinkhorn":
-        return losses.sinkhorn(logits, w.teacher_temp)
-    if w.centering == "none":
-        return F.softmax(logits.float() / w.teacher_temp, -1)
-    old = centers.get(key, logits.new_zeros(logits.shape[1], dtype=torch.float32))  # there may be no row
-    targets, centers[key] = losses.softmax_center(logits, old, w.teacher_temp)
-    return targets
+        offsets = losses.sinkhorn_offsets(logits, w.teacher_temp, compiled=w.compiled)
+    else:
+        zeros = logits[0].new_zeros(logits[0].shape[1], dtype=torch.float32)  # there may be no row
+        old = (centers or {}).get(key, zeros)
+        offsets = losses.center_offsets(old, w.teacher_temp)
+        if w.centering == "softmax":
+            centers[key] = losses.moved_center(logits, old)
+    return [losses.Targets(each, w.teacher_temp, offsets) for each in logits]
 
 
 def ssl_update(student, teacher, gram, micro_batches, w, centers=None, clock=contextlib.nullcontext):
@@ -270,46 +277,37 @@ def ssl_update(student, teacher, gram, micro_batches, w, centers=None, clock=con
         with clock("teacher"):
             seen = [teacher([m.crops.globals], at=m.at) for m in micro_batches]
         with clock("centring"):
-            cls_targets = center(pack([s.cls_logits for s in seen]), centers, "cls", w)  # [2B, K]
-            patch_targets = center(pack([s.patch_logits for s in seen]), centers, "patch", w)  # [M, K]
+            cls_targets = center([s.cls_logits for s in seen], centers, "cls", w)  # [2b, K] each
+            patch_targets = center([s.patch_logits for s in seen], centers, "patch", w)  # [M, K] each
         features = torch.cat([s.cls[0].chunk(2)[0] for s in seen]).float()  # [B, D]
         del seen
 
     n, sums, entropy = len(micro_batches), {}, 0.0
-    targets = zip(cls_targets.chunk(n), patch_targets.split([len(m.at) for m in micro_batches]))
-    for i, (m, (cls_target, patch_target)) in enumerate(zip(micro_batches, targets)):
-        b, views = len(m.masks) // 2, len(m.crops.locals)
+    for i, m in enumerate(micro_batches):
+        b = len(m.masks) // 2
         of_crop = 1 / m.masks.sum(1).clamp(min=1)  # [2b]
         mask_weights = of_crop.index_select(0, m.at // m.masks.shape[1])  # [M]
+        dino = functools.partial(losses.dino_scores, cls_targets[i], w.student_temp, w.compiled)
+        ibot = functools.partial(losses.ibot_scores, patch_targets[i], mask_weights, 2 * b, w.student_temp, w.compiled)
         with contextlib.ExitStack() as stack:
             if i < n - 1 and hasattr(student, "no_sync"):
                 stack.enter_context(student.no_sync())  # ranks average once, with the last micro-batch
-            # student: masked globals and locals in one packed pass
+            # student: masked globals and locals in one packed pass; DINO and iBOT come out of its heads
             with autocast, clock("student"):
-                out = student(
-                    [m.crops.globals, m.crops.locals], [m.masks, None], m.at, m.keep, m.rope, gram is not None
-                )
+                views = [m.crops.globals, m.crops.locals]
+                out = student(views, [m.masks, None], m.at, m.keep, m.rope, gram is not None, (dino, ibot))
             if gram is not None:
                 with autocast, torch.no_grad(), clock("gram"):
                     gram_tokens = gram(m.crops.globals if m.crops.gram is None else m.crops.gram).patches
             with clock("losses"):
-                big, small = out.cls_logits.split([2 * b, views])
-                glob, local = big.unflatten(0, (2, b)), small.unflatten(0, (-1, b))
-                target = cls_target.unflatten(0, (2, b))  # [2, b, K]
-                terms = {
-                    "dino_global": losses.dino_loss(glob, target, w.student_temp, ignore_diagonal=True),
-                    "dino_local": losses.dino_loss(local, target, w.student_temp),
-                    "ibot": losses.ibot_loss(out.patch_logits, patch_target, mask_weights, 2 * b, w.student_temp),
-                    "koleo": sum(losses.koleo_loss(c, w.koleo_group) for c in out.cls[0].chunk(2)) / 2,
-                }
+                dino, ibot = out.cls_logits, out.patch_logits
+                koleo = sum(losses.koleo_loss(c, w.koleo_group) for c in out.cls[0].chunk(2)) / 2
+                terms = {**dino.terms, **ibot.terms, "koleo": koleo}
                 if gram is not None:
                     tokens = out.patches
                     grids = [[math.isqrt(t.shape[1])] * 2 for t in (tokens, gram_tokens)]
                     terms["gram"] = losses.gram_loss(tokens, gram_tokens, grids=grids)
-                # the sum: local and global DINO terms count by their pairs, KoLeo twice  <- change the objective here
-                pairs_local, pairs_global = 2 * views // b, 2
-                dino = pairs_local * terms["dino_local"] + pairs_global * terms["dino_global"]
-                terms["dino"] = dino / (pairs_local + pairs_global)
+                # the sum; DINO counts each pair of crops alike, KoLeo counts twice  <- change the objective here
                 terms["loss"] = w.dino * terms["dino"] + w.ibot * terms["ibot"] + 2 * w.koleo * terms["koleo"]
                 if gram is not None:
                     terms["loss"] = terms["loss"] + w.gram * terms["gram"]
@@ -319,9 +317,8 @@ def ssl_update(student, teacher, gram, micro_batches, w, centers=None, clock=con
         with torch.no_grad():
             for key, value in terms.items():
                 sums[key] = sums.get(key, 0) + value.detach() / n
-            of_patches = (losses.entropy(patch_target) * mask_weights).sum() / (2 * b)
-            entropy += (w.dino * losses.entropy(cls_target).mean() + w.ibot * of_patches) / n
-    return sums, Seen(cls_targets, big.detach(), features, entropy)
+            entropy += (w.dino * dino.entropy + w.ibot * ibot.entropy) / n
+    return sums, Seen(cls_targets[-1], dino.logits, features, entropy)
 
 
 def to_micro(batch, device, with_gram):
@@ -375,7 +372,7 @@ class Update(NamedTuple):
 
 def weights_of(now, args):
     return Weights(now.teacher_temp, args.student_temp, args.w_dino, args.w_ibot, args.w_koleo, now.gram,
-                   args.koleo_group, args.centering, args.precision)  # fmt: skip
+                   args.koleo_group, args.centering, args.precision, args.compile)  # fmt: skip
 
 
 def prepared(run, read):
@@ -562,8 +559,7 @@ def log_line(run, log, update, now, pace):
     if world > 1:
         dist.all_reduce(means)
     values = dict(zip([*terms, "target_entropy"], (means / world).tolist()))
-    rows = len(seen.cls_logits)
-    health = losses.health(seen.cls_targets[-rows:], seen.cls_logits, seen.features, args.student_temp)
+    health = losses.health(seen.cls_targets, seen.cls_logits, seen.features, args.student_temp)
     values |= dict(zip(health, torch.stack(list(health.values())).tolist()))
     values["excess"] = args.w_dino * values["dino"] + args.w_ibot * values["ibot"] - values["target_entropy"]
     recipe = data.pick_recipe(run.recipes, args.seed, done - 1)

@@ -105,22 +105,26 @@ def views_of(source, rows, layout, view, device):
 
 
 @torch.inference_mode()
+def each_view(function, source, rows, layout, view, device, batch, workers, name):
+    """function(views) -> [views, ...] of every view of rows of a Source, as [N, V, ...] float32."""
+    device, count = torch.device(device), len(layout_of(layout)[1])
+    batch = batch if device.type == "cuda" else min(batch, CPU_VIEWS)
+    step = max(1, batch // count)
+    parts, found = [rows[k : k + step] for k in range(0, len(rows), step)], []
+    with progress(total=len(rows), desc=name, unit="sample") as bar:
+        for views in ahead(lambda part: views_of(source, part, layout, view, device), parts, workers):
+            values = torch.cat([function(some) for some in views.flatten(0, 1).split(batch)]).float()
+            found.append(values.unflatten(0, (-1, count)).cpu().numpy())
+            bar.update(len(views))
+    return np.concatenate(found)
+
+
 def logits_of(classifier, source, rows, layout, view, device="cpu", batch=96, workers=2, name="predict"):
     """What a classifier says of each view of rows of a Source -> logits [N, V, C] float32.
 
     layout: text, or None; view: an eval_view; batch: views per forward; workers: threads that read and cut ahead.
     """
-    classifier, device = classifier.to(device).eval(), torch.device(device)
-    batch, count = batch if device.type == "cuda" else min(batch, CPU_VIEWS), len(layout_of(layout)[1])
-    step = max(1, batch // count)
-    parts, found = [rows[k : k + step] for k in range(0, len(rows), step)], []
-    with progress(total=len(rows), desc=name, unit="sample") as bar:
-        for views in ahead(lambda part: views_of(source, part, layout, view, device), parts, workers):
-            flat = views.flatten(0, 1)
-            logits = torch.cat([classifier(some) for some in flat.split(batch)]).float()
-            found.append(logits.unflatten(0, (-1, count)).cpu().numpy())
-            bar.update(len(views))
-    return np.concatenate(found)
+    return each_view(classifier.to(device).eval(), source, rows, layout, view, device, batch, workers, name)
 
 
 # ----- tables
