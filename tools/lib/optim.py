@@ -44,7 +44,9 @@ def clip_gradients(student, limit):
 
 @torch.no_grad()
 def update_teacher(teacher, student, momentum):
-    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
+    """Moves what is trained; the rest is equal in both."""
+    pairs = [(t, s) for t, s in zip(teacher.parameters(), student.parameters()) if s.requires_grad]
+    torch._foreach_lerp_(*map(list, zip(*pairs)), 1 - momentum)
 
 
 # Optimizers. Each reads lr and weight_decay (decoupled) from its groups at every step, and
