@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import functools
 import gc
 import math
 import time
@@ -156,13 +157,15 @@ class Update(NamedTuple):
     halt: bool  # a rank wants to stop
 
 
-def gradients(run, micro_batches, limit, wish=False):
+def gradients(run, micro_batches, limit, wish=False, ahead=lambda: None):
     """The update's terms, clipped gradients in place -> (terms, Seen, norms, bad, halt); ranks agree."""
     run.optimizer.zero_grad(set_to_none=True)
     terms, seen = supervised_update(run.net, micro_batches, run.weights)
     norms = optim.clip_gradients(run.student, limit)
     finite = torch.stack([terms["loss"], *norms.values()]).isfinite().all()
-    bad, halt = loop.largest_over_ranks([~finite, wish], run.device)()
+    flags = loop.largest_over_ranks([~finite, wish], run.device)
+    ahead()
+    bad, halt = flags()
     return terms, seen, norms, bool(bad), bool(halt)
 
 
@@ -183,10 +186,14 @@ def observe(run, micro_batches, seen):
         p.grad = grad
 
 
-def one_update(run, micro_batches, step, now, wish=lambda: False):
-    """Prepared micro-batches and the schedules' values -> Update; moves student, teacher and optimizer."""
+def one_update(run, micro_batches, step, now, wish=lambda: False, ahead=lambda: None):
+    """Prepared micro-batches and the schedules' values -> Update; moves student, teacher and optimizer.
+
+    wish(): does this rank want to stop after it? ahead(): called while the device is busy, to prepare the next one.
+    """
     optimizer, uphill = run.optimizer, hasattr(run.optimizer, "climb")
-    terms, seen, norms, bad, halt = gradients(run, micro_batches, math.inf if uphill else run.args.clip, bool(wish()))
+    limit = math.inf if uphill else run.args.clip
+    terms, seen, norms, bad, halt = gradients(run, micro_batches, limit, bool(wish()), ahead)
     if not bad and hasattr(optimizer, "observe") and step % 10 == 0:
         observe(run, micro_batches, seen)
     if not bad and uphill:  # SAM: the gradient of a point uphill, of the same pictures
@@ -310,12 +317,11 @@ def patience_is_over(best, done, args):
     return bool(args.patience and best and done - best["step"] >= args.patience * args.eval_every)
 
 
-def take(run, batches):
-    """The micro-batches of the next update, on the device with all that is drawn for them."""
+def make_ready(run, reads):
+    """Micro-batches as read -> the same on the device, with all that is drawn for them."""
     args, (_, table), out = run.args, run.train, []
     dim, rate = run.student.head.last_layer.in_features, run.student.head.dropout
-    for _ in range(args.batch_size // (run.world * args.micro_batch)):
-        read = next(batches)
+    for read in reads:
         ids = read.ids[: read.own]
         views, targets = augment.render(read, table.labels, len(table.classes), run.facts["eval_view"], run.device)
         keep = supervise.passing(args.seed, read.step, ids, dim, rate, run.device)
@@ -328,6 +334,8 @@ def run_updates(run, batches, start, log, saver, stop):
     """Updates from start on, with what happens between them -> exit code, or None: all is done."""
     args, total = run.args, run.args.steps
     pace, bad_in_a_row = loop.Pace(time.perf_counter(), start), 0
+    micros = args.batch_size // (run.world * args.micro_batch)
+    upcoming = loop.Upcoming(batches, micros, total - start, run.device, functools.partial(make_ready, run))
 
     def save(done, best=False):
         state = pack_state(run, done)
@@ -342,16 +350,16 @@ def run_updates(run, batches, start, log, saver, stop):
     for step in range(start, total):
         if patience_is_over(run.best, step, args):
             break
-        done, now, begin = step + 1, values_at(step, args), time.perf_counter()
-        log.done = done
+        done = log.done = step + 1
+        now = values_at(step, args)
         try:
-            micro_batches = take(run, batches)
-            pace.waited += time.perf_counter() - begin
-            update = one_update(run, micro_batches, step, now, stop.why)
+            _, micro_batches = upcoming.take()
+            update = one_update(run, micro_batches, step, now, stop.why, upcoming.ahead)
         except (RuntimeError, MemoryError) as error:
             if not loop.is_out_of_memory(error):
                 raise
             raise loop.out_of_memory(args, run.world, run.optimizer, done) from None
+        pace.waited += upcoming.waited()
         log.tick()
         bad_in_a_row = bad_in_a_row + 1 if update.bad else 0
         if update.bad:
@@ -624,7 +632,8 @@ def train(args, rank, world, device):
 
 
 def dry_run(run, batches):
-    terms, _ = supervised_update(run.net, take(run, batches), run.weights)
+    micros = run.args.batch_size // (run.world * run.args.micro_batch)
+    terms, _ = supervised_update(run.net, make_ready(run, [next(batches) for _ in range(micros)]), run.weights)
     print(say_trained(run.student))
     print("dry run:", ", ".join(f"{name} {float(value):.4f}" for name, value in terms.items()), "- nothing is written")
     return 0 if torch.isfinite(terms["loss"]) else 3

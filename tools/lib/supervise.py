@@ -19,7 +19,7 @@ from checkpoint import write_text
 from model import ADAPTER_NORMS, adapted_layers, add_adapters
 from tools.lib import fits, loop, metrics, page, protocols, provenance
 from tools.lib.calibrate import log_softmax
-from tools.lib.classifiers import export, facts_of, logits_of, read_classifier
+from tools.lib.classifiers import each_view, export, facts_of, logits_of, read_classifier
 from tools.lib.cli import shown, technique
 from tools.lib.files import write_json
 from tools.lib.fusion import POOLS
@@ -143,27 +143,17 @@ def look(classifier, part, args, view, device, rank, world):
             "classes_said": len(said)}  # fmt: skip
 
 
-class Features(torch.nn.Module):
-    """A classifier without its head, for logits_of."""
-
-    def __init__(self, classifier):
-        super().__init__()
-        self.classifier = classifier
-
-    def forward(self, images):
-        return self.classifier.features(images)
-
-
 def start_head(classifier, parts, args, view, device, rank, world):
     """LP-FT (arXiv:2202.10054): the head begins as the linear probe of the backbone as it is -> a line about it.
 
     parts: (Source, Table) of train, and of val_select, which chooses C. Each view of a picture has its label.
     """
-    net, found, labels = Features(classifier), [], []
+    classifier, found, labels = classifier.eval(), [], []
     for source, table in parts:
 
         def ask(rows, source=source):
-            return logits_of(net, source, rows, args.views, view, device, workers=args.workers or 1, name="features")
+            look = args.views, view, device, 96, args.workers or 1, "features"
+            return each_view(classifier.features, source, rows, *look)
 
         features = loop.over_ranks(ask, np.arange(len(source)), rank, world)  # [N, V, D]
         found.append(features.reshape(-1, features.shape[-1]))
