@@ -34,11 +34,12 @@ import data
 import losses
 from checkpoint import write_text
 from model import Classifier, Head, build_arch, load_backbone, read_facts, say_trained
-from tools.lib import augment, broken, features, judge, loop, optim, page, protocols, provenance, supervise
+from tools.lib import augment, baseline, broken, features, judge, loop, optim, page, protocols, provenance, supervise
 from tools.lib.classifiers import logits_of
 from tools.lib.cli import (
     Parser,
     above_zero,
+    millimetres,
     natural,
     not_negative,
     pick_device,
@@ -385,14 +386,6 @@ def run_updates(run, batches, start, log, saver, stop):
 # ----- the program
 
 
-def millimetres(text):
-    """argparse type: 32,48,64"""
-    try:
-        return tuple(above_zero(part) for part in text.split(","))
-    except (ValueError, argparse.ArgumentTypeError):
-        raise argparse.ArgumentTypeError(f"{text!r}: sides of the crops in mm, above 0, like 32,48,64") from None
-
-
 # fmt: off
 def build_parser():
     p = Parser(__doc__)
@@ -404,9 +397,10 @@ def build_parser():
                    "training run, which the same command resumes")
     g.add_argument("--tune", default="none", help="what is trained. none: a frozen probe; head: linear "
                    "layer; adapters: low-rank changes (--adapter); last:N: the last N blocks; all")
-    g.add_argument("--protocol", choices=("all", "test", "cv", "select"), help="test: fit on train, score once on "
-                   "val_test; cv: 5 x 5 folds over unseen patients; all: both, the default of a frozen probe; select: "
-                   "choose on val_select and export val_select and val_calib, the default of training")
+    g.add_argument("--protocol", choices=("all", "test", "cv", "select", "refit"), help="test: fit on train, score "
+                   "once on val_test; cv: 5 x 5 folds over unseen patients; all: both, the default of a frozen probe; "
+                   "select: choose on val_select and export val_select and val_calib, the default of training; refit "
+                   "(frozen): then fit once more on train and val_select")
     g.add_argument("--allow-seen", action="store_true", help="also judge patients of the pretraining, titled so")
     g.add_argument("--allow-duplicates", action="store_true", help="also if some cross the splits, titled so")
     g.add_argument("--device", default="auto", help="auto (CUDA/ROCm if there, else CPU), cpu, cuda")
@@ -484,7 +478,7 @@ def main(argv=None):
     if args.out.exists() and not args.out.is_dir():  # now, not after all is computed
         raise ValueError(f"--out {args.out} is a file; name a folder")
     if kind == "none":
-        return probe(args)
+        return (choose if args.protocol in ("select", "refit") else probe)(args)
     rank, world, device = loop.setup_distributed(args.device)
     try:
         return train(args, rank, world, device)
@@ -494,10 +488,18 @@ def main(argv=None):
             dist.destroy_process_group()
 
 
+def choose(args):
+    """The frozen baseline of photographs: a linear probe that val_select chooses, written as a classifier."""
+    source = data.open_source(args.data)
+    path, table, splits = read_labels(args, source)
+    keep = np.isin(splits, ("train", "val_select", "val_calib"))
+    return baseline.run(args, path, *open_samples(source, table.take(keep), splits[keep], None, args.allow_duplicates))
+
+
 def probe(args):
     start = time.perf_counter()
-    if args.views or args.protocol == "select":
-        raise ValueError("--views and --protocol select are for training; give --tune too")
+    if args.views:
+        raise ValueError("--views is for --protocol select and for training; give one of them too")
     args.protocol, args.batch_size, args.workers = args.protocol or "all", args.batch_size or 96, max(args.workers, 1)
 
     # ----------------------------------------------------------------- labels, splits, leaks
