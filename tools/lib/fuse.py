@@ -175,7 +175,8 @@ def train(vit, parts, view, objective, facts, args, device):
     weather = fused.read_fields(source, [more["weather"]]) if more["weather"] else {}
     if weather and (name := next(iter(weather))) in fields:
         raise ValueError(f"{shown(name)} is metadata already, so telling it is trivial: choose one")
-    classifier = Classifier(vit.to(device), Head(vit.dim * args.layers * (2 if facts["pool"] == "both" else 1), classes),
+    width = vit.dim * args.layers * (2 if facts["pool"] == "both" else 1)
+    classifier = Classifier(vit.to(device), Head(width, classes),
                             facts["pool"], args.layers).eval()  # fmt: skip
     sets = [read_set(classifier, part, view, args, data.file_sha256(args.ckpt), fields, weather, switches, device, name)
             for part, name in zip(parts, ("train", "val_select"))]  # fmt: skip
