@@ -17,6 +17,7 @@ import copy
 import dataclasses
 import functools
 import gc
+import inspect
 import math
 import time
 from pathlib import Path
@@ -34,7 +35,20 @@ import data
 import losses
 from checkpoint import write_text
 from model import Classifier, Head, build_arch, load_backbone, read_facts, say_trained
-from tools.lib import augment, baseline, broken, features, judge, loop, optim, page, protocols, provenance, supervise
+from tools.lib import (
+    augment,
+    baseline,
+    broken,
+    features,
+    fuse,
+    judge,
+    loop,
+    optim,
+    page,
+    protocols,
+    provenance,
+    supervise,
+)
 from tools.lib.classifiers import logits_of
 from tools.lib.cli import (
     Parser,
@@ -386,7 +400,9 @@ def build_parser():
     g.add_argument("--out", required=True, type=Path, help="folder for results.json, predictions and report; of a "
                    "training run, which the same command resumes")
     g.add_argument("--tune", default="none", help="what is trained. none: a frozen probe; head: linear "
-                   "layer; adapters: low-rank changes (--adapter); last:N: the last N blocks; all")
+                   "layer; adapters: low-rank changes (--adapter); last:N: the last N blocks; all; fusion: what pools "
+                   "the features of all --views of a picture, in seconds, as in fusion:keep=8,metadata=gps+weather: "
+                   f"{inspect.signature(fuse.fusion)}")
     g.add_argument("--protocol", choices=("all", "test", "cv", "select"), help="test: fit on train, score once on "
                    "val_test; cv: 5 x 5 folds over unseen patients; all: both, the default of a frozen probe; select: "
                    "choose on val_select and export val_select and val_calib, the default of training")
@@ -570,7 +586,7 @@ def describe(args, source, table, splits, train, path, view, pool):
 
 def train(args, rank, world, device):
     args = argparse.Namespace(**{k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()})
-    out, stop = Path(args.out), loop.Stop(args.time_limit)
+    out, stop, (kind, _) = Path(args.out), loop.Stop(args.time_limit), supervise.tune_kind(args.tune)
     loop.set_precision(args, device)
 
     # ----------------------------------------------------------------- labels, splits
@@ -599,7 +615,14 @@ def train(args, rank, world, device):
 
     # ----------------------------------------------------------------- readers, model, updates
     with stop, broken.named(*(s for s, _ in parts if rank == 0)):
-        if not path or start < args.steps and not patience_is_over(best, start, args):
+        if kind == "fusion" and not path:
+            vit, weights = load_backbone(Path(args.ckpt)), judge.weights_sha256(Path(args.ckpt))
+            view = judge.choose_view(read_facts(args.ckpt), source.encoding, args.size, vit.patch_size)
+            pool = {"all": "both"}.get(args.features, args.features)
+            facts = describe(args, source, table, splits, parts[0][0], labels, view, pool)
+            fuse.train(vit, weights, parts, supervise.read_loss(args.loss, parts[0][1].labels, len(table.classes)),
+                       facts, args, device)  # fmt: skip
+        elif kind != "fusion" and (not path or start < args.steps and not patience_is_over(best, start, args)):
             vit = build_arch(known["arch"]) if path else load_backbone(Path(args.ckpt))  # <- change the backbone there
             view = judge.choose_view(known or read_facts(args.ckpt), source.encoding, args.size, vit.patch_size)
             row = augment.find_row(args.aug)
