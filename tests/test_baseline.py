@@ -111,7 +111,7 @@ def test_the_program_fits_it_and_leaves_val_test_alone(photos, vit, tmp_path, ca
     flags = ["--out", str(tmp_path / "run"), "--protocol", "select", "--views", "tiles:rows=2,cols=2"]
     assert train_probe.main([*words, *flags]) == 0
     said = capsys.readouterr().out
-    assert "linear probe on val_select: accuracy" in said and "k-NN on val_select" in said
+    assert "linear probe, chosen on 18 samples of val_select: mcc" in said and "k-NN, chosen on 18" in said
     assert not (photos / "_splits" / "test_uses.jsonl").exists()
     table = tables.read(tmp_path / "run", "val_calib")
     assert table.logits.shape[1] == 5 and not (tmp_path / "run" / "predictions" / "val_test.npz").exists()
