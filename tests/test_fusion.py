@@ -284,7 +284,7 @@ def test_views_that_agree_cost_nothing_and_the_mean_stands_still():
 def street(k, cone, side=96):
     """A noisy picture; cone: in its last column of pixels, at a height of its own."""
     random = np.random.default_rng(k)
-    pixels = random.integers(60, 120, (side, side + side // 3, 3)).astype(np.uint8)
+    pixels = random.integers(70, 110, (side, side + side // 3, 3)).astype(np.uint8)
     row = int(random.integers(4, side - 10))
     if cone:
         pixels[row : row + 8, -1] = (245, 106, 18)
