@@ -35,7 +35,20 @@ import data
 import losses
 from checkpoint import write_text
 from model import Classifier, Head, build_arch, load_backbone, read_facts, say_trained
-from tools.lib import augment, broken, features, fuse, judge, loop, optim, page, protocols, provenance, supervise
+from tools.lib import (
+    augment,
+    baseline,
+    broken,
+    features,
+    fuse,
+    judge,
+    loop,
+    optim,
+    page,
+    protocols,
+    provenance,
+    supervise,
+)
 from tools.lib.classifiers import logits_of
 from tools.lib.cli import (
     Parser,
@@ -53,8 +66,7 @@ from tools.lib.cli import (
 from tools.lib.files import csv_text, json_text, write_json
 from tools.lib.fusion import POOLS
 from tools.lib.loop import git_commit, other_encoding
-from tools.lib.samples import leave_out, read_table
-from tools.lib.slices import find_slice
+from tools.lib.samples import leave_out, open_samples, read_table
 
 # ----- splits
 
@@ -68,20 +80,6 @@ def split_of(source, table, protocol):
         if len(set(splits[table.groups == group])) > 1:
             raise ValueError(f"group {shown(group)} lies in several splits; run tools/make_splits.py --labels")
     return splits
-
-
-def open_samples(source, table, splits, used_by, allow_duplicates):
-    """The images of these samples through the door -> (Source, the table with its rows); splits: those of the samples.
-
-    A look is recorded where one of them is in val_test. Without splits.json there is no contract.
-    """
-    if not splits[0]:
-        return source, table
-    purposes = [purpose for purpose, split in data.PURPOSES.items() if split in splits]
-    chosen = data.open_for(source, purposes, used_by, allow_duplicates=allow_duplicates)
-    rows = [source.rows[i] for i in table.rows]
-    moved = [find_slice(chosen, row["path"], row.get("z")) for row in rows]
-    return chosen, table._replace(rows=np.array(moved))
 
 
 # ----- training: the update
@@ -244,9 +242,7 @@ class Run:
 def part_of(source, table, splits, name, args, used_by=None):
     """The labelled images of one split -> (Source with one row for each sample, Table); one class is an error."""
     part = splits == name
-    if absent := set(range(len(table.classes))) - set(table.labels[part].tolist()):
-        raise ValueError(f"one-class labels: {name} has no sample of class {shown(table.classes[min(absent)])}; make a "
-                         "split that has (tools/make_splits.py --labels)")  # fmt: skip
+    protocols.refuse_absent(table, splits, name)
     chosen, part = open_samples(source, table.take(part), splits[part], used_by, args.allow_duplicates)
     return chosen.take(part.rows), part._replace(rows=np.arange(len(part.rows)))
 
@@ -499,8 +495,11 @@ def main(argv=None):
 
 def probe(args):
     start = time.perf_counter()
-    if args.views or args.protocol == "select":
-        raise ValueError("--views and --protocol select are for training; give --tune too")
+    if args.protocol == "select":
+        source = data.open_source(args.data)
+        return baseline.choose(args, source, *read_labels(args, source))
+    if args.views:
+        raise ValueError("--views is for training (--tune) and for --protocol select; give one of them too")
     args.protocol, args.batch_size, args.workers = args.protocol or "all", args.batch_size or 96, max(args.workers, 1)
 
     # ----------------------------------------------------------------- labels, splits, leaks
