@@ -6,6 +6,7 @@
 Letters: N pictures, V views, D features, P patches of a view, F fields, M kinds of objects in masks.
 """
 
+import argparse
 import copy
 import inspect
 import math
@@ -20,7 +21,7 @@ from torch.nn import functional as F
 import checkpoint
 import data
 from model import Classifier, Head
-from tools.lib import features, fused, loop, metrics
+from tools.lib import features, fused, loop, metrics, samples
 from tools.lib.classifiers import each_view
 from tools.lib.cli import technique
 from tools.lib.files import write_json
@@ -78,12 +79,12 @@ class Reading(NamedTuple):
 
     classifier: Classifier
     source: data.Source
-    table: NamedTuple
-    args: NamedTuple
+    table: samples.Table  # a row for each image of the source
+    args: argparse.Namespace
     view: dict
     weights_sha256: str
     device: torch.device
-    name: str
+    name: str  # of the split
 
     def get(self, what, function, layout):
         """function(views) of all views of a layout, [N, V, ...]"""
