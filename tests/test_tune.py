@@ -305,7 +305,7 @@ def test_the_best_step_is_chosen_by_mcc_and_the_first_of_equals_wins(photos, sta
     found = dict(accuracy=0.5, auc=0.5, loss=1.0, classes_said=2)
     monkeypatch.setattr(supervise, "look", lambda *_: None if (v := next(looks)) is None else {"mcc": v, **found})
     out = tmp_path / "run"
-    flags = "--tune head --head random --eval-every 2 --patience 3 --steps 14 --lr 0 0.05".split()
+    flags = "--tune head --eval-every 2 --patience 3 --steps 14 --lr 0 1e-3".split()
     assert tune(photos, start, out, *flags) == 0
     state = checkpoint.load(out / "last.pth")
     assert state["best"] == {"step": 2, "value": 0.5} and state["step"] == 8  # three looks without a better one
