@@ -447,7 +447,9 @@ def flops_per_image(student, recipe, args, with_gram):
     big = forward_flops(vit, recipe.global_size, 1 + patches) if with_gram else target
     small = forward_flops(vit, recipe.local_size, 1)
     head = 2 * sum(p.numel() for p in student.dino_head.parameters())
-    learned = 3 * (2 * big + recipe.local_crops * small + head * (2 + recipe.local_crops + masked))
+    sizes = [(p.numel(), p.requires_grad) for p in vit.blocks.parameters() if p.ndim == 2]  # frozen: no gradient of it
+    passes = 2 + sum(n for n, trained in sizes if trained) / sum(n for n, _ in sizes)
+    learned = passes * (2 * big + recipe.local_crops * small) + 3 * head * (2 + recipe.local_crops + masked)
     targets = 2 * target + head * (2 + masked)
     return learned + targets + (2 * forward_flops(student.backbone, recipe.gram_size) if with_gram else 0)
 

@@ -58,6 +58,14 @@ class Stepper(torch.optim.Optimizer):
 
     counters = 1  # numbers in "step"; the first counts updates
 
+    def __init__(self, params, defaults):
+        below_one = [*defaults.get("betas", ()), defaults.get("momentum", 0.0)]
+        if not all(0 <= beta < 1 for beta in below_one):
+            raise ValueError(f"betas and momentum must be at least 0 and below 1, got {below_one}")
+        if wrong := {k: v for k, v in defaults.items() if isinstance(v, (int, float)) and v < 0}:
+            raise ValueError(f"numbers must be at least 0, got {wrong}")
+        super().__init__(params, defaults)
+
     @torch.no_grad()
     def step(self, closure=None):
         with torch.enable_grad():
