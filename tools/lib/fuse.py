@@ -189,22 +189,12 @@ def train(vit, weights_sha256, parts, objective, facts, args, device):
     """
     out, (switches, more), source, classes = Path(args.out), read_options(args.tune), parts[0][0], len(facts["classes"])
     fields = fused.read_fields(source, [name for name in more["metadata"].split("+") if name])
-<<<<<<< HEAD
-    weather = fused.read_fields(source, [more["weather"]]) if more["weather"] else {}
-    if weather and (name := next(iter(weather))) in fields:
-        raise ValueError(f"{shown(name)} is metadata already, so telling it is trivial: choose one")
-    width = vit.dim * args.layers * (2 if facts["pool"] == "both" else 1)
-    classifier = Classifier(vit.to(device), Head(width, classes),
-                            facts["pool"], args.layers).eval()  # fmt: skip
-    sets = [read_set(classifier, part, view, args, data.file_sha256(args.ckpt), fields, weather, switches, device, name)
-=======
     told = fused.read_fields(source, [more["weather"]]) if more["weather"] else {}
     if set(told) & set(fields):
         raise ValueError(f"weather={more['weather']} is metadata already, so that telling it is trivial: choose one")
     width = vit.dim * args.layers * (2 if facts["pool"] == "both" else 1)
     classifier = Classifier(vit.to(device), Head(width, classes), facts["pool"], args.layers).eval()
     sets = [read_set(classifier, part, facts["eval_view"], args, weights_sha256, fields, told, switches, device, name)
->>>>>>> fusion
             for part, name in zip(parts, ("train", "val_select"))]  # fmt: skip
     torch.manual_seed(args.seed)
     switches |= {"weather": len(told[more["weather"]]) if told else 0}
