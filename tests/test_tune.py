@@ -387,7 +387,7 @@ def test_a_run_of_nan_ends_with_code_3_and_exports_nothing(photos, start, tmp_pa
     assert not (out / "predictions").exists() and not (out / "results.json").exists()
     state, initial = checkpoint.load(out / "last.pth"), checkpoint.load(out / "best.pth")
     assert state["step"] == 0
-    same({k: v for k, v in state["student"].items()}, initial["student"])
+    same(state["student"], initial["student"])
 
 
 def test_a_single_bad_update_is_skipped_and_the_run_goes_on(photos, start, tmp_path, monkeypatch):
