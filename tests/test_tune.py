@@ -175,15 +175,22 @@ def test_what_is_drawn_depends_on_seed_step_and_id_alone(photos):
     assert not torch.equal(later[0].views, whole[0].views) and not torch.equal(later[0].keep, whole[0].keep)
 
 
-def test_views_of_a_layout_are_all_used_and_nothing_else_is(photos):
-    source = data.open_source(photos)
-    pictures = augment.Pictures(source, augment.find_row("none"), "tiles:rows=1,cols=2,overlap=0", 32, 0, range(40), 8,
-                                8, 0, 1)  # fmt: skip
-    seen = {tuple(box) for step in range(40) for box in pictures[step].boxes.round().tolist()}
-    # a picture is read only as far as its box, so a tile is (0, 0, 48, 32) itself
-    assert seen == {(0.0, 0.0, 48.0, 64.0), (0.0, 0.0, 48.0, 32.0)}
-    regions = {int(data.rng(0, "view", step, i).integers(3)) for step in range(5) for i in range(8)}
-    assert regions == {0, 1, 2}
+def test_each_view_of_a_layout_is_cut_where_it_is(photos, tmp_path):
+    """A picture that is dark on the left and bright on the right: its whole, its left half, its right half."""
+    pixels = np.zeros((48, 64, 3), np.uint8)
+    pixels[:, 32:] = 255
+    Image.fromarray(pixels).save(tmp_path / "halves.png")
+    source, row = data.open_source(tmp_path), augment.find_row("none")
+    layout, one = data.find_layout("tiles:rows=1,cols=2,overlap=0"), augment.draw(0, 0, [0], row)
+    for view, mean in enumerate((0.5, 0, 1)):
+        image, box, margin = augment.read_cut(source, 0, one, layout, view, 32)
+        read = augment.Read(0, 1, np.array([0]), image[None], box[None], margin[None], one, [])
+        views, targets = augment.render(read, np.array([1]), 2, data.eval_view("photo", 32), "cpu")
+        assert data.denormalise(views).mean().item() == pytest.approx(mean, abs=1e-4)
+        assert targets.tolist() == [[0, 1]]
+    pictures = augment.Pictures(data.open_source(photos), row, "tiles:rows=1,cols=2", 32, 0, range(40), 8, 8, 0, 1)
+    widths = [box[3] - box[1] for step in range(40) for box in pictures[step].boxes.round()]
+    assert 0.2 < np.mean(np.array(widths) == 64) < 0.5, "a third of the views are whole pictures"
 
 
 # what is trained
@@ -292,6 +299,8 @@ def test_a_stopped_and_resumed_run_ends_with_the_same_bits(photos, start, tmp_pa
     finally:
         gone.rename(start)
     same(weights(whole), weights(run))
+    looks = [[(line["step"], line["val_mcc"]) for line in lines(folder, "val_mcc")] for folder in (whole, run)]
+    assert looks[0] == looks[1] and [step for step, _ in looks[1]] == [0, 4, 8, 12]
     best = [checkpoint.load(folder / "best.pth") for folder in (whole, run)]
     assert best[0]["step"] == best[1]["step"] == weights(run)["best"]["step"]
     same(best[0]["teacher"], best[1]["teacher"])
