@@ -193,6 +193,8 @@ def build_optimizer(text, groups):
     *outer, inner = text.split("+")
     if read_options(inner)[0] in optim.WRAPPERS:
         outer, inner = [*outer, inner], "adamw"
+    if len(outer) > 1:
+        raise ValueError(f"--optimizer {text}: at most one of {', '.join(optim.WRAPPERS)}, then + and an optimizer")
     name, options = technique(inner, optim.OPTIMIZERS)
     if taken := {"lr", "weight_decay"} & options.keys():
         raise ValueError(f"--optimizer {text}: {min(taken)} has a flag of its own")
@@ -292,7 +294,7 @@ def find_run(args, source, harmless, rank, world, fields=RESUMED):
         )
     if path is None:
         return None, {}, {}
-    if getattr(args, "resume", "auto") == "never":
+    if "resume" in args and args.resume == "never":
         raise ValueError(f"{out} holds {path.name} and --resume never was given; choose another --out")
     # latest() has just verified it; tensors stay on disk
     state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
