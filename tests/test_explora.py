@@ -22,7 +22,7 @@ import monitor
 import train_probe
 import train_ssl as t
 from tools import inspect_step, nodule_heatmaps, release
-from tools.lib import optim, settings
+from tools.lib import loop, optim, settings
 from tools.lib.cli import is_ours
 
 ADAPTERS = "--adapter-norm doran --adapter-rank 4 --adapter-targets all --warmup 0".split()
@@ -103,7 +103,7 @@ def test_a_frozen_weight_costs_no_pass_backward(folder, init):  # noqa: F811
         args = t.resolve(t.build_parser().parse_args([*words, *more]), 1)
         student, _ = t.build(args)
         recipe = settings.make_recipes(args, "hu16-v1")[0]
-        counts.append(t.loop.flops_per_image(student, recipe, args, False))
+        counts.append(loop.flops_per_image(student, recipe, args, False))
     assert counts[0] > counts[1] > counts[2] > 0.6 * counts[0]
 
 
@@ -205,9 +205,9 @@ def test_ranks_shards_and_compiled_blocks_train_the_same_adapters(folder, init, 
         ("--optimizer muon:momentum=1", "betas and momentum must be at least 0 and below 1"),
         ("--optimizer muon:eps=-1", "numbers must be at least 0, got {'eps': -1"),
         ("--optimizer adamw:betas=[0.9,2]", "--optimizer adamw:betas.*Invalid beta parameter"),
-        ("--optimizer muon:lr=-0.1", "numbers must be at least 0"),
-        ("--optimizer muon:lr=0.1 --lr 0.1", "both say a peak"),
-        ("--optimizer muon:weight_decay=0.1", "use --weight-decay"),
+        ("--optimizer muon:lr=-0.1", "lr is at least 0"),
+        ("--optimizer muon:lr=0.1 --lr 0.1", "or by --lr, not by both"),
+        ("--optimizer muon:weight_decay=0.1", "weight_decay has a flag of its own"),
         ("--optimizer muon --fsdp", "needs whole matrices and --fsdp shards them"),
     ],
 )
@@ -294,7 +294,7 @@ def test_muon_walks_by_layer_decay_and_leaves_the_prototypes_to_adamw():
     words = "--data x --optimizer muon --batch-size 8 --steps 9".split()
     args = t.resolve(t.build_parser().parse_args(words), 1)
     assert args.lr == 0.02 and args.optimizer == "muon"
-    optimizer = settings.make_optimizer(args, groups)
+    optimizer = loop.build_optimizer(args.optimizer, groups, settings.OWN_FLAGS)
     optim.set_rates(optimizer, t.Now(0.1, 0.1, 0.0, 0.9, 0.06, 0.0))
     before = {name: p.detach().clone() for name, p in student.named_parameters()}
     for p in student.parameters():
