@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from test_adapters import apart, everything
-from test_data import make_photos
+from test_data import make_photos, make_split
 from test_heatmaps import make_nodules
 from test_train import TINY, TORCHRUN, command, folder, lines, same, survive, train, weights  # noqa: F401 - a fixture
 
@@ -245,6 +245,7 @@ def test_labels_are_never_read(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_every_program_reads_a_run_with_adapters(tmp_path, capsys):
     root = make_nodules(tmp_path / "data", count=40)
+    make_split(root, {f"toy/P{k}": ["train", "val_test", "val_select"][k % 3] for k in range(20)})
     table = root / "_labels" / "nodules.csv"
     header, *rows = table.read_text().splitlines()
     rows = [row.split(",") for row in rows]
@@ -271,6 +272,10 @@ def test_every_program_reads_a_run_with_adapters(tmp_path, capsys):
     status = json.loads((run / "monitor" / "status.json").read_text())
     assert status["step"] == 3
     assert inspect_step.main(["--run", str(run), "--step", "2", "--out", str(tmp_path / "views.png")]) == 0
+    why = ["--run", str(run), "--why", "3"]
+    assert inspect_step.main(why) in (0, 1)  # it deserves a look, or not: here that it can be replayed
+    said = json.loads((run / "inspect" / "why_00000003.json").read_text())
+    assert said["as_saved"] is True and said["from"] != "the start", said
     found = []
     for ckpt in (last, tmp_path / "out" / "x"):
         out = tmp_path / f"probe{len(found)}"
