@@ -674,7 +674,7 @@ def build_run(args, backbone, source, recipes, rank, world, device, gram_arch=No
     nets = [m for m in (student, teacher, gram_net) if m is not None]
     net = loop.on_device(args, student, nets, world, device)
     groups = optim.param_groups(student, args.layer_decay, args.patch_lr)
-    optimizer = settings.make_optimizer(args, groups)
+    optimizer = loop.build_optimizer(args.optimizer, groups, settings.OWN_FLAGS)
     return Run(args, rank, world, device, source, recipes, student, teacher, net, optimizer, gram_net)
 
 

@@ -188,21 +188,27 @@ def schedule(step, start, peak, end, warmup=0, hold=0, cosine=0):
     return end
 
 
-def build_optimizer(text, groups):
-    """muon:momentum=0.9, or with a wrapper before it sam:rho=0.1+muon (sam alone: around AdamW) -> optimizer."""
+def build_optimizer(text, groups, flags=("lr", "weight_decay")):
+    """muon:momentum=0.9, or with a wrapper before it sam:rho=0.1+muon (sam alone: around AdamW) -> optimizer.
+
+    flags: numbers that have a flag of their own. Rates are set before each update.
+    """
     *outer, inner = text.split("+")
     if read_options(inner)[0] in optim.WRAPPERS:
         outer, inner = [*outer, inner], "adamw"
     if len(outer) > 1:
         raise ValueError(f"--optimizer {text}: at most one of {', '.join(optim.WRAPPERS)}, then + and an optimizer")
     name, options = technique(inner, optim.OPTIMIZERS)
-    if taken := {"lr", "weight_decay"} & options.keys():
+    if taken := set(flags) & options.keys():
         raise ValueError(f"--optimizer {text}: {min(taken)} has a flag of its own")
     more = {"fused": True} if name == "adamw" else {}
-    optimizer = optim.OPTIMIZERS[name](groups, lr=0.0, **{**more, **options})
-    for part in reversed(outer):
-        name, options = technique(part, optim.WRAPPERS)
-        optimizer = optim.WRAPPERS[name](optimizer, **options)
+    try:
+        optimizer = optim.OPTIMIZERS[name](groups, **{**more, **options, "lr": 0.0})
+        for part in reversed(outer):
+            name, options = technique(part, optim.WRAPPERS)
+            optimizer = optim.WRAPPERS[name](optimizer, **options)
+    except ValueError as error:
+        raise ValueError(f"--optimizer {text}: {error}") from None
     return optimizer
 
 
