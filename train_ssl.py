@@ -252,15 +252,16 @@ class Seen(NamedTuple):
 
 def center(logits, centers, key, w):
     """Teacher logits of each micro-batch -> its Targets; leaves in `centers` the softmax centre of the next update."""
+    temperature = logits[0].new_full((), w.teacher_temp, dtype=torch.float32)  # a number would be compiled anew
     if w.centering == "sinkhorn":
-        offsets = losses.sinkhorn_offsets(logits, w.teacher_temp, compiled=w.compiled)
+        offsets = losses.sinkhorn_offsets(logits, temperature, compiled=w.compiled)
     else:
         zeros = logits[0].new_zeros(logits[0].shape[1], dtype=torch.float32)  # there may be no row
         old = (centers or {}).get(key, zeros)
-        offsets = losses.center_offsets(old, w.teacher_temp)
+        offsets = losses.center_offsets(old, temperature)
         if w.centering == "softmax":
             centers[key] = losses.moved_center(logits, old)
-    return [losses.Targets(each, w.teacher_temp, offsets) for each in logits]
+    return [losses.Targets(each, temperature, offsets) for each in logits]
 
 
 def ssl_update(student, teacher, gram, micro_batches, w, centers=None, clock=contextlib.nullcontext):
