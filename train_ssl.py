@@ -71,7 +71,8 @@ def build_parser():
     g.add_argument("--extend", type=natural, default=0, help="further updates at the final values of all schedules")
     g.add_argument("--seed", type=natural, default=0, help="of weights, order, crops, masks and stochastic depth")
     g.add_argument("--device", default="auto", help="auto (CUDA/ROCm if there, else CPU), cpu, cuda")
-    g.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 on a GPU")
+    g.add_argument("--precision", choices=["auto", *loop.PRECISIONS], default="auto", help="auto: bf16 on a GPU; "
+                   "bf16-stream: tokens between blocks too")
     g.add_argument("--workers", type=natural, default=min(8, max(1, (os.cpu_count() or 2) - 1)),
                    help="reading processes of each rank; 0: read in this process")
     g.add_argument("--log-every", type=positive, default=50, help="updates")
@@ -298,7 +299,7 @@ def ssl_update(student, teacher, gram, micro_batches, w, centers=None, clock=con
     with the name of each part; by default it does nothing.
     """
     device = micro_batches[0].masks.device
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=w.precision == "bf16")
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=w.precision != "fp32")
 
     # teacher first, for all micro-batches: targets are balanced over the whole batch
     with torch.no_grad(), autocast:

@@ -273,19 +273,24 @@ def test_bf16_is_measured_only_where_the_cpu_has_it(tmp_path):
 # golden numbers with every speed flag on
 
 
-@pytest.mark.parametrize("flag", ["checkpointing", "chunked", "bf16", pytest.param("compile", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "flag", ["checkpointing", "chunked", "bf16", "bf16-stream", pytest.param("compile", marks=pytest.mark.slow)]
+)
 def test_the_golden_step_holds_with_every_speed_flag(flag, monkeypatch):
     student, teacher, gram, micro, g, meta = golden_step()
     w = t.Weights(teacher_temp=meta["teacher_temp"], gram=2.0, koleo_group=4)
     loss, gradient = 1e-4, dict(rtol=1e-3, atol=1e-5)
     if flag == "compile":
+        w = w._replace(compiled=True)
         for block in (*student.backbone.blocks, *teacher.backbone.blocks, *gram.blocks):
             block.compile()
     student.backbone.checkpointing = flag == "checkpointing"
     if flag == "chunked":
         monkeypatch.setattr(losses, "CHUNK", 100)  # one or two rows at a time
-    if flag == "bf16":  # 8 bits of mantissa: 2**-9 for each rounding, and a few in a row
-        w, loss, gradient = w._replace(precision="bf16"), 2e-2, None
+    if flag.startswith("bf16"):  # 8 bits of mantissa: 2**-9 for each rounding, and a few in a row
+        w, loss, gradient = w._replace(precision=flag), 2e-2, None
+        for vit in (student.backbone, teacher.backbone, gram):
+            vit.stream = torch.bfloat16 if flag == "bf16-stream" else None
     sums, _ = t.ssl_update(student, teacher, gram, [micro], w)
     assert sums["loss"].item() == pytest.approx(meta["total_loss"], rel=loss)
     expected = {k[5:]: v for k, v in g.items() if k.startswith("grad.backbone.blocks.") and "bias_mask" not in k}

@@ -112,6 +112,7 @@ def sampled(function, work, device):
 
 def gemm(device, precision="fp32"):
     """A function that measures TFLOP/s of a square product large enough to show the machine at its best."""
+    precision = precision.removesuffix("-stream")
     n = check_gemm(device, precision)["size"]
     a = torch.randn(n, n, device=device, dtype=DTYPES[precision][0])
     return sampled(functools.partial(torch.mm, a, a, out=torch.empty_like(a)), 2 * n**3 / 1e12, device)
@@ -634,7 +635,7 @@ def build_parser():
                    "on a GPU also B and L")
     p.add_argument("--batch-size", type=positive, nargs="+",
                    help="images per update of step and adapters, largest tried by sweep; default: 4, GPU 64")
-    p.add_argument("--precision", nargs="+", choices=["fp32", "bf16"], help="of step; default: bf16 on a GPU, else "
+    p.add_argument("--precision", nargs="+", choices=loop.PRECISIONS, help="of step; default: bf16 on a GPU, else "
                    "fp32, and bf16 if the CPU has it")
     p.add_argument("--flags", default="", help="further flags of train_ssl.py, in one string")
     p.add_argument("--seconds", type=above_zero, help="turns of each way, 3 at least; step: twice; default 30, quick 8")
