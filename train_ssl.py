@@ -84,7 +84,8 @@ def build_parser():
     g.add_argument("--grace", type=not_negative, help="updates or share before the first warnings; default: --warmup")
     g.add_argument("--skip-bad", type=natural, default=0, help="broken files a rank may replace; one more ends the run")
     g.add_argument("--deterministic", default=False, action=switch, help="bit-identical on a GPU too; slower")
-    g.add_argument("--compile", default=False, action=switch, help="torch.compile the blocks; update 1 takes minutes")
+    g.add_argument("--compile", default=False, action=switch, help="torch.compile blocks and losses; update 1 takes "
+                   "minutes, once: kept in $TORCHINDUCTOR_CACHE_DIR, by default ~/.cache/torchinductor")
     g.add_argument("--fsdp", default=False, action=switch, help="shard weights over ranks, for what does not fit one")
     g.add_argument("--checkpointing", default=False, action=switch, help="recompute activations to save memory")
 
