@@ -44,6 +44,9 @@ def setup_distributed(name):
     return dist.get_rank(), dist.get_world_size(), device
 
 
+PRECISIONS = ("fp32", "bf16", "bf16-stream")  # weights are float32 in all of them
+
+
 def set_precision(args, device):
     """What --precision auto and --deterministic mean on this device."""
     if args.precision == "auto":
@@ -68,8 +71,13 @@ def shard(model, device):
 
 def on_device(args, model, nets, world, device):
     """Compile, shard or move `nets` as the flags say -> `model`, one of them, as it is called: itself, or wrapped."""
+    for m in nets:
+        getattr(m, "backbone", m).stream = torch.bfloat16 if args.precision == "bf16-stream" else None
     if args.compile:  # every size is a shape of its own: at the usual 8 torch goes on uncompiled
         torch._dynamo.config.recompile_limit = 64
+        # what is compiled outlives the run and /tmp: a resumed run, or another of the same sizes, starts in seconds
+        kept = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(kept / "torchinductor"))
         # but for the last block, which runs on other rows each time and would be compiled anew
         for block in (block for m in nets for block in getattr(m, "backbone", m).blocks[:-1]):
             block.compile(dynamic=False)  # mixed --sizes: guessed dynamic shapes fail in the backward (torch 2.13, CPU)
