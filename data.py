@@ -60,7 +60,9 @@ TABLES = ("labels.csv", "weights.csv")  # ours, in a folder of pictures
 ODD_PATH = re.compile(r"^[./\s]|\\|//|/\.|\s$", re.MULTILINE)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as released DINOv3 weights expect
 # first number in the key of each random stream, so that no two purposes share numbers
-STREAMS = dict(order=1, crops=2, masks=3, limit=4, sizes=5, rope=6, depth=7, augment=8, mix=9)
+STREAMS = dict(
+    order=1, crops=2, masks=3, limit=4, sizes=5, rope=6, depth=7, augment=8, mix=9, view=10, dropout=11, label=12
+)
 
 
 # what numpy and pillow say of broken files; tokenize: the header of a .npy is a Python literal
@@ -1529,6 +1531,11 @@ def make_loader(source, recipes, seed, steps, batch, micro_batch=None, rank=0, w
     recipes = [recipes] if isinstance(recipes, Recipe) else recipes
     micro_batch = micro_batch or batch // world
     updates = Updates(source, recipes, seed, steps, batch, micro_batch, rank, world, patch_size, masking, fixed)
+    return read_ahead(updates, workers, pin_memory, skip_bad)
+
+
+def read_ahead(updates, workers, pin_memory=False, skip_bad=0):
+    """An iterator over a dataset of micro-batches, read by `workers` processes (0: by this one); see checked."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "This DataLoader will create")  # more readers than cores may be right
         loader = torch.utils.data.DataLoader(

@@ -31,7 +31,20 @@ from tqdm import tqdm
 import checkpoint
 import data
 import losses
-from model import ARCHS, ProjectionHead, SSLModel, build_vit, draw_keep, draw_rope, load_backbone
+from model import (
+    ADAPTER_NORMS,
+    ARCHS,
+    ProjectionHead,
+    SSLModel,
+    add_adapters,
+    build_arch,
+    build_vit,
+    draw_keep,
+    draw_rope,
+    load_backbone,
+    merge_adapters,
+    say_trained,
+)
 from tools.lib import broken, loop, optim, provenance, settings
 from tools.lib.cli import Parser, above_zero, natural, not_negative, positive, run, share, within
 from tools.lib.files import write_json
@@ -96,6 +109,13 @@ def build_parser():
     g = p.add_argument_group("model")
     g.add_argument("--arch", choices=list(ARCHS), default="vit_small", help="backbone")
     g.add_argument("--init", default=None, help="backbone weights to start from: what model.load_backbone reads")
+    g.add_argument("--adapter-norm", choices=ADAPTER_NORMS, help="ExPLoRA (arXiv:2406.10973): of the weights of --init "
+                   "train low-rank changes and --unfreeze; Gram anchors to those weights")
+    g.add_argument("--adapter-rank", type=positive, help="default: 32")
+    g.add_argument("--adapter-alpha", type=above_zero, help="changes count alpha / rank; default: the rank")
+    g.add_argument("--adapter-targets", help="qv, qkv, all, or some of q k v proj mlp in one text; default: qv")
+    g.add_argument("--adapter-init", choices=["zero", "pissa"], help="of the changes; default: zero")
+    g.add_argument("--unfreeze", type=natural, help="last blocks trained whole, all norms with them; default: 1")
     g.add_argument("--prototypes", type=within("[2, 1e9]", int), default=8192,
                    help="of each head; more than 32 for each global crop of a batch make targets noisy")
     g.add_argument("--head-hidden", type=positive, default=2048, help="width of the heads")
@@ -126,7 +146,10 @@ def build_parser():
     g = p.add_argument_group("optimizer (updates or share: as above)")
     g.add_argument("--batch-size", type=positive, default=128, help="images per update, over all ranks")
     g.add_argument("--micro-batch", type=positive, default=None, help="images that fit a device; default: up to 64")
-    g.add_argument("--lr", type=not_negative, default=None, help="peak, as used; default: 5e-4 * sqrt(batch / 256)")
+    g.add_argument("--optimizer", default="adamw", help="adamw, ademamix, schedulefree or muon, with numbers as in "
+                   "muon:momentum=0.9 or adamw:betas=[0.9,0.95]")
+    g.add_argument("--lr", type=not_negative, default=None, help="peak, as used; default: of adamw 5e-4 * "
+                   "sqrt(batch / 256), of others their own")
     g.add_argument("--lr-end", type=not_negative, default=1e-6, help="final")
     g.add_argument("--schedule", choices=["cosine", "constant", "decay"], default="cosine",
                    help="of the learning rate; decay: constant, then a cosine over the last fifth")
@@ -135,7 +158,6 @@ def build_parser():
     g.add_argument("--layer-decay", type=within("(0, 1]"), default=0.9, help="rate factor per block, from the last")
     g.add_argument("--patch-lr", type=not_negative, default=0.2, help="further factor of the patch embedding")
     g.add_argument("--freeze-last", type=not_negative, default=0.01, help="updates or share with fixed prototypes")
-    g.add_argument("--beta2", type=within("[0, 1)"), default=0.999, help="AdamW")
     g.add_argument("--clip", type=above_zero, default=3.0, help="largest gradient norm of backbone and of each head")
     g.add_argument("--ema", type=share, nargs=2, default=(0.992, 1.0), help="first and final momentum of the teacher")
     return p
@@ -174,7 +196,8 @@ def resolve(args, world):
         raise ValueError(f"--warmup {args.warmup} is more than --steps {args.steps}: --lr would never be reached")
     args.gram_weight = 0.0 if args.gram_start >= args.steps else args.gram_weight  # never, --extend included
     check_together(args)
-    args.lr = 5e-4 * math.sqrt(args.batch_size / 256) if args.lr is None else args.lr
+    settings.fill_adapters(args)
+    args.lr = settings.peak_rate(args)
     return args
 
 
@@ -466,11 +489,14 @@ def build_backbone(args, arch=None):
     """On the CPU; weights depend on the seed and --init alone. arch: of a checkpoint."""
     torch.manual_seed(args.seed)
     if arch:  # weights follow from the file; that of --init may be gone by now
-        backbone = build_vit(arch["name"], **arch["overrides"])
+        backbone = build_arch(arch)
     elif args.init:
         backbone = load_backbone(args.init)
         if backbone.arch["name"] != args.arch:
             raise ValueError(f"--init {args.init} is a {backbone.arch['name']}; say --arch {backbone.arch['name']}")
+        if args.adapter_norm:
+            add_adapters(backbone, args.adapter_rank, args.adapter_alpha, args.adapter_norm, args.adapter_targets,
+                         args.adapter_init, args.unfreeze)  # fmt: skip
     else:
         backbone = build_vit(args.arch, layerscale=args.layerscale)
     backbone.checkpointing = args.checkpointing
@@ -488,6 +514,11 @@ def build(args, backbone=None):
     return student, teacher
 
 
+def gram_is_given(args):
+    """Whether Gram anchors to weights that never change: those of --gram-teacher, or the start of an ExPLoRA run."""
+    return bool(args.gram_teacher or args.adapter_norm)
+
+
 def gram_snapshots(step, args):
     """How many snapshots of the EMA teacher the Gram teacher has been by update `step`, its own included."""
     if args.gram_weight == 0 or step < args.gram_start:
@@ -498,7 +529,7 @@ def gram_snapshots(step, args):
 def pack_state(run, step):
     """Everything a continuation needs; collective under --fsdp."""
     args, source = run.args, run.source
-    gram_given = bool(args.gram_teacher and run.gram_net is not None)
+    gram_given = gram_is_given(args) and run.gram_net is not None
     return {
         "images": step * args.batch_size,
         "args": vars(args),
@@ -582,7 +613,7 @@ def log_evaluation(run, held_out, now, log):
 def refresh_gram(run, step):
     """Anchor Gram anew where update `step` begins with a snapshot of the EMA teacher of this moment."""
     if gram_snapshots(step, run.args) > gram_snapshots(step - 1, run.args):
-        if not run.args.gram_teacher:
+        if not gram_is_given(run.args):
             checkpoint.unpack_weights(run.gram_net, checkpoint.pack_weights(run.teacher.backbone, checkpoint.full))
         run.gram = run.gram_net
 
@@ -624,7 +655,7 @@ def build_gram_net(args, backbone, arch):
     if arch:  # weights follow from the checkpoint; the file of --gram-teacher may be gone by now, or hold others
         net = build_vit(arch["name"], **arch["overrides"])
     else:
-        net = load_backbone(args.gram_teacher) if args.gram_teacher else copy.deepcopy(backbone)
+        net = load_backbone(args.gram_teacher) if args.gram_teacher else merge_adapters(backbone)
     return net.requires_grad_(False).eval()
 
 
@@ -635,7 +666,7 @@ def build_run(args, backbone, source, recipes, rank, world, device, gram_arch=No
     nets = [m for m in (student, teacher, gram_net) if m is not None]
     net = loop.on_device(args, student, nets, world, device)
     groups = optim.param_groups(student, args.layer_decay, args.patch_lr)
-    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, args.beta2), fused=True)
+    optimizer = settings.make_optimizer(args, groups)
     return Run(args, rank, world, device, source, recipes, student, teacher, net, optimizer, gram_net)
 
 
@@ -684,6 +715,8 @@ def train(args, rank, world, device):
     )
     for text in settings.choices_in_words(args, source.encoding, begun=start > 0) if rank == 0 else ():
         tqdm.write(text)
+    if args.adapter_norm and rank == 0:
+        tqdm.write(f"backbone: {say_trained(run.student.backbone)}")
     saver = checkpoint.Saver(out, args.keep_last, args.keep_every)
     sources = [s for s in (source, held_out) if s] if rank == 0 else []
     with stop, broken.named(*sources):

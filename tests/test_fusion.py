@@ -52,7 +52,8 @@ def test_the_gradient_reaches_every_parameter_of_every_component():
         assert set(terms) == {"main", "views", "weather", "masks", "ratio", "balance"}
         assert all(term.isfinite() and term >= -1e-6 for term in terms.values())
         loss.backward()
-        without = [name for name, p in model.named_parameters() if p.grad is None or not (p.grad != 0).any()]
+        without = [name for name, p in model.named_parameters()
+                   if p.requires_grad and (p.grad is None or not (p.grad != 0).any())]  # fmt: skip
         assert not without
 
 

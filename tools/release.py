@@ -27,7 +27,7 @@ import checkpoint
 from checkpoint import write_text
 from data import file_sha256
 from model import load_backbone, read_weights
-from tools.lib import export, runs
+from tools.lib import bundle, export, runs
 from tools.lib.cli import ROOT, Parser, run, shown
 from tools.lib.export import provenance_file, write_sums, write_weights
 from tools.lib.files import created_utc, read_json_file, write_json, wrong_field
@@ -36,7 +36,7 @@ from tools.lib.provenance import BORROWED, refuse_change, stamp
 
 TOLERANCE = 1e-5  # of reloaded outputs, absolute; they are layer-normalised, so of order 1
 # what a stranger may read of the flags: numbers, and of texts only these, which name choices and never files
-WORDS = "arch aug schedule centering precision sizes".split()
+WORDS = "arch aug schedule centering precision sizes optimizer adapter_norm adapter_targets adapter_init".split()
 # flags of machine, disk and clock: they change nothing that was learned
 PLUMBING = (
     "workers log_every save_every keep_last keep_every eval_every time_limit grace skip_bad resume device compile "
@@ -514,6 +514,9 @@ def build_parser():
     parser = Parser(__doc__)
     parser.add_argument("--ckpt", required=True, type=Path, help="of train_ssl.py; its EMA teacher goes out")
     parser.add_argument("--out", required=True, type=Path, help="folder to make; its name titles the card")
+    parser.add_argument("--policy", type=Path, help="policy.json of tools/fit_policy.py: makes a bundle of a trained "
+                        "classifier (best.pth) and this policy, for tools/predict.py --bundle")  # fmt: skip
+    parser.add_argument("--force", metavar="WHY", help="make a bundle although a check speaks against it; recorded")
     parser.add_argument("--layout", choices=["hf", "timm"], default="hf", help="hf: for transformers; timm: for "
                         "timm.create_model")  # fmt: skip
     parser.add_argument("--probe", type=Path, help="results.json of train_probe.py about this checkpoint")
@@ -527,6 +530,12 @@ def build_parser():
 
 def main(argv=None):
     args = build_parser().parse_args(argv)
+    if args.policy:
+        if given := [name for name in ("probe", "data", "license", "push") if getattr(args, name)]:
+            raise ValueError(f"--{given[0]} belongs to a release of a backbone, --policy makes a bundle")
+        return bundle.write(args.out, args.ckpt, args.policy, args.force)
+    if args.force:
+        raise ValueError("--force is for bundles; give --policy too")
     if args.push and find_spec("huggingface_hub") is None:
         raise ValueError("--push needs huggingface_hub: pip install huggingface_hub")
     if shown(args.out.name) != args.out.name:

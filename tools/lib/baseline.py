@@ -78,5 +78,6 @@ def fit_frozen(vit, ckpt, source, table, about, out, device, batch, workers, ref
         written = classifiers.facts_of(facts, source, name, about["labels_sha256"])
         ids = [table.ids[i] for i in at]
         classifiers.export(out / "predictions", ids, table.groups[at], y[at], logits[at], written)
-    write_json(out / "results.json", result | {"git_commit": git_commit(), "weights_sha256": facts["sha256"]})
+    result |= {"weights": {"file": "best.pth", "step": 0, "sha256": facts["sha256"]}, "git_commit": git_commit()}
+    write_json(out / "results.json", result)
     return result

@@ -304,8 +304,8 @@ class Fusion(nn.Module):
                  pool="mil", norm=True, fields=None, consistency=False, weather=0, masks=0, hidden=0):  # fmt: skip
         super().__init__()
         W = width or dim
-        self.register_buffer("centre", torch.zeros(dim))
-        self.register_buffer("spread", torch.ones(dim))
+        self.centre = nn.Parameter(torch.zeros(dim), requires_grad=False)
+        self.spread = nn.Parameter(torch.ones(dim), requires_grad=False)
         self.project = nn.Linear(dim, W) if width else nn.Identity()
         self.prune = Prune(W, keep) if keep else None
         self.pyramid = Pyramid(W) if pyramid else nn.Identity()
