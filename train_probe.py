@@ -212,7 +212,7 @@ def one_update(run, micro_batches, step, now, wish=lambda: False, ahead=lambda: 
 # May change between a run and its continuation; any other difference is refused.
 HARMLESS = (
     "data labels out protocol workers device micro_batch save_every time_limit patience skip_bad allow_seen "
-    "allow_duplicates deterministic dry_run crop_mm scales seeds bootstrap cache"
+    "allow_duplicates deterministic dry_run crop_mm scales seeds bootstrap cache folds"
 ).split()
 KEEP = 2  # checkpoints, beside the best
 RUN_FACTS = """encoding eval_view classes pool layers layout labels_sha256 index_sha256 split_sha256 weights_sha256
@@ -426,6 +426,8 @@ def build_parser():
 
     g = p.add_argument_group("frozen probe")
     g.add_argument("--seeds", type=positive, default=3, help="repeats of the test protocol; random backbones")
+    g.add_argument("--folds", type=Path, help="published folds for --protocol cv: a CSV series,fold, or LUNA16's "
+                   "folder with subset0 to subset9; patients are kept whole")
     g.add_argument("--bootstrap", type=positive, default=2000, help="resamples of patients for each interval")
     g.add_argument("--cache", type=Path, help="folder of extracted features; default: features beside --out")
 
@@ -498,6 +500,8 @@ def probe(args):
     start = time.perf_counter()
     if args.views or args.protocol == "select":
         raise ValueError("--views and --protocol select are for training; give --tune too")
+    if args.folds and args.protocol == "test":
+        raise ValueError("--folds are for cross-validation; give --protocol cv, or all")
     args.protocol, args.batch_size, args.workers = args.protocol or "all", args.batch_size or 96, max(args.workers, 1)
 
     # ----------------------------------------------------------------- labels, splits, leaks
@@ -507,7 +511,7 @@ def probe(args):
         print(foreign)
     path, table, splits = read_labels(args, source)
     plans, exposures, notes = protocols.plan_all(source, table, splits, facts, args.protocol, args.seeds,
-                                                   args.allow_seen)  # fmt: skip
+                                                   args.allow_seen, args.folds)  # fmt: skip
     split_sha = data.file_sha256(data.split_path(source.root)) if splits[0] else None
     notes += [foreign] if foreign else []
     if "split_sha256" in facts and facts["split_sha256"] != split_sha:
