@@ -504,6 +504,9 @@ def take_pulse(folder, state, size, notes):
         notes.append(f"{skipped} damaged lines of {log} were skipped")
     if age_s < -60:
         notes.append(f"{log} is dated {-age_s / 60:.0f} minutes ahead of this machine's clock: no stall can be seen")
+    if odd := beat.get("odd_step"):
+        command = f"python tools/inspect_step.py --run {shown(folder, 400)} --why {odd}"
+        notes.append(f"update {odd} spiked or was skipped; {command} says why")
     if beat.get("finished"):
         notes.append(f"the run is finished: {beat['last_step']} of {total:,.0f} updates are done")
     return lines, beat

@@ -15,6 +15,7 @@ import functools
 import gc
 import math
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,7 +46,7 @@ from model import (
     merge_adapters,
     say_trained,
 )
-from tools.lib import broken, loop, optim, provenance, settings
+from tools.lib import broken, loop, optim, provenance, replay, settings
 from tools.lib.cli import Parser, above_zero, natural, not_negative, positive, run, share, within
 from tools.lib.files import write_json
 
@@ -85,6 +86,9 @@ def build_parser():
     g.add_argument("--compile", default=False, action=switch, help="torch.compile the blocks; update 1 takes minutes")
     g.add_argument("--fsdp", default=False, action=switch, help="shard weights over ranks, for what does not fit one")
     g.add_argument("--checkpointing", default=False, action=switch, help="recompute activations to save memory")
+
+    g.add_argument("--why", type=positive, help="no training: replay this update of the run in --out, which is only "
+                   "read, and print what it was made of; for tools/inspect_step.py --why")
 
     g = p.add_argument_group("data")
     g.add_argument("--no-split", action="store_true", help="train on everything, without a contract; recorded")
@@ -622,7 +626,11 @@ def main(argv=None):
     args = build_parser().parse_args(argv)
     rank, world, device = loop.setup_distributed(args.device)
     try:
-        return train(resolve(args, world), rank, world, device)
+        return (
+            replay.replay(sys.modules[__name__], args, device)
+            if args.why
+            else train(resolve(args, world), rank, world, device)
+        )
     finally:
         if dist.is_initialized():
             gc.collect()  # DDP sits in reference cycles; alive at exit, its threads abort the process
@@ -758,7 +766,7 @@ def run_updates(run, batches, micros, held_out, steps, tools):
         log.tick(update.crops if done == start + 1 else None)
         bad_in_a_row = bad_in_a_row + 1 if update.bad else 0
         if update.bad:
-            log.event(done, f"skipped: loss or gradient is not finite; see tools/inspect_step.py --step {done}")
+            log.event(done, f"skipped: loss or gradient is not finite; see tools/inspect_step.py --why {done}")
         elif done % args.log_every == 0 or done == total:
             log_line(run, log, update, now, pace)
         if bad_in_a_row == 3:

@@ -1385,3 +1385,22 @@ def test_a_run_that_learns_raises_no_false_alarm(tmp_path, every):
         assert m.main(["--ckpt", str(path), "--threads", "1", "--sysfs", str(tmp_path)]) == 0, path
     words = [row["verdict"] for row in read_lines(tmp_path / "run" / "monitor" / "history.jsonl")[0]]
     assert set(words) <= {"healthy", "warming up"} and words[-3:] == ["healthy"] * 3
+
+
+def test_the_report_names_the_command_after_a_spike_and_after_a_skip():
+    args = {"steps": 100, "extend": 0, "grace": 0, "log_every": 10, "batch_size": 8}
+    calm = [{"step": 10 * k, "loss": 5.0, "dino": 3.0, "ibot": 2.0, "images_s": 9.0} for k in range(1, 7)]
+    spike = {**calm[0], "step": 70, "loss": 9.0}
+    skip = {"step": 63, "event": "skipped: loss or gradient is not finite; see tools/inspect_step.py --why 63"}
+    assert runs.pulse(calm, 0, args)["odd_step"] is None
+    assert runs.pulse([*calm, skip], 0, args)["odd_step"] == 63
+    found = runs.pulse([*calm, skip, spike], 0, args)
+    assert (found["odd_step"], found["spikes"], found["skipped"]) == (70, 1, 1)
+
+
+def test_the_note_after_a_skip_is_a_command(tmp_path):
+    lines = [{"step": 10, "loss": 5.0}, {"step": 13, "event": "skipped: loss or gradient is not finite"}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    args, notes = {"steps": 100, "extend": 0, "grace": 0, "log_every": 10, "batch_size": 8}, []
+    m.take_pulse(tmp_path, {"args": args}, 1000, notes)
+    assert f"python tools/inspect_step.py --run {tmp_path} --why 13 says why" in notes[0]

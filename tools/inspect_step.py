@@ -6,9 +6,16 @@ student), the local crops, and the crops of the Gram teacher once the run uses o
 step N out of N - 1.
 
     python tools/inspect_step.py --run runs/lidc --step 1234 --images 8
+    python tools/inspect_step.py --run runs/lidc --why 1234
+
+--why replays the update from the nearest checkpoint (the run is only read), says in a sentence why it spiked, was
+skipped or broke, and draws the images with the largest gradients; all numbers: RUN/inspect/why_00001234.json. Exit code
+1 where a cause was found.
 """
 
+import json
 import math
+import subprocess
 import sys
 from pathlib import Path
 
@@ -20,8 +27,9 @@ import numpy as np
 import torch
 
 from data import denormalise, eval_view, look_windows, make_loader, render, select, weighed
-from tools.lib import sheet
-from tools.lib.cli import Parser, positive, run, within
+from tools.lib import autopsy, sheet
+from tools.lib.cli import ROOT, Parser, natural, pick_device, positive, run, within
+from tools.lib.files import write_json
 from tools.lib.runs import open_trained, read_recipes, read_run_config
 from tools.lib.slices import slice_name
 
@@ -135,15 +143,90 @@ def name_of(source, i):
     return f"sample {i}: {slice_name(source, i)}{patient}"
 
 
+# ----- why an update was as it was
+
+
+def ask(args, config):
+    """What train_ssl.py says of the update, in a process of its own: programs are run, not imported."""
+    words = {"--data": args.data or config["args"]["data"], "--out": args.run, "--why": args.why}
+    words |= {"--device": pick_device(args.device), "--workers": args.workers}
+    line = [sys.executable, str(ROOT / "train_ssl.py"), *(str(word) for pair in words.items() for word in pair)]
+    done = subprocess.run(line, stdout=subprocess.PIPE, text=True)
+    if done.returncode:  # its reason is on stderr
+        raise SystemExit(done.returncode)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def numbers_of(image):
+    """What the replay found of one image, in lines."""
+    yield f"{image['words']}; drawn as {autopsy.called(image)}"
+    if "share" in image:
+        yield (f"{image['share']:.1%} of the gradient, alone {image['norm']:.4g}, without it {image['without']:.4g}; "
+               f"its targets' entropy {image['target_entropy']:.3f}, nearest image {image['nearest']:.4f}")  # fmt: skip
+        yield "cross entropy by view (2 global, then local): " + ", ".join(f"{v:.2f}" for v in image["views"])
+    if "view_shares" in image:
+        yield "share of the gradient by view: " + ", ".join(f"{v:.1%}" for v in image["view_shares"])
+
+
+def numbers_of_all(found):
+    """What the replay found of the whole update, in lines."""
+    terms = ", ".join(f"{name} {value:.4g}" for name, value in found["terms"].items())
+    usual = "" if found["usual_loss"] is None else f"; median of the log {found['usual_loss']:.4g}"
+    yield f"{terms}{usual}; gradient {found['norm']:.4g}, teacher temperature {found['temperature']:g}"
+    if "by_term" in found:
+        yield "gradient by term: " + ", ".join(f"{name} {value:.0%}" for name, value in found["by_term"].items())
+    yield "gradient by part: " + ", ".join(f"{name} {value:.3g}" for name, value in found["modules"].items())
+    words = {True: "equal", False: "NOT equal (other data, code or machine?)", None: "nothing to compare with"}
+    taken, same = "skipped" if found["skipped"] else "taken", (words[found[key]] for key in ("as_logged", "as_saved"))
+    yield f"replayed {found['replayed']} updates from {found['from']}, this one {taken}"
+    yield "loss here and in the log: {}; weights here and in the checkpoint of this step: {}".format(*same)
+
+
+def draw_why(args, config, source, found):
+    """The sheet: the sentence, numbers of the update, then the images with their views."""
+    batches = read_update(source, config, args.why, config["args"]["batch_size"])
+    worst = [(image["micro"], image["at"]) for image in found["images"]]
+    places = list(dict.fromkeys([*map(tuple, found["guilty"]), *worst]))[: args.images]
+    of, with_gram = dict(zip(worst, found["images"])), args.why > config["args"]["gram_start"]
+    pictures = [(of[m, j], draw_image(source, batches[m], j, config["patch_size"], with_gram)) for m, j in places]
+    width = max(picture.width for _, picture in pictures)
+    colour = sheet.BAD if found["cause"] != "none" else sheet.INK
+    parts = [sheet.heading(f"{args.run}, why was update {args.why} as it was?", width, size=20)]
+    parts += [sheet.paragraphs([(found["verdict"], colour)], width, 17), sheet.paragraphs(numbers_of_all(found), width)]
+    for image, picture in pictures:
+        i = batches[image["micro"]].ids[image["at"]]
+        parts += [sheet.heading(name_of(source, i), width), sheet.paragraphs(numbers_of(image), width), picture]
+    return sheet.stack(parts)
+
+
+def explain(args, config, source):
+    """--why: ask, draw, write -> exit code."""
+    found = ask(args, config)
+    out = args.out or args.run / "inspect" / f"why_{args.why:08d}.png"
+    write_json(out.with_suffix(".json"), {"version": 1, **found})
+    sheet.save(out, draw_why(args, config, source, found))
+    print(f"{args.run}, update {args.why}: {found['verdict']}")
+    print("\n".join(numbers_of_all(found)))
+    print(out)
+    return int(found["cause"] != "none")
+
+
 def build_parser():
     parser = Parser(__doc__)
     parser.add_argument("--run", required=True, type=Path, help="folder of the run")
-    parser.add_argument("--step", required=True, type=positive, help="the update that made this step, 1 or more")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--step", type=positive, help="draw the update that made this step, 1 or more")
+    which.add_argument("--why", type=positive, help="replay that update and say why it spiked, was skipped or broke")
     parser.add_argument(
-        "--images", type=within("[1, 64]", int), default=8, help="to draw, the first of the batch; at most 64"
+        "--images",
+        type=within("[1, 64]", int),
+        default=8,
+        help="to draw, at most 64: the first of the batch, or with --why those with the largest part of the gradient",
     )
     parser.add_argument("--data", type=Path, help="where the run's data lies now; default: where it was")
-    parser.add_argument("--out", type=Path, help="PNG to write; default: RUN/inspect/step_<step>.png")
+    parser.add_argument("--out", type=Path, help="PNG to write; default: RUN/inspect/step_<step>.png, why_<step>.png")
+    parser.add_argument("--device", default="auto", help="of --why: auto (CUDA/ROCm if there, else CPU), cpu, cuda")
+    parser.add_argument("--workers", type=natural, default=0, help="of --why: reading processes")
     return parser
 
 
@@ -152,6 +235,8 @@ def main(argv=None):
     config = read_run_config(args.run)
     flags = config["args"]
     source = open_data(config, args.data)
+    if args.why:
+        return explain(args, config, source)
     batches = read_update(source, config, args.step, args.images)
     with_gram = args.step > flags["gram_start"]  # before that, training renders no Gram crops
     picked = [(batch, j) for batch in batches for j in range(len(batch.ids))][: args.images]

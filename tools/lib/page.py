@@ -294,6 +294,7 @@ EXPLAINED = {
     "eta_h": "hours until the end",
     "nonfinite_loss": "1: the last loss is NaN or infinite",
     "spikes": "of the last 20 lines, how many lie half above the usual loss",
+    "odd_step": "the newest update that spiked or was skipped; tools/inspect_step.py --why says why",
     "skipped": "updates skipped in the last 20 intervals, because a gradient was not finite",
     "images_s_change": "of images per second since the start, as a share",
     "memory_change": "of memory since the start, as a share",

@@ -207,9 +207,10 @@ def pulse(lines, age_s, args):
     found["eta_h"] = max(last.get("seconds_to_go", 0) - age_s, 0) / 3600
     found["nonfinite_loss"] = int(not math.isfinite(last["loss"]))
     usual = [middle(rows[max(0, k - 10) : k], "loss") or math.inf for k in range(1, len(rows))]
-    found["spikes"] = sum(spiked(r["loss"], u) for r, u in list(zip(rows[1:], usual))[-20:])
+    spikes = [r["step"] for r, u in list(zip(rows[1:], usual))[-20:] if spiked(r["loss"], u)]
     since = last["step"] - 20 * args["log_every"]
-    found["skipped"] = sum(e["event"].startswith("skipped: loss") and e["step"] > since for e in events)
+    skips = [e["step"] for e in events if e["event"].startswith("skipped: loss") and e["step"] > since]
+    found |= {"spikes": len(spikes), "skipped": len(skips), "odd_step": max(spikes + skips, default=None)}
     for name, key in (("images_s_change", "images_s"), ("memory_change", "memory_gb")):  # shares, since the start
         was, now = middle(rows[1:21], key), middle(recent, key)
         found[name] = now / was - 1 if was and now else None
