@@ -17,6 +17,7 @@ import copy
 import dataclasses
 import functools
 import gc
+import inspect
 import math
 import time
 from pathlib import Path
@@ -34,7 +35,20 @@ import data
 import losses
 from checkpoint import write_text
 from model import Classifier, Head, build_arch, load_backbone, read_facts, say_trained
-from tools.lib import augment, broken, features, judge, loop, optim, page, protocols, provenance, supervise
+from tools.lib import (
+    augment,
+    baseline,
+    broken,
+    features,
+    fuse,
+    judge,
+    loop,
+    optim,
+    page,
+    protocols,
+    provenance,
+    supervise,
+)
 from tools.lib.classifiers import logits_of
 from tools.lib.cli import (
     Parser,
@@ -52,8 +66,7 @@ from tools.lib.cli import (
 from tools.lib.files import csv_text, json_text, write_json
 from tools.lib.fusion import POOLS
 from tools.lib.loop import git_commit, other_encoding
-from tools.lib.samples import leave_out, read_table
-from tools.lib.slices import find_slice
+from tools.lib.samples import leave_out, open_samples, read_table
 
 # ----- splits
 
@@ -67,20 +80,6 @@ def split_of(source, table, protocol):
         if len(set(splits[table.groups == group])) > 1:
             raise ValueError(f"group {shown(group)} lies in several splits; run tools/make_splits.py --labels")
     return splits
-
-
-def open_samples(source, table, splits, used_by, allow_duplicates):
-    """The images of these samples through the door -> (Source, the table with its rows); splits: those of the samples.
-
-    A look is recorded where one of them is in val_test. Without splits.json there is no contract.
-    """
-    if not splits[0]:
-        return source, table
-    purposes = [purpose for purpose, split in data.PURPOSES.items() if split in splits]
-    chosen = data.open_for(source, purposes, used_by, allow_duplicates=allow_duplicates)
-    rows = [source.rows[i] for i in table.rows]
-    moved = [find_slice(chosen, row["path"], row.get("z")) for row in rows]
-    return chosen, table._replace(rows=np.array(moved))
 
 
 # ----- training: the update
@@ -243,9 +242,7 @@ class Run:
 def part_of(source, table, splits, name, args, used_by=None):
     """The labelled images of one split -> (Source with one row for each sample, Table); one class is an error."""
     part = splits == name
-    if absent := set(range(len(table.classes))) - set(table.labels[part].tolist()):
-        raise ValueError(f"one-class labels: {name} has no sample of class {shown(table.classes[min(absent)])}; make a "
-                         "split that has (tools/make_splits.py --labels)")  # fmt: skip
+    protocols.refuse_absent(table, splits, name)
     chosen, part = open_samples(source, table.take(part), splits[part], used_by, args.allow_duplicates)
     return chosen.take(part.rows), part._replace(rows=np.arange(len(part.rows)))
 
@@ -403,7 +400,9 @@ def build_parser():
     g.add_argument("--out", required=True, type=Path, help="folder for results.json, predictions and report; of a "
                    "training run, which the same command resumes")
     g.add_argument("--tune", default="none", help="what is trained. none: a frozen probe; head: linear "
-                   "layer; adapters: low-rank changes (--adapter); last:N: the last N blocks; all")
+                   "layer; adapters: low-rank changes (--adapter); last:N: the last N blocks; all; fusion: what pools "
+                   "the features of all --views of a picture, in seconds, as in fusion:keep=8,metadata=gps+weather: "
+                   f"{inspect.signature(fuse.fusion)}")
     g.add_argument("--protocol", choices=("all", "test", "cv", "select"), help="test: fit on train, score once on "
                    "val_test; cv: 5 x 5 folds over unseen patients; all: both, the default of a frozen probe; select: "
                    "choose on val_select and export val_select and val_calib, the default of training")
@@ -498,8 +497,11 @@ def main(argv=None):
 
 def probe(args):
     start = time.perf_counter()
-    if args.views or args.protocol == "select":
-        raise ValueError("--views and --protocol select are for training; give --tune too")
+    if args.protocol == "select":
+        source = data.open_source(args.data)
+        return baseline.choose(args, source, *read_labels(args, source))
+    if args.views:
+        raise ValueError("--views is for training (--tune) and for --protocol select; give one of them too")
     if args.folds and args.protocol == "test":
         raise ValueError("--folds are for cross-validation; give --protocol cv, or all")
     args.protocol, args.batch_size, args.workers = args.protocol or "all", args.batch_size or 96, max(args.workers, 1)
@@ -588,7 +590,7 @@ def describe(args, source, table, splits, train, path, view, pool):
 
 def train(args, rank, world, device):
     args = argparse.Namespace(**{k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()})
-    out, stop = Path(args.out), loop.Stop(args.time_limit)
+    out, stop, (kind, _) = Path(args.out), loop.Stop(args.time_limit), supervise.tune_kind(args.tune)
     loop.set_precision(args, device)
 
     # ----------------------------------------------------------------- labels, splits
@@ -617,7 +619,14 @@ def train(args, rank, world, device):
 
     # ----------------------------------------------------------------- readers, model, updates
     with stop, broken.named(*(s for s, _ in parts if rank == 0)):
-        if not path or start < args.steps and not patience_is_over(best, start, args):
+        if kind == "fusion" and not path:
+            vit, weights = load_backbone(Path(args.ckpt)), judge.weights_sha256(Path(args.ckpt))
+            view = judge.choose_view(read_facts(args.ckpt), source.encoding, args.size, vit.patch_size)
+            pool = {"all": "both"}.get(args.features, args.features)
+            facts = describe(args, source, table, splits, parts[0][0], labels, view, pool)
+            fuse.train(vit, weights, parts, supervise.read_loss(args.loss, parts[0][1].labels, len(table.classes)),
+                       facts, args, device)  # fmt: skip
+        elif kind != "fusion" and (not path or start < args.steps and not patience_is_over(best, start, args)):
             vit = build_arch(known["arch"]) if path else load_backbone(Path(args.ckpt))  # <- change the backbone there
             view = judge.choose_view(known or read_facts(args.ckpt), source.encoding, args.size, vit.patch_size)
             row = augment.find_row(args.aug)
