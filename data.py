@@ -554,6 +554,7 @@ class Source:
         self.crossing = crossing  # sets of duplicates that lie in several splits, where that was allowed
         self.earlier_looks = earlier_looks  # at val_test, by other weights or another policy, where it was opened
         self.upto, self.weights_sha256 = None, None  # running sum of weights, and their table: see weighed
+        self.neighbour_mm = None  # see at_distance
         used = np.flatnonzero(np.bincount(rows.columns["group"], minlength=len(rows.names["group"])))
         self.groups = sorted(rows.names["group"][code] for code in used)
         # neighbours in a volume are near copies, so one batch should hold one slice per series
@@ -576,7 +577,8 @@ class Source:
         self.check(i)
         try:
             if self.encoding == "hu16-v1":
-                image = read_three_slices(path, self.rows.cell("z", i))
+                step = round((self.neighbour_mm or 0) / self.rows.cell("spacing_z", i))
+                image = read_three_slices(path, self.rows.cell("z", i), max(step, 1))
             else:
                 with open_photo(path) as file:
                     turn = turn_of(file)[0] if self.encoding == "photo" else TURNS[1]
@@ -586,6 +588,18 @@ class Source:
         if self.encoding != "photo" and image.shape[1:] != self.size(i):
             raise Unreadable(f"{path} has {image.shape[1:]} pixels, the index says {self.size(i)}")
         return torch.from_numpy(np.ascontiguousarray(image))
+
+    def at_distance(self, mm):
+        """This source, whose slices come with the true ones nearest to `mm` away instead of the next ones (0 or None).
+
+        Slices 0.6 mm apart are near copies, those 5 mm apart are not: a distance makes them alike. At the ends of a
+        volume it is the last slice; nothing is interpolated, and thicker slices than `mm` keep their next ones.
+        """
+        if mm and self.encoding != "hu16-v1":
+            raise ValueError(f"neighbours {mm:g} mm away need whole volumes, {self.root} holds {self.encoding}; "
+                             "preprocess with --format hu16")  # fmt: skip
+        self.neighbour_mm = mm or None
+        return self
 
     def check(self, i):
         """Refuse a picture that is no longer the one that was indexed."""
@@ -608,8 +622,9 @@ class Source:
     def take(self, index):
         splits = self.split_codes and (self.split_codes[0], self.split_codes[1][index])
         rows = self.rows.take(index)
-        return Source(self.root, self.encoding, rows, self.index_sha256, self.split_sha256, splits, self.crossing,
+        part = Source(self.root, self.encoding, rows, self.index_sha256, self.split_sha256, splits, self.crossing,
                       self.earlier_looks)  # fmt: skip
+        return part.at_distance(self.neighbour_mm)
 
     def order(self, seed, step, batch):
         """Sample ids of one update: a new permutation each epoch; one slice per series and batch where possible.
@@ -665,8 +680,9 @@ def weighed(source, table):
     return source
 
 
-def read_three_slices(path, z):
-    """int16 [3, H, W]: slices z-1, z, z+1 of a volume; read, since a mapped file that is cut kills the process."""
+def read_three_slices(path, z, step=1):
+    """int16 [3, H, W]: slices z-step, z, z+step of a volume, or its last ones; read, since a mapped file that is cut
+    kills the process."""
     with open(regular(path), "rb") as f:
         version = np.lib.format.read_magic(f)
         header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
@@ -680,8 +696,11 @@ def read_three_slices(path, z):
         one = shape[1] * shape[2]
         if os.fstat(f.fileno()).st_size < f.tell() + 2 * shape[0] * one:
             raise ValueError(f"the file is shorter than its {shape[0]} slices of {shape[1]} x {shape[2]}")
-        f.seek(2 * (z - 1) * one, os.SEEK_CUR)
-        return np.fromfile(f, np.int16, 3 * one).reshape(3, *shape[1:])
+        start, planes = f.tell(), []
+        for k in (max(z - step, 0), z, min(z + step, shape[0] - 1)):
+            f.seek(start + 2 * k * one)
+            planes.append(np.fromfile(f, np.int16, one))
+        return np.stack(planes).reshape(3, *shape[1:])
 
 
 def open_source(root):
@@ -746,7 +765,7 @@ def open_for(root, purpose, used_by=None, limit=None, z_stride=1, allow_duplicat
         )
     looks = record_look(source.root, used_by) if "test" in purposes and used_by != NO_SCORE else 0
     everything = Source(source.root, source.encoding, source.rows, source.index_sha256, file_sha256(path), splits,
-                        len(crossing), looks)  # fmt: skip
+                        len(crossing), looks).at_distance(source.neighbour_mm)  # fmt: skip
     return thin(everything.take(np.flatnonzero(inside)), limit, z_stride)
 
 
@@ -1323,9 +1342,10 @@ def colour_(x, looks, solarized):
             x.index_copy_(0, index, look(part).expand_as(part))
 
 
-def eval_view(encoding, size=224):
+def eval_view(encoding, size=224, neighbour_mm=None):
     """How an image is rendered for evaluation, as plain values that a checkpoint stores."""
-    return {"size": size, "window": list(WIDE_HU) if encoding == "hu16-v1" else None}
+    view = {"size": size, "window": list(WIDE_HU) if encoding == "hu16-v1" else None}
+    return view | ({"neighbour_mm": neighbour_mm} if neighbour_mm else {})
 
 
 def eval_boxes(sizes, regions=None):

@@ -522,6 +522,7 @@ def probe(args):
     # ----------------------------------------------------------------- features, fits, judgement
     vit = load_backbone(args.ckpt)
     view = judge.choose_view(facts, source.encoding, args.size, vit.patch_size)
+    source.at_distance(view.get("neighbour_mm"))
     if args.features == "box" and table.centres is None:
         raise ValueError("--features box needs a nodule table, which names boxes")
     framing = features.Framing(view, args.crop_mm if table.centres is not None else (), args.batch_size, args.workers)
@@ -613,6 +614,8 @@ def train(args, rank, world, device):
         path, known, changed = loop.find_run(args, parts[0][0], HARMLESS, rank, world, FIELDS)
     if path and known["labels_sha256"] != data.file_sha256(labels):
         raise ValueError(f"{labels} is not the table of {path}; put the old one back, or use another --out")
+    for one in (source, *(part for part, _ in parts)):
+        one.at_distance(judge.neighbour_mm(known or read_facts(args.ckpt), source.encoding))
     start, best, code = known.get("step", 0), known.get("best"), None
     if path and best and best["step"] == start and rank == 0 and not checkpoint.same_file(path, out / "best.pth"):
         checkpoint.point_last(out, path, "best.pth")  # a kill came between the file and its second name

@@ -96,6 +96,7 @@ def choose(args, source, path, table, splits):
     provenance.refuse_leak(facts, source.take(table.rows[held_out]), "the held-out splits", args.allow_seen)
     provenance.refuse_change(args.ckpt, before)
     view = judge.choose_view(facts, source.encoding, args.size, vit.patch_size)
+    source.at_distance(view.get("neighbour_mm"))
     about = {"encoding": source.encoding, "eval_view": view, "layout": args.views or "whole",
              "labels_sha256": data.file_sha256(path)}  # fmt: skip
     chosen, part = open_samples(source, table.take(kept), splits[kept], None, args.allow_duplicates)
