@@ -1149,9 +1149,9 @@ def read_weights(path):
 
 
 def is_view(view):
-    size, window = view.get("size"), view.get("window", ())
+    size, window, mm = view.get("size"), view.get("window", ()), view.get("neighbour_mm", 1)
     pair = isinstance(window, (list, tuple)) and len(window) == 2 and all(is_number(v, least=-1e9) for v in window)
-    return (window is None or pair) and is_number(size, numbers.Integral, 1, 1 << 16)
+    return (window is None or pair) and is_number(size, numbers.Integral, 1, 1 << 16) and is_number(mm, least=1e-9)
 
 
 FACTS = {  # what a field of a DINO-X checkpoint must be

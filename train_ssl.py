@@ -100,6 +100,8 @@ def build_parser():
     g.add_argument("--limit", type=positive, default=None, help="images to train on, a fixed random subset")
     g.add_argument("--overfit", action="store_true", help="repeat the first epoch, crops and masks too: can it learn?")
     g.add_argument("--z-stride", type=positive, default=1, help="every n-th slice; neighbours as in the full volume")
+    g.add_argument("--neighbour-mm", type=not_negative, default=0, help="of hu16: the slices nearest to so many mm "
+                   "above and below make the outer channels; 0: the next ones, however thick")
     g.add_argument("--aug", choices=["auto", *data.RECIPES], default="auto", help="views; auto: by encoding")
     g.add_argument("--global-size", type=positive, default=224, help="pixels")
     g.add_argument("--local-size", type=positive, default=96, help="pixels")
@@ -542,7 +544,7 @@ def pack_state(run, step):
         "args": vars(args),
         "arch": run.student.backbone.arch,
         "encoding": source.encoding,
-        "eval_view": data.eval_view(source.encoding, run.recipes[0].global_size),
+        "eval_view": data.eval_view(source.encoding, run.recipes[0].global_size, args.neighbour_mm),
         "student": checkpoint.pack_weights(run.student),
         "teacher": checkpoint.pack_weights(run.teacher),
         # weights that were given belong to the run from its first update on: their file may change or go
@@ -643,9 +645,10 @@ def main(argv=None):
 def open_data(args):
     """(images to train on, val_select or None): what is held out is read here for the log only."""
     if args.no_split:
-        source = data.thin(data.open_source(args.data), args.limit, args.z_stride)
+        source = data.thin(data.open_source(args.data).at_distance(args.neighbour_mm), args.limit, args.z_stride)
         return data.weighed(source, args.weights) if args.weights else source, None
-    everything, more = data.open_source(args.data), dict(z_stride=args.z_stride, allow_duplicates=args.allow_duplicates)
+    everything = data.open_source(args.data).at_distance(args.neighbour_mm)
+    more = dict(z_stride=args.z_stride, allow_duplicates=args.allow_duplicates)
     source = data.open_for(everything, "fit", limit=args.limit, **more)
     source = data.weighed(source, args.weights) if args.weights else source
     return source, data.open_for(everything, "select", **more) if args.eval_every else None

@@ -546,3 +546,13 @@ def test_the_real_thing_end_to_end(tmp_path, capsys):
         assert bench.main([what, "--quick", "--seconds", "1", "--json", str(tmp_path / f"{what}.json")]) == 0
     printed = capsys.readouterr().out
     assert "to hu16" in printed and "x Pillow" in printed
+
+
+def test_the_index_of_the_bench_opens_from_its_columns(monkeypatch):
+    """From the second time on faster than from the CSV; memory is that of the process itself."""
+    (row,) = bench.measure_index({"rows": 100_000, "setting": "open"}, CPU)
+    (first, *_), *later = row["all"]
+    assert len(later) == 3 and max(opened for opened, *_ in later) < first / 3
+    assert row["value"] == pytest.approx(1e3 * sorted(opened for opened, *_ in later)[1])
+    for opened, seconds, before, after, peak in row["all"]:
+        assert 0 < opened <= seconds and 0 < before <= after + 1 and after < peak + 1

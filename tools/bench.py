@@ -479,6 +479,48 @@ def preprocess(raw, encoding, out=None):
         raise ValueError(f"preprocess_dicom.py ended with exit code {done.returncode}: {done.stderr.strip()[-300:]}")
 
 
+OPENING = """
+import json, resource, sys, time
+import data
+def anonymous():
+    return next(int(line.split()[1]) for line in open("/proc/self/smaps_rollup") if line.startswith("Anonymous")) / 1e3
+start, before = time.perf_counter(), anonymous()
+source = data.open_source(sys.argv[1])
+opened = time.perf_counter() - start
+source.order(0, 1, 256)
+seconds, peak = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+print(json.dumps([opened, seconds, before, anonymous(), peak]))
+"""
+
+
+def write_index(root, rows):
+    """A synthetic index: series of 50 slices, patients of 8 series."""
+    (root / "_index").mkdir(parents=True)
+    with open(root / "_index" / "index.csv", "w") as f:
+        f.write(",".join(data.INDEX_COLUMNS) + "\n")
+        for k in range(rows // 50):
+            uid = f"1.2.840.113654.2.55.{10**20 + 7919 * k}"
+            ids = f"nlst/{uid}.npy,hu16-v1,nlst,P{k // 8:06d},{uid}.1,{uid},{uid}"
+            f.writelines(f"{ids}.{z},{z},{2.5 * z},0.7,0.7,2.5,512,512,10,500,5,505\n" for z in range(1, 51))
+
+
+def measure_index(point, device):
+    """A process that opens an index of many rows and orders an epoch; the first one, which reads the CSV, apart."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_index(Path(folder), point["rows"])
+        found = []
+        for _ in range(4):
+            done = subprocess.run([sys.executable, "-c", OPENING, folder], capture_output=True, text=True, cwd=ROOT)
+            if done.returncode:
+                raise ValueError(f"opening the index failed: {done.stderr.strip()[-300:]}")
+            found.append(json.loads(done.stdout.splitlines()[-1]))
+    (first, *_), *later = found
+    opened, seconds, before, after, peak = (median(values) for values in zip(*later))
+    note = f"first time, from the CSV, {first:.1f} s; with the order of an epoch {seconds:.2f} s, "
+    note += f"own memory {before:.0f} -> {after:.0f} MB, peak with shared pages {peak:.0f} MB"
+    return [as_row(point["setting"], 1e3 * opened, "ms", note=note, seconds=[row[0] for row in later], all=found)]
+
+
 def measure_dicom(point, device):
     """The command on few files and on many, in turns: the difference is work, what they share is Python starting."""
     files = {name: sorted(Path(point[name]).rglob("*.dcm")) for name in ("few", "many")}
@@ -520,8 +562,8 @@ def measure_save(point, device):
     return [as_row(point["setting"], 1e3 * median(later), "ms stall", share, "copy", note, **more)]
 
 
-PARTS = (measure_step, measure_adapters, measure_render, measure_views, measure_read, measure_dicom, measure_save)
-PARTS += (measure_sweep,)
+PARTS = (measure_step, measure_adapters, measure_render, measure_views, measure_read, measure_index, measure_dicom)
+PARTS += (measure_save, measure_sweep)
 MEASURES = {measure.__name__.removeprefix("measure_"): measure for measure in PARTS}
 
 
@@ -571,6 +613,9 @@ def points_of(what, args, cuda, work):
         counts = [0, 1] if args.quick else sorted({0, 1, 2, os.cpu_count()})
         for folder, workers in itertools.product((rgb, hu16, photo), counts):
             yield dict(data=folder, workers=workers, setting=f"{Path(folder).name}, {workers} workers")
+    elif what == "index":
+        rows = 100_000 if args.quick else 10_000_000
+        yield dict(rows=rows, setting=f"open {rows:,} rows")
     elif what == "dicom":
         yield dict(few=f"{work}/few", many=f"{work}/raw", setting="uncompressed 512x512")
     elif what == "save":
