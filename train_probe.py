@@ -212,7 +212,7 @@ def one_update(run, micro_batches, step, now, wish=lambda: False, ahead=lambda: 
 # May change between a run and its continuation; any other difference is refused.
 HARMLESS = (
     "data labels out protocol workers device micro_batch save_every time_limit patience skip_bad allow_seen "
-    "allow_duplicates deterministic dry_run crop_mm scales seeds bootstrap cache"
+    "allow_duplicates deterministic dry_run crop_mm scales seeds bootstrap cache folds"
 ).split()
 KEEP = 2  # checkpoints, beside the best
 RUN_FACTS = """encoding eval_view classes pool layers layout labels_sha256 index_sha256 split_sha256 weights_sha256
@@ -419,6 +419,8 @@ def build_parser():
 
     g = p.add_argument_group("frozen probe")
     g.add_argument("--seeds", type=positive, default=3, help="repeats of the test protocol; random backbones")
+    g.add_argument("--folds", type=Path, help="published folds for --protocol cv: a CSV series,fold, or LUNA16's "
+                   "folder with subset0 to subset9; patients are kept whole")
     g.add_argument("--bootstrap", type=positive, default=2000, help="resamples of patients for each interval")
     g.add_argument("--cache", type=Path, help="folder of extracted features; default: features beside --out")
 
@@ -476,6 +478,9 @@ def main(argv=None):
     kind, _ = supervise.tune_kind(args.tune)
     if args.out.exists() and not args.out.is_dir():  # now, not after all is computed
         raise ValueError(f"--out {args.out} is a file; name a folder")
+    if kind == "none" and args.protocol in ("select", "refit"):
+        source = data.open_source(args.data)
+        return baseline.choose(args, source, *read_labels(args, source))
     if kind == "none":
         return probe(args)
     rank, world, device = loop.setup_distributed(args.device)
@@ -489,11 +494,10 @@ def main(argv=None):
 
 def probe(args):
     start = time.perf_counter()
-    if args.protocol in ("select", "refit"):
-        source = data.open_source(args.data)
-        return baseline.choose(args, source, *read_labels(args, source))
     if args.views:
         raise ValueError("--views is for training (--tune) and for --protocol select; give one of them too")
+    if args.folds and args.protocol == "test":
+        raise ValueError("--folds are for cross-validation; give --protocol cv, or all")
     args.protocol, args.batch_size, args.workers = args.protocol or "all", args.batch_size or 96, max(args.workers, 1)
 
     # ----------------------------------------------------------------- labels, splits, leaks
@@ -503,7 +507,7 @@ def probe(args):
         print(foreign)
     path, table, splits = read_labels(args, source)
     plans, exposures, notes = protocols.plan_all(source, table, splits, facts, args.protocol, args.seeds,
-                                                   args.allow_seen)  # fmt: skip
+                                                   args.allow_seen, args.folds)  # fmt: skip
     split_sha = data.file_sha256(data.split_path(source.root)) if splits[0] else None
     notes += [foreign] if foreign else []
     if "split_sha256" in facts and facts["split_sha256"] != split_sha:
@@ -512,6 +516,7 @@ def probe(args):
     # ----------------------------------------------------------------- features, fits, judgement
     vit = load_backbone(args.ckpt)
     view = judge.choose_view(facts, source.encoding, args.size, vit.patch_size)
+    source.at_distance(view.get("neighbour_mm"))
     if args.features == "box" and table.centres is None:
         raise ValueError("--features box needs a nodule table, which names boxes")
     framing = features.Framing(view, args.crop_mm if table.centres is not None else (), args.batch_size, args.workers)
@@ -603,6 +608,8 @@ def train(args, rank, world, device):
         path, known, changed = loop.find_run(args, parts[0][0], HARMLESS, rank, world, FIELDS)
     if path and known["labels_sha256"] != data.file_sha256(labels):
         raise ValueError(f"{labels} is not the table of {path}; put the old one back, or use another --out")
+    for one in (source, *(part for part, _ in parts)):
+        one.at_distance(judge.neighbour_mm(known or read_facts(args.ckpt), source.encoding))
     start, best, code = known.get("step", 0), known.get("best"), None
     if path and best and best["step"] == start and rank == 0 and not checkpoint.same_file(path, out / "best.pth"):
         checkpoint.point_last(out, path, "best.pth")  # a kill came between the file and its second name
