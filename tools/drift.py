@@ -1,0 +1,262 @@
+"""Are the pictures of today like those of the reference? Scores, classes, features and decisions, side by side.
+
+    python tools/drift.py --reference runs/photos --current said/images.npz --policy runs/photos/policy.json --out drift
+    python tools/drift.py --ckpt runs/photos/best.pth --reference runs/photos --current pictures/ --out drift
+
+In: prediction tables (of tools/predict.py), or with --ckpt folders of pictures too, whose features are compared as
+well. Out: drift.json, report.html, metrics.prom. One p-value for all statistics together, from groups dealt anew, so
+that 1 of 100 looks without a shift raises an alarm. Exit code 0 no shift found, 1 a shift that is small, 2 a shift,
+3 could not look.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import tools.lib.threads  # noqa: F401 - before torch
+
+# isort: split
+import numpy as np
+import torch
+
+import data
+from checkpoint import write_text
+from tools.lib import asking, classifiers, page, policies, rules, shift, tables
+from tools.lib.cli import Parser, above_zero, natural, pick_device, positive, run, shown, within
+from tools.lib.files import write_json
+from tools.lib.progress import progress
+
+WORDS = ("shift", "small shift", "no shift", "could not look")
+
+
+def build_parser():
+    parser = Parser(__doc__)
+    # fmt: off
+    parser.add_argument("--reference", required=True, type=Path, help="run with predictions of --split, or a table")
+    parser.add_argument("--current", required=True, nargs="+", type=Path, help="tables, or with --ckpt folders of "
+                        "pictures; in the order of time")
+    parser.add_argument("--ckpt", type=Path, help="classifier of the reference: asks it about --current, and compares "
+                        "what its backbone makes of the pictures of both")
+    parser.add_argument("--data", type=Path, help="pictures of the reference; default: as its table says")
+    parser.add_argument("--policy", type=Path, help="policy.json: probabilities and decisions are those of its steps")
+    parser.add_argument("--out", required=True, type=Path, help="folder for drift.json, report.html, metrics.prom")
+    parser.add_argument("--split", default="val_calib", help="of the reference")
+    parser.add_argument("--window", type=positive, default=200, help="pictures behind each point over time")
+    parser.add_argument("--alpha", type=within("(0, 0.5]"), default=0.01, help="share of false alarms, all statistics "
+                        "together")
+    parser.add_argument("--max-psi", type=above_zero, default=0.25, help="a shift is small while all PSI are below ...")
+    parser.add_argument("--max-ks", type=above_zero, default=0.2, help="... and all KS, class and mean shifts are below")
+    parser.add_argument("--draws", type=within("[99, 1e6]", int), default=999, help="deals behind the p-values")
+    parser.add_argument("--features-of", type=natural, default=1000, help="pictures of each side whose features are "
+                        "compared; 0: none")
+    parser.add_argument("--seed", type=natural, default=0, help="of the deals")
+    parser.add_argument("--prom", type=Path, help="Prometheus text file; default: metrics.prom in --out")
+    parser.add_argument("--device", default="auto", help="auto (CUDA/ROCm if there, else CPU), cpu, cuda")
+    # fmt: on
+    return parser
+
+
+# ----- what is compared
+
+
+def ask(args, classifier, facts, folder, device):
+    """A folder of pictures -> its table, and how to read them."""
+    source = asking.of_files([str(folder)])
+    (asked,) = asking.samples_of(source, facts).values()
+    logits = asking.answers(classifier, facts, source, asked, folder.name, device, 96, 2)
+    table = tables.checked(folder, asked.ids, asked.groups, asked.labels, logits,
+                           classifiers.facts_of(facts, source, "images"))  # fmt: skip
+    return table, (source, asked.rows)
+
+
+@torch.inference_mode()
+def features(classifier, source, rows, facts, device, name):
+    """Cls token of the first view of each picture, [n, D]."""
+    found = []
+    for part in progress([rows[k : k + 16] for k in range(0, len(rows), 16)], name, unit=" x 16 pictures"):
+        views = classifiers.views_of(source, part, facts["layout"], facts["eval_view"], device)[:, 0]
+        found.append(classifier.backbone(views).cls.float().cpu())
+    return torch.cat(found).numpy()
+
+
+def thinned(count, most, seed):
+    return np.sort(data.rng(seed, "limit").permutation(count)[:most])
+
+
+def reference_pictures(args, table, facts):
+    """Source and rows of the reference's pictures, by id; samples whose picture is gone are left out, and counted."""
+    root = args.data or Path(table.facts.get("data") or ".")
+    source = data.open_source(root)
+    place = {name: i for i, name in enumerate(asking.samples_of(source, facts | {"classes": facts["classes"]})["all"].ids)} \
+        if source.splits is None else {}  # fmt: skip
+    rows = np.array([place[name] for name in table.ids.tolist() if name in place], int)
+    if not len(rows):
+        raise ValueError(f"{root} holds none of the {len(table.ids)} pictures of the reference; name them with --data")
+    return source, rows
+
+
+def together(all_tables, where):
+    """Several tables as one, in their order; ids may come again."""
+    first = all_tables[0]
+    for path, other in zip(where, all_tables):
+        for name in ("classes", "weights_sha256", "layout"):
+            if other.facts.get(name) != first.facts.get(name):
+                raise ValueError(f"{path}: {name} is not that of {where[0]}: only tables of one classifier compare")
+    parts = {name: np.concatenate([getattr(t, name) for t in all_tables]) for name in tables.Predictions._fields[:4]}
+    return tables.Predictions(**parts, facts=first.facts)
+
+
+def decisions(policy, table):
+    """Probabilities [N, C] and decision [N] (-1: left to others, None without a policy)."""
+    if policy is None:
+        return classifiers.mean_probabilities(table.logits), None
+    if policy["column"]:
+        raise ValueError(f"the policy has fits for each {shown(policy['column'])}, which pictures without labels lack")
+    out = rules.decide(policy, table.logits, table.ids)
+    return out.probabilities, out.decision
+
+
+def columns_of(table, p, decision):
+    """{name: values [N]} that are compared one by one."""
+    ordered, views = np.sort(p, 1), classifiers.mean_probabilities
+    found = {"largest probability": ordered[:, -1], "margin": ordered[:, -1] - ordered[:, -2]}
+    found["entropy"] = -(p * np.log(np.maximum(p, 1e-12))).sum(1)
+    classes = table.facts["classes"]
+    found |= {f"p of {name}": p[:, k] for k, name in enumerate(classes[:8]) if len(classes) > 2 or k == 1}
+    if table.logits.shape[1] > 1:
+        each = np.stack([views(table.logits[:, v : v + 1]) for v in range(table.logits.shape[1])], 1)
+        found["spread of views"] = each.std(1).mean(1)
+    return found if decision is None else found | {"decided": (decision >= 0).astype(float)}
+
+
+# ----- over time
+
+
+def over_time(p, decision, size):
+    """Rows (last picture, share decided, mean largest probability, share of each class) of windows in order."""
+    for start in range(0, len(p), size):
+        here = slice(start, start + size)
+        said = np.bincount(p[here].argmax(1), minlength=p.shape[1]) / len(p[here])
+        decided = None if decision is None else float((decision[here] >= 0).mean())
+        yield {"until": start + len(p[here]), "decided": decided, "largest": float(p[here].max(1).mean()),
+               "said": said.tolist()}  # fmt: skip
+
+
+def verdict(found, args):
+    """(word, exit code, a sentence)."""
+    far = [
+        (name, s) for name, s in found["statistics"].items()
+        if s["value"] > (args.max_psi if name.startswith("psi") else args.max_ks) and not name.startswith("mmd")
+    ]  # fmt: skip
+    sure = sorted(found["statistics"].items(), key=lambda pair: (pair[1]["p"], -pair[1]["value"]))
+    if found["p"] > args.alpha:
+        return "no shift", 0, (f"No shift found: chance makes sets of pictures as different as these in "
+                               f"{found['p']:.1%} of deals, an alarm needs {args.alpha:.1%}.")  # fmt: skip
+    named = ", ".join(f"{name} {s['value']:.3g} (p {s['p']:.3g})" for name, s in (far or sure)[:4])
+    text = f"All statistics together: p {found['p']:.3g}, an alarm needs {args.alpha:g}; {named}."
+    if far:
+        return "shift", 2, f"The pictures have shifted. {text} Look at them before the numbers are believed."
+    return "small shift", 1, f"The pictures differ from the reference, by little. {text}"
+
+
+def write_all(args, result, columns, rows, classes):
+    write_json(args.out / "drift.json", result)
+    tone = ("good", "warn", "bad", "bad")[result["code"]]
+    numbers = [[name, s["value"], s["p"]] for name, s in result["statistics"].items()]
+    parts = [page.paragraph(result["text"], tone), page.section("Statistics", page.table(["", "value", "p alone"], numbers))]
+    plots = []
+    for name, (reference, current) in columns.items():
+        curves = {who: (np.sort(v)[np.linspace(0, len(v) - 1, 200).astype(int)], np.linspace(0, 1, 200))
+                  for who, v in (("reference", reference), ("current", current))}  # fmt: skip
+        plots.append(page.line_plot(name, curves, name, "share at most"))
+    until = [row["until"] for row in rows]
+    time_ = {"mean largest probability": (until, [row["largest"] for row in rows])}
+    if rows[0]["decided"] is not None:
+        time_["decided"] = (until, [row["decided"] for row in rows])
+    marks = [("y", result["reference"]["decided"], "reference")] if result["reference"]["decided"] is not None else []
+    plots.append(page.line_plot("Over time", time_, "picture", "", marks))
+    said = {name: (until, [row["said"][k] for row in rows]) for k, name in enumerate(classes[:6])}
+    plots.append(page.line_plot("What was said", said, "picture", "share"))
+    write_text(args.out / "report.html", page.page("Drift", *parts, page.section("Pictures", page.row(*plots))))
+
+
+def write_prom(args, word, code, numbers):
+    status = {"run": args.out.resolve().name, "code": code, "time": time.time(), "step": None, "verdict": word,
+              "numbers": numbers, "pulse": {}, "sensors": {}}  # fmt: skip
+    write_text(args.prom or args.out / "metrics.prom", page.prometheus(status, WORDS))
+
+
+def metric(name):
+    return "drift_" + "".join(c if c.isascii() and c.isalnum() else "_" for c in name.lower())
+
+
+# ----- the look
+
+
+def gather(args):
+    """-> reference and current tables, policy, embeddings of both or None."""
+    policy = policies.read_policy(args.policy) if args.policy else None
+    reference, pictures = tables.read(args.reference, args.split), []
+    if not args.ckpt:
+        if folders := [path for path in args.current if path.is_dir() and not list(path.glob("*.npz"))]:
+            raise ValueError(f"--current {folders[0]} holds no table; with --ckpt a folder of pictures is asked about")
+        return reference, together([tables.read(one_table(path)) for path in args.current], args.current), policy, None
+    (classifier, facts), device = classifiers.read_classifier(args.ckpt), pick_device(args.device)
+    if facts["sha256"] != reference.facts["weights_sha256"]:
+        raise ValueError(f"--ckpt {args.ckpt} is not the classifier that made {args.reference}; export it again")
+    found = [ask(args, classifier, facts, path, device) for path in args.current]
+    current = together([table for table, _ in found], args.current)
+    if not args.features_of:
+        return reference, current, policy, None
+    source, rows = reference_pictures(args, reference, facts)
+    embed = [features(classifier, source, rows, facts, device, "reference")]
+    pictures = [features(classifier, *there, facts, device, "current") for _, there in found]
+    return reference, current, policy, (embed[0], np.concatenate(pictures))
+
+
+def one_table(path):
+    """The table of a folder that holds one, or the file itself."""
+    found = sorted(path.glob("*.npz")) if path.is_dir() else [path]
+    if len(found) != 1:
+        raise ValueError(f"--current {path} holds {len(found)} tables; name one of them")
+    return found[0]
+
+
+def look(args):
+    reference, current, policy, embedded = gather(args)
+    together([reference, current], [args.reference, args.current[0]])  # of one classifier
+    (p, decision), (q, later) = decisions(policy, reference), decisions(policy, current)
+    own, others = columns_of(reference, p, decision), columns_of(current, q, later)
+    columns = {name: (own[name], others[name]) for name in own}
+    groups = reference.groups, current.groups
+    found = shift.compare(columns, groups, embedded, (p.argmax(1), q.argmax(1)), args.draws, args.seed)
+    word, code, text = verdict(found, args)
+    rows = list(over_time(q, later, args.window))
+    own = next(over_time(p, decision, len(p)))
+    result = {"version": 1, "verdict": word, "code": code, "text": text, **found, "reference": own, "over_time": rows}
+    write_all(args, result, columns, rows, reference.facts["classes"])
+    numbers = {metric(name): s["value"] for name, s in found["statistics"].items()}
+    write_prom(args, word, code, numbers | {"drift_p": found["p"], "drift_pictures": len(q), **coverage(rows[-1])})
+    print(text)
+    print(args.out / "report.html")
+    return code
+
+
+def coverage(row):
+    return {} if row["decided"] is None else {"drift_decided": row["decided"]}
+
+
+def main(argv=None):
+    args = build_parser().parse_args(argv)
+    try:
+        return look(args)
+    except (ValueError, OSError) as error:
+        print(f"could not look: {error}", file=sys.stderr)
+        if args.out.is_dir():
+            write_prom(args, "could not look", 3, {})
+        return 3
+
+
+if __name__ == "__main__":
+    run(main)
