@@ -171,6 +171,11 @@ FIELDS = {  # what a field must be if it is present; a check that raises counts 
     "trained_groups": (lambda v: v is None or is_list(v, is_text), "texts, or None: unknown"),
     "index_sha256 split_sha256 weights_sha256": (lambda v: v is None or is_text(v), "a text or None"),
     "student teacher centers": (lambda v: is_dict(v, is_plain), "a dict of tensors"),
+    "classes": (lambda v: is_list(v, is_text) and len(v) > 1, "two or more names"),
+    "pool layout labels_sha256": (lambda v: v is None or is_text(v), "a text or None"),
+    "layers": (is_count, "a count"),
+    "best": (lambda v: v is None or is_count(v["step"]) and is_size(v["value"]), "a step and a value, or None"),
+    "looked": (lambda v: type(v) is int and -1 <= v < 2**63, "a step, or -1"),
     "gram": (lambda v: v is None or is_dict(v, is_plain), "a dict of tensors or None"),
 }
 
@@ -305,12 +310,12 @@ def same_file(path, other):
         return False
 
 
-def point_last(run_dir, path):
-    """Make last.pth a second name of `path` in one step.
+def point_last(run_dir, path, name="last.pth"):
+    """Make last.pth (or best.pth) a second name of `path` in one step.
 
     A hard link costs no disk, and the bytes stay when the step file goes; a symbolic one would dangle.
     """
-    last = Path(run_dir) / "last.pth"
+    last = Path(run_dir) / name
     link = temporary(last)
     try:
         os.link(path, link)
@@ -351,7 +356,11 @@ def sweep(run_dir):
 
     The lock, not the process id in the name, tells that the writer is dead: containers reuse small ids.
     """
-    stale = [p for name in ("step_*.pth", "last.pth", "config.json") for p in Path(run_dir).glob(f".{name}.*.tmp")]
+    stale = [
+        p
+        for name in ("step_*.pth", "last.pth", "best.pth", "config.json")
+        for p in Path(run_dir).glob(f".{name}.*.tmp")
+    ]
     for path in stale:
         path.unlink(missing_ok=True)
     return stale
@@ -388,13 +397,16 @@ class Saver:
         self.error, self.stall_s, self.events = None, 0.0, collections.deque()
         self._buffers, self._good, self._thread = {}, set(), None
 
-    def save(self, step, state):
-        """Snapshot `state` and return; the write goes on in the background. Waits first for a save under way."""
+    def save(self, step, state, best=False):
+        """Snapshot `state` and return; the write goes on in the background. Waits first for a save under way.
+
+        best: best.pth becomes a name of it too, which rotation keeps.
+        """
         start = time.perf_counter()
         self.wait()  # its thread reads the buffers that this snapshot reuses
         snapshot = to_host({**state, "step": step}, self._buffers)
         self.stall_s = time.perf_counter() - start
-        self._thread = threading.Thread(target=self._write, args=(step, snapshot, self.stall_s), name="saver")
+        self._thread = threading.Thread(target=self._write, args=(step, snapshot, self.stall_s, best), name="saver")
         self._thread.start()  # not a daemon: the interpreter ends only after the file is whole
 
     def wait(self):
@@ -402,13 +414,14 @@ class Saver:
         if self._thread is not None:
             self._thread.join()
 
-    def _write(self, step, snapshot, stall_s):
+    def _write(self, step, snapshot, stall_s, best):
         start, path = time.perf_counter(), step_path(self.run_dir, step)
         error = "unforeseen, its traceback is on stderr"  # stays where what is raised is neither of the two below
         try:
             save(path, snapshot)
             self._good.add(path)
-            point_last(self.run_dir, path)
+            for name in ["best.pth"] * best + ["last.pth"]:
+                point_last(self.run_dir, path, name)
             self._good.difference_update(rotate(self.run_dir, self.keep_last, self.keep_every, self._good))
             error = None
         except (OSError, ValueError) as failure:

@@ -60,7 +60,9 @@ TABLES = ("labels.csv", "weights.csv")  # ours, in a folder of pictures
 ODD_PATH = re.compile(r"^[./\s]|\\|//|/\.|\s$", re.MULTILINE)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as released DINOv3 weights expect
 # first number in the key of each random stream, so that no two purposes share numbers
-STREAMS = dict(order=1, crops=2, masks=3, limit=4, sizes=5, rope=6, depth=7, augment=8, mix=9)
+STREAMS = dict(
+    order=1, crops=2, masks=3, limit=4, sizes=5, rope=6, depth=7, augment=8, mix=9, view=10, dropout=11, label=12
+)
 
 
 # what numpy and pillow say of broken files; tokenize: the header of a .npy is a Python literal
@@ -502,7 +504,7 @@ class Source:
         self.check(i)
         try:
             if self.encoding == "hu16-v1":
-                image = read_slices(path, int(self.rows.columns["z"][i]))
+                image = read_three_slices(path, int(self.rows.columns["z"][i]))
             else:
                 with open_photo(path) as file:
                     turn = turn_of(file)[0] if self.encoding == "photo" else TURNS[1]
@@ -591,7 +593,7 @@ def weighed(source, table):
     return source
 
 
-def read_slices(path, z):
+def read_three_slices(path, z):
     """int16 [3, H, W]: slices z-1, z, z+1 of a volume; read, since a mapped file that is cut kills the process."""
     with open(regular(path), "rb") as f:
         version = np.lib.format.read_magic(f)
@@ -610,11 +612,10 @@ def read_slices(path, z):
         return np.fromfile(f, np.int16, 3 * one).reshape(3, *shape[1:])
 
 
-def open_source(root, limit=None, z_stride=1):
+def open_source(root):
     """Everything in a processed CT folder (by its index) or in any folder of pictures -> Source.
 
-    For training and evaluation see open_for. z_stride keeps every n-th slice of a series (neighbours still come from
-    the full volume); limit keeps N images.
+    For training and evaluation see open_for.
     """
     root = Path(root)
     if not root.is_dir():
@@ -639,11 +640,12 @@ def open_source(root, limit=None, z_stride=1):
         raise FileNotFoundError(f"{index} is missing beside its folder; preprocess again")
     else:
         (rows, sha), encoding = index_photos(root), "photo"
-    return thin(Source(root, encoding, rows, sha), limit, z_stride)
+    return Source(root, encoding, rows, sha)
 
 
-def thin(source, limit, z_stride):
-    """Every z_stride-th slice of a series, then at most `limit` images, the same for any seed."""
+def thin(source, limit=None, z_stride=1):
+    """Every z_stride-th slice of a series (neighbours still come from the full volume), then at most `limit` images,
+    the same for any seed."""
     if z_stride > 1 and source.encoding == "photo":
         raise ValueError(f"--z-stride {z_stride}: photographs have no slices; leave it away")
     if z_stride > 1:
@@ -1432,16 +1434,27 @@ def pick_recipe(recipes, seed, step):
     return recipes[rng(seed, "sizes", step).integers(len(recipes))]
 
 
+@dataclass
 class Updates(torch.utils.data.Dataset):
     """Item k is micro-batch k % micros of update steps[k // micros], this rank's contiguous part of the plan."""
 
-    def __init__(self, source, recipes, seed, steps, batch, micro_batch, rank, world, patch_size, masking, fixed):
-        if batch % (world * micro_batch):
-            raise ValueError(f"batch {batch} is not a multiple of ranks x micro-batch = {world} x {micro_batch}")
-        self.source, self.recipes, self.seed, self.steps, self.batch = source, recipes, seed, steps, batch
-        self.micro_batch, self.rank, self.patch_size = micro_batch, rank, patch_size
-        self.masking, self.fixed = masking, fixed
-        self.micros = batch // (world * micro_batch)
+    source: Source
+    recipes: list
+    seed: int
+    steps: range
+    batch: int
+    micro_batch: int
+    rank: int
+    world: int
+    patch_size: int
+    masking: tuple
+    fixed: bool
+
+    def __post_init__(self):
+        self.micros, rest = divmod(self.batch, self.world * self.micro_batch)
+        if rest:
+            ranks = f"{self.world} x {self.micro_batch}"
+            raise ValueError(f"batch {self.batch} is not a multiple of ranks x micro-batch = {ranks}")
 
     def __len__(self):
         return len(self.steps) * self.micros
@@ -1518,6 +1531,11 @@ def make_loader(source, recipes, seed, steps, batch, micro_batch=None, rank=0, w
     recipes = [recipes] if isinstance(recipes, Recipe) else recipes
     micro_batch = micro_batch or batch // world
     updates = Updates(source, recipes, seed, steps, batch, micro_batch, rank, world, patch_size, masking, fixed)
+    return read_ahead(updates, workers, pin_memory, skip_bad)
+
+
+def read_ahead(updates, workers, pin_memory=False, skip_bad=0):
+    """An iterator over a dataset of micro-batches, read by `workers` processes (0: by this one); see checked."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "This DataLoader will create")  # more readers than cores may be right
         loader = torch.utils.data.DataLoader(

@@ -11,13 +11,16 @@ micro-batches on equal ranks the mean of the calls (each divided by the number o
 by DDP) is therefore the loss of the batch.
 """
 
+import functools
 import math
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-CHUNK = 2**25  # elements of a temporary in sinkhorn and ibot_loss: 128 MiB in float32
+CHUNK = 2**25  # elements of a temporary of size [M, K]: 128 MiB in float32
+CHUNK_CPU = 2**21  # there caches are what counts
 
 
 def exact(x):
@@ -45,53 +48,129 @@ def expect(good, words, **tensors):
 
 
 def rows_per_chunk(x):
-    return max(1, CHUNK // x.shape[-1])
+    return max(1, min(CHUNK, CHUNK_CPU if x.device.type == "cpu" else CHUNK) // x.shape[-1])
+
+
+def in_chunks(tensors):
+    """Views of some rows each of tensors [m, K]; of one without rows none."""
+    return (rows for x in tensors if len(x) for rows in x.split(rows_per_chunk(x)))
+
+
+@functools.cache
+def compile_once(function):
+    return torch.compile(function)
+
+
+def once(function, compiled):
+    """`function`, as one pass over memory instead of one per operation where `compiled`."""
+    return compile_once(function) if compiled else function
+
+
+# Targets. What centres a teacher's logits is one number per prototype, its offset: the targets are
+# softmax(logits / temperature - offsets), formed where they are read, so that only the logits are ever of size [M, K].
+# Offsets are kept as [2, K], a number and what rounding left of it: near 1e5 (logits of 1e4) one float32 would be off
+# by 0.004, and the masses with it.
+
+
+def in_parts(offsets, dtype):
+    """[K] in float64 -> [2, K]"""
+    return torch.stack([offsets.to(dtype), (offsets - offsets.to(dtype)).to(dtype)])
+
+
+def shifted(logits, temperature, offsets):
+    """logits / temperature - offsets as a new tensor, in at least float32: [..., K], [2, K] -> [..., K]."""
+    x = logits / temperature if logits.dtype == offsets.dtype else logits.to(offsets.dtype).div_(temperature)
+    return x.sub_(offsets[0]).sub_(offsets[1])
+
+
+def mass_of(logits, temperature, offsets, normalised):
+    """Log of the sum over rows [m, K] of exp(logits / temperature - offsets), as (maximum [K], sum relative to it [K]).
+
+    normalised: each row to sum 1 first.
+    """
+    x = shifted(logits, temperature, offsets)
+    x = x.log_softmax(1) if normalised else x
+    top = x.amax(0)
+    return top, x.sub_(top).exp_().sum(0)
+
+
+def total_mass(parts, group):
+    """Log of the sums of all chunks and ranks [K] in float64, and which of them are of any row."""
+    top, mass = (torch.stack(values) for values in zip(*parts))
+    peak = over_ranks(top.amax(0), "MAX", group)
+    mass = over_ranks(torch.where(mass > 0, mass * (top - peak).exp(), 0).sum(0), "SUM", group)
+    return peak.double() + mass.double().log(), mass > 0  # the maximum counts 1
 
 
 @torch.no_grad()
-def sinkhorn(logits, temperature, iterations=3, group=None):
-    """Balanced soft assignment of all rows to prototypes (SwAV, arXiv:2006.09882, section 3.1): [M, K] -> [M, K].
+def sinkhorn_offsets(logits, temperature, iterations=3, group=None, compiled=False):
+    """Balanced soft assignment of all rows to prototypes (SwAV, arXiv:2006.09882, 3.1): [[m, K], ...] -> [2, K].
 
-    Each iteration gives every prototype equal mass over the rows of all ranks, then every row mass 1: rows end
-    normalised. Pass all micro-batches of this rank, concatenated; ranks may hold different numbers of rows, or none.
-    Log domain: finite as long as logits / temperature is, where exp() underflows whole rows at logit std 3.
+    Each iteration gives every prototype equal mass over the rows of all ranks, then every row mass 1. The factors 1/K
+    and 1/(rows) of the textbook cancel when rows are normalised, so the number of rows is never needed; normalising
+    rows is a softmax, so the last time it is left to who reads the targets. Each iteration reads the logits once. Ranks
+    may hold different numbers of rows, or none. Log domain: finite as long as logits / temperature is, where exp()
+    underflows whole rows at logit std 3.
+    """
+    dtype = torch.promote_types(logits[0].dtype, torch.float32)
+    none = logits[0].new_full(logits[0].shape[1:], -torch.inf, dtype=dtype)
+    offsets = torch.zeros_like(none, dtype=torch.float64)
+    with exact(offsets):
+        for i in range(iterations):
+            now, each = in_parts(offsets, dtype), once(mass_of, compiled)
+            parts = [each(rows, temperature, now, i > 0) for rows in in_chunks(logits)]
+            log_mass, any_row = total_mass(parts or [(none, torch.zeros_like(none))], group)
+            offsets = torch.where(any_row, offsets + log_mass, offsets)
+    return in_parts(offsets, dtype)
+
+
+@torch.no_grad()
+def probabilities(logits, temperature, offsets):
+    """softmax(logits / temperature - offsets): [M, K], [2, K] -> [M, K] in at least float32, chunk by chunk."""
+    with exact(logits):
+        out = torch.empty_like(logits, dtype=offsets.dtype)
+        for into, rows in zip(in_chunks([out]), in_chunks([logits])):
+            torch.softmax(shifted(rows, temperature, offsets), 1, out=into)
+        return out
+
+
+def sinkhorn(logits, temperature, iterations=3, group=None):
+    """The targets themselves: [M, K] -> [M, K], rows normalised. Pass all micro-batches of this rank, concatenated.
+
     Memory beside `logits`: the result in float32 and one chunk, 1.0 + 0.125 GiB at [4096, 65536].
     """
     expect(logits.dim() == 2, "sinkhorn: logits are [rows, prototypes]", logits=logits)
     if iterations < 1:
         raise ValueError(f"sinkhorn: iterations={iterations} must be at least 1")
-    with exact(logits):
-        log_q = wide(logits, copy=True).div_(temperature)
-        chunks = log_q.split(rows_per_chunk(log_q))  # views
-        for _ in range(iterations):
-            # Prototypes. The factors 1/K and 1/(rows) of the textbook cancel when rows are normalised, so the
-            # number of rows is never needed. The maximum and the log of the sum are subtracted one after the
-            # other: near 1e5 (logits of 1e4) their float32 sum would be off by 0.004, and the masses with it.
-            top = log_q.amax(0) if len(log_q) else log_q.new_full(log_q.shape[1:], -torch.inf)  # [K]
-            top = over_ranks(top, "MAX", group)
-            mass = sum((rows - top).exp_().sum(0) for rows in chunks)  # [K]
-            log_mass = over_ranks(mass, "SUM", group).log()  # at least 0: the maximum counts 1
-            for rows in chunks:  # samples
-                rows.copy_(rows.sub_(top).sub_(log_mass).log_softmax(1))
-        return log_q.exp_()
+    return probabilities(logits, temperature, sinkhorn_offsets([logits], temperature, iterations, group))
+
+
+def center_offsets(center, temperature):
+    """Of targets that are centred by a mean row alone (DINO, arXiv:2104.14294): [K] -> [2, K]."""
+    return in_parts(wide(center).double() / temperature, wide(center).dtype)
 
 
 @torch.no_grad()
-def softmax_center(logits, center, temperature, momentum=0.9, group=None):
-    """Teacher targets for batches too small for Sinkhorn (DINO, arXiv:2104.14294): [M, K], [K] -> [M, K], next [K].
+def moved_center(logits, center, momentum=0.9, group=None):
+    """The centre of the next update, moved to the mean row of all ranks: [[m, K], ...], [K] -> [K]."""
+    with exact(center):
+        center = wide(center)
+        rows = center.new_tensor([sum(map(len, logits))])  # ranks may differ
+        total = sum(wide(x).sum(0) for x in in_chunks(logits)) + torch.zeros_like(center)
+        sums = over_ranks(torch.cat([total, rows]), "SUM", group)  # [K + 1]
+        moved = momentum * center + (1 - momentum) * sums[:-1] / sums[-1]
+        return torch.where(sums[-1] > 0, moved, center)  # no rows on any rank: the centre stays
 
-    The targets use `center` as given; the returned one, for the next update, has moved to the mean row of all ranks.
+
+def softmax_center(logits, center, temperature, momentum=0.9, group=None):
+    """Teacher targets for batches too small for Sinkhorn: [M, K], [K] -> [M, K], next [K].
+
+    The targets use `center` as given; the returned one is for the next update.
     """
     good = logits.dim() == 2 and center.shape == logits.shape[1:]
     expect(good, "softmax_center: logits are [rows, prototypes], center [prototypes]", logits=logits, center=center)
-    with exact(logits):
-        logits, center = wide(logits), wide(center)
-        probs = F.softmax((logits - center) / temperature, dim=-1)
-        count = logits.new_tensor([len(logits)])  # ranks may differ
-        sums = over_ranks(torch.cat([logits.sum(0), count]), "SUM", group)  # [K + 1]
-        total, count = sums[:-1], sums[-1]
-        moved = momentum * center + (1 - momentum) * total / count
-        return probs, torch.where(count > 0, moved, center)  # no rows on any rank: the centre stays
+    targets = probabilities(logits, temperature, center_offsets(center, temperature))
+    return targets, moved_center([logits], center, momentum, group)
 
 
 def cross_entropy(logits, probs, temperature):
@@ -142,6 +221,119 @@ def ibot_loss(student, teacher_probs, mask_weights, crops, temperature=0.1):
         rows = rows_per_chunk(student)  # spares three temporaries as large as `student`
         chunks = zip(student.split(rows), teacher_probs.split(rows), mask_weights.split(rows))
         return sum((wide(w) * cross_entropy(s, p, temperature)).sum() for s, p, w in chunks) / crops
+
+
+# The same losses from what goes into the last layer. Student logits [C, R, K] exist for a few rows at a time: their
+# gradient is computed in the forward pass, right after them, and backward only scales it.
+
+
+class Targets(NamedTuple):
+    """softmax(logits / temperature - offsets), not yet formed."""
+
+    logits: torch.Tensor  # [M, K], as the teacher gave them
+    temperature: float
+    offsets: torch.Tensor  # [2, K]
+
+    def probabilities(self):
+        return probabilities(*self)
+
+
+def target_rows_of(student, teacher):
+    """Which targets [T, r, K] count for student crops [C, r, K]: [(those crops, targets that broadcast), ...].
+
+    T = 1: each row has its own, as masked tokens do. T = 2: the first two crops get each other's, all others both.
+    """
+    if len(teacher) == 1:
+        return [(student, teacher)]
+    return [(student[:2], teacher.flip(0)), (student[2:], teacher.sum(0, keepdim=True))]
+
+
+def score_chunk(student, temperature, teacher, teacher_temperature, offsets, coefficients):
+    """Student logits [C, r, K] against teacher logits [T, r, K] -> cross entropies [C, r], entropies of the targets
+    [T, r] and the gradient [C, r, K] of the sum of coefficients [r] * cross entropies by the student's logits."""
+    log_p = shifted(teacher, teacher_temperature, offsets).log_softmax(-1)
+    p = log_p.exp()
+    entropies = -log_p.mul_(p).sum(-1)
+    grad, values = wide(student, copy=True).div_(temperature), []
+    scale = (coefficients / temperature)[:, None]
+    for logits, targets in target_rows_of(grad, p):
+        log_q = logits.log_softmax(-1)
+        values.append(-(targets * log_q).sum(-1))
+        mass = targets.sum(-1, keepdim=True)  # 1, or 2 for targets of two crops
+        logits.copy_(log_q.exp_().mul_(mass).sub_(targets).mul_(scale))
+    return torch.cat(values), entropies, grad.to(student.dtype)
+
+
+class LastLayerLoss(torch.autograd.Function):
+    """sum of coefficients [R] * cross entropies [C, R] of x [C, R, D] through the weight [K, D] of a last layer.
+
+    -> that sum; without gradient: the cross entropies, the entropies of the targets [T, R], and the logits of the
+    first `kept` crops. Products are in the type of autocast where it is on, everything else in float32.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, coefficients, temperature, kept, needs_grad, compiled):
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        with exact(x):
+            x_low, w_low, teacher = x.to(dtype), weight.to(dtype), targets.logits.unflatten(0, (-1, x.shape[1]))
+            grad_x, grad_w = torch.empty_like(x), None
+            parts, logits = [], x.new_empty(kept, x.shape[1], len(weight), dtype=dtype)
+            size = max(1, rows_per_chunk(weight.T) // len(x))
+            for start in range(0, max(1, x.shape[1]), size):  # once, if there are no rows
+                rows = slice(start, start + size)
+                inputs = x_low[:, rows].flatten(0, 1)
+                student = (inputs @ w_low.T).unflatten(0, (len(x), -1))  # [C, r, K]
+                logits[:, rows] = student[:kept]
+                *values, grad = once(score_chunk, compiled)(
+                    student, temperature, teacher[:, rows], targets.temperature, targets.offsets, coefficients[rows]
+                )
+                parts.append(values)
+                if needs_grad:
+                    grad = grad.flatten(0, 1)
+                    grad_x[:, rows] = (grad @ w_low).unflatten(0, (len(x), -1))
+                    part = grad.T @ inputs
+                    grad_w = part.to(weight.dtype) if grad_w is None else grad_w.add_(part)
+            values, entropies = (torch.cat(v, 1) for v in zip(*parts))
+            ctx.grads = grad_x, grad_w
+        ctx.mark_non_differentiable(values, entropies, logits)
+        return (values * coefficients).sum(), values, entropies, logits
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, scale, *_):
+        grad_x, grad_w = ctx.grads
+        return grad_x * scale, grad_w * scale, *[None] * 6
+
+
+class Scores(NamedTuple):
+    """What a head and its loss say of a micro-batch."""
+
+    terms: dict  # by name; the first is the loss, the others have no gradient
+    entropy: torch.Tensor  # of the targets: the least that the loss can be
+    logits: torch.Tensor | None  # [2B, K] of the global crops, for `health`
+
+
+def dino_scores(targets, temperature, compiled, x, weight):
+    """dino_loss of what goes into the last layer, over all pairs of a crop and another global one, each counting alike.
+
+    x [(2 + S) * B, D] of two global crops of B images and S local ones, targets of the two global crops [2B, K].
+    """
+    B = len(targets.logits) // 2
+    x = x.unflatten(0, (-1, B))  # [2 + S, B, D]
+    pairs = 2 + 2 * (len(x) - 2)
+    each = torch.full((B,), 1 / (B * pairs), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+    grads = torch.is_grad_enabled()
+    loss, values, entropies, logits = LastLayerLoss.apply(x, weight, targets, each, temperature, 2, grads, compiled)
+    terms = {"dino": loss, "dino_global": values[:2].mean(), "dino_local": values[2:].mean() / 2}
+    return Scores(terms, entropies.mean(), logits.flatten(0, 1))
+
+
+def ibot_scores(targets, mask_weights, crops, temperature, compiled, x, weight):
+    """ibot_loss of what goes into the last layer: x [M, D], targets of the same patches [M, K]."""
+    each, grads = wide(mask_weights) / crops, torch.is_grad_enabled()
+    loss, _, entropies, _ = LastLayerLoss.apply(x[None], weight, targets, each, temperature, 0, grads, compiled)
+    return Scores({"ibot": loss}, (entropies[0] * each).sum(), None)
 
 
 def koleo_loss(features, group=16):

@@ -486,15 +486,17 @@ class ProjectionHead(nn.Module):
     def bottleneck(self, x):
         return F.normalize(self.mlp(x).float(), dim=-1, eps=1e-12)
 
-    def forward(self, x):
-        return self.last_layer(self.bottleneck(x).to(self.last_layer.weight.dtype))
+    def forward(self, x, score=None):
+        """score(what goes into the last layer, its weight): what to return instead of logits."""
+        x = self.bottleneck(x).to(self.last_layer.weight.dtype)
+        return self.last_layer(x) if score is None else score(x, self.last_layer.weight)
 
 
 class SSLOutput(NamedTuple):
     cls: list  # [B, D] of each view group
     patches: Tensor | None  # [B, N, D] of the first group, where asked for
-    cls_logits: Tensor  # [images of all groups, K], group after group
-    patch_logits: Tensor | None  # [M, K] at the given patches of the first group
+    cls_logits: Tensor  # [images of all groups, K], group after group; or what `scores` make of them
+    patch_logits: Tensor | None  # [M, K] at the given patches of the first group; or the same
 
 
 class SSLModel(nn.Module):
@@ -504,18 +506,19 @@ class SSLModel(nn.Module):
         super().__init__()
         self.backbone, self.dino_head, self.ibot_head = backbone, dino_head, ibot_head
 
-    def forward(self, crops, masks=None, at=None, keep=None, rope=None, patches=False):
+    def forward(self, crops, masks=None, at=None, keep=None, rope=None, patches=False, scores=(None, None)):
         """`at` [M]: positions in the first group's flattened [B * N] patches that go through the iBOT head.
 
-        patches: all patches of the first group are read too.
+        patches: all patches of the first group are read too. scores: what to make of either head's logits, losses as a
+        rule: this forward is the only place where DDP and FSDP let weights be used.
         """
         none = at is None and not patches
         read = crops[0].new_zeros(0, dtype=torch.long) if none else None if patches else at
         cls, dense = self.backbone.forward_read(crops, masks, keep, rope, read)
         masked = None if at is None else dense.index_select(0, at) if patches else dense
         return SSLOutput(
-            cls, dense.unflatten(0, (len(crops[0]), -1)) if patches else None, self.dino_head(torch.cat(cls)),
-            None if at is None else self.ibot_head(masked),
+            cls, dense.unflatten(0, (len(crops[0]), -1)) if patches else None,
+            self.dino_head(torch.cat(cls), scores[0]), None if at is None else self.ibot_head(masked, scores[1]),
         )  # fmt: skip
 
 
@@ -840,6 +843,74 @@ def state_from_hf(state, config):
     return out
 
 
+TIMM_NAMES = {  # ours -> the Eva of timm, as in HF_NAMES
+    "register_tokens": "reg_token",
+    "ls1.gamma": "gamma_1",
+    "ls2.gamma": "gamma_2",
+    "mlp.w1": "mlp.fc1_g",
+    "mlp.w2": "mlp.fc1_x",
+    "mlp.w3": "mlp.fc2",
+}
+TIMM_ARGUMENTS = {"dim": "embed_dim", "depth": "depth", "heads": "num_heads", "qkv_bias": "qkv_bias",
+                  "patch_size": "patch_size", "in_chans": "in_chans", "registers": "num_reg_tokens",
+                  "rope_base": "rope_temperature"}  # fmt: skip
+
+
+def timm_arch(options):
+    """Options of VisionTransformer -> (name, further arguments) for timm.create_model."""
+
+    def differing(name):
+        usual = all_options(name, {})
+        return [key for key in (*TIMM_ARGUMENTS, "ffn_dim") if usual[key] != options[key]]
+
+    alike = [name for name in ARCHS if name not in ("vit_test", "vit_giant")]  # timm has all but these
+    alike = [name for name in alike if all_options(name, {})["gated"] == options["gated"]]
+    name = min(alike, key=lambda name: len(differing(name)))
+    arguments = {TIMM_ARGUMENTS[key]: options[key] for key in differing(name) if key in TIMM_ARGUMENTS}
+    if {"dim", "ffn_dim"} & {*differing(name)}:
+        arguments["mlp_ratio"] = options["ffn_dim"] / options["dim"]
+        if options["gated"]:
+            arguments["swiglu_align_to"] = 1
+    return f"{name}_patch16_dinov3" + ("_qkvb" if all_options(name, {})["qkv_bias"] else ""), arguments
+
+
+def state_to_timm(model):
+    """Backbone -> (state dict, config) for timm.create_model; timm too computes RoPE periods in float32.
+
+    mask_token and local_cls_norm stay behind: only pretraining uses them, and timm has no place for them.
+    """
+    model = merge_adapters(model) if adapted_layers(model) else model
+    if model.cls_norm is not None or model.norm.eps != 1e-5:
+        raise ValueError("timm's DINOv3 has one final norm and an eps of 1e-5: this backbone has others")
+    state = {}
+    for key, value in model.state_dict().items():
+        if key.endswith("attn.qkv.bias"):
+            q, _, v = value.chunk(3)
+            state |= {key.replace("qkv.bias", f"{name}_bias"): part.clone() for name, part in (("q", q), ("v", v))}
+        elif key != "mask_token" and not key.startswith("local_cls_norm."):
+            state[rename(key, TIMM_NAMES, "blocks", "blocks")] = value.clone()
+    options = shape_facts(model.state_dict()) | dict(heads=model.heads, rope_base=model.rope_base)
+    name, arguments = timm_arch(options)
+    config = {"architecture": name, "num_classes": 0, "num_features": model.dim}
+    return state, {**config, "model_args": {"global_pool": "token", **arguments}}
+
+
+def state_from_timm(state):
+    """State dict of timm's DINOv3 -> that of VisionTransformer, with a mask_token of zeros as at the start."""
+    ours, out = {theirs: own for own, theirs in TIMM_NAMES.items()}, {}
+    if "blocks.0.mlp.fc1_g.weight" not in state:
+        ours.pop("mlp.fc2")
+    for key, value in state.items():
+        if key.endswith("attn.q_bias"):
+            v = state.get(key.replace("q_bias", "v_bias"))
+            if v is None:
+                raise ValueError(f"{key} is there, but its v_bias is missing")
+            out[key.replace("q_bias", "qkv.bias")] = torch.cat([value, torch.zeros_like(value), v])
+        elif not key.endswith("attn.v_bias"):
+            out[rename(key, ours, "blocks", "blocks")] = value
+    return {"mask_token": torch.zeros(1, state["blocks.0.gamma_1"].shape[0]), **out}
+
+
 def state_from_original(state):
     """Layout of the original .pth -> (state dict of VisionTransformer, RoPE periods or None)."""
     out = {}
@@ -1016,9 +1087,14 @@ def read_tensors(path):
         raise ValueError(f"{path} is damaged, or not safetensors or a weights-only torch file: {reason}") from None
 
 
-def read_config(path):
+def read_hf_config(path):
     """config.json, if there is one, else {}; refuses numbers of a DINOv3 ViT that are none."""
     config = read_json(path) if path.exists() else {}
+    if isinstance(config.get("architecture"), str) and "dinov3" in config["architecture"]:  # timm's
+        given = config.get("model_args", {})
+        names = {"num_heads": "num_attention_heads", "rope_temperature": "rope_theta"}
+        config = {own: given[name] for name, own in names.items() if isinstance(given, dict) and name in given}
+        config |= {"model_type": "dinov3_vit"}
     fields = {"num_attention_heads": numbers.Integral, "layer_norm_eps": numbers.Real, "rope_theta": numbers.Real}
     for field in fields.keys() & config if config.get("model_type") == "dinov3_vit" else ():
         if not is_number(config[field], fields[field], 1e-12):
@@ -1026,7 +1102,7 @@ def read_config(path):
     return config
 
 
-def read_index(path):
+def read_shards(path):
     """{file name: names of its tensors} by model.safetensors.index.json."""
     files, where = {}, read_json(path).get("weight_map")
     good = isinstance(where, dict) and where and all(isinstance(name, str) for name in where.values())
@@ -1043,7 +1119,7 @@ def read_weights(path):
     if not path.exists():
         raise FileNotFoundError(f"no weights at {path}")
     folder = path if path.is_dir() else path.parent
-    config = read_config(folder / "config.json")
+    config = read_hf_config(folder / "config.json")
     kind = config.get("model_type")
     if kind != "dinov3_vit" and path.is_dir():
         hint = f"; its newest checkpoint is {path / 'last.pth'}" if (path / "last.pth").exists() else ""
@@ -1053,7 +1129,7 @@ def read_weights(path):
     if not path.is_dir():
         return read_tensors(path), config
     index = path / "model.safetensors.index.json"  # large models come in several files
-    files = read_index(index) if index.exists() else {"model.safetensors": None}
+    files = read_shards(index) if index.exists() else {"model.safetensors": None}
     missing = [name for name in files if not (path / name).exists()]
     if missing:
         raise FileNotFoundError(f"{path} holds no {some(missing)}")
@@ -1151,8 +1227,8 @@ def recognise(path, content, config):
     check_tensors(path, content)
     if any(key.startswith(("stages.", "downsample_layers.")) for key in content):
         raise ValueError(f"{path} holds a ConvNeXt (stages.*): only the ViT backbones of DINOv3 can be loaded")
-    if "embeddings.patch_embeddings.weight" in content:
-        state = state_from_hf(content, config)
+    if "embeddings.patch_embeddings.weight" in content or "blocks.0.gamma_1" in content:
+        state = state_from_timm(content) if "blocks.0.gamma_1" in content else state_from_hf(content, config)
         arch = infer_arch(state, heads=config.get("num_attention_heads"))
         for theirs, own in (("layer_norm_eps", "norm_eps"), ("rope_theta", "rope_base")):
             if config.get(theirs, OPTIONS[own]) != OPTIONS[own]:
@@ -1168,7 +1244,7 @@ def recognise(path, content, config):
         return state, arch
     raise ValueError(
         f"{path}: unknown layout, first keys {some(content)}; expected a DINO-X checkpoint, a Hugging "
-        "Face DINOv3 ViT or the original DINOv3 .pth"
+        "Face or timm DINOv3 ViT, or the original DINOv3 .pth"
     )
 
 

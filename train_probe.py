@@ -1,42 +1,58 @@
-"""A frozen backbone and labels -> predictions and honest numbers: does it know more than a ruler?
+"""Labels and a backbone, frozen or trained (--tune) -> predictions and honest numbers: does it know more than a ruler?
 
     python train_probe.py --ckpt runs/lidc/last.pth --data data/processed --labels _labels/malignancy.csv \
         --out runs/lidc/probe
+    python train_probe.py --ckpt runs/ssl/last.pth --data data/street --labels labels.csv --tune all --out runs/street
 
 Nodule tables (tools/lidc_nodules.py) are cropped in millimetres around each nodule; any other table path,label[,group]
-is judged on whole images. Fit on train, scored once on val_test; then 5 x 5 cross-validation over patients that the
-backbone has not seen. Always beside the probe: nodule size, raw pixels, random weights, size + features.
-Letters: n samples, S crop scales, P parts (cls, mean patch, patches in the nodule's box), D features, K classes,
-B fits at once (folds), R repeats (seeds).
+is judged on whole images. Frozen: fit on train, scored once on val_test; then 5 x 5 cross-validation over patients that
+the backbone has not seen. Always beside the probe: nodule size, raw pixels, random weights, size + features.
+Trained: train fits, val_select chooses, val_calib is exported for tools/fit_policy.py; the same command again resumes.
+Letters: n samples, B images of an update, b of a micro-batch, D features, K classes.
 """
 
 import argparse
-import functools
-import json
+import contextlib
+import copy
+import dataclasses
+import gc
+import math
 import time
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import tools.lib.threads  # noqa: F401 - before torch
 
 # isort: split
 import numpy as np
+import torch
+import torch.distributed as dist
 
+import checkpoint
 import data
+import losses
 from checkpoint import write_text
-from model import load_backbone, read_facts
-from tools.lib import broken, fits, judge, page, provenance
-from tools.lib.cli import Parser, above_zero, natural, pick_device, positive, run, shown
-from tools.lib.features import Framing, cached, extract, images_sha256
+from model import Classifier, Head, build_arch, load_backbone, read_facts, say_trained
+from tools.lib import augment, broken, features, judge, loop, optim, page, protocols, provenance, supervise
+from tools.lib.classifiers import logits_of
+from tools.lib.cli import (
+    Parser,
+    above_zero,
+    natural,
+    not_negative,
+    pick_device,
+    positive,
+    run,
+    share,
+    shown,
+    technique,
+    within,
+)
 from tools.lib.files import csv_text, json_text, write_json
+from tools.lib.fusion import POOLS
 from tools.lib.loop import git_commit, other_encoding
-from tools.lib.progress import progress
 from tools.lib.samples import leave_out, read_table
 from tools.lib.slices import find_slice
-
-REPEATS = 5  # of cross-validation
-TITLES = {"test": "Fit on train, scored once on val_test",
-          "cv": "Cross-validation, 5 x 5 folds of {}"}  # fmt: skip
-
 
 # ----- splits
 
@@ -66,41 +82,296 @@ def open_samples(source, table, splits, used_by, allow_duplicates):
     return chosen, table._replace(rows=np.array(moved))
 
 
-# ----- protocols: who is fitted on whom
+# ----- training: the update
 
 
-def plan_test(table, splits, seeds):
-    """Fit on train, test on val_test -> rows to keep [n], and per seed one (fit masks [1, n], test masks [1, n])."""
-    for name in ("train", "val_test"):
-        if absent := set(range(len(table.classes))) - set(table.labels[splits == name].tolist()):
-            raise ValueError(
-                f"one-class labels: {name} has no sample of class {shown(table.classes[min(absent)])}; make a split "
-                "that has (tools/make_splits.py --labels, --ratios), or use --protocol cv"
-            )
-    keep = np.isin(splits, ("train", "val_test"))
-    test = splits[keep][None] == "val_test"
-    return keep, [(~test, test)] * seeds
+class Micro(NamedTuple):
+    """One micro-batch on the device."""
+
+    views: torch.Tensor  # [b, 3, size, size]
+    targets: torch.Tensor  # [b, K] rows of probabilities
+    keep: torch.Tensor | None  # [b, D] features that pass the head's dropout
+    u: torch.Tensor  # [b] in 0..1, to draw a label with
 
 
-def plan_all(source, table, splits, facts, args):
-    """{protocol: (rows kept, plans)}, {protocol: provenance.Exposure of its patients}, notes; refuses a leak."""
-    plans, exposures, notes = {}, {}, []
-    if args.protocol != "cv":
-        tested = source.take(table.rows[splits == "val_test"])
-        exposures["test"] = provenance.refuse_leak(facts, tested, "val_test", args.allow_seen)
-        plans["test"] = plan_test(table, splits, args.seeds)
-    if args.protocol != "test":
-        trained, known = provenance.refuse_leak(facts, source.take(table.rows), "the labels", allow=True)
-        keep = ~np.isin(table.patients, trained) | args.allow_seen
-        exposures["cv"] = provenance.Exposure(sorted(set(trained) & set(table.patients[keep].tolist())), known)
-        if folds := fits.plan_cv(table.labels[keep], table.groups[keep], len(table.classes), REPEATS):
-            plans["cv"] = keep, folds
-        else:
-            few = f"{len(set(table.groups[keep]))} {table.unit}"
-            notes = [f"no cross-validation: too few of the {few} that may be judged"]
-    if not plans:
-        raise ValueError(f"{notes[0]}; --allow-seen judges those of the pretraining too")
-    return plans, exposures, notes
+class Weights(NamedTuple):
+    """How the loss is made."""
+
+    objective: Any  # function(logits, targets)
+    precision: str = "fp32"
+
+
+class Seen(NamedTuple):
+    """What one update looked at; all of this rank."""
+
+    logits: torch.Tensor  # [B, K]
+    targets: torch.Tensor  # [B, K]
+
+
+def supervised_update(model, micro_batches, w):
+    """Terms of one update over its micro-batches, and (unless under no_grad) their gradients -> (terms, Seen).
+
+    `model` is a Classifier (or its DDP wrapping). Losses are means over images, so micro-batches add up to the batch.
+    """
+    autocast = torch.autocast(micro_batches[0].views.device.type, torch.bfloat16, enabled=w.precision == "bf16")
+    n, sums, seen = len(micro_batches), {}, []
+    for i, m in enumerate(micro_batches):
+        with contextlib.ExitStack() as stack:
+            if i < n - 1 and hasattr(model, "no_sync"):
+                stack.enter_context(model.no_sync())  # ranks average once, with the last micro-batch
+            with autocast:
+                logits = model(m.views, m.keep).float()  # [b, K]
+            terms = {"loss": w.objective(logits, m.targets)}  # <- change the objective here
+            if torch.is_grad_enabled():
+                (terms["loss"] / n).backward()
+        terms["accuracy"] = (logits.argmax(-1) == m.targets.argmax(-1)).float().mean()
+        for key, value in terms.items():
+            sums[key] = sums.get(key, 0) + value.detach() / n
+        seen.append(logits.detach())
+    return sums, Seen(torch.cat(seen), torch.cat([m.targets for m in micro_batches]))
+
+
+class Now(NamedTuple):
+    """Values of all schedules for one update."""
+
+    lr: float
+    last_lr: float  # of the head
+    weight_decay: float
+    ema: float
+
+
+def values_at(step, args):
+    warmup = round(args.warmup * args.steps)
+    factor = loop.schedule(step, 0.0, 1.0, 0.0, warmup, 0, args.steps - warmup)
+    # the first updates would leave the average near where it began: 0.1 of it after 8 updates, not after 2,300
+    return Now(args.lr[0] * factor, args.lr[1] * factor, args.weight_decay, min(args.ema, (1 + step) / (10 + step)))
+
+
+class Update(NamedTuple):
+    """What one_update says of itself."""
+
+    terms: dict
+    norms: dict  # of gradients before clipping
+    bad: bool  # loss or gradient not finite, nothing was moved
+    halt: bool  # a rank wants to stop
+
+
+def gradients(run, micro_batches, limit, wish=False):
+    """The update's terms, clipped gradients in place -> (terms, Seen, norms, bad, halt); ranks agree."""
+    run.optimizer.zero_grad(set_to_none=True)
+    terms, seen = supervised_update(run.net, micro_batches, run.weights)
+    norms = optim.clip_gradients(run.student, limit)
+    finite = torch.stack([terms["loss"], *norms.values()]).isfinite().all()
+    bad, halt = loop.largest_over_ranks([~finite, wish], run.device)()
+    return terms, seen, norms, bool(bad), bool(halt)
+
+
+def observe(run, micro_batches, seen):
+    """Sophia's look at the curvature: squared gradients for labels drawn from what the model says; .grad stays."""
+    trained = [p for p in run.student.parameters() if p.grad is not None]
+    kept, sizes = [p.grad for p in trained], [len(m.views) for m in micro_batches]
+    u = torch.cat([m.u for m in micro_batches])[:, None]
+    labels = (seen.logits.softmax(-1).cumsum(-1) < u).sum(-1).clamp(max=seen.logits.shape[1] - 1)
+    targets = losses.target_rows(labels, seen.logits.shape[1]).split(sizes)
+    run.optimizer.zero_grad(set_to_none=True)
+    drawn = [m._replace(targets=t) for m, t in zip(micro_batches, targets)]
+    supervised_update(run.net, drawn, Weights(losses.soft_cross_entropy, run.args.precision))
+    estimates = optim.gauss_newton(trained, run.args.batch_size)
+    if all(e.isfinite().all() for e in estimates.values()):
+        run.optimizer.observe(estimates)
+    for p, grad in zip(trained, kept):
+        p.grad = grad
+
+
+def one_update(run, micro_batches, step, now, wish=lambda: False):
+    """Prepared micro-batches and the schedules' values -> Update; moves student, teacher and optimizer."""
+    optimizer, uphill = run.optimizer, hasattr(run.optimizer, "climb")
+    terms, seen, norms, bad, halt = gradients(run, micro_batches, math.inf if uphill else run.args.clip, bool(wish()))
+    if not bad and hasattr(optimizer, "observe") and step % 10 == 0:
+        observe(run, micro_batches, seen)
+    if not bad and uphill:  # SAM: the gradient of a point uphill, of the same pictures
+        optimizer.climb()
+        _, _, _, bad, _ = gradients(run, micro_batches, run.args.clip)
+        optimizer.descend()
+    if not bad:  # else weights, teacher, optimizer and its step counter stay as they were
+        optim.set_rates(optimizer, now)
+        optimizer.step()
+        optim.update_teacher(run.teacher, run.student, now.ema)
+    return Update(terms, norms, bad, halt)
+
+
+# ----- training: the run
+
+# May change between a run and its continuation; any other difference is refused.
+HARMLESS = (
+    "data labels out protocol workers device micro_batch save_every time_limit patience skip_bad allow_seen "
+    "allow_duplicates deterministic dry_run crop_mm scales seeds bootstrap cache"
+).split()
+KEEP = 2  # checkpoints, beside the best
+RUN_FACTS = """encoding eval_view classes pool layers layout labels_sha256 index_sha256 split_sha256 weights_sha256
+trained_groups provenance""".split()
+FIELDS = "step args arch student teacher optimizer classes best looked index_sha256 split_sha256 labels_sha256".split()
+
+
+@dataclasses.dataclass
+class Run:
+    """One training run on this rank: its settings, and the state that an update moves and a checkpoint holds."""
+
+    args: Any
+    rank: int
+    world: int
+    device: torch.device
+    train: tuple  # (Source, Table), a row of the one for each sample of the other
+    select: tuple  # the same of val_select
+    student: Classifier
+    teacher: Classifier
+    net: Any  # the student as it is called: itself, or wrapped for several ranks
+    optimizer: Any
+    weights: Weights
+    facts: dict  # for the checkpoint: classes, pool, layers, layout, eval_view, hashes, what was trained on
+    best: dict | None = None  # {step, value}: of val_select's MCC, the first where several are equal
+    looked: int = -1  # the step of the last look at val_select
+
+
+def part_of(source, table, splits, name, args, used_by=None):
+    """The labelled images of one split -> (Source with one row for each sample, Table); one class is an error."""
+    part = splits == name
+    if absent := set(range(len(table.classes))) - set(table.labels[part].tolist()):
+        raise ValueError(f"one-class labels: {name} has no sample of class {shown(table.classes[min(absent)])}; make a "
+                         "split that has (tools/make_splits.py --labels)")  # fmt: skip
+    chosen, part = open_samples(source, table.take(part), splits[part], used_by, args.allow_duplicates)
+    return chosen.take(part.rows), part._replace(rows=np.arange(len(part.rows)))
+
+
+def build_classifier(args, vit, classes):
+    """On the CPU, of a backbone that may have its adapters already; random numbers depend on the seed alone."""
+    torch.manual_seed(args.seed)
+    options = supervise.read_adapter(args.adapter)
+    supervise.choose_trained(vit, *supervise.tune_kind(args.tune), options)
+    _, more = technique(args.head, supervise.HEADS)
+    pool = {"all": "both"}.get(args.features, args.features)
+    head = Head(vit.dim * args.layers * (2 if pool == "both" else 1), classes, more.get("dropout", 0.0))
+    return Classifier(vit, head, pool, args.layers)
+
+
+def build_run(args, rank, world, device, train, select, vit, facts):
+    classes = len(train[1].classes)
+    student = build_classifier(args, vit, classes).to(device).train()
+    teacher = copy.deepcopy(student).requires_grad_(False).eval()
+    net = student
+    if world > 1:
+        ids = [device.index] if device.type == "cuda" else None
+        net = torch.nn.parallel.DistributedDataParallel(student, device_ids=ids, gradient_as_bucket_view=True)
+    optimizer = loop.build_optimizer(args.optimizer, optim.param_groups(student, args.layer_decay, 1.0))
+    weights = Weights(supervise.read_loss(args.loss, train[1].labels, classes), args.precision)
+    return Run(args, rank, world, device, train, select, student, teacher, net, optimizer, weights, facts)
+
+
+def pack_state(run, step):
+    """Everything a continuation needs, and all that a classifier says of itself."""
+    return {
+        "images": step * run.args.batch_size,
+        "args": vars(run.args),
+        "arch": run.student.backbone.arch,
+        "student": checkpoint.pack_weights(run.student),
+        "teacher": checkpoint.pack_weights(run.teacher),
+        "optimizer": checkpoint.pack_optimizer(run.optimizer, run.student),
+        "best": run.best,
+        "looked": run.looked,
+        **run.facts,
+    }
+
+
+def unpack_state(run, path):
+    state = checkpoint.load(path, FIELDS)
+    checkpoint.unpack_weights(run.student, state["student"])
+    checkpoint.unpack_weights(run.teacher, state["teacher"])
+    checkpoint.unpack_optimizer(run.optimizer, run.student, state["optimizer"])
+    run.best, run.looked = state["best"], state["looked"]
+
+
+def look(run, log, done):
+    """Score the averaged weights on val_select -> whether they are the best so far."""
+    args, run.looked = run.args, done
+    found = supervise.look(run.teacher, run.select, args, run.facts["eval_view"], run.device, run.rank, run.world)
+    if found is None:
+        log.event(done, "warning: logits of val_select are not finite, so this look counts for nothing")
+        return False
+    log.numbers(done, {f"val_{key}": value for key, value in found.items()})
+    if found["classes_said"] == 1:
+        log.event(done, "warning: all predictions of val_select are one class")
+    better = run.best is None or found["mcc"] > run.best["value"]
+    if better:
+        run.best = {"step": done, "value": found["mcc"]}
+    return better
+
+
+def patience_is_over(best, done, args):
+    return bool(args.patience and best and done - best["step"] >= args.patience * args.eval_every)
+
+
+def take(run, batches):
+    """The micro-batches of the next update, on the device with all that is drawn for them."""
+    args, (_, table), out = run.args, run.train, []
+    dim, rate = run.student.head.last_layer.in_features, run.student.head.dropout
+    for _ in range(args.batch_size // (run.world * args.micro_batch)):
+        read = next(batches)
+        ids = read.ids[: read.own]
+        views, targets = augment.render(read, table.labels, len(table.classes), run.facts["eval_view"], run.device)
+        keep = supervise.passing(args.seed, read.step, ids, dim, rate, run.device)
+        u = torch.from_numpy(supervise.uniform(args.seed, read.step, ids)).to(run.device)
+        out.append(Micro(views, targets, keep, u))
+    return out
+
+
+def run_updates(run, batches, start, log, saver, stop):
+    """Updates from start on, with what happens between them -> exit code, or None: all is done."""
+    args, total = run.args, run.args.steps
+    pace, bad_in_a_row = loop.Pace(time.perf_counter(), start), 0
+
+    def save(done, best=False):
+        state = pack_state(run, done)
+        if run.rank == 0:
+            saver.save(done, state, best)
+
+    def owed(done):
+        return run.looked < done and (done % args.eval_every == 0 or done == total)
+
+    if owed(start):  # before the first update, or the run was stopped before it
+        save(start, look(run, log, start))
+    for step in range(start, total):
+        if patience_is_over(run.best, step, args):
+            break
+        done, now, begin = step + 1, values_at(step, args), time.perf_counter()
+        log.done = done
+        try:
+            micro_batches = take(run, batches)
+            pace.waited += time.perf_counter() - begin
+            update = one_update(run, micro_batches, step, now, stop.why)
+        except (RuntimeError, MemoryError) as error:
+            if not loop.is_out_of_memory(error):
+                raise
+            raise loop.out_of_memory(args, run.world, run.optimizer, done) from None
+        log.tick()
+        bad_in_a_row = bad_in_a_row + 1 if update.bad else 0
+        if update.bad:
+            log.event(done, "skipped: loss or gradient is not finite")
+        elif done % supervise.LOG_EVERY == 0 or done == total:
+            supervise.log_line(log, pace, update, now, args, len(run.train[0]), run.device, run.world)
+        if bad_in_a_row == 3:
+            log.event(done, "stopped: three updates in a row were not finite; start another --out with a lower --lr")
+            return 3
+        if update.halt:  # the look that may be due is made by whoever goes on
+            save(done)
+            saver.wait()
+            saved = f"saved at step {done}" if not saver.error else f"NOT saved: {saver.error}"
+            log.event(done, f"interrupted, {saved}", why=stop.why() or "another rank")
+            return 0
+        better = owed(done) and look(run, log, done)
+        if better or done % args.save_every == 0 or done == total or patience_is_over(run.best, done, args):
+            save(done, better)
+        loop.report_saves(log, saver, done, going_on=done < total)
+    return None
 
 
 # ----- the program
@@ -114,96 +385,121 @@ def millimetres(text):
         raise argparse.ArgumentTypeError(f"{text!r}: sides of the crops in mm, above 0, like 32,48,64") from None
 
 
+# fmt: off
 def build_parser():
-    parser = Parser(__doc__)
-    parser.add_argument("--ckpt", required=True, type=Path, help="weights that model.load_backbone reads")
-    parser.add_argument("--data", required=True, type=Path, help="processed CT folder, or folder of photographs")
-    parser.add_argument("--labels", required=True, type=Path, help="label table; also looked for inside --data")
-    parser.add_argument("--out", required=True, type=Path, help="folder for results.json, predictions.csv, report.html")
-    parser.add_argument("--protocol", choices=("all", "test", "cv"), default="all", help="test: fit on train, score "
-                        "once on val_test; cv: 5 x 5 folds over unseen patients")  # fmt: skip
-    parser.add_argument("--allow-seen", action="store_true", help="also judge patients of the pretraining, titled so")
-    parser.add_argument("--allow-duplicates", action="store_true", help="also if some cross the splits, titled so")
-    parser.add_argument("--crop-mm", type=millimetres, default="32,48,64", help="sides of the crops around a nodule")
-    parser.add_argument("--scales", choices=("average", "concat"), default="average", help="of the crops' features")
-    parser.add_argument("--features", choices=("cls", "mean", "box", "all"), default="all", help="cls token, mean of "
-                        "patches, patches inside the nodule's box, or all side by side")  # fmt: skip
-    parser.add_argument("--size", type=natural, default=0, help="pixels per side of a view; 0: that of the checkpoint")
-    parser.add_argument("--seeds", type=positive, default=3, help="repeats of the test protocol; random backbones")
-    parser.add_argument("--bootstrap", type=positive, default=2000, help="resamples of patients for each interval")
-    parser.add_argument("--batch-size", type=positive, default=96, help="views per forward; on a CPU at most 32")
-    parser.add_argument("--workers", type=positive, default=2, help="threads that read and cut ahead")
-    broken.add_flag(parser)
-    parser.add_argument("--cache", type=Path, help="folder of extracted features; default: features beside --out")
-    parser.add_argument("--device", default="auto", help="auto (CUDA/ROCm if there, else CPU), cpu, cuda")
-    return parser
+    p = Parser(__doc__)
+    g = p.add_argument_group("run")
+    g.add_argument("--ckpt", required=True, type=Path, help="weights that model.load_backbone reads")
+    g.add_argument("--data", required=True, type=Path, help="processed CT folder, or folder of photographs")
+    g.add_argument("--labels", required=True, type=Path, help="label table; also looked for inside --data")
+    g.add_argument("--out", required=True, type=Path, help="folder for results.json, predictions and report; of a "
+                   "training run, which the same command resumes")
+    g.add_argument("--tune", default="none", help="what is trained. none: a frozen probe; head: linear "
+                   "layer; adapters: low-rank changes (--adapter); last:N: the last N blocks; all")
+    g.add_argument("--protocol", choices=("all", "test", "cv", "select"), help="test: fit on train, score once on "
+                   "val_test; cv: 5 x 5 folds over unseen patients; all: both, the default of a frozen probe; select: "
+                   "choose on val_select and export val_select and val_calib, the default of training")
+    g.add_argument("--allow-seen", action="store_true", help="also judge patients of the pretraining, titled so")
+    g.add_argument("--allow-duplicates", action="store_true", help="also if some cross the splits, titled so")
+    g.add_argument("--device", default="auto", help="auto (CUDA/ROCm if there, else CPU), cpu, cuda")
+    g.add_argument("--workers", type=natural, default=2, help="threads or processes that read and cut ahead")
+    broken.add_flag(g)
+
+    g = p.add_argument_group("views")
+    g.add_argument("--size", type=natural, default=0, help="pixels per side of a view; 0: that of the checkpoint")
+    g.add_argument("--views", help="layout of data.LAYOUTS that training and predictions look at, such as whole, tiles "
+                   "or tiles:overlap=0.2; an update sees one view of each picture. Default of training: whole")
+    g.add_argument("--batch-size", type=positive, help="images per update, over all ranks (default: 64); of a frozen "
+                   "probe views per forward (default: 96; on a CPU at most 32)")
+    g.add_argument("--features", choices=("cls", "mean", "box", "all"), default="all", help="cls token, mean of "
+                   "patches, patches inside the nodule's box, or all side by side")
+    g.add_argument("--crop-mm", type=millimetres, default="32,48,64", help="sides of the crops around a nodule")
+    g.add_argument("--scales", choices=("average", "concat"), default="average", help="of the crops' features")
+
+    g = p.add_argument_group("frozen probe")
+    g.add_argument("--seeds", type=positive, default=3, help="repeats of the test protocol; random backbones")
+    g.add_argument("--bootstrap", type=positive, default=2000, help="resamples of patients for each interval")
+    g.add_argument("--cache", type=Path, help="folder of extracted features; default: features beside --out")
+
+    g = p.add_argument_group("training (--tune)")
+    g.add_argument("--epochs", type=above_zero, default=20.0, help="passes over the training images; --steps wins")
+    g.add_argument("--steps", type=positive, help="updates instead")
+    g.add_argument("--micro-batch", type=positive, help="images that fit a device; default: up to 32")
+    g.add_argument("--seed", type=natural, default=0, help="of adapters, order, augmentation and dropout")
+    g.add_argument("--weights", help="table path,weight of tools/sample_weights.py: how often each image is drawn")
+    g.add_argument("--aug", default="light", help=f"augmentation: {', '.join(augment.ROWS)}, with numbers as in "
+                   "light:rotate=10")
+    g.add_argument("--adapter", default="lora", help="lora (arXiv:2106.09685), rslora, dora, doran, with options as in "
+                   "dora:rank=16,alpha=32,targets=qkv,init=pissa,unfreeze=1")
+    g.add_argument("--layers", type=positive, default=1, help="last blocks whose features the head reads")
+    g.add_argument("--head", default="probe", help="where it starts, and its dropout as in probe:dropout=0.1. probe: "
+                   "logistic regression on the frozen features (LP-FT, arXiv:2202.10054); random")
+    g.add_argument("--loss", default="ce:smoothing=0.1", help=f"{', '.join(losses.OBJECTIVES)}, with numbers as in "
+                   "focal:gamma=2 or ce:weights=balanced; smoothing 0.1: arXiv:1512.00567")
+    g.add_argument("--optimizer", default="adamw", help=f"{', '.join(optim.OPTIMIZERS)}, with a wrapper as in "
+                   f"sam:rho=0.05+adamw ({', '.join(optim.WRAPPERS)})")
+    g.add_argument("--lr", type=not_negative, nargs=2, metavar=("BACKBONE", "HEAD"), help="peaks, not rescaled by the "
+                   "batch; default: " + "; ".join(f"{k} {a:g} {b:g}" for k, (a, b, _) in supervise.RATES.items()))
+    g.add_argument("--layer-decay", type=within("(0, 1]"), help="rate factor per block, from the last; default: 1 of "
+                   "adapters, else 0.75 (BEiT, arXiv:2106.08254)")
+    g.add_argument("--warmup", type=share, default=0.1, help="share of the updates until the peak; then a cosine to 0")
+    g.add_argument("--weight-decay", type=not_negative, default=0.01, help="of matrices")
+    g.add_argument("--clip", type=above_zero, default=1.0, help="largest gradient norm of backbone and of head")
+    g.add_argument("--ema", type=within("[0, 1)"), default=0.999, help="momentum of the averaged weights, which are "
+                   "evaluated and exported; update t uses at most (1 + t) / (10 + t)")
+    g.add_argument("--eval-every", type=natural, default=0, help="updates between looks at val_select; 0: each epoch")
+    g.add_argument("--pool", default="mean", help=f"views -> one prediction in those looks: {', '.join(POOLS)}, as in "
+                   "topk:k=3")
+    g.add_argument("--patience", type=natural, default=10, help="looks without a better MCC that end the run; 0: never")
+    g.add_argument("--save-every", type=positive, default=500, help="updates; better weights are saved at once")
+    g.add_argument("--time-limit", type=not_negative, default=0, help="minutes until the run saves and exits; 0: none")
+    g.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 on a GPU")
+    g.add_argument("--deterministic", default=False, action=argparse.BooleanOptionalAction, help="bit-identical on a "
+                   "GPU too; slower")
+    g.add_argument("--dry-run", action="store_true", help="one batch forward and backward; nothing is written")
+    return p
+# fmt: on
 
 
-def gather(args, vit, weights_sha256, source, table, framing, device):
-    """{predictor: (classifier, [X per repeat])}; extracts what the cache lacks."""
-    cache, images = args.cache or args.out.parent / "features", images_sha256(source, table, framing)
-
-    def features_of(net, name, weights):
-        todo = functools.partial(extract, net, source, table, framing, device, name)
-        features, pixels = cached(cache, weights, images, todo)
-        if bad := np.flatnonzero(~np.isfinite(features).all((1, 2, 3))).tolist():
-            first = shown(table.ids[bad[0]])
-            raise ValueError(f"{name}: features of {len(bad)} samples are NaN, first {first}; broken weights?")
-        return features, pixels
-
-    features, pixels = features_of(vit, "probe", weights_sha256)
-    parts = {"cls": [0], "mean": [1], "box": [2], "all": list(range(features.shape[2]))}[args.features]
-    untrained = []
-    for seed in range(args.seeds):
-        name = f"random {json.dumps(vit.arch)} {seed}"
-        untrained.append(features_of(*judge.random_backbones(vit.arch, seed), f"random {seed}", name)[0])
-    X, *others = (fits.flatten(f, args.scales, parts) for f in (features, *untrained))
-    return fits.predictors(X, others, pixels.reshape(len(pixels), -1).astype(np.float64), table.sizes)
-
-
-def judge_one(name, plan, table, predictors, exposure, source, args):
-    """Fits, judges and draws one protocol -> (for results.json, its part of the page, the predictions of the probe)."""
-    keep, folds = plan
-    part, tested = table.take(keep), folds[0][1].any(0)
-    predictors = {n: (classifier, [X[keep] for X in Xs]) for n, (classifier, Xs) in predictors.items()}
-    bar = progress(folds, f"fit {name}", unit="repeat")
-    predictions, settings = fits.held_out(predictors, part.labels, part.groups, bar)
-    judged, probe = part.take(tested), predictions["probe"]
-    predictions = {n: p[:, tested] for n, p in predictions.items()}
-    judge.refuse_constant(predictions["probe"])
-    mm = judged.sizes[:, 0] if judged.sizes is not None and len(table.classes) == 2 else None
-    number = np.stack([test.argmax(0) for _, test in folds])[:, tested]  # [R, n] fold of each sample
-    result = judge.judge(judged.labels, judged.groups, predictions, number, mm, args.bootstrap)
-    looks = source.earlier_looks if name == "test" else 0
-    caveats = judge.caveats(exposure.groups, result["patients"], exposure.known, source.crossing, looks, table.unit)
-    title = judge.titled(TITLES[name].format(table.unit), caveats)
-    result |= {"unit": table.unit, "title": title, "caveats": caveats, "balance": judge.balance(judged)}
-    result |= {"settings": settings, "seen_in_pretraining": exposure.groups}
-    result["verdict"] = judge.verdict(result)
-    if name == "test":
-        some = {n: predictors[n] for n in ("probe", "random weights", "raw pixels", "size") if n in predictors}
-        result["label_efficiency"] = judge.label_efficiency(some, part.labels, part.groups, ~tested, args.seeds)
-    judge.show(result)
-    return result, judge.section(result, judged.labels, table.classes, predictions, mm), probe
+def read_labels(args, source):
+    """-> (path of the table, Table, split of each sample)"""
+    path = data.find_table(args.data, Path(args.labels))
+    table = leave_out(read_table(path, source), source, args.skip_bad)
+    samples = f"{len(table.ids)} samples of {len(set(table.groups))} {table.unit}"
+    print(f"{path}: {samples}, by class {shown(judge.balance(table), 400)}")
+    return path, table, split_of(source, table, args.protocol)
 
 
 def main(argv=None):
     args = build_parser().parse_args(argv)
-    start = time.perf_counter()
+    kind, _ = supervise.tune_kind(args.tune)
     if args.out.exists() and not args.out.is_dir():  # now, not after all is computed
         raise ValueError(f"--out {args.out} is a file; name a folder")
+    if kind == "none":
+        return probe(args)
+    rank, world, device = loop.setup_distributed(args.device)
+    try:
+        return train(args, rank, world, device)
+    finally:
+        if dist.is_initialized():
+            gc.collect()  # DDP sits in reference cycles; alive at exit, its threads abort the process
+            dist.destroy_process_group()
+
+
+def probe(args):
+    start = time.perf_counter()
+    if args.views or args.protocol == "select":
+        raise ValueError("--views and --protocol select are for training; give --tune too")
+    args.protocol, args.batch_size, args.workers = args.protocol or "all", args.batch_size or 96, max(args.workers, 1)
 
     # ----------------------------------------------------------------- labels, splits, leaks
     before = provenance.stamp(args.ckpt)
     source, facts = data.open_source(args.data), read_facts(args.ckpt)
     if foreign := other_encoding(facts, source.encoding):
         print(foreign)
-    path = data.find_table(args.data, args.labels)
-    table = leave_out(read_table(path, source), source, args.skip_bad)
-    samples = f"{len(table.ids)} samples of {len(set(table.groups))} {table.unit}"
-    print(f"{path}: {samples}, by class {shown(judge.balance(table), 400)}")
-    splits = split_of(source, table, args.protocol)
-    plans, exposures, notes = plan_all(source, table, splits, facts, args)
+    path, table, splits = read_labels(args, source)
+    plans, exposures, notes = protocols.plan_all(source, table, splits, facts, args.protocol, args.seeds,
+                                                   args.allow_seen)  # fmt: skip
     split_sha = data.file_sha256(data.split_path(source.root)) if splits[0] else None
     notes += [foreign] if foreign else []
     if "split_sha256" in facts and facts["split_sha256"] != split_sha:
@@ -214,16 +510,20 @@ def main(argv=None):
     view = judge.choose_view(facts, source.encoding, args.size, vit.patch_size)
     if args.features == "box" and table.centres is None:
         raise ValueError("--features box needs a nodule table, which names boxes")
-    framing = Framing(view, args.crop_mm if table.centres is not None else (), args.batch_size, args.workers)
+    framing = features.Framing(view, args.crop_mm if table.centres is not None else (), args.batch_size, args.workers)
     device = pick_device(args.device)
     used = np.any([keep for keep, _ in plans.values()], 0)
     look = judge.used_by("train_probe.py", args.ckpt, path, f"frozen probe, --protocol {args.protocol}")
     provenance.refuse_change(args.ckpt, before)
     chosen, part = open_samples(source, table.take(used), splits[used], look, args.allow_duplicates)
     with broken.named(chosen.take(part.rows)):
-        predictors = gather(args, vit, look["weights_sha256"], chosen, part, framing, device)
+        cache = args.cache or args.out.parent / "features"
+        predictors = features.predictors(vit, look["weights_sha256"], chosen, part, framing, device, args.seeds, cache,
+                                         args.features, args.scales)  # fmt: skip
     outcomes = {
-        name: judge_one(name, (keep[used], folds), part, predictors, exposures[name], chosen, args)
+        name: protocols.judge_one(
+            name, (keep[used], folds), part, predictors, exposures[name], chosen, args.bootstrap, args.seeds
+        )
         for name, (keep, folds) in plans.items()
     }
 
@@ -251,6 +551,126 @@ def main(argv=None):
     parts = [*(part for _, part, _ in outcomes.values()), page.section("Facts", page.table(["what", "value"], facts))]
     write_text(args.out / "report.html", page.page(f"Probe of {args.ckpt.name} on {path.name}", *parts))
     print("\n".join([*notes, *(str(args.out / n) for n in ("results.json", "predictions.csv", "report.html"))]))
+    return 0
+
+
+# ----- training: from flags to exports
+
+
+def describe(args, source, table, splits, train, path, view, pool):
+    """What a checkpoint says of its run, beside weights; refuses weights that have seen what is held out."""
+    held_out = source.take(table.rows[splits != "train"])
+    provenance.refuse_leak(read_facts(args.ckpt), held_out, "the held-out splits", args.allow_seen)
+    return {
+        "encoding": source.encoding,
+        "eval_view": view,
+        "classes": table.classes,
+        "pool": pool,
+        "layers": args.layers,
+        "layout": args.views,
+        "labels_sha256": data.file_sha256(path),
+        **{key: getattr(train, key) for key in ("index_sha256", "split_sha256", "weights_sha256")},
+        **provenance.trained_on((Path(args.ckpt),), train, None),
+    }
+
+
+def train(args, rank, world, device):
+    args = argparse.Namespace(**{k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()})
+    out, stop = Path(args.out), loop.Stop(args.time_limit)
+    loop.set_precision(args, device)
+
+    # ----------------------------------------------------------------- labels, splits
+    source = data.open_source(args.data)
+    labels, table, splits = read_labels(args, source)
+    if table.centres is not None:
+        raise ValueError(f"{labels} names nodules: those are for the frozen probe (--tune none)")
+    parts = [part_of(source, table, splits, name, args) for name in ("train", "val_select")]
+    if args.weights:
+        parts[0] = data.weighed(parts[0][0], args.weights), parts[0][1]
+    supervise.resolve(args, len(parts[0][0]), world)
+
+    # ----------------------------------------------------------------- run folder, what to resume
+    path, known, locked = None, {}, None
+    if rank == 0 and not args.dry_run:
+        out.mkdir(parents=True, exist_ok=True)
+        locked = loop.lock(out)
+        checkpoint.sweep(out)
+    if not args.dry_run:
+        path, known, changed = loop.find_run(args, parts[0][0], HARMLESS, rank, world, FIELDS)
+    if path and known["labels_sha256"] != data.file_sha256(labels):
+        raise ValueError(f"{labels} is not the table of {path}; put the old one back, or use another --out")
+    start, best, code = known.get("step", 0), known.get("best"), None
+    if path and best and best["step"] == start and rank == 0 and not checkpoint.same_file(path, out / "best.pth"):
+        checkpoint.point_last(out, path, "best.pth")  # a kill came between the file and its second name
+
+    # ----------------------------------------------------------------- readers, model, updates
+    with stop, broken.named(*(s for s, _ in parts if rank == 0)):
+        if not path or start < args.steps and not patience_is_over(best, start, args):
+            vit = build_arch(known["arch"]) if path else load_backbone(Path(args.ckpt))  # <- change the backbone there
+            view = judge.choose_view(known or read_facts(args.ckpt), source.encoding, args.size, vit.patch_size)
+            row = augment.find_row(args.aug)
+            batches = augment.start_reading(parts[0][0], row, args.views, view["size"], args.seed,
+                                            range(start, args.steps), args.batch_size, args.micro_batch, rank, world,
+                                            args.workers, device.type == "cuda")  # fmt: skip
+            run = build_run(args, rank, world, device, *parts, vit, {})
+            run.facts = {key: known[key] for key in RUN_FACTS} if path else describe(
+                args, source, table, splits, parts[0][0], labels, view, run.student.pool)  # fmt: skip
+            code = dry_run(run, batches) if args.dry_run else updates(run, batches, path, changed, start, stop)
+        if code is None and rank == 0:
+            code = finish(args, source, table, splits, labels, device)
+    if locked:
+        locked.close()
+    return code or 0
+
+
+def dry_run(run, batches):
+    terms, _ = supervised_update(run.net, take(run, batches), run.weights)
+    print(say_trained(run.student))
+    print("dry run:", ", ".join(f"{name} {float(value):.4f}" for name, value in terms.items()), "- nothing is written")
+    return 0 if torch.isfinite(terms["loss"]) else 3
+
+
+def updates(run, batches, path, changed, start, stop):
+    """From the first or the resumed update to the last, with log and checkpoints -> exit code, None: all is done."""
+    args, out = run.args, Path(run.args.out)
+    log = loop.Log(out, start, args.steps, quiet=run.rank > 0)
+    said = f"resumed from {path.name}" if path else "started"
+    log.event(start, said, changed=changed, git=loop.git_commit(), world=run.world)
+    if path:
+        unpack_state(run, path)
+    else:
+        if run.rank == 0:
+            config = {"version": 1, "args": vars(args), "arch": run.student.backbone.arch, "images": len(run.train[0]),
+                      **run.facts, **loop.circumstances(run.device, run.world)}  # fmt: skip
+            write_json(out / "config.json", config)
+        log.event(0, say_trained(run.student))
+        if technique(args.head, supervise.HEADS)[0] == "probe":
+            log.event(0, supervise.start_head(run.student, (run.train, run.select), args, run.facts["eval_view"],
+                                              run.device, run.rank, run.world))  # fmt: skip
+        checkpoint.unpack_weights(run.teacher, checkpoint.pack_weights(run.student))
+    run.student.train()
+    saver = checkpoint.Saver(out, KEEP, 0)
+    try:
+        code = run_updates(run, batches, start, log, saver, stop)
+    finally:
+        saver.wait()
+        loop.report_saves(log, saver, log.done, going_on=False)
+        log.close()
+    return code if saver.error is None else 1  # a run whose end is not on disk has failed
+
+
+def finish(args, source, table, splits, labels, device):
+    """What the chosen weights say of val_select, val_calib and (--protocol test) val_test -> exit code."""
+    out = Path(args.out)
+    classifier, facts = supervise.read_best(out, FIELDS)
+    used_by = judge.used_by("train_probe.py", out / "best.pth", labels, f"supervised training, --tune {args.tune}")
+    wanted, found = ["val_select", "val_calib"] + ["val_test"] * (args.protocol == "test"), {}
+    for split in (name for name in wanted if name in splits or name == "val_test"):
+        chosen, part = part_of(source, table, splits, split, args, used_by if split == "val_test" else None)
+        logits = logits_of(classifier, chosen, np.arange(len(chosen)), facts["layout"], facts["eval_view"], device,
+                           workers=args.workers or 1, name=split)  # fmt: skip
+        found[split] = chosen, part, logits
+    supervise.conclude(args, found, facts, used_by["labels_sha256"], Path(labels).name)
     return 0
 
 

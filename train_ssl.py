@@ -31,12 +31,25 @@ from tqdm import tqdm
 import checkpoint
 import data
 import losses
-from model import ARCHS, ProjectionHead, SSLModel, build_vit, draw_keep, draw_rope, load_backbone, pack
+from model import (
+    ADAPTER_NORMS,
+    ARCHS,
+    ProjectionHead,
+    SSLModel,
+    add_adapters,
+    build_arch,
+    build_vit,
+    draw_keep,
+    draw_rope,
+    load_backbone,
+    merge_adapters,
+    say_trained,
+)
 from tools.lib import autopsy, broken, loop, optim, provenance, settings
 from tools.lib.cli import Parser, above_zero, natural, not_negative, positive, run, share, within
 from tools.lib.files import json_text, write_json
 from tools.lib.progress import progress
-from tools.lib.runs import read_config
+from tools.lib.runs import read_run_config
 from tools.lib.slices import slice_name
 
 # ------------------------------------------------------------------ flags
@@ -102,6 +115,13 @@ def build_parser():
     g = p.add_argument_group("model")
     g.add_argument("--arch", choices=list(ARCHS), default="vit_small", help="backbone")
     g.add_argument("--init", default=None, help="backbone weights to start from: what model.load_backbone reads")
+    g.add_argument("--adapter-norm", choices=ADAPTER_NORMS, help="ExPLoRA (arXiv:2406.10973): of the weights of --init "
+                   "train low-rank changes and --unfreeze; Gram anchors to those weights")
+    g.add_argument("--adapter-rank", type=positive, help="default: 32")
+    g.add_argument("--adapter-alpha", type=above_zero, help="changes count alpha / rank; default: the rank")
+    g.add_argument("--adapter-targets", help="qv, qkv, all, or some of q k v proj mlp in one text; default: qv")
+    g.add_argument("--adapter-init", choices=["zero", "pissa"], help="of the changes; default: zero")
+    g.add_argument("--unfreeze", type=natural, help="last blocks trained whole, all norms with them; default: 1")
     g.add_argument("--prototypes", type=within("[2, 1e9]", int), default=8192,
                    help="of each head; more than 32 for each global crop of a batch make targets noisy")
     g.add_argument("--head-hidden", type=positive, default=2048, help="width of the heads")
@@ -132,7 +152,10 @@ def build_parser():
     g = p.add_argument_group("optimizer (updates or share: as above)")
     g.add_argument("--batch-size", type=positive, default=128, help="images per update, over all ranks")
     g.add_argument("--micro-batch", type=positive, default=None, help="images that fit a device; default: up to 64")
-    g.add_argument("--lr", type=not_negative, default=None, help="peak, as used; default: 5e-4 * sqrt(batch / 256)")
+    g.add_argument("--optimizer", default="adamw", help="adamw, ademamix, schedulefree or muon, with numbers as in "
+                   "muon:momentum=0.9 or adamw:betas=[0.9,0.95]")
+    g.add_argument("--lr", type=not_negative, default=None, help="peak, as used; default: of adamw 5e-4 * "
+                   "sqrt(batch / 256), of others their own")
     g.add_argument("--lr-end", type=not_negative, default=1e-6, help="final")
     g.add_argument("--schedule", choices=["cosine", "constant", "decay"], default="cosine",
                    help="of the learning rate; decay: constant, then a cosine over the last fifth")
@@ -141,7 +164,6 @@ def build_parser():
     g.add_argument("--layer-decay", type=within("(0, 1]"), default=0.9, help="rate factor per block, from the last")
     g.add_argument("--patch-lr", type=not_negative, default=0.2, help="further factor of the patch embedding")
     g.add_argument("--freeze-last", type=not_negative, default=0.01, help="updates or share with fixed prototypes")
-    g.add_argument("--beta2", type=within("[0, 1)"), default=0.999, help="AdamW")
     g.add_argument("--clip", type=above_zero, default=3.0, help="largest gradient norm of backbone and of each head")
     g.add_argument("--ema", type=share, nargs=2, default=(0.992, 1.0), help="first and final momentum of the teacher")
     return p
@@ -180,7 +202,8 @@ def resolve(args, world):
         raise ValueError(f"--warmup {args.warmup} is more than --steps {args.steps}: --lr would never be reached")
     args.gram_weight = 0.0 if args.gram_start >= args.steps else args.gram_weight  # never, --extend included
     check_together(args)
-    args.lr = 5e-4 * math.sqrt(args.batch_size / 256) if args.lr is None else args.lr
+    settings.fill_adapters(args)
+    args.lr = settings.peak_rate(args)
     return args
 
 
@@ -240,26 +263,33 @@ class Weights(NamedTuple):
     koleo_group: int = 16
     centering: str = "sinkhorn"
     precision: str = "fp32"
+    compiled: bool = False
 
 
 class Seen(NamedTuple):
     """What one update looked at, for the log; all of this rank."""
 
-    cls_targets: torch.Tensor  # [2B, K]
-    cls_logits: torch.Tensor  # [2b, K] the student's, of the last micro-batch
+    cls: losses.Targets  # [2b, K] of the last micro-batch
+    cls_logits: torch.Tensor  # [2b, K] the student's of the same
     features: torch.Tensor  # [B, D] the teacher's cls of the first crops
     target_entropy: torch.Tensor  # of DINO + iBOT, their lower bound; what is above it is the excess
 
+    @property
+    def cls_targets(self):
+        return self.cls.probabilities()
+
 
 def center(logits, centers, key, w):
-    """Teacher logits of the whole batch -> targets; leaves in `centers` the softmax centre of the next update."""
+    """Teacher logits of each micro-batch -> its Targets; leaves in `centers` the softmax centre of the next update."""
     if w.centering == "sinkhorn":
-        return losses.sinkhorn(logits, w.teacher_temp)
-    if w.centering == "none":
-        return F.softmax(logits.float() / w.teacher_temp, -1)
-    old = centers.get(key, logits.new_zeros(logits.shape[1], dtype=torch.float32))  # there may be no row
-    targets, centers[key] = losses.softmax_center(logits, old, w.teacher_temp)
-    return targets
+        offsets = losses.sinkhorn_offsets(logits, w.teacher_temp, compiled=w.compiled)
+    else:
+        zeros = logits[0].new_zeros(logits[0].shape[1], dtype=torch.float32)  # there may be no row
+        old = (centers or {}).get(key, zeros)
+        offsets = losses.center_offsets(old, w.teacher_temp)
+        if w.centering == "softmax":
+            centers[key] = losses.moved_center(logits, old)
+    return [losses.Targets(each, w.teacher_temp, offsets) for each in logits]
 
 
 def ssl_update(student, teacher, gram, micro_batches, w, centers=None, clock=contextlib.nullcontext):
@@ -276,46 +306,37 @@ def ssl_update(student, teacher, gram, micro_batches, w, centers=None, clock=con
         with clock("teacher"):
             seen = [teacher([m.crops.globals], at=m.at) for m in micro_batches]
         with clock("centring"):
-            cls_targets = center(pack([s.cls_logits for s in seen]), centers, "cls", w)  # [2B, K]
-            patch_targets = center(pack([s.patch_logits for s in seen]), centers, "patch", w)  # [M, K]
+            cls_targets = center([s.cls_logits for s in seen], centers, "cls", w)  # [2b, K] each
+            patch_targets = center([s.patch_logits for s in seen], centers, "patch", w)  # [M, K] each
         features = torch.cat([s.cls[0].chunk(2)[0] for s in seen]).float()  # [B, D]
         del seen
 
     n, sums, entropy = len(micro_batches), {}, 0.0
-    targets = zip(cls_targets.chunk(n), patch_targets.split([len(m.at) for m in micro_batches]))
-    for i, (m, (cls_target, patch_target)) in enumerate(zip(micro_batches, targets)):
-        b, views = len(m.masks) // 2, len(m.crops.locals)
+    for i, m in enumerate(micro_batches):
+        b = len(m.masks) // 2
         of_crop = 1 / m.masks.sum(1).clamp(min=1)  # [2b]
         mask_weights = of_crop.index_select(0, m.at // m.masks.shape[1])  # [M]
+        dino = functools.partial(losses.dino_scores, cls_targets[i], w.student_temp, w.compiled)
+        ibot = functools.partial(losses.ibot_scores, patch_targets[i], mask_weights, 2 * b, w.student_temp, w.compiled)
         with contextlib.ExitStack() as stack:
             if i < n - 1 and hasattr(student, "no_sync"):
                 stack.enter_context(student.no_sync())  # ranks average once, with the last micro-batch
-            # student: masked globals and locals in one packed pass
+            # student: masked globals and locals in one packed pass; DINO and iBOT come out of its heads
             with autocast, clock("student"):
-                out = student(
-                    [m.crops.globals, m.crops.locals], [m.masks, None], m.at, m.keep, m.rope, gram is not None
-                )
+                views = [m.crops.globals, m.crops.locals]
+                out = student(views, [m.masks, None], m.at, m.keep, m.rope, gram is not None, (dino, ibot))
             if gram is not None:
                 with autocast, torch.no_grad(), clock("gram"):
                     gram_tokens = gram(m.crops.globals if m.crops.gram is None else m.crops.gram).patches
             with clock("losses"):
-                big, small = out.cls_logits.split([2 * b, views])
-                glob, local = big.unflatten(0, (2, b)), small.unflatten(0, (-1, b))
-                target = cls_target.unflatten(0, (2, b))  # [2, b, K]
-                terms = {
-                    "dino_global": losses.dino_loss(glob, target, w.student_temp, ignore_diagonal=True),
-                    "dino_local": losses.dino_loss(local, target, w.student_temp),
-                    "ibot": losses.ibot_loss(out.patch_logits, patch_target, mask_weights, 2 * b, w.student_temp),
-                    "koleo": sum(losses.koleo_loss(c, w.koleo_group) for c in out.cls[0].chunk(2)) / 2,
-                }
+                dino, ibot = out.cls_logits, out.patch_logits
+                koleo = sum(losses.koleo_loss(c, w.koleo_group) for c in out.cls[0].chunk(2)) / 2
+                terms = {**dino.terms, **ibot.terms, "koleo": koleo}
                 if gram is not None:
                     tokens = out.patches
                     grids = [[math.isqrt(t.shape[1])] * 2 for t in (tokens, gram_tokens)]
                     terms["gram"] = losses.gram_loss(tokens, gram_tokens, grids=grids)
-                # the sum: local and global DINO terms count by their pairs, KoLeo twice  <- change the objective here
-                pairs_local, pairs_global = 2 * views // b, 2
-                dino = pairs_local * terms["dino_local"] + pairs_global * terms["dino_global"]
-                terms["dino"] = dino / (pairs_local + pairs_global)
+                # the sum; DINO counts each pair of crops alike, KoLeo counts twice  <- change the objective here
                 terms["loss"] = w.dino * terms["dino"] + w.ibot * terms["ibot"] + 2 * w.koleo * terms["koleo"]
                 if gram is not None:
                     terms["loss"] = terms["loss"] + w.gram * terms["gram"]
@@ -325,9 +346,8 @@ def ssl_update(student, teacher, gram, micro_batches, w, centers=None, clock=con
         with torch.no_grad():
             for key, value in terms.items():
                 sums[key] = sums.get(key, 0) + value.detach() / n
-            of_patches = (losses.entropy(patch_target) * mask_weights).sum() / (2 * b)
-            entropy += (w.dino * losses.entropy(cls_target).mean() + w.ibot * of_patches) / n
-    return sums, Seen(cls_targets, big.detach(), features, entropy)
+            entropy += (w.dino * dino.entropy + w.ibot * ibot.entropy) / n
+    return sums, Seen(cls_targets[-1], dino.logits, features, entropy)
 
 
 def to_micro(batch, device, with_gram):
@@ -381,7 +401,7 @@ class Update(NamedTuple):
 
 def weights_of(now, args):
     return Weights(now.teacher_temp, args.student_temp, args.w_dino, args.w_ibot, args.w_koleo, now.gram,
-                   args.koleo_group, args.centering, args.precision)  # fmt: skip
+                   args.koleo_group, args.centering, args.precision, args.compile)  # fmt: skip
 
 
 def prepared(run, read):
@@ -475,11 +495,14 @@ def build_backbone(args, arch=None):
     """On the CPU; weights depend on the seed and --init alone. arch: of a checkpoint."""
     torch.manual_seed(args.seed)
     if arch:  # weights follow from the file; that of --init may be gone by now
-        backbone = build_vit(arch["name"], **arch["overrides"])
+        backbone = build_arch(arch)
     elif args.init:
         backbone = load_backbone(args.init)
         if backbone.arch["name"] != args.arch:
             raise ValueError(f"--init {args.init} is a {backbone.arch['name']}; say --arch {backbone.arch['name']}")
+        if args.adapter_norm:
+            add_adapters(backbone, args.adapter_rank, args.adapter_alpha, args.adapter_norm, args.adapter_targets,
+                         args.adapter_init, args.unfreeze)  # fmt: skip
     else:
         backbone = build_vit(args.arch, layerscale=args.layerscale)
     backbone.checkpointing = args.checkpointing
@@ -497,6 +520,11 @@ def build(args, backbone=None):
     return student, teacher
 
 
+def gram_is_given(args):
+    """Whether Gram anchors to weights that never change: those of --gram-teacher, or the start of an ExPLoRA run."""
+    return bool(args.gram_teacher or args.adapter_norm)
+
+
 def gram_snapshots(step, args):
     """How many snapshots of the EMA teacher the Gram teacher has been by update `step`, its own included."""
     if args.gram_weight == 0 or step < args.gram_start:
@@ -507,7 +535,7 @@ def gram_snapshots(step, args):
 def pack_state(run, step):
     """Everything a continuation needs; collective under --fsdp."""
     args, source = run.args, run.source
-    gram_given = bool(args.gram_teacher and run.gram_net is not None)
+    gram_given = gram_is_given(args) and run.gram_net is not None
     return {
         "images": step * args.batch_size,
         "args": vars(args),
@@ -568,8 +596,7 @@ def log_line(run, log, update, now, pace):
     if world > 1:
         dist.all_reduce(means)
     values = dict(zip([*terms, "target_entropy"], (means / world).tolist()))
-    rows = len(seen.cls_logits)
-    health = losses.health(seen.cls_targets[-rows:], seen.cls_logits, seen.features, args.student_temp)
+    health = losses.health(seen.cls_targets, seen.cls_logits, seen.features, args.student_temp)
     values |= dict(zip(health, torch.stack(list(health.values())).tolist()))
     values["excess"] = args.w_dino * values["dino"] + args.w_ibot * values["ibot"] - values["target_entropy"]
     recipe = data.pick_recipe(run.recipes, args.seed, done - 1)
@@ -592,7 +619,7 @@ def log_evaluation(run, held_out, now, log):
 def refresh_gram(run, step):
     """Anchor Gram anew where update `step` begins with a snapshot of the EMA teacher of this moment."""
     if gram_snapshots(step, run.args) > gram_snapshots(step - 1, run.args):
-        if not run.args.gram_teacher:
+        if not gram_is_given(run.args):
             checkpoint.unpack_weights(run.gram_net, checkpoint.pack_weights(run.teacher.backbone, checkpoint.full))
         run.gram = run.gram_net
 
@@ -611,7 +638,7 @@ def main(argv=None):
 def open_data(args):
     """(images to train on, val_select or None): what is held out is read here for the log only."""
     if args.no_split:
-        source = data.open_source(args.data, args.limit, args.z_stride)
+        source = data.thin(data.open_source(args.data), args.limit, args.z_stride)
         return data.weighed(source, args.weights) if args.weights else source, None
     everything, more = data.open_source(args.data), dict(z_stride=args.z_stride, allow_duplicates=args.allow_duplicates)
     source = data.open_for(everything, "fit", limit=args.limit, **more)
@@ -634,7 +661,7 @@ def build_gram_net(args, backbone, arch):
     if arch:  # weights follow from the checkpoint; the file of --gram-teacher may be gone by now, or hold others
         net = build_vit(arch["name"], **arch["overrides"])
     else:
-        net = load_backbone(args.gram_teacher) if args.gram_teacher else copy.deepcopy(backbone)
+        net = load_backbone(args.gram_teacher) if args.gram_teacher else merge_adapters(backbone)
     return net.requires_grad_(False).eval()
 
 
@@ -645,7 +672,7 @@ def build_run(args, backbone, source, recipes, rank, world, device, gram_arch=No
     nets = [m for m in (student, teacher, gram_net) if m is not None]
     net = loop.on_device(args, student, nets, world, device)
     groups = optim.param_groups(student, args.layer_decay, args.patch_lr)
-    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, args.beta2), fused=True)
+    optimizer = settings.make_optimizer(args, groups)
     return Run(args, rank, world, device, source, recipes, student, teacher, net, optimizer, gram_net)
 
 
@@ -694,6 +721,8 @@ def train(args, rank, world, device):
     )
     for text in settings.choices_in_words(args, source.encoding, begun=start > 0) if rank == 0 else ():
         tqdm.write(text)
+    if args.adapter_norm and rank == 0:
+        tqdm.write(f"backbone: {say_trained(run.student.backbone)}")
     saver = checkpoint.Saver(out, args.keep_last, args.keep_every)
     sources = [s for s in (source, held_out) if s] if rank == 0 else []
     with stop, broken.named(*sources):
@@ -766,7 +795,7 @@ def run_updates(run, batches, micros, held_out, steps, tools):
 def replay(args, device):
     """Print what update --why was made of, replayed from the nearest checkpoint; the run is only read -> exit code."""
     path, facts = autopsy.nearest(args.out, args.why)
-    flags = facts["args"] if path else read_config(Path(args.out))["args"]
+    flags = facts["args"] if path else read_run_config(Path(args.out))["args"]
     here = {name: getattr(args, name) for name in ("data", "out", "workers", "why", "device")}
     here |= dict(compile=False, fsdp=False, eval_every=0, allow_duplicates=True)
     args = argparse.Namespace(**{**vars(args), **flags, **here})

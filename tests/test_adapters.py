@@ -220,6 +220,33 @@ def test_gradients_are_those_of_a_derivation_by_hand(norm, place):
         torch.testing.assert_close(found[name][-1], slope, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("norm", m.ADAPTER_NORMS)
+@pytest.mark.parametrize("targets", ["qv", "k proj", "all"])
+def test_gradients_of_a_whole_backbone_are_finite_differences(norm, targets):
+    """Along random directions of one parameter at a time; the row norms stay, as the method says (arXiv:2402.09353)."""
+    vit = adapted(norm, targets, unfreeze=1, gated=targets == "k proj").double()
+    images, names = crops()[0].double(), ("lora_a", "lora_b", "magnitude", "tau", "norm1.weight", "mlp.w2.weight")
+
+    def loss():
+        tokens = vit(images)
+        return tokens.cls.square().sum() + tokens.patches.pow(3).mean()
+
+    loss().backward()
+    for layer in m.adapted_layers(vit).values():
+        kept = layer.changed()
+        layer.changed = lambda dtype=None, kept=kept: kept
+    checked = {name: p for name, p in vit.named_parameters() if p.requires_grad and name.endswith(names)}
+    assert {name.rpartition(".")[2] for name in checked} >= {"lora_a", "lora_b"}
+    for name, p in checked.items():
+        direction, eps = torch.randn(p.shape, generator=torch.Generator().manual_seed(0), dtype=p.dtype), 1e-5
+        with torch.no_grad():
+            ends = [p.add_(step * direction) is p and loss() for step in (eps, -2 * eps)]
+            p.add_(eps * direction)
+        slope, expected = (p.grad * direction).sum(), (ends[0] - ends[1]) / (2 * eps)
+        torch.testing.assert_close(slope, expected, rtol=1e-5, atol=1e-7, msg=lambda s: f"{name}: {s}")
+        assert p.grad.abs().max() > 1e-6, name
+
+
 def test_doran_without_tau_is_dora_and_a_large_tau_scales_lora():
     dora, doran = adapted("dora"), adapted("doran")
     layer, other = dora.blocks[0].attn.qkv, doran.blocks[0].attn.qkv

@@ -87,7 +87,7 @@ def change(run, edit):
 
 
 def batch_ids(run, folder, number):  # noqa: F811
-    config = inspect_step.read_config(run)
+    config = inspect_step.read_run_config(run)
     source = inspect_step.open_data(config, folder)
     return source, inspect_step.read_update(source, config, number, 8)
 

@@ -15,6 +15,7 @@ from test_train import golden_step, same, weights
 import checkpoint
 import data
 import losses
+import model
 import train_ssl as t
 from tools import bench
 from tools.lib import optim
@@ -331,6 +332,24 @@ def test_every_other_part_runs_on_a_toy_and_gives_numbers(folder, tmp_path, monk
     (save,) = bench.measure_save(toy_point(folder), CPU)
     assert 0 < save["value"] < 1e4 and len(save["seconds"]) == len(save["writes"]) == 4
     json.dumps([render, read, save])
+
+
+def test_adapters_take_turns_with_lora_as_two_thin_products(monkeypatch):
+    monkeypatch.setattr(bench, "alternate", functools.partial(bench.alternate, least=0))
+    point = dict(setting="toy", arch="vit_test", batch=2, size=32, rank=4, targets="all", seconds=0)
+    rows = bench.measure_adapters(json.loads(json.dumps(point)), CPU)
+    assert [row["way"] for row in rows] == ["thin", *model.ADAPTER_NORMS] and rows[0]["factor"] == 1
+    assert all(f"{row['factor']:.3f} x the time of LoRA" in row["note"] for row in rows[1:])
+    json.dumps(rows)
+    vit = model.build_vit("vit_test")
+    model.add_adapters(vit, 4, 8, "lora", "q v mlp")
+    for layer in model.adapted_layers(vit).values():  # the other way is the same arithmetic
+        torch.nn.init.normal_(layer.lora_b)
+        x = torch.randn(5, layer.in_features)
+        found = [torch.autograd.grad(y.square().sum(), [layer.lora_a, layer.lora_b])
+                 for y in (layer(x), bench.thin_products(layer, x))]  # fmt: skip
+        torch.testing.assert_close(layer(x), bench.thin_products(layer, x))
+        torch.testing.assert_close(*found, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

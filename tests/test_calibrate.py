@@ -260,6 +260,9 @@ def test_pools_by_hand():
         z[:, [0, 2]].mean(1)
     )
     assert pools["whole_topk"](z, k=1) == pytest.approx((z[:, 0] + z[:, 2]) / 2)
+    assert pools["area"](z, areas=[4, 1, 1]) == pytest.approx(np.array([4, 1, 1]) / 6 @ z[0][None])
+    with pytest.raises(ValueError, match="2 areas for 3 views"):
+        pools["area"](z, areas=[1, 2])
     assert np.exp(pools["logsumexp"](z)) == pytest.approx(p.mean(0)[None])
     assert np.exp(pools["max"](z)) == pytest.approx(p.max(0)[None])
     entropy = -(p * np.log(p)).sum(1)

@@ -101,7 +101,7 @@ def test_hu_and_codes_are_what_was_stored(tmp_path):
 
 
 def test_neighbours_come_from_the_full_volume_under_a_stride(tmp_path):
-    source = d.open_source(make_ct(tmp_path), z_stride=3)
+    source = d.thin(d.open_source(make_ct(tmp_path)), z_stride=3)
     assert sorted({r["z"] for r in source.rows}) == [1, 4] and len(source) == 16
     image = source.read(1)  # z = 4 of series 0
     assert np.array_equal(image, volume(0)[3:6])
@@ -109,8 +109,8 @@ def test_neighbours_come_from_the_full_volume_under_a_stride(tmp_path):
 
 
 def test_limit_is_a_fixed_subset(ct):
-    few = d.open_source(ct.root, limit=10)
-    again = d.open_source(ct.root, limit=10)
+    few = d.thin(d.open_source(ct.root), 10)
+    again = d.thin(d.open_source(ct.root), 10)
     assert [r["sop"] for r in few.rows] == [r["sop"] for r in again.rows] and len({r["sop"] for r in few.rows}) == 10
 
 
@@ -217,7 +217,7 @@ def test_photographs_are_found_labelled_and_grouped(tmp_path):
     with pytest.raises(ValueError, match="not a UTF-8 CSV file"):
         d.open_source(tmp_path)
     with pytest.raises(ValueError, match="photographs have no slices"):
-        d.open_source(tmp_path / "c0", z_stride=2)
+        d.thin(d.open_source(tmp_path / "c0"), z_stride=2)
     (tmp_path / "labels.csv").write_text("file,class\n")
     with pytest.raises(ValueError, match="expected path,label"):
         d.open_source(tmp_path)

@@ -187,4 +187,83 @@ def test_fits_import_numpy_and_torch_only():
     tree = ast.parse(Path(t.__file__).read_text())
     names = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
     names |= {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
-    assert {name.split(".")[0] for name in names} == {"numpy", "torch"}
+    assert {name.split(".")[0] for name in names} == {"typing", "numpy", "torch"}
+
+
+def probe_data(classes, n=240, d=12):
+    random = np.random.default_rng(classes)
+    X = random.normal(size=(n, d)) * random.uniform(0.1, 30, d) + random.normal(size=d) * 50
+    X[:, 3] = 7.0  # says nothing, and must not divide by 0
+    score = (X - X.mean(0)) / X.std(0).clip(1e-3) @ random.normal(size=(d, classes))
+    score += 3 * random.gumbel(size=(n, classes))
+    return X, score.argmax(1), random.random(n) < 0.7
+
+
+def slow_probe(X, labels, rows, classes, C):
+    """The same by L-BFGS on autograd, in the plain space of standardised features."""
+    mean, deviation = X[rows].mean(0), X[rows].std(0)
+    Z = torch.tensor((X - mean) / np.where(deviation > 0, deviation, np.inf))
+    outputs = 1 if classes == 2 else classes
+    w, b = (torch.zeros(*shape, outputs, dtype=torch.float64, requires_grad=True) for shape in ((Z.shape[1],), ()))
+    optimizer = torch.optim.LBFGS([w, b], 1, 5000, None, 1e-10, 1e-16, 50, "strong_wolfe")
+
+    def logits():
+        z = Z @ w + b
+        return torch.nn.functional.pad(z, (1, 0)) if outputs == 1 else z
+
+    def closure():
+        optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(logits()[rows], torch.tensor(labels[rows]))
+        loss = loss + w.square().sum() / (2 * C * rows.sum())
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return logits().detach().log_softmax(1).numpy()
+
+
+@pytest.mark.parametrize("classes", [2, 4])
+def test_the_linear_probe_is_exact_for_every_c_and_picks_the_best_on_the_other_split(classes):
+    X, y, fit = probe_data(classes)
+    found = t.linear_probe(X, y, fit, ~fit, classes)
+    for k in (0, 24, 44) if classes == 2 else (24,):
+        slow = slow_probe(X, y, fit, classes, t.PATH[k])[~fit]
+        assert found.losses[k] == pytest.approx(-slow[np.arange(len(slow)), y[~fit]].mean(), abs=2e-4)
+    assert t.PATH[np.argmin(found.losses)] == found.C and len(found.losses) == 45
+    assert (t.PATH[0], t.PATH[-1]) == (pytest.approx(1e-6), pytest.approx(1e5))
+    logits = torch.tensor(X @ found.weight.T + found.bias)
+    slow = slow_probe(X, y, fit, classes, found.C)
+    np.testing.assert_allclose(logits.log_softmax(1).numpy(), slow, atol=2e-3)
+    np.testing.assert_allclose(found.weight.sum(0), 0, atol=1e-12)  # centred, so no class is the reference
+    assert (found.weight[:, 3] == 0).all()
+
+
+def test_the_linear_probe_sees_its_rows_and_nothing_else():
+    X, y, fit = probe_data(2)
+    select, rest = ~fit & (np.arange(len(y)) % 2 == 0), ~fit & (np.arange(len(y)) % 2 == 1)
+    changed = X.copy()
+    changed[rest] = 1e6
+    np.testing.assert_array_equal(*(t.linear_probe(x, y, fit, select, 2).weight for x in (X, changed)))
+    both = fit | select
+    ((weight, bias),) = t.linear_path(X, y, both, 2, [0.1])  # a refit with the C that was chosen, from nothing
+    slow = slow_probe(X, y, both, 2, 0.1)
+    np.testing.assert_allclose(torch.tensor(X @ weight.T + bias).log_softmax(1).numpy(), slow, atol=2e-3)
+
+
+def test_a_split_without_a_class_is_refused():
+    X, y, fit = probe_data(2)
+    with pytest.raises(ValueError, match="the rows to fit on have no sample of class 1"):
+        t.linear_probe(X, y, fit & (y == 0), ~fit, 2)
+    with pytest.raises(ValueError, match="the rows that choose C have no sample of class 0"):
+        t.linear_probe(X, y, fit, ~fit & (y == 1), 2)
+
+
+def test_the_linear_probe_against_scikit_learn():
+    linear = pytest.importorskip("sklearn.linear_model", reason="pip install scikit-learn")
+    X, y, fit = probe_data(2)
+    Z = (X - X[fit].mean(0)) / np.where(X[fit].std(0) > 0, X[fit].std(0), np.inf)
+    found = t.linear_probe(X, y, fit, ~fit, 2)
+    for k in (0, 20, 40):
+        theirs = linear.LogisticRegression(C=t.PATH[k], tol=1e-12, max_iter=100_000).fit(Z[fit], y[fit])
+        log_p = theirs.predict_log_proba(Z[~fit])
+        assert found.losses[k] == pytest.approx(-log_p[np.arange(len(log_p)), y[~fit]].mean(), abs=2e-4)

@@ -199,7 +199,7 @@ def test_every_flag_is_read_and_explained(name):
     module = importlib.import_module(name[:-3].replace("/", "."))
     source = (ROOT / name).read_text()
     if name.startswith("train_"):  # what trainers share reads flags too
-        source += "".join((ROOT / "tools/lib" / lib).read_text() for lib in ("loop.py", "settings.py"))
+        source += "".join((ROOT / "tools/lib" / lib).read_text() for lib in ("loop.py", "settings.py", "supervise.py"))
     for action in module.build_parser()._actions:
         if action.dest == "help":
             continue

@@ -1,7 +1,12 @@
 """Optimizers: one and two steps by hand, a bowl, two moons, and a resume to the bit."""
 
 import copy
+import inspect
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -474,3 +479,52 @@ def test_shards_step_like_whole_tensors(one_process):
             found.append([p.full_tensor() if sharded else p for p in net.parameters()])
         if name != "muon":
             torch.testing.assert_close(*found)
+
+
+# copied
+
+
+USE = """
+import importlib, torch
+for module in PARTS:
+    made = vars(importlib.import_module(module))
+    torch.manual_seed(0)
+    w, losses = torch.nn.Parameter(torch.randn(4, 3)), []
+    for name in MADE[module]:
+        wrapped = hasattr(made[name], "climb")
+        optimizer = made[name](torch.optim.SGD([w], 0.1)) if wrapped else made[name]([w], lr=0.05)
+        def closure():
+            optimizer.zero_grad()
+            loss = w.square().sum()
+            loss.backward()
+            losses.append(loss.item())
+            return loss
+        for _ in range(40):
+            closure()
+            if hasattr(optimizer, "observe"):
+                optimizer.observe({w: torch.full_like(w, 2.0)})
+            optimizer.step(closure) if wrapped else optimizer.step()
+    assert losses[-1] < 0.5 * losses[0], (module, losses)
+    print(module)
+"""
+
+
+def test_a_hundred_lines_of_it_run_in_an_empty_folder(tmp_path):
+    """Each optimizer with what it calls, cut out of the file; and the file as a whole."""
+    needs = {"muon": [optim.orthogonal], "sophia": [optim.gauss_newton, optim.hutchinson]}
+    needs |= {"friendlysam": [optim.SAM], "asam": [optim.SAM]}
+    own = {name: made for name, made in optim.OPTIMIZERS.items() if made.__module__ == optim.__name__} | optim.WRAPPERS
+    names = {}
+    for name, made in own.items():
+        cut = [*([] if name in optim.WRAPPERS else [optim.Stepper]), *needs.get(name, []), made]
+        text = "\n\n".join(["import math\nimport torch\n", *map(inspect.getsource, cut)])
+        assert text.count("\n") <= 100
+        (tmp_path / f"cut_{name}.py").write_text(text)
+        names[f"cut_{name}"] = [made.__name__]
+    (tmp_path / "optim.py").write_text(Path(optim.__file__).read_text())
+    names["optim"] = [made.__name__ for made in own.values()]
+    assert len(names) == 8
+    script = USE.replace("PARTS", repr(list(names))).replace("MADE", repr(names))
+    env = {"PATH": os.environ["PATH"]}
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.split() == list(names), done.stderr

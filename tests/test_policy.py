@@ -178,3 +178,50 @@ def test_one_class_and_several_classes_have_a_page_too(tmp_path):
     tables.write(run.out / "predictions", t._replace(labels=t.labels * 0 - 1))
     with pytest.raises(ValueError, match="no sample has a label"):
         run.evaluate()
+
+
+def give_select(run, seed, useful, V=5, n=400):
+    """val_select of a run whose views but the last `useful` say nothing; val_calib is the same model's."""
+    for number, name in ((seed, "val_select"), (seed + 1, "val_calib")):
+        t = table(number, n, V=V)
+        logits = t.logits.copy()
+        logits[:, : V - useful] = np.random.default_rng(seed).normal(size=(n, V - useful, 2)) * 0.05
+        facts = {**t.facts, "weights_sha256": "w" * 64, "split": name, "data": str(run.data), "layout": None}
+        facts["split_sha256"] = hashlib.sha256(b"{}").hexdigest()
+        tables.write(run.out / "predictions", t._replace(logits=logits, facts=facts))
+
+
+def test_best_chooses_pool_views_and_run_on_val_select(tmp_path, capsys):
+    runs = [Run(tmp_path, weights=letter * 64) for letter in "ab"]
+    give_select(runs[0], 7, useful=0)
+    give_select(runs[1], 7, useful=1)
+    assert fit_policy.main(["--predictions", *(str(run.out) for run in runs), "--out", str(runs[0].policy), "--method",
+                            "best:runs=1", "temperature", "mcc"]) == 0  # fmt: skip
+    said, policy = capsys.readouterr().out, json.loads(runs[0].policy.read_text())
+    first = policy["steps"][0]
+    worth = first["choice"]
+    name = f"{first['method']}{first['parameters'].get('k', '')} of run 2"
+    assert first["kind"] == "aggregate" and name in worth and name in said
+    assert worth[name]["mcc"] == max(w["mcc"] for w in worth.values()) > worth["mean of run 1"]["mcc"] + 0.2
+    sha256 = tables.read(runs[1].out, "val_select").facts["npz_sha256"]
+    assert first["chosen_on"] == {"split": "val_select", "n": 400, "predictions_sha256": sha256}
+    assert [s["fitted_on"]["part"] for s in policy["steps"][1:]] == [[1, 2], [2, 2]]  # val_calib is not used up by it
+    calib = tables.read(runs[1].out, "val_calib")
+    out = rules.decide(policies.read_policy(runs[0].policy), calib.logits, calib.ids)
+    assert (out.decision == calib.labels).mean() > 0.7
+    with pytest.raises(ValueError, match="best has one option, runs=1"):
+        runs[0].fit("best:k=3", "mcc")
+    with pytest.raises(ValueError, match="chosen on val_select, by fit_policy"):
+        rules.fit_steps(calib, "best mcc")
+    (runs[1].out / "predictions" / "val_select.npz").unlink()
+    with pytest.raises(FileNotFoundError, match="val_select.npz does not exist"):
+        runs[1].fit("best", "mcc")
+
+
+def test_area_takes_the_areas_of_the_layout(tmp_path):
+    t = table(3, 300, V=10)
+    step = rules.fit_steps(t, "area temperature mcc")["steps"][0]
+    assert step["parameters"]["areas"] == pytest.approx([1] + [0.147, 0.166, 0.147, 0.166, 0.188, 0.166, 0.147, 0.166,
+                                                              0.147], abs=0.002)  # fmt: skip
+    with pytest.raises(ValueError, match="4 views, and the layout tiles has 10"):
+        rules.fit_steps(table(3, 300, V=4), "area temperature mcc")

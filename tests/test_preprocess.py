@@ -1,6 +1,7 @@
 """Claims about preprocess_dicom.py, dicom_series.py and write_manifest.py. The truth is a volume in HU that the test
 itself writes as DICOM, in every lawful and unlawful way."""
 
+import concurrent.futures
 import contextlib
 import copy
 import csv
@@ -35,7 +36,7 @@ from pydicom.uid import (
 
 from data import INDEX_COLUMNS, WINDOWS_HU
 from tools import preprocess_dicom, write_manifest
-from tools.lib import dicom
+from tools.lib import dicom, volumes
 
 ROOT = Path(__file__).resolve().parent.parent
 AXIAL = (1, 0, 0, 0, 1, 0)
@@ -145,7 +146,8 @@ def enhanced(hu, order, slope=lambda z: 1, **change):
 def volume_of(files, **options):
     """Files of one series -> what dicom_series makes of them."""
     slices = [s for data in files for s in dicom.read_slices(data)]
-    return dicom.assemble(slices, options.pop("min_slices", 8), **options)
+    [volume] = dicom.assemble(slices, options.pop("min_slices", 8), **options)
+    return volume
 
 
 def write_tree(folder, datasets, syntax=ExplicitVRLittleEndian, seed=0):
@@ -360,6 +362,89 @@ def test_a_missing_slice_is_rejected_or_ends_the_longest_run():
     assert reason_of(slices, allow_gaps=True, min_slices=10) == "irregular_spacing"
 
 
+def test_a_head_of_two_spacings_is_two_series_if_gaps_are_allowed(tmp_path):
+    """14 slices at 4.2 mm through the skull base, 14 at 7.4 mm above it; a single run keeps the name of its series."""
+    fine, coarse = truth(14, seed=1), truth(14, seed=2)
+    slices = a_series(fine, spacing_z=4.2)
+    for z, plane in enumerate(coarse):
+        slices.append(ct_slice(plane, z + 14))
+        slices[-1].ImagePositionPatient = [-100, -100, round(-100 + 13 * 4.2 + 5.8 + 7.4 * z, 3)]
+    assert reason_of(slices) == "irregular_spacing"
+    raw, out = write_tree(tmp_path / "raw", slices), tmp_path / "p"
+    assert preprocess(raw, out, "--format", "hu16", "--allow-gaps") == 0
+    for k, (hu, step) in enumerate(((fine, 4.2), (coarse, 7.4)), 1):
+        name = f"{uid(1, 1)}-{k}"
+        rows = [row for row in index(out) if row["series"] == name]
+        assert np.array_equal(np.load(out / "d" / f"{name}.npy"), hu) and len(rows) == 12
+        assert {float(row["spacing_z"]) for row in rows} == {step}
+        assert manifest(out)["handled"][name]["outside_regular_run"] == 14
+    before = tree(out)
+    times = {path: path.stat().st_mtime_ns for path in (out / "d").iterdir()}
+    assert preprocess(raw, out, "--format", "hu16", "--allow-gaps") == 0
+    assert {path: path.stat().st_mtime_ns for path in (out / "d").iterdir()} == times
+    assert same_trees(tree(out), before)
+    assert preprocess(raw, out, "--format", "hu16", "--allow-gaps", "--min-slices", "15") == 2  # nothing stays behind
+    assert not list((out / "d").iterdir())
+
+
+def same_trees(one, other):
+    """Equal but for the time in the manifest."""
+    assert one.keys() == other.keys()
+    for path in one:
+        if path.startswith("_manifests/") and path.count("/") == 1:
+            a, b = (json.loads(t[path]) | {"created_utc": ""} for t in (one, other))
+            assert a == b, path
+        else:
+            assert one[path] == other[path], path
+    return True
+
+
+def test_shards_and_their_merge_write_the_bytes_of_one_process(tmp_path, capsys):
+    """Series, rejects and files without a series are dealt to the shards; each one runs alone, in any order."""
+    datasets = [ds for p in range(1, 7) for ds in a_series(truth(seed=p), patient=p, series=p)]
+    datasets += a_series(truth(5), patient=9, series=9) + [b"no image", b"another"]
+    raw, one, many = write_tree(tmp_path / "raw", datasets), tmp_path / "one" / "p", tmp_path / "many" / "p"
+    flags = ("--format", "hu16")
+    assert preprocess(raw, one, *flags) == 1
+    with pytest.raises(FileNotFoundError, match="1_of_3.json does not exist; run it with --shard 1/3"):
+        preprocess(raw, many, *flags, "--merge", "3")
+    codes = [preprocess(raw, many, *flags, "--shard", f"{k}/3") for k in (3, 1, 2)]
+    assert sorted(codes)[-1] == 1 and not (many / "_index").exists()
+    parts = [json.loads((many / "_shards" / "d" / f"{k}_of_3.json").read_text()) for k in (1, 2, 3)]
+    assert sum(len(part["kept"]) for part in parts) == 6 and max(len(part["kept"]) for part in parts) < 6
+    assert preprocess(raw, many, *flags, "--merge", "3") == 1
+    assert same_trees(tree(many), tree(one))
+    assert write_manifest.verify(many, "d") == []
+
+
+def test_shards_that_begin_at_once_share_one_key(tmp_path):
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        keys = set(pool.map(dicom.load_key, [tmp_path / "new" / "key"] * 32))
+    assert len(keys) == 1 and [path.name for path in (tmp_path / "new").iterdir()] == ["key"]
+    assert (tmp_path / "new" / "key").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_merge_names_the_shard_that_is_not_whole(tmp_path):
+    raw = write_tree(tmp_path / "raw", [ds for p in (1, 2, 3, 4) for ds in a_series(patient=p, series=p)])
+    out, flags = tmp_path / "p", ("--format", "hu16")
+    for k in (1, 2):
+        preprocess(raw, out, *flags, "--shard", f"{k}/2")
+    lost = sorted((out / "d").iterdir())[0]
+    k = next(k for k in (1, 2) if lost.stem in json.loads((out / "_shards/d" / f"{k}_of_2.json").read_text())["kept"])
+    lost.write_bytes(lost.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=f"{k}_of_2.json: 1 series are not whole.*--shard {k}/2"):
+        preprocess(raw, out, *flags, "--merge", "2")
+    preprocess(raw, out, *flags, "--shard", f"{k}/2")
+    write_tree(raw, a_series(patient=5, series=5), seed=9)
+    preprocess(raw, out, *flags, "--shard", "2/2")
+    with pytest.raises(ValueError, match="disagree about raw, series"):
+        preprocess(raw, out, *flags, "--merge", "2")
+    preprocess(raw, out, *flags, "--shard", "1/2")
+    assert preprocess(raw, out, *flags, "--merge", "2") == 0 and not (out / "_shards").exists()
+    with pytest.raises(SystemExit):
+        preprocess(raw, out, "--shard", "0/2")
+
+
 def test_a_slice_shifted_within_its_plane_is_irregular():
     slices = a_series()
     slices[5].ImagePositionPatient[0] += 0.6  # the step grows from 2.5 to 2.57 mm only
@@ -495,6 +580,15 @@ def test_paths_of_rejects_are_shown_without_control_characters(tmp_path, capsys)
     assert preprocess(raw, tmp_path / "p", "--list-rejects") == 0
     said = capsys.readouterr().out
     assert "/a\\x1b[2J\\u202e.txt\n" in said and "/b\\udcff.txt\n" in said and "\x1b" not in said
+
+
+def test_a_directory_without_its_class_is_called_one_too(tmp_path):
+    """Discs were seen whose file meta information lacks the class: group 0004 tells."""
+    ds = Dataset()
+    ds.FileSetID, ds.OffsetOfTheFirstDirectoryRecordOfTheRootDirectoryEntity = "DISC", 0
+    ds.FileSetConsistencyFlag, ds.DirectoryRecordSequence = 0, []
+    (tmp_path / "DICOMDIR").write_bytes(encode(ds))
+    assert dicom.scan_file(tmp_path / "DICOMDIR").reason == "dicomdir"
 
 
 def test_a_dicomdir_is_called_one(tmp_path, capsys):
@@ -931,15 +1025,15 @@ def test_the_body_box_is_the_body_without_the_table(shape):
     for table in ("none", "plates"):
         hu, box = scene(*shape, table)
         noisy = (hu + np.random.default_rng(0).normal(0, 30, shape)).astype(np.int16)
-        found = preprocess_dicom.body_box(noisy)
+        found = volumes.body_box(noisy)
         assert np.abs(np.subtract(found, box)).max() <= (0 if table == "none" else shape[0] // 64), (found, box)
 
 
 def test_a_slice_without_a_body_keeps_its_whole_box():
     hu = np.full((50, 60), -1000, np.int16)
-    assert preprocess_dicom.body_box(hu) == (0, 50, 0, 60)
+    assert volumes.body_box(hu) == (0, 50, 0, 60)
     hu[20, :] = 100
-    assert preprocess_dicom.body_box(hu) == (0, 50, 0, 60)
+    assert volumes.body_box(hu) == (0, 50, 0, 60)
 
 
 def test_largest_region_by_flood_fill():
@@ -956,7 +1050,7 @@ def test_largest_region_by_flood_fill():
                 left -= near
                 stack += near
             best = max(best, region, key=len)
-        found = preprocess_dicom.largest_region(mask)
+        found = volumes.largest_region(mask)
         assert found.sum() == len(best) and not np.any(found & ~mask)
 
 

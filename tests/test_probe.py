@@ -19,7 +19,7 @@ import data
 import train_probe as t
 from data import NODULE
 from model import build_vit
-from tools.lib import features, fits, judge, metrics, provenance, samples
+from tools.lib import features, fits, judge, metrics, protocols, provenance, samples
 
 torch.set_num_threads(1)
 
@@ -283,7 +283,7 @@ def test_the_whole_report(study, tmp_path, capsys):
     for protocol, patients in (("test", 22), ("cv", 22)):
         judged = result[protocol]
         assert judged["patients"] == patients and set(judged["predictors"]) == names
-        assert judged["seen_in_pretraining"] == judged["caveats"] == [] and judged["title"] == t.TITLES[
+        assert judged["seen_in_pretraining"] == judged["caveats"] == [] and judged["title"] == protocols.TITLES[
             protocol
         ].format("patients")
         assert judged["verdict"] in said and sum(judged["balance"].values()) == judged["samples"] == 44
@@ -353,7 +353,7 @@ def test_weights_that_change_while_they_are_read_are_refused(study, tmp_path, mo
 
 
 def test_a_leaked_patient_is_refused_or_named_in_every_title(study, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(t, "REPEATS", 2)
+    monkeypatch.setattr(protocols, "REPEATS", 2)
     root, _ = study
     make_checkpoint(root / "leaky.pth", [f"toy/P{p}" for p in (0, 1, 20, 30)])
     before = looks(root)
@@ -423,7 +423,7 @@ def test_images_that_no_protocol_needs_are_not_opened(tmp_path):
 
 
 def test_near_duplicates_across_splits_are_refused_or_stand_in_every_title(tmp_path, monkeypatch):
-    monkeypatch.setattr(t, "REPEATS", 2)
+    monkeypatch.setattr(protocols, "REPEATS", 2)
     make_nodules(tmp_path / "data")
     make_split(tmp_path / "data", {f"toy/P{p}": "train" if p < 14 else "val_test" for p in range(36)})
     make_checkpoint(tmp_path / "w.pth", ["toy/P0"])
@@ -436,7 +436,7 @@ def test_near_duplicates_across_splits_are_refused_or_stand_in_every_title(tmp_p
     (tmp_path / "data" / "_splits" / "test_uses.jsonl").write_text('{"weights_sha256": "others"}\n')
     result = probe(tmp_path, tmp_path / "b", "--allow-duplicates", "--seeds", "1")
     crossing, past = "ear-duplicates cross the splits (1 sets)", "1 other weights or policies looked at val_test"
-    titles = {name: title.format("patients") for name, title in t.TITLES.items()}
+    titles = {name: title.format("patients") for name, title in protocols.TITLES.items()}
     assert result["cv"]["title"] == f"{titles['cv']}: n{crossing}"
     assert result["cv"]["verdict"].endswith(f"N{crossing}.")
     assert result["test"]["title"] == f"{titles['test']}: n{crossing}; {past} before"
@@ -568,7 +568,7 @@ def test_no_split_is_an_error_and_cross_validation_does_without(tmp_path, capsys
 
 
 def test_several_classes_over_photographs(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(t, "REPEATS", 2)
+    monkeypatch.setattr(protocols, "REPEATS", 2)
     random, rows = np.random.default_rng(0), []
     (tmp_path / "data").mkdir()
     for i in range(42):

@@ -50,6 +50,7 @@ OWN = {  # what else differs from the recipe
     "pretrain": "--warmup 3 --layerscale 0.1".split(),  # compiled, as it is typed
     "gram": "--no-compile --warmup 3 --gram-refresh 8".split(),
     "highres": "--no-compile --warmup 3 --sizes 32/16,48/16".split(),
+    "explora": "--no-compile --warmup 3".split(),
     "big_run": [*LATER, "--layerscale", "0.1"],
     "micro_run": LATER,
     "smoke_cpu": [],
@@ -58,11 +59,12 @@ STATED = {  # some of what the recipes state, written down a second time
     "pretrain": dict(drop_path=0.3, schedule="constant", ema=[0.994, 0.994], gram_weight=0, compile=True),
     "gram": dict(drop_path=0.3, schedule="constant", lr=1e-4, gram_start=0, gram_scale=2, weight_decay=[0.04, 0.04]),
     "highres": dict(checkpointing=True, gram_scale=1, gram_weight=1.5, gram_start=0, teacher_temp=[0.07, 0.07]),
+    "explora": dict(adapter_norm="lora", adapter_rank=32, adapter_targets="qv", unfreeze=1, gram_start=0),
     "big_run": dict(drop_path=0.1, keep_every=10000),
     "micro_run": dict(overfit=True, limit=1000, layerscale=0.1, rope_rescale=1),
     "smoke_cpu": dict(layerscale=1, field=[0.02, 0.1], gram_weight=0, ema=[0.99, 1], lr=1e-3),
 }
-NEEDS_WEIGHTS = ("gram", "highres")
+NEEDS_WEIGHTS = ("gram", "highres", "explora")
 
 
 def recipe(name, *words):
@@ -179,7 +181,11 @@ class Shop:
         if name == "smoke_cpu":
             given = [out]
         elif name in NEEDS_WEIGHTS:
-            given = [self.data, self.unbroken({"gram": "pretrain", "highres": "gram"}[name]) / "last.pth", out]
+            given = [
+                self.data,
+                self.unbroken({"gram": "pretrain", "highres": "gram", "explora": "pretrain"}[name]) / "last.pth",
+                out,
+            ]
         return recipe(name, *given, *TOY, *OWN[name], *more)
 
     def start(self, name, out, *more):
@@ -366,6 +372,12 @@ TABLE = {
     "mask_ratio": (DEFAULT, "0.3 0.8"),
     "arch": ("vit_test",),  # the next one takes half a minute: see ALONE
     "init": (DEFAULT, "{weights}"),
+    "adapter_norm": (DEFAULT, "doran"),  # their numbers are in one row: see ALONE
+    "adapter_rank": (DEFAULT,),
+    "adapter_alpha": (DEFAULT,),
+    "adapter_targets": (DEFAULT,),
+    "adapter_init": (DEFAULT,),
+    "unfreeze": (DEFAULT,),
     "prototypes": ("32", "48"),
     "head_hidden": ("32", "24"),
     "head_bottleneck": ("16", "24"),
@@ -398,13 +410,15 @@ TABLE = {
     "layer_decay": (DEFAULT, "1"),
     "patch_lr": (DEFAULT, "1"),
     "freeze_last": (DEFAULT, "0", "4"),
-    "beta2": (DEFAULT, "0.95"),
+    "optimizer": (DEFAULT, "muon:momentum=0.9"),
     "clip": (DEFAULT, "0.3"),
     "ema": (DEFAULT, "0.9 0.99"),
 }
 REFUSED = {  # two values that the program refuses to run together, and what it says
     (("data", "{photos}"), ("z_stride", "2")): "photographs have no slices",
     (("koleo_group", "4"), ("micro_batch", "2")): "--koleo-group 4 does not divide --micro-batch",
+    (("adapter_norm", "doran"), ("init", DEFAULT)): "adapters change weights that exist; name them with --init",
+    (("fsdp", ON), ("optimizer", "muon:momentum=0.9")): "--optimizer muon needs whole matrices",
 }
 
 
@@ -455,7 +469,7 @@ SLOW = 6  # rows that .ci/run takes
 ALONE = [
     {"compile": ON, "sizes": "32/16,48/32", "precision": DEFAULT},  # as highres.sh says, which runs uncompiled above
     {"no_split": ON},
-    {"arch": "vit_tiny", "init": DEFAULT},
+    {"arch": "vit_tiny", "init": DEFAULT, "adapter_norm": DEFAULT},
     {
         "data": "{photos}",
         "weights": "{drawn}",
@@ -465,6 +479,16 @@ ALONE = [
         "overfit": DEFAULT,
     },
     {"drop_path": "0.9"},
+    {
+        "init": "{weights}",
+        "adapter_norm": "rslora",
+        "adapter_rank": "3",
+        "adapter_alpha": "5",
+        "unfreeze": "0",
+        "adapter_targets": "q,mlp",
+        "adapter_init": "pissa",
+        "optimizer": "ademamix:warmup=4",
+    },
     {"w_dino": "0", "w_ibot": "0", "w_koleo": "0"},
 ]
 ROWS = PAIRS + [row | more for row, more in zip(PAIRS, ALONE)]

@@ -11,12 +11,13 @@ from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from test_data import make_ct, make_photos, make_split
 
 import checkpoint
 import data as d
-from model import build_vit, load_backbone, read_facts, state_to_hf
+from model import ARCHS, all_options, build_vit, load_backbone, read_facts, state_to_hf, state_to_timm, timm_arch
 from tools import release
 from tools.lib import provenance
 
@@ -156,7 +157,7 @@ def test_names_inside_the_weights_are_looked_at_too(tmp_path):
     state, _ = state_to_hf(vit)
     release.write_weights(vit, {"eval_view": {"size": 32}}, tmp_path)
     release.refuse_secrets(tmp_path, {"LIDC-IDRI-0079"})
-    packed = release.safetensors.torch.save(state, {"from": "LIDC-IDRI-0079"})
+    packed = safetensors.torch.save(state, {"from": "LIDC-IDRI-0079"})
     (tmp_path / "model.safetensors").write_bytes(packed)
     with pytest.raises(ValueError, match="model.safetensors would say 'LIDC-IDRI-0079'"):
         release.refuse_secrets(tmp_path, {"LIDC-IDRI-0079"})
@@ -302,7 +303,7 @@ def test_an_export_that_is_not_the_teacher_is_refused(ckpt, monkeypatch, fault):
             state = {key: value.half() for key, value in state.items()}  # 4e-4 off: no error, only other numbers
         return state, config
 
-    monkeypatch.setattr(release, "state_to_hf", faulty)
+    monkeypatch.setattr("tools.lib.export.state_to_hf", faulty)
     refused("reloaded, the export differs by .*: nothing released", ckpt)
 
 
@@ -322,7 +323,7 @@ def test_a_full_disk_is_named(ckpt, monkeypatch):
     def no_room(path, writer):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(release, "atomic_write", no_room)
+    monkeypatch.setattr("tools.lib.export.atomic_write", no_room)
     refused(r"No space left on device: '.*out/\.dinox-ct\.tmp'", ckpt, error=OSError)
 
 
@@ -570,6 +571,69 @@ def test_the_folder_opens_in_transformers_with_the_same_outputs(tmp_path, overri
     tokens = torch.cat([found.cls[:, None], found.registers, found.patches], 1)
     torch.testing.assert_close(tokens, expected.last_hidden_state, rtol=0, atol=1e-5)
     torch.testing.assert_close(found.cls, expected.pooler_output, rtol=0, atol=1e-5)
+
+
+TIMM_SHAPES = [
+    {}, {"gated": True, "qkv_bias": False, "ffn_dim": 100, "local_cls_norm": True},
+    {"registers": 2, "patch_size": 8, "heads": 4, "rope_base": 50.0, "qkv_bias": False},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("overrides", TIMM_SHAPES)
+def test_a_folder_for_timm_holds_the_teacher(tmp_path, overrides):
+    (tmp_path / "run").mkdir()
+    vit = make_vit(**overrides)
+    out = export(save(tmp_path / "run" / "last.pth", vit=vit), "--layout", "timm")
+    assert sorted(path.name for path in out.iterdir()) == [name for name in FILES if name != "preprocessor_config.json"]
+    images = torch.randn(2, 3, 32, 64)
+    for a, b in zip(load_backbone(out)(images), vit.eval()(images)):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+    config = json.loads((out / "config.json").read_text())
+    state = safetensors.torch.load_file(out / "model.safetensors")
+    assert {"reg_token", "blocks.1.gamma_1"} <= state.keys() and not [k for k in state if "mask" in k or "ls1" in k]
+    assert ("blocks.0.attn.q_bias" in state) == vit.arch["overrides"].get("qkv_bias", True)
+    assert config["pretrained_cfg"]["mean"] == list(d.MEAN) and config["pretrained_cfg"]["input_size"] == [3, 32, 32]
+    card = (out / "README.md").read_text()
+    assert f'timm.create_model("{config["architecture"]}", checkpoint_path=' in card and "library_name: timm" in card
+    assert "transformers" not in card
+    (out / "SHA256SUMS").unlink()
+    for field, value in [("num_heads", 10**9), ("num_heads", 0), ("rope_temperature", "100")]:
+        arguments = {**config["model_args"], field: value}
+        (out / "config.json").write_text(json.dumps({**config, "model_args": arguments}))
+        with pytest.raises(ValueError, match="config.json: .* expected a number|heads"):
+            load_backbone(out)
+
+
+def test_names_of_timm_are_those_of_the_published_sizes():
+    found = {name: timm_arch(all_options(name, {})) for name in ARCHS}
+    assert {name: theirs for name, (theirs, more) in found.items() if not more} == {
+        **{name: f"{name}_patch16_dinov3_qkvb" for name in ARCHS if name not in ("vit_test", "vit_giant", "vit_7b")},
+        "vit_7b": "vit_7b_patch16_dinov3",
+    }
+    assert found["vit_giant"] == (
+        "vit_large_patch16_dinov3_qkvb",
+        dict(embed_dim=1408, depth=40, mlp_ratio=6144 / 1408),
+    )
+    vit = make_vit(norm_eps=1e-6)
+    with pytest.raises(ValueError, match="timm's DINOv3 has one final norm and an eps of 1e-5"):
+        state_to_timm(vit)
+
+
+@pytest.mark.parametrize("overrides", TIMM_SHAPES)
+def test_the_folder_opens_in_timm_with_the_same_outputs(tmp_path, overrides):
+    timm = pytest.importorskip("timm", reason="timm is not installed (it is never required)")
+    (tmp_path / "run").mkdir()
+    vit = make_vit(**overrides)
+    out = export(save(tmp_path / "run" / "last.pth", vit=vit), "--layout", "timm")
+    line = re.search(r"timm.create_model\(.*?\)\.eval", (out / "README.md").read_text(), re.S)[0]
+    by_card = eval(line.removesuffix(".eval").replace("PATH", str(out)), {"timm": timm})
+    images = torch.randn(2, 3, 64, 96)
+    with torch.no_grad():
+        found = vit.eval()(images)
+        tokens = torch.cat([found.cls[:, None], found.registers, found.patches], 1)
+        for theirs in (by_card, timm.create_model(f"local-dir:{out}", pretrained=True)):
+            torch.testing.assert_close(theirs.eval().forward_features(images), tokens, rtol=0, atol=1e-5)
+            torch.testing.assert_close(theirs(images), found.cls, rtol=0, atol=1e-5)
 
 
 @pytest.mark.slow

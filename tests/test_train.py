@@ -884,17 +884,18 @@ def kill_once(run, launch, how, target):
     return how
 
 
-def survive(folder, tmp_path, plan, seed):
+def survive(folder, tmp_path, plan, seed, kills=None):
     """Kill a run as planned, again and again, then let it end: the counts of kills, after comparing every bit."""
-    subprocess.run(command(folder, tmp_path / "whole", *KILLS), check=True, capture_output=True)
+    kills = kills or KILLS
+    subprocess.run(command(folder, tmp_path / "whole", *kills), check=True, capture_output=True)
     random, run, happened = np.random.default_rng(seed), tmp_path / "run", []
-    steps = int(KILLS[1]) // (len(plan) + 1)
+    steps = int(kills[1]) // (len(plan) + 1)
     assert steps >= 1, "more kills than updates"
     for how in plan:
         launcher = TORCHRUN if how == "agent" else (sys.executable,)
         target = latest_step(run) + random.integers(1, steps + 1)
-        happened.append(kill_once(run, command(folder, run, *KILLS, launcher=launcher), how, target))
-    subprocess.run(command(folder, run, *KILLS), check=True, capture_output=True)
+        happened.append(kill_once(run, command(folder, run, *kills, launcher=launcher), how, target))
+    subprocess.run(command(folder, run, *kills), check=True, capture_output=True)
     same(weights(tmp_path / "whole"), weights(run))
     assert not list(run.glob(".*.tmp"))
     return {how: happened.count(how) for how in set(happened)}, lines(run, "event")

@@ -39,12 +39,13 @@ import numpy as np
 import pydicom
 import torch
 from PIL import Image, ImageFilter
+from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import checkpoint
 import data
 import train_ssl
-from model import ARCHS
+from model import ADAPTER_NORMS, ARCHS, Classifier, Head, adapted_layers, add_adapters, build_vit
 from tools.lib import loop, settings
 from tools.lib.cli import ROOT, Parser, above_zero, positive, run
 from tools.lib.files import write_json
@@ -323,6 +324,49 @@ def pillow_views(path, boxes, size, draft):
     return [np.asarray(view) for view in views]
 
 
+def thin_products(layer, x, bias=None):
+    """What adapters are measured against: a linear layer, and per chosen piece the two products of plain LoRA."""
+    parts = list(F.linear(x, layer.weight, layer.bias if bias is None else bias).chunk(layer.pieces, -1))
+    for i, a, b in zip(layer.chosen, *(t.chunk(len(layer.chosen)) for t in (layer.lora_a, layer.lora_b))):
+        parts[i] = parts[i] + layer.scale * F.linear(F.linear(x, a), b)
+    return torch.cat(parts, -1) if len(parts) > 1 else parts[0]
+
+
+def adapted_update(point, way, device):
+    """A function that does one supervised update of a classifier with the adapters of `way`."""
+    vit = build_vit(point["arch"], layerscale=0.1)
+    norm = "lora" if way == "thin" else way
+    add_adapters(vit, point["rank"], point["rank"], norm, point["targets"])
+    for layer in adapted_layers(vit).values() if way == "thin" else ():
+        layer.forward = functools.partial(thin_products, layer)
+    net = Classifier(vit, Head(vit.dim, 2)).to(device).train()
+    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], 1e-4, fused=True)
+    images = torch.randn(point["batch"], 3, point["size"], point["size"], device=device)
+    labels = torch.arange(point["batch"], device=device) % 2
+
+    def update():
+        optimizer.zero_grad()
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            loss = F.cross_entropy(net(images), labels)
+        loss.backward()
+        optimizer.step()
+
+    return update
+
+
+def measure_adapters(point, device):
+    """Supervised updates with each kind of adapter in turns, beside LoRA written as two thin products."""
+    updates = {way: adapted_update(point, way, device) for way in ("thin", *ADAPTER_NORMS)}
+    times, _ = alternate(updates, device, point["seconds"])
+    rows = []
+    for name, seconds in times.items():
+        more = dict(way=name, seconds=seconds, factor=ratio(seconds, times["thin"]))
+        note = "" if name == "thin" else f"{more['factor']:.3f} x the time of LoRA as two thin products"
+        setting = f"{point['setting']}, {'LoRA as two thin products' if name == 'thin' else name}"
+        rows.append(as_row(setting, point["batch"] / median(seconds), "images/s", note=note, **more))
+    return rows
+
+
 def measure_views(point, device):
     """Twelve views of each JPEG of 12 megapixels from the file, in turns with Pillow."""
     torch.set_num_threads(1)
@@ -421,7 +465,8 @@ def measure_save(point, device):
     return [as_row(point["setting"], 1e3 * median(later), "ms stall", share, "copy", note, **more)]
 
 
-PARTS = (measure_step, measure_render, measure_views, measure_read, measure_dicom, measure_save, measure_sweep)
+PARTS = (measure_step, measure_adapters, measure_render, measure_views, measure_read, measure_dicom, measure_save)
+PARTS += (measure_sweep,)
 MEASURES = {measure.__name__.removeprefix("measure_"): measure for measure in PARTS}
 
 
@@ -456,6 +501,11 @@ def points_of(what, args, cuda, work):
             yield from (step_point(args, hu16, flags, precision, ways) for ways in fitting)
             if precision == precisions[0]:
                 yield step_point(args, hu16, flags, precision, ["compile" * cuda], gram=True)
+    elif what == "adapters":
+        for arch, targets in itertools.product(archs, ("qv", "all")):
+            batch, size = batches[0], 96 if args.quick else 224
+            setting = f"{arch} batch {batch} of {size} pixels, rank 16 on {targets}"
+            yield dict(arch=arch, batch=batch, size=size, rank=16, targets=targets, setting=setting)
     elif what == "render":
         for device, folder in itertools.product(["cpu", "cuda"][: 1 + cuda], (rgb, hu16)):
             place = "one CPU thread" if device == "cpu" else "GPU"
@@ -580,10 +630,10 @@ def build_parser():
     p.add_argument("--json", type=Path, help="also write every number here")
     p.add_argument("--markdown", action="store_true", help="print tables of Markdown, to copy rows into the README")
     p.add_argument("--device", default="auto", help="auto (CUDA/ROCm if there, else CPU), cpu, cuda")
-    p.add_argument("--arch", nargs="+", choices=list(ARCHS), help="of step and sweep; default: ViT-S, on a GPU also "
-                   "B and L")
+    p.add_argument("--arch", nargs="+", choices=list(ARCHS), help="of step, adapters and sweep; default: ViT-S, "
+                   "on a GPU also B and L")
     p.add_argument("--batch-size", type=positive, nargs="+",
-                   help="images per update of step, largest tried by sweep; default: 4, GPU 64")
+                   help="images per update of step and adapters, largest tried by sweep; default: 4, GPU 64")
     p.add_argument("--precision", nargs="+", choices=["fp32", "bf16"], help="of step; default: bf16 on a GPU, else "
                    "fp32, and bf16 if the CPU has it")
     p.add_argument("--flags", default="", help="further flags of train_ssl.py, in one string")

@@ -1,12 +1,12 @@
 """Are the pictures of today like those of the reference? Scores, classes, features and decisions, side by side.
 
     python tools/drift.py --reference runs/photos --current said/images.npz --policy runs/photos/policy.json --out drift
-    python tools/drift.py --ckpt runs/photos/best.pth --reference runs/photos --current pictures/ --out drift
+    python tools/drift.py --bundle bundle --reference runs/photos --current pictures/ --out drift
 
-In: prediction tables (of tools/predict.py), or with --ckpt folders of pictures too, whose features are compared as
-well. Out: drift.json, report.html, metrics.prom. One p-value for all statistics together, from groups dealt anew, so
-that 1 of 100 looks without a shift raises an alarm. Exit code 0 no shift found, 1 a shift that is small, 2 a shift,
-3 could not look.
+In: prediction tables (of tools/predict.py), or with --bundle or --ckpt folders of pictures, whose features are then
+compared as well. Out: drift.json, report.html, metrics.prom. One p-value for all statistics together, from groups
+dealt anew, so that 1 of 100 looks without a shift raises an alarm. Exit code 0 no shift found, 1 a shift that is small,
+2 a shift, 3 could not look.
 """
 
 import sys
@@ -22,10 +22,11 @@ import torch
 
 import data
 from checkpoint import write_text
-from tools.lib import asking, classifiers, page, policies, rules, shift, tables
+from tools.lib import asking, bundle, classifiers, page, policies, rules, shift, tables
 from tools.lib.cli import Parser, above_zero, natural, pick_device, positive, run, shown, within
 from tools.lib.files import write_json
 from tools.lib.progress import progress
+from tools.lib.slices import slice_name
 
 WORDS = ("shift", "small shift", "no shift", "could not look")
 
@@ -34,10 +35,12 @@ def build_parser():
     parser = Parser(__doc__)
     # fmt: off
     parser.add_argument("--reference", required=True, type=Path, help="run with predictions of --split, or a table")
-    parser.add_argument("--current", required=True, nargs="+", type=Path, help="tables, or with --ckpt folders of "
-                        "pictures; in the order of time")
-    parser.add_argument("--ckpt", type=Path, help="classifier of the reference: asks it about --current, and compares "
-                        "what its backbone makes of the pictures of both")
+    parser.add_argument("--current", required=True, nargs="+", type=Path, help="tables, or with --bundle or "
+                        "--ckpt folders of pictures; in the order of time")
+    who = parser.add_mutually_exclusive_group()
+    who.add_argument("--bundle", type=Path, help="classifier of the reference with its policy: is asked about "
+                     "--current; what its backbone makes of the pictures of both is compared")
+    who.add_argument("--ckpt", type=Path, help="the same without a policy: best.pth of train_probe.py --tune")
     parser.add_argument("--data", type=Path, help="pictures of the reference; default: as its table says")
     parser.add_argument("--policy", type=Path, help="policy.json: probabilities and decisions are those of its steps")
     parser.add_argument("--out", required=True, type=Path, help="folder for drift.json, report.html, metrics.prom")
@@ -46,7 +49,7 @@ def build_parser():
     parser.add_argument("--alpha", type=within("(0, 0.5]"), default=0.01, help="share of false alarms, all statistics "
                         "together")
     parser.add_argument("--max-psi", type=above_zero, default=0.25, help="a shift is small while all PSI are below ...")
-    parser.add_argument("--max-ks", type=above_zero, default=0.2, help="... and all KS, class and mean shifts are below")
+    parser.add_argument("--max-ks", type=above_zero, default=0.2, help="... and all KS, class and mean shifts")
     parser.add_argument("--draws", type=within("[99, 1e6]", int), default=999, help="deals behind the p-values")
     parser.add_argument("--features-of", type=natural, default=1000, help="pictures of each side whose features are "
                         "compared; 0: none")
@@ -80,20 +83,27 @@ def features(classifier, source, rows, facts, device, name):
     return torch.cat(found).numpy()
 
 
+def embed(args, classifier, facts, device, reference, asked):
+    """Features of at most --features-of pictures of each side -> (rows [K, D], their places among all samples [K])."""
+    root = args.data or Path(reference.facts.get("data") or ".")
+    source = data.open_source(root)
+    row_of = {slice_name(source, i): i for i in range(len(source))}
+    there = np.array([k for k, name in enumerate(reference.ids.tolist()) if name in row_of], int)
+    if not len(there):
+        raise ValueError(f"{root} holds none of the {len(reference.ids)} pictures of the reference; name --data")
+    kept = there[thinned(len(there), args.features_of, args.seed)]
+    rows = np.array([row_of[name] for name in reference.ids[kept].tolist()])
+    found, places, before = [features(classifier, source, rows, facts, device, "reference")], [kept], len(reference.ids)
+    for table, (source, rows) in asked:
+        kept = thinned(len(rows), args.features_of // len(asked), args.seed)
+        found.append(features(classifier, source, rows[kept], facts, device, "current"))
+        places.append(before + kept)
+        before += len(table.ids)
+    return np.concatenate(found), np.concatenate(places)
+
+
 def thinned(count, most, seed):
     return np.sort(data.rng(seed, "limit").permutation(count)[:most])
-
-
-def reference_pictures(args, table, facts):
-    """Source and rows of the reference's pictures, by id; samples whose picture is gone are left out, and counted."""
-    root = args.data or Path(table.facts.get("data") or ".")
-    source = data.open_source(root)
-    place = {name: i for i, name in enumerate(asking.samples_of(source, facts | {"classes": facts["classes"]})["all"].ids)} \
-        if source.splits is None else {}  # fmt: skip
-    rows = np.array([place[name] for name in table.ids.tolist() if name in place], int)
-    if not len(rows):
-        raise ValueError(f"{root} holds none of the {len(table.ids)} pictures of the reference; name them with --data")
-    return source, rows
 
 
 def together(all_tables, where):
@@ -164,7 +174,10 @@ def write_all(args, result, columns, rows, classes):
     write_json(args.out / "drift.json", result)
     tone = ("good", "warn", "bad", "bad")[result["code"]]
     numbers = [[name, s["value"], s["p"]] for name, s in result["statistics"].items()]
-    parts = [page.paragraph(result["text"], tone), page.section("Statistics", page.table(["", "value", "p alone"], numbers))]
+    parts = [
+        page.paragraph(result["text"], tone),
+        page.section("Statistics", page.table(["", "value", "p alone"], numbers)),
+    ]
     plots = []
     for name, (reference, current) in columns.items():
         curves = {who: (np.sort(v)[np.linspace(0, len(v) - 1, 200).astype(int)], np.linspace(0, 1, 200))
@@ -195,24 +208,25 @@ def metric(name):
 
 
 def gather(args):
-    """-> reference and current tables, policy, embeddings of both or None."""
-    policy = policies.read_policy(args.policy) if args.policy else None
-    reference, pictures = tables.read(args.reference, args.split), []
-    if not args.ckpt:
+    """-> reference and current tables, policy, features of both or None."""
+    policy, reference = (
+        policies.read_policy(args.policy) if args.policy else None,
+        tables.read(args.reference, args.split),
+    )
+    if not args.ckpt and not args.bundle:
         if folders := [path for path in args.current if path.is_dir() and not list(path.glob("*.npz"))]:
-            raise ValueError(f"--current {folders[0]} holds no table; with --ckpt a folder of pictures is asked about")
+            raise ValueError(f"--current {folders[0]} holds no table; a folder of pictures needs --bundle or --ckpt")
         return reference, together([tables.read(one_table(path)) for path in args.current], args.current), policy, None
-    (classifier, facts), device = classifiers.read_classifier(args.ckpt), pick_device(args.device)
+    if args.bundle and args.policy:
+        raise ValueError("--policy and --bundle: the bundle has a policy of its own; leave --policy away")
+    classifier, facts, *own = bundle.read_bundle(args.bundle) if args.bundle else classifiers.read_classifier(args.ckpt)
     if facts["sha256"] != reference.facts["weights_sha256"]:
-        raise ValueError(f"--ckpt {args.ckpt} is not the classifier that made {args.reference}; export it again")
-    found = [ask(args, classifier, facts, path, device) for path in args.current]
-    current = together([table for table, _ in found], args.current)
-    if not args.features_of:
-        return reference, current, policy, None
-    source, rows = reference_pictures(args, reference, facts)
-    embed = [features(classifier, source, rows, facts, device, "reference")]
-    pictures = [features(classifier, *there, facts, device, "current") for _, there in found]
-    return reference, current, policy, (embed[0], np.concatenate(pictures))
+        raise ValueError(f"{args.bundle or args.ckpt} is not what made {args.reference}; export the predictions again")
+    device = pick_device(args.device)
+    asked = [ask(args, classifier, facts, path, device) for path in args.current]
+    current = together([table for table, _ in asked], args.current)
+    rows = embed(args, classifier, facts, device, reference, asked) if args.features_of else None
+    return reference, current, own[0] if own else policy, rows
 
 
 def one_table(path):

@@ -1,6 +1,7 @@
 """The final number: what a policy's decisions are worth on val_test, in words, on a page and as files.
 
     python tools/evaluate.py --predictions runs/photos --policy runs/photos/policy.json --out runs/photos/evaluation
+    python tools/evaluate.py --bundle bundles/photos --data data/photos --out bundles/evaluation
 
 Each look at val_test is recorded in _splits/test_uses.jsonl of the data. A second look with another policy or other
 weights is refused unless --again says why: the best of several looks is optimistic.
@@ -19,8 +20,8 @@ import numpy as np
 
 import data
 from checkpoint import write_text
-from tools.lib import evaluation, metrics, page, policies, rules, tables
-from tools.lib.cli import Parser, natural, positive, run, shown
+from tools.lib import asking, bundle, evaluation, metrics, page, policies, provenance, rules, tables
+from tools.lib.cli import Parser, natural, pick_device, positive, run, shown
 from tools.lib.files import csv_text, write_json
 
 COMPARED = "nll brier ece ece_mass ece_classes ece_debiased mce auc average_precision aurc augrc".split()
@@ -28,23 +29,30 @@ COMPARED = "nll brier ece ece_mass ece_classes ece_debiased mce auc average_prec
 
 def build_parser():
     parser = Parser(__doc__)
-    parser.add_argument("--predictions", required=True, nargs="+", type=Path, help="the runs of the "
-                        "policy, in the same order, with predictions/val_test.npz; or such files")  # fmt: skip
-    parser.add_argument("--policy", required=True, type=Path, help="policy.json of tools/fit_policy.py")
+    who = parser.add_mutually_exclusive_group(required=True)
+    who.add_argument("--predictions", nargs="+", type=Path, help="the runs of the policy, in the same order, with "
+                     "predictions/val_test.npz; or such files")  # fmt: skip
+    who.add_argument("--bundle", type=Path, help="folder of tools/release.py --policy: it is asked about --data")
+    parser.add_argument("--policy", type=Path, help="policy.json of tools/fit_policy.py, for --predictions")
     parser.add_argument("--out", required=True, type=Path, help="folder for report.html, results.json and tables")
     parser.add_argument("--data", type=Path, help="data folder with _splits; default: the one named in the predictions")
-    parser.add_argument("--labels", type=Path, help="label table with fact columns; also looked for in --data")
+    parser.add_argument("--labels", type=Path, help="label table with fact columns; also looked for in --data; "
+                        "default with --bundle: its labels.csv")  # fmt: skip
     parser.add_argument("--slices", nargs="*", default=[], help="fact columns of --labels to report by")
     parser.add_argument("--split", default="val_test", help="another split is evaluated without a record")
     parser.add_argument("--again", help="why val_test is looked at with a second policy or other weights; recorded")
     parser.add_argument("--errors", type=natural, default=100, help="worst samples of each kind in errors.csv; 0: none")
+    parser.add_argument("--batch-size", type=positive, default=96, help="of --bundle: views per forward")
+    parser.add_argument("--workers", type=positive, default=2, help="of --bundle: threads that read ahead")
+    parser.add_argument("--device", default="auto", help="of --bundle: auto (CUDA/ROCm if there, else CPU), cpu, cuda")
     parser.add_argument("--bootstrap", type=positive, default=1000, help="resamples of groups for each interval")
     return parser
 
 
 def refuse_strangers(policy, table, path):
     """A policy belongs to the weights, classes and split that it was fitted on."""
-    for name in ("classes", "layout", "weights_sha256", "split_sha256"):
+    names = ["classes", "layout", "weights_sha256", "split_sha256"]
+    for name in names if table.facts["split"] != "all" else names[:3]:  # other data, which have no split
         if name in policy and policy[name] != table.facts.get(name):
             raise ValueError(f"{path} was fitted with another {name} than these predictions; fit the policy again")
 
@@ -88,9 +96,31 @@ def write_all(folder, table, out, before, policy, result):
     write_text(folder / "report.html", page.page(f"Evaluation on {result['split']}", *parts))
 
 
+def ask_bundle(args):
+    """-> (policy, predictions of the split); of a folder without a split, of all of it, which is no look."""
+    if args.data is None or args.policy:
+        raise ValueError("--bundle brings its policy, and --data names what to ask it about: give both, not --policy")
+    classifier, facts, policy = bundle.read_bundle(args.bundle)
+    contract = data.split_path(args.data).exists()
+    source = asking.of_data(args.data, [args.split] if contract else None, facts)
+    args.policy, args.labels = args.bundle / "policy.json", args.labels or args.data / "labels.csv"
+    if not (table := data.find_table(args.data, args.labels)).exists():
+        raise FileNotFoundError(f"{table} does not exist: without labels there is nothing to score (tools/predict.py)")
+    (split, asked), *_ = asking.samples_of(source, facts, table).items()
+    provenance.refuse_leak(facts, source.take(asked.rows), "the labels")
+    how = table, pick_device(args.device), args.batch_size, args.workers
+    found = asking.answers(classifier, facts, source, asked, split, *how)
+    return policy, found._replace(facts={**found.facts, "npz_sha256": None})
+
+
 def main(argv=None):
     args = build_parser().parse_args(argv)
-    policy, table = policies.read_policy(args.policy), policies.load(args.predictions, args.split)
+    if args.bundle:
+        policy, table = ask_bundle(args)
+    elif args.policy is None:
+        raise ValueError("--predictions needs --policy: name the policy.json that tools/fit_policy.py wrote")
+    else:
+        policy, table = policies.read_policy(args.policy), policies.load(args.predictions, args.split)
     root = args.data or Path(table.facts.get("data") or ".")
     refuse_strangers(policy, table, args.policy)
     table = table.take(np.flatnonzero(table.labels >= 0))

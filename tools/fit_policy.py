@@ -2,6 +2,11 @@
 
     python tools/fit_policy.py --predictions runs/photos --out runs/photos/policy.json --method mean temperature mcc
     python tools/fit_policy.py --predictions runs/a runs/b --out policy.json --method weights auto raps:alpha=0.05
+    python tools/fit_policy.py --predictions runs/a runs/b --out policy.json --method best:runs=1 auto mcc
+
+best: pool and number of views with the highest MCC on val_select; with runs=1 also the one run among several, such as
+exports of the same weights with other overlaps. topk keeps the surest views: where any view may show the object, it
+prefers views that are sure of nothing; topk_positive and whole_topk have no such bias.
 
 Each fitted step has its own part of the groups: two steps 50/50, three 40/30/30. With --by, calibrators and mondrian
 are fitted for each value of a fact column.
@@ -19,7 +24,8 @@ import tools.lib.threads  # noqa: F401 - before torch
 import numpy as np
 
 from tools.lib import failure, policies, rules
-from tools.lib.cli import Parser, run, shown
+from tools.lib.choice import choose_pool
+from tools.lib.cli import Parser, read_options, run, shown
 from tools.lib.files import write_json
 from tools.lib.page import number
 
@@ -48,7 +54,8 @@ def report(policy):
         where = f" on {fitted['n']} samples, by class {fitted['n_per_class']}" if fitted else ", not fitted"
         yield f"{k}. {step['kind']} {step['method']}{where}: {shown(json.dumps(step['parameters']), 200)}"
         for name, worth in step.get("choice", {}).items():
-            yield f"   {name:12s} cross-fitted NLL {worth['nll']:.4f}, ECE {worth['ece']:.4f}, MCC {worth['mcc']:.4f}"
+            numbers = ", ".join(f"{key.upper()} {value:.4f}" for key, value in worth.items())
+            yield f"   {name:14s} {'on val_select' if step['kind'] == 'aggregate' else 'cross-fitted'}: {numbers}"
     last = policy["steps"][-1]["parameters"]
     yield f"guarantee: {policy['guarantee']}"
     if not policy["feasible"]:
@@ -71,14 +78,39 @@ def foreseen(table):
             f"{auroc['largest_probability']:.3f} by the largest probability (cross-fitted)")  # fmt: skip
 
 
+def on_select(path):
+    """The predictions of val_select beside those of val_calib."""
+    return path.with_name("val_select.npz") if path.suffix == ".npz" else path
+
+
+def first_step(paths, method):
+    """best -> the runs it is about, the pool as a step, and what it was chosen by; another step: as it is."""
+    name, options = read_options(method)
+    if name != "best":
+        return paths, method, {}
+    if set(options) - {"runs"}:
+        raise ValueError(f"{method}: best has one option, runs=1, which chooses among --predictions too")
+    each = [[path] for path in paths] if options.get("runs") else [paths]
+    found = [policies.load([on_select(path) for path in some], "val_select") for some in each]
+    for table in found:
+        if table.facts["split"] != "val_select" or set(table.ids) != set(found[0].ids):
+            raise ValueError(f"best needs predictions of val_select, of the same samples in each run, not "
+                             f"{table.facts['split']} of {len(table.ids)}; export them again")  # fmt: skip
+    run, pool, options, worth = choose_pool(found)
+    about = {"predictions_sha256": found[run].facts["npz_sha256"], "split": "val_select", "n": len(found[run].ids)}
+    return each[run], {"method": pool, **options}, {"chosen_on": about, "choice": worth}
+
+
 def main(argv=None):
     args = build_parser().parse_args(argv)
-    table = policies.load(args.predictions, "val_calib")
+    paths, first, chosen = first_step(args.predictions, args.method[0])
+    table = policies.load(paths, "val_calib")
     if (split := table.facts["split"]) != "val_calib":
         raise ValueError(f"{args.predictions[0]} holds {split}: policies are fitted on val_calib (of CT: --four-way)")
     root = args.data or Path(table.facts.get("data") or ".")
     slices = policies.column_of(args.labels, root, args.by, table.ids) if args.by else None
-    policy = rules.fit_steps(table, args.method, slices, args.by)
+    policy = rules.fit_steps(table, [first, *args.method[1:]], slices, args.by)
+    policy["steps"][0] |= chosen
     policy |= {name: table.facts[name] for name in ("weights_sha256", "split_sha256")}
     print("\n".join([*report(policy), foreseen(table)]))
     write_json(args.out, policy, indent=1)

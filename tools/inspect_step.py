@@ -30,7 +30,7 @@ from data import denormalise, eval_view, look_windows, make_loader, render, sele
 from tools.lib import autopsy, sheet
 from tools.lib.cli import ROOT, Parser, natural, pick_device, positive, run, within
 from tools.lib.files import write_json
-from tools.lib.runs import open_trained, read_config, read_recipes
+from tools.lib.runs import open_trained, read_recipes, read_run_config
 from tools.lib.slices import slice_name
 
 SIDE = 448  # pixels, about, of a slice and of a global crop; crops are enlarged by whole factors only
@@ -232,7 +232,7 @@ def build_parser():
 
 def main(argv=None):
     args = build_parser().parse_args(argv)
-    config = read_config(args.run)
+    config = read_run_config(args.run)
     flags = config["args"]
     source = open_data(config, args.data)
     if args.why:

@@ -1,7 +1,7 @@
-"""What a classifier says of pictures: logits of each view as a table (npz, json), probabilities as a CSV for people.
+"""What a classifier says of pictures: logits of each view as a table (npz, json), decisions as a CSV for people.
 
     python tools/predict.py --ckpt runs/photos/best.pth --data data/photos --out runs/photos/predictions
-    find . -name '*.jpg' | python tools/predict.py --ckpt runs/photos/best.pth --images - --out said
+    find . -name '*.jpg' | python tools/predict.py --bundle bundles/photos --images - --out said
 
 Of a folder with _splits its val_select and val_calib are exported, or --split; labels are copied where labels.csv or
 --labels has them, and not needed. No score is computed, so predictions of val_test are no look at it: the look is that
@@ -17,13 +17,15 @@ import tools.lib.threads  # noqa: F401 - before torch
 
 # isort: split
 import data
-from tools.lib import asking, broken, classifiers
+from tools.lib import asking, broken, bundle, classifiers
 from tools.lib.cli import Parser, pick_device, positive, run, shown
 
 
 def build_parser():
     parser = Parser(__doc__)
-    parser.add_argument("--ckpt", required=True, type=Path, help="best.pth of train_probe.py --tune; EMA weights speak")
+    who = parser.add_mutually_exclusive_group(required=True)
+    who.add_argument("--ckpt", type=Path, help="best.pth of train_probe.py --tune or --protocol select; EMA weights")
+    who.add_argument("--bundle", type=Path, help="folder of tools/release.py --policy: its policy decides, in the CSV")
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--data", type=Path, help="data folder, with or without _splits")
     where.add_argument("--images", nargs="+", help="files, folders, or - for names on standard input, one a line")
@@ -51,19 +53,26 @@ def main(argv=None):
     args = build_parser().parse_args(argv)
     if args.images and (args.split or args.labels):
         raise ValueError("--split and --labels belong to --data; files of --images have neither")
-    classifier, facts = classifiers.read_classifier(args.ckpt)
+    if args.bundle:
+        classifier, facts, policy = bundle.read_bundle(args.bundle)
+    else:
+        (classifier, facts), policy = classifiers.read_classifier(args.ckpt), None
     if args.layout:
+        if policy:
+            raise ValueError(f"--layout {args.layout}: the policy of the bundle is for {facts['layout']}")
         data.find_layout(args.layout)
         facts["layout"] = args.layout
     device, labels = pick_device(args.device), args.labels and data.find_table(args.data, args.labels)
     source = asking.of_files(names_of(args.images)) if args.images else asking.of_data(args.data, args.split, facts)
     source = broken.leave_out(source, args.skip_bad)
     for split, asked in asking.samples_of(source, facts, labels).items():
-        logits = asking.answers(classifier, facts, source, asked, split, device, args.batch_size, args.workers)
-        about = classifiers.facts_of(facts, source, split, asking.labels_sha256(source, labels))
-        path = classifiers.export(args.out, asked.ids, asked.groups, asked.labels, logits, about)
-        counts = f"{len(asked.ids):,} samples, {(asked.labels >= 0).sum():,} with a label, {logits.shape[1]} views each"
-        print(f"{path} (.json, .csv): {counts}, classes {shown(facts['classes'])}")
+        how = labels, device, args.batch_size, args.workers
+        table = asking.answers(classifier, facts, source, asked, split, *how)
+        out = bundle.decided(policy, table, asking.column(source, asked, policy, labels)) if policy else None
+        path = classifiers.export(args.out, *table, out)
+        views, known = table.logits.shape[1], (table.labels >= 0).sum()
+        print(f"{path} (.json, .csv): {len(table.ids):,} samples, {known:,} with a label, {views} views each, classes "
+              f"{shown(facts['classes'])}")  # fmt: skip
     return 0
 
 

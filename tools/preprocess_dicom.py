@@ -8,15 +8,9 @@ runs), `_index/index.csv` over all datasets and `_manifests/<dataset>.json` with
 command again continues a killed run. Exit code 0 all fine, 1 something was rejected, 2 nothing usable.
 """
 
-import argparse
-import functools
 import hashlib
-import io
 import json
 import os
-import re
-import secrets
-import shutil
 import sys
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -25,42 +19,26 @@ from typing import NamedTuple
 import numpy as np
 import PIL
 import pydicom
-from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from checkpoint import atomic_write, fsync_folder
-from data import RGB_WINDOWS, WINDOWS_HU, file_sha256, window_codes
-from tools.lib import manifest as manifests
-from tools.lib.cli import Parser, positive, run, shown, within
-from tools.lib.dicom import (
-    REASONS,
-    Reject,
-    assemble,
-    default_key_file,
-    load_key,
-    most_common,
-    public_id,
-    read_slices,
-    scan_file,
-)
-from tools.lib.files import walk_files, write_json
+from data import file_sha256
+from tools.lib import volumes
+from tools.lib.cli import Parser, run
+from tools.lib.dicom import Reject, assemble, default_key_file, load_key, most_common, public_id, read_slices, scan_file
+from tools.lib.files import walk_files
+from tools.lib.manifest import record_path
 from tools.lib.progress import progress
 from tools.lib.provenance import plain_name
 from tools.lib.workers import parallel
 
 VERSION = 1  # part of every series' input hash: raise it when the same files would give other pixels or rows
-ENCODINGS = {"rgb": "rgb-v1", "hu16": "hu16-v1"}
 MAX_BYTES = 1 << 32  # of one file: 8,000 slices of 512 x 512
-BODY_HU = -500
-BODY_GRID = 128  # the body is found on about this many points along the shorter side
 
 
 class Job(NamedTuple):
     """One series for one worker."""
 
-    root: str
-    dataset: str
-    encoding: str
+    target: volumes.Target
     series: str  # as written
     files: tuple  # of (path, sop as written)
     kept_patients: tuple  # PatientIDs of its files that need no hash
@@ -71,141 +49,6 @@ class Job(NamedTuple):
     allow_gaps: bool
 
 
-# The body box.
-
-
-def largest_region(mask):
-    """bool [h, w] -> bool [h, w]: its largest 4-connected region. Runs of each row are joined by union-find."""
-    edges = np.diff(np.pad(mask, ((0, 0), (1, 1))).astype(np.int8), axis=1)
-    rows, starts = np.nonzero(edges == 1)
-    ends = np.nonzero(edges == -1)[1]
-    parent = list(range(len(rows)))
-
-    def root(i):
-        while parent[i] != i:
-            parent[i] = i = parent[parent[i]]
-        return i
-
-    first = np.searchsorted(rows, np.arange(len(mask) + 1)).tolist()  # first run of each row
-    start, end = starts.tolist(), ends.tolist()
-    for y in range(1, len(mask)):
-        above, here = first[y - 1], first[y]
-        while above < first[y] and here < first[y + 1]:
-            if start[above] < end[here] and start[here] < end[above]:
-                parent[root(here)] = root(above)
-            if end[above] < end[here]:
-                above += 1
-            else:
-                here += 1
-    roots = np.array([root(i) for i in range(len(rows))], np.intp)
-    best = np.bincount(roots, ends - starts).argmax()
-    region = np.zeros_like(mask)
-    for i in np.flatnonzero(roots == best):
-        region[rows[i], start[i] : end[i]] = True
-    return region
-
-
-def dilate(mask):
-    """3 x 3 square; `~dilate(~mask)` erodes."""
-    wide = np.pad(mask, 1)
-    tall = wide[:, :-2] | wide[:, 1:-1] | wide[:, 2:]
-    return tall[:-2] | tall[1:-1] | tall[2:]
-
-
-def body_box(hu):
-    """int16 [H, W] -> y0, y1, x0, x1 (ends excluded) of the largest region above -500 HU; the whole slice if none.
-
-    Found on a coarse grid after an opening that removes what is thinner than 3 grid points, which takes the table off
-    the patient's back, then grown back by one grid point and tightened to full-resolution pixels above the threshold.
-    """
-    height, width = hu.shape
-    step = max(1, min(height, width) // BODY_GRID)
-    ys, xs = (np.minimum(np.arange(0, n, step) + step // 2, n - 1) for n in hu.shape)
-    coarse = hu[np.ix_(ys, xs)] > BODY_HU
-    opened = dilate(~dilate(~coarse))
-    if not opened.any():
-        return 0, height, 0, width
-    grown = dilate(largest_region(opened))
-    fine = grown.repeat(step, 0)[:height].repeat(step, 1)[:, :width] & (hu > BODY_HU)
-    y, x = np.flatnonzero(fine.any(1)), np.flatnonzero(fine.any(0))
-    return int(y[0]), int(y[-1]) + 1, int(x[0]), int(x[-1]) + 1
-
-
-# Writing a series.
-
-
-@functools.cache
-def window_table(name):
-    """uint8 [65536]: data.window_codes of every int16, in the order of its bits. 10 times faster than the formula."""
-    return window_codes(np.arange(1 << 16, dtype=np.uint16).view(np.int16), *WINDOWS_HU[name])
-
-
-def png_bytes(neighbours):
-    """int16 [3, H, W], slices z-1, z, z+1 -> an rgb-v1 PNG."""
-    planes = [window_table(name)[hu.view(np.uint16)] for name, hu in zip(RGB_WINDOWS, neighbours)]
-    image, data = Image.merge("RGB", [Image.fromarray(plane) for plane in planes]), io.BytesIO()
-    # Run-length strategy (3): noise has no longer matches to find. 13 ms and 361 kB a 512 x 512 slice; Pillow's default
-    # strategy at level 1 takes 19 ms for 395 kB, at level 6 48 ms for 332 kB (one core, 2026-11).
-    image.save(data, "PNG", compress_level=1, compress_type=3)
-    return data.getvalue()
-
-
-def write_rgb(root, folder, hu):
-    """Inner slices as PNGs in a temporary sibling that is renamed when all is on the disk -> {path: [bytes, sha256]}"""
-    final = root / folder
-    temporary = final.with_name(f".{final.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    temporary.mkdir()
-    try:
-        files = {}
-        for z in range(1, len(hu) - 1):
-            data = png_bytes(hu[z - 1 : z + 2])
-            (temporary / f"{z:04d}.png").write_bytes(data)
-            files[f"{folder}/{z:04d}.png"] = [len(data), hashlib.sha256(data).hexdigest()]
-        for path in sorted(temporary.iterdir()):  # after all writes: by then most of the data are on their way
-            with open(path, "r+b") as f:
-                os.fsync(f.fileno())
-        fsync_folder(temporary)
-        temporary.rename(final)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    fsync_folder(final.parent)
-    return files
-
-
-def write_hu16(root, folder, hu):
-    """-> {path: [bytes, sha256]}"""
-    path = atomic_write(root / f"{folder}.npy", lambda f: np.save(f, hu))
-    return {f"{folder}.npy": [path.stat().st_size, file_sha256(path)]}
-
-
-def number(value):
-    """Millimetres as text, to a nanometre, without a negative zero."""
-    return repr(round(float(value), 6) + 0.0)
-
-
-def index_rows(job, folder, volume):
-    """One row per inner slice, in the order of data.INDEX_COLUMNS."""
-    uid_key = None if job.uids_kept else job.key
-    patient_key = None if volume.patient in job.kept_patients else job.key
-    patient = public_id("patient", job.spelling or volume.patient, patient_key)
-    study = volume.study and public_id("study", volume.study, uid_key)  # a hash of nothing would look like an id
-    spacing_z, *spacing_yx = map(number, volume.spacing)
-    rows = []
-    for z in range(1, len(volume.hu) - 1):
-        path = f"{folder}.npy" if job.encoding == ENCODINGS["hu16"] else f"{folder}/{z:04d}.png"
-        sop = public_id("sop", volume.sops[z], uid_key)
-        place = [z, number(volume.z_mm[z]), *spacing_yx, spacing_z, *volume.hu.shape[1:]]
-        rows.append([path, job.encoding, job.dataset, patient, study, job.series, sop, *place, *body_box(volume.hu[z])])
-    return rows
-
-
-def discard(root, dataset, series):
-    """Remove what an earlier run wrote of a series, its record first: without one a series counts as not done."""
-    manifests.record_path(root, dataset, series).unlink(missing_ok=True)
-    shutil.rmtree(root / dataset / series, ignore_errors=True)
-    (root / dataset / f"{series}.npy").unlink(missing_ok=True)
-
-
 # One series, in a worker.
 
 
@@ -213,21 +56,36 @@ def inputs_hash(job, digests):
     """Of the bytes of the files, in any order and under any name, and of all that shapes the output."""
     ids = [job.kept_patients, job.uids_kept, job.key and public_id("sop", "", job.key)]
     ids += [job.spelling] if job.spelling else []
-    recipe = [VERSION, job.encoding, job.min_slices, job.allow_gaps, ids, sorted(digests)]
+    gaps = "runs" if job.allow_gaps else False
+    recipe = [VERSION, job.target.encoding, job.min_slices, gaps, ids, sorted(digests)]
     return hashlib.sha256(json.dumps(recipe).encode()).hexdigest()
 
 
-def is_finished(job, record):
-    root = Path(job.root)
-    if not {sop for sop, *_ in record["rejected"]} <= {sop for _, sop in job.files}:
-        return False
-    for path, (size, _) in record["files"].items():
-        if not (root / path).is_file() or (root / path).stat().st_size != size:
-            return False
+def finished(job):
+    """{name: record} of the volumes that an earlier run made of these very files; {} if there is anything to do."""
+    first = volumes.find_record(job.target, job.series) or volumes.find_record(job.target, f"{job.series}-1")
+    if not first or first.get("runs", 1) not in range(1, 1000):
+        return {}
+    records = {name: volumes.find_record(job.target, name) for name in run_names(job.series, first.get("runs", 1))}
+    if not all(records.values()) or not {sop for sop, *_ in first["rejected"]} <= {sop for _, sop in job.files}:
+        return {}
     try:
-        return record["inputs"] == inputs_hash(job, [file_sha256(path) for path, _ in job.files])
+        inputs = inputs_hash(job, [file_sha256(path) for path, _ in job.files])
     except OSError:
-        return False  # reading it again says why
+        return {}  # reading it again says why
+    return records if all(record["inputs"] == inputs for record in records.values()) else {}
+
+
+def run_names(series, runs):
+    """A series of several regular runs is as many series; no UID has a dash."""
+    return [series] if runs == 1 else [f"{series}-{k}" for k in range(1, runs + 1)]
+
+
+def discard(job):
+    """All that an earlier run made of this series."""
+    records = record_path(job.target.root, job.target.dataset, job.series).parent.glob(f"{job.series}-*.json")
+    for name in [job.series, *(path.stem for path in records)]:
+        volumes.discard(job.target, name)
 
 
 def read_series(job):
@@ -249,31 +107,30 @@ def read_series(job):
     return slices, rejected, digests
 
 
+def public_ids(job, name, volume):
+    uid_key = None if job.uids_kept else job.key
+    patient_key = None if volume.patient in job.kept_patients else job.key
+    patient = public_id("patient", job.spelling or volume.patient, patient_key)
+    study = volume.study and public_id("study", volume.study, uid_key)  # a hash of nothing would look like an id
+    return volumes.Ids(name, patient, study, [public_id("sop", sop, uid_key) for sop in volume.sops])
+
+
 def process_series(job):
-    """Write one series and its record -> (job, reason or "" if kept, detail, rejected files)."""
-    root, folder = Path(job.root), f"{job.dataset}/{job.series}"
-    record_file = manifests.record_path(root, job.dataset, job.series)
-    record = manifests.find(manifests.read_record, root, job.dataset, job.series)
-    if record and is_finished(job, record):
-        return job, "", "", record["rejected"]
+    """Write one series and its record -> (job, names it is kept under, reason why not, detail, rejected files)."""
+    if records := finished(job):
+        return job, list(records), "", "", next(iter(records.values()))["rejected"]
     slices, rejected, digests = read_series(job)
-    discard(root, job.dataset, job.series)
+    discard(job)
     try:
-        volume = assemble(slices, job.min_slices, job.allow_gaps)
+        found = assemble(slices, job.min_slices, job.allow_gaps)
     except Reject as reject:
         why = (reject.reason, reject.detail) if slices else most_common(tuple(why) for _, *why in rejected)
-        return job, *why, rejected
-    write = write_hu16 if job.encoding == ENCODINGS["hu16"] else write_rgb
-    record = {
-        "version": manifests.VERSION,
-        "inputs": inputs_hash(job, digests),
-        "rejected": sorted(rejected),
-        "handled": volume.handled,
-        "files": write(root, folder, volume.hu),
-        "rows": index_rows(job, folder, volume),
-    }
-    write_json(record_file, record, indent=None)
-    return job, "", "", rejected
+        return job, [], *why, rejected
+    names, inputs = run_names(job.series, len(found)), inputs_hash(job, digests)
+    more = {"runs": len(found)} if len(found) > 1 else {}
+    for name, volume in zip(names, found):
+        volumes.write_series(job.target, public_ids(job, name, volume), volume, inputs, rejected, **more)
+    return job, names, "", "", rejected
 
 
 # All series.
@@ -338,7 +195,7 @@ def plan_jobs(scans, key_file, keep_ids, **common):
 
 
 def process_all(jobs, workers):
-    """-> {series: (reason or "", detail, rejected files)}"""
+    """-> {series: (names it is kept under, reason or "", detail, rejected files)}"""
     outcome = {}
     with progress(total=sum(len(job.files) for job in jobs), desc="slices", unit="slice") as bar:
         for job, *result in parallel(process_series, jobs, workers):
@@ -348,10 +205,10 @@ def process_all(jobs, workers):
 
 
 def list_rejects(scans, members, outcome):
-    """-> [(entry of the manifest, raw paths)] in an order that file names play no part in."""
+    """-> [(entry of the manifest, raw paths)]"""
     found = [({"file": s.content, "reason": s.reason, "detail": s.detail}, [s.path]) for s in scans if not s.series]
     for series, files in members.items():
-        reason, detail, rejected = outcome.get(series, (None, "", []))
+        _, reason, detail, rejected = outcome.get(series, ([], None, "", []))
         rejected = [why for _, *why in files if why[1]] + [tuple(why) for why in rejected]
         paths = {sop: path for path, sop, *_ in files}
         if reason == "":  # kept, without these
@@ -363,124 +220,50 @@ def list_rejects(scans, members, outcome):
         entry = {"series": series, "reason": reason, "detail": detail, "files": len(files)}
         entry["file_reasons"] = Counter(why[1] for why in rejected)
         found.append((entry, list(paths.values())))
-    return sorted(found, key=lambda item: json.dumps(item[0], sort_keys=True))
-
-
-def summary(rejects):
-    """Table of rejects by reason, and what to install."""
-    files, series = Counter(), Counter()
-    for entry, _ in rejects:
-        files[entry["reason"]] += entry.get("files", 1)
-        series[entry["reason"]] += "files" in entry
-    lines = [f"{'rejected':20} {'series':>6} {'files':>7}"] if files else []
-    lines += [f"{reason:20} {series[reason]:6} {n:7}  {REASONS[reason]}" for reason, n in files.most_common()]
-    advice = {f"{entry['reason']}: {entry['detail']}" for entry, _ in rejects if "pip install" in entry["detail"]}
-    return "\n".join([*lines, *sorted(advice)])
-
-
-def finish(root, dataset, kept, origin):
-    """Remove what this run did not keep, then write index and manifest -> manifest."""
-    stale = {path.stem for path in (root / "_manifests" / dataset).glob("*.json")} - set(kept)
-    for series in stale:
-        discard(root, dataset, series)
-    if stale:
-        print(f"{dataset}: removed {len(stale)} series of an earlier run, no longer in --raw or rejected now")
-    others = sorted(path.stem for path in (root / "_manifests").glob("*.json") if path.stem != dataset)
-    series_of = {other: manifests.read_manifest(root, other)["series"] for other in others}
-    manifests.write_index(root, series_of | {dataset: kept})
-    files, origin["handled"] = {}, {}
-    for series in kept:
-        record = manifests.read_record(root, dataset, series)
-        files[series] = record["files"]
-        if record["handled"]:
-            origin["handled"][series] = record["handled"]
-    manifest = manifests.write_manifest(root, dataset, origin, files)
-    manifests.refresh_index_hash(root)
-    return manifest
-
-
-def check_target(root, dataset, encoding, jobs):
-    """A dataset has one encoding and one source; clear the leftovers of killed runs."""
-    manifest = manifests.find(manifests.read_manifest, root, dataset)
-    if manifest and manifest["series"] and manifest["encoding"] != encoding:
-        raise ValueError(f"{root / dataset} is {manifest['encoding']}: give another --dataset or --out for {encoding}")
-    done = {path.stem for path in (root / "_manifests" / dataset).glob("*.json")}
-    if done and not done & {job.series for job in jobs}:
-        raise ValueError(
-            f"{root / dataset} holds {len(done)} series and none of them is in --raw: give another --dataset, or the"
-            " --key-file it was made with, or remove it"
-        )
-    for folder in (root / dataset, root / "_manifests" / dataset):
-        folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.glob(".*.tmp"):
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-
-
-def dataset_name(text):
-    if not re.fullmatch("[A-Za-z0-9][A-Za-z0-9_.-]*", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no plain name of letters, digits, dot, dash, underscore")
-    return text
+    return found
 
 
 def build_parser():
-    parser = Parser(__doc__)
-    parser.add_argument("--raw", required=True, type=Path, help="folder of DICOM files, any nesting")
-    parser.add_argument("--out", required=True, type=Path, help="processed root; may hold other datasets")
-    parser.add_argument("--dataset", required=True, type=dataset_name, help="its name; groups are dataset/patient")
-    parser.add_argument("--format", choices=ENCODINGS, default="rgb", help="PNGs, or exact HU in one .npy a series")
-    parser.add_argument("--workers", type=positive, default=os.cpu_count(), help="processes")
-    parser.add_argument(
-        "--min-slices", type=within("[3, 1e18]", int), default=8, help="shorter series are rejected; at least 3"
-    )
-    parser.add_argument("--allow-gaps", action="store_true", help="of an irregular series keep the longest regular run")
+    parser = volumes.common_flags(Parser(__doc__), "folder of DICOM files, any nesting")
+    parser.add_argument("--allow-gaps", action="store_true", help="of an irregular series keep the longest regular run "
+                        "of each spacing; of several each becomes a series, UID-1, UID-2")  # fmt: skip
     parser.add_argument("--keep-ids", action="store_true", help="keep ids also without PatientIdentityRemoved YES")
     parser.add_argument("--key-file", type=Path, help="secret for hashed ids; default: dinox_id_key beside --out")
-    parser.add_argument("--list-rejects", action="store_true", help="print the path of every rejected file")
     return parser
 
 
 def main(argv=None):
     parser = build_parser()
     args = parser.parse_args(argv)
-    root, raw, encoding = args.out.resolve(), args.raw.resolve(), ENCODINGS[args.format]
-    key_file = args.key_file or default_key_file(root)
-    if key_file.resolve().is_relative_to(root):
+    target = volumes.Target(str(args.out.resolve()), args.dataset, volumes.ENCODINGS[args.format])
+    key_file = args.key_file or default_key_file(target.root)
+    if key_file.resolve().is_relative_to(target.root):
         parser.error(f"--key-file {key_file} lies inside --out, which may be shared: keep it elsewhere")
-    if not raw.is_dir():
-        raise FileNotFoundError(f"--raw {args.raw} is not a folder")
-    if root.is_relative_to(raw) or raw.is_relative_to(root / args.dataset):
-        raise ValueError(f"--out {args.out} and --raw {args.raw} lie inside each other: choose another --out")
-    files = walk_files(raw)
+    if args.merge:
+        return volumes.merge(target, args.merge)
+    volumes.check_folders(args.raw, args.out, args.dataset)
+    files = walk_files(args.raw.resolve())
     if not files:
         raise FileNotFoundError(f"--raw {args.raw} holds no file")
 
     scans = scan_tree([path for path, _ in files], args.workers)
     options = dict(min_slices=args.min_slices, allow_gaps=args.allow_gaps)
-    common = dict(root=str(root), dataset=args.dataset, encoding=encoding, **options)
-    members, jobs = plan_jobs(scans, key_file, args.keep_ids, **common)
-    check_target(root, args.dataset, encoding, jobs)
-    outcome = process_all(jobs, args.workers)
-    rejects = list_rejects(scans, members, outcome)
-    kept = sorted(series for series, (reason, *_) in outcome.items() if not reason)
-    origin = {
-        "encoding": encoding,
+    members, jobs = plan_jobs(scans, key_file, args.keep_ids, target=target, **options)
+    volumes.prepare(target, [job.series for job in jobs], args.shard)
+    facts = {
+        "encoding": target.encoding,
         "options": options | {"keep_ids": args.keep_ids},
         "tool": {"preprocess_dicom": VERSION}
         | {module.__name__.lower(): module.__version__ for module in (np, PIL, pydicom)},
         "raw": {"files": len(files), "bytes": sum(size for _, size in files)},
-        "rejected": [entry for entry, _ in rejects],
+        "series": len(members),
     }
-    counts = finish(root, args.dataset, kept, origin)["counts"]
-    of = f"{len(kept)} of {len(members)} series, {counts['slices']} slices, {counts['patient']} patients"
-    print(f"{args.dataset}: {of}")
-    print(f"{manifests.index_path(args.out)}\n{manifests.manifest_path(args.out, args.dataset)}")
-    print(summary(rejects))
-    if args.list_rejects:
-        print("\n".join(f"{entry['reason']:20} {shown(path, 4096)}" for entry, paths in rejects for path in paths))
-    if not kept:
-        print("nothing usable", file=sys.stderr)
-        return 2
-    return 1 if any(entry["reason"] != "not_dicom" for entry, _ in rejects) else 0
+    mine = [job for job in jobs if volumes.belongs(job.series, args.shard)]
+    outcome = process_all(mine, args.workers)
+    members = {series: files for series, files in members.items() if volumes.belongs(series, args.shard)}
+    rejects = list_rejects([s for s in scans if volumes.belongs(s.content, args.shard)], members, outcome)
+    kept = [name for names, *_ in outcome.values() for name in names]
+    return volumes.close(target, args.shard, facts, kept, rejects, args.list_rejects)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,17 @@
-"""Turn a checkpoint into a folder for other people: the EMA teacher in the Hugging Face DINOv3 layout, with its papers.
+"""Turn a checkpoint into a folder for other people: the EMA teacher as transformers or timm reads it, with its papers.
 
 In: a checkpoint of train_ssl.py and, with --probe, the results.json that train_probe.py wrote about it. Out: OUT/ with
-model.safetensors, config.json, preprocessor_config.json, README.md (model card), provenance.json, LICENSE and
-SHA256SUMS. provenance.json holds salted hashes of what the weights were trained on, so that whoever evaluates them can
-refuse a leak. The folder appears only when what is in it was loaded again and gives the teacher's outputs to 1e-5. No
-path of this machine and no patient id in clear gets in.
+model.safetensors, config.json, README.md (model card), provenance.json, LICENSE and SHA256SUMS; for transformers also
+preprocessor_config.json. provenance.json holds salted hashes of what the weights were trained on, so that whoever
+evaluates them can refuse a leak. The folder appears only when what is in it was loaded again and gives the teacher's
+outputs to 1e-5. No path of this machine and no patient id in clear gets in.
 
     python tools/release.py --ckpt runs/lidc/last.pth --data data/processed --probe runs/lidc/probe/results.json \\
         --out release/dinox-lidc-vit-small
     cd release/dinox-lidc-vit-small && sha256sum -c SHA256SUMS
 """
 
-import os
 import re
-import shutil
 import sys
 from collections import Counter
 from importlib.util import find_spec
@@ -23,22 +21,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import tools.lib.threads  # noqa: F401 - before torch
 
 # isort: split
-import safetensors.torch
 import torch
 
 import checkpoint
-from checkpoint import atomic_write, write_text
-from data import MEAN, STD, file_sha256
-from model import load_backbone, read_weights, state_to_hf
-from tools.lib import runs
+from checkpoint import write_text
+from data import file_sha256
+from model import load_backbone, read_weights
+from tools.lib import bundle, export, runs
 from tools.lib.cli import ROOT, Parser, run, shown
+from tools.lib.export import provenance_file, write_sums, write_weights
 from tools.lib.files import created_utc, read_json_file, write_json, wrong_field
 from tools.lib.judge import UNKNOWN, in_words
-from tools.lib.provenance import BORROWED, claimed, provenance_of, refuse_change, stamp
+from tools.lib.provenance import BORROWED, refuse_change, stamp
 
 TOLERANCE = 1e-5  # of reloaded outputs, absolute; they are layer-normalised, so of order 1
 # what a stranger may read of the flags: numbers, and of texts only these, which name choices and never files
-WORDS = "arch aug schedule centering precision sizes".split()
+WORDS = "arch aug schedule centering precision sizes optimizer adapter_norm adapter_targets adapter_init".split()
 # flags of machine, disk and clock: they change nothing that was learned
 PLUMBING = (
     "workers log_every save_every keep_last keep_every eval_every time_limit grace skip_bad resume device compile "
@@ -72,7 +70,7 @@ def to_image(hu):  # HU [3, H, W] -> uint8 [H, W, 3]
     level, width = np.array([[-600, 40, 300], [1500, 400, 1500]])[:, :, None, None]
     return (255 * np.clip((hu - (level - width / 2)) / width, 0, 1) + 0.5).astype(np.uint8).transpose(1, 2, 0)
 ```""",
-    "photo": "Images are ordinary RGB pictures; the processor does the rest.",
+    "photo": "Images are ordinary RGB pictures.",
 }
 WINDOWS = {  # of the views, by recipe
     "ct": "In training the window of each view varied around this one: its level by 10% of the width, its width by a "
@@ -80,9 +78,36 @@ WINDOWS = {  # of the views, by recipe
     "ct_any_window": "In training the windows varied between lung (-600/1500), soft tissue (40/400) and bone "
     "(300/1500; level/width).",
 }
+USE = {
+    "transformers": """```python
+import numpy as np
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModel
+
+model = AutoModel.from_pretrained("PATH OR REPOSITORY").eval()
+processor = AutoImageProcessor.from_pretrained("PATH OR REPOSITORY")
+out = model(**processor(Image.fromarray(image), return_tensors="pt"))
+out.pooler_output                         # cls [1, {dim}]
+out.last_hidden_state[:, {prefix}:]             # patches [1, {patches}, {dim}], row by row
+```
+
+`model.load_backbone("PATH")` of DINO-X opens the folder too, without transformers.""",
+    "timm": """```python
+import timm
+
+model = timm.create_model("{architecture}", checkpoint_path="PATH/model.safetensors", {arguments}).eval()
+tokens = model.forward_features(images)  # [B, {tokens}, {dim}]: cls, {registers} registers, patches
+tokens[:, 0]                             # cls
+tokens[:, {prefix}:]                            # patches, row by row
+```
+
+`timm.create_model("local-dir:PATH", pretrained=True)` does the same. timm computes the RoPE periods in float32, as this
+model was trained (the original DINOv3 code rounds them to bfloat16, which moves outputs by up to 4e-3).
+`model.load_backbone("PATH")` of DINO-X opens the folder too, without timm.""",
+}
 CARD = """---
 license: {license}
-library_name: transformers
+library_name: {library}
 pipeline_tag: image-feature-extraction
 tags: [dinov3, self-supervised{tags}]
 ---
@@ -95,24 +120,12 @@ These are the weights of the EMA teacher, without projection heads. This run use
 
 ## Use
 
-```python
-import numpy as np
-from PIL import Image
-from transformers import AutoImageProcessor, AutoModel
-
-model = AutoModel.from_pretrained("PATH OR REPOSITORY").eval()
-processor = AutoImageProcessor.from_pretrained("PATH OR REPOSITORY")
-out = model(**processor(Image.fromarray(image), return_tensors="pt"))
-out.pooler_output                         # cls [1, {dim}]
-out.last_hidden_state[:, {prefix}:]             # patches [1, {patches}, {dim}], row by row
-```
-
-`model.load_backbone("PATH")` of DINO-X opens the folder too, without transformers.
+{use}
 
 {inputs}
 
-Give a square picture: the processor resizes it to {size} x {size} pixels (bicubic) and normalises with the mean and
-standard deviation of ImageNet. Sides that are other multiples of {patch} work as well.
+Give a square picture of {size} x {size} pixels (resized bicubically), normalised with the mean and standard deviation
+of ImageNet{by}. Sides that are other multiples of {patch} work as well.
 
 ## Data
 
@@ -159,7 +172,7 @@ output {difference:.1e}.
 """
 
 
-def read_facts(path):
+def facts_for_card(path):
     """Everything a checkpoint of ours says but its tensors, checked as far as the card repeats it."""
     name = shown(path, 400)
     if not path.is_file():
@@ -208,24 +221,6 @@ def wrong_provenance(found):
     return None
 
 
-def provenance_file(facts, source):
-    """{version, known, seen}: that of the checkpoint; of an older one made from its trained_groups.
-
-    source: the images of the run, or None; adds hashes of series, and of photographs hashes of the bytes of each file.
-    """
-    found = claimed(facts)
-    seen = found["seen"]
-    if source is not None:
-        seen = [*seen, provenance_of(source, files=source.encoding == "photo")]
-    merged = {}
-    for entry in seen:
-        own = merged.setdefault(entry["salt"], {key: set() for key in ("groups", "series", "files")})
-        for key, hashes in own.items():
-            hashes.update(entry.get(key) or ())
-    seen = [{"salt": salt} | {key: sorted(own) for key, own in sets.items()} for salt, sets in merged.items()]
-    return {"version": 1, "known": found["known"], "seen": seen}
-
-
 def lineage(provenance):
     """The card's sentence about what the weights say they were trained on."""
     counts = {key: sum(len(entry[key]) for entry in provenance["seen"]) for key in ("groups", "series", "files")}
@@ -247,7 +242,8 @@ def secrets_of(facts, *paths):
         text for group in facts["trained_groups"] or () for text in (group, group.partition("/")[2]) if len(text) > 5
     }
     # a group of photographs may be called "training": words of our own texts are in every release, and tell nothing
-    ids -= set(re.findall(r"\w[\w-]*", Path(__file__).read_text() + (ROOT / "LICENSE").read_text()))
+    ours = (Path(__file__), Path(export.__file__), ROOT / "LICENSE")
+    ids -= set(re.findall(r"\w[\w-]*", "".join(path.read_text() for path in ours)))
     named = {value for value in facts["args"].values() if isinstance(value, str) and re.search(r"[/\\]", value)}
     named -= {facts["args"].get("sizes")}
     here = {str(Path(p).resolve()) for p in (Path.home(), ROOT, *paths)}
@@ -329,7 +325,19 @@ def licence_of(facts, path):
         raise ValueError(f"licence {path} is not UTF-8 text; save it as such") from None
 
 
-def write_card(facts, config, name, texts):
+def usage(vit, config, layout, size):
+    """The card's code that opens the folder."""
+    shapes = dict(dim=vit.dim, registers=vit.registers, prefix=1 + vit.registers)
+    shapes |= dict(patches=(size // vit.patch_size) ** 2, tokens=1 + vit.registers + (size // vit.patch_size) ** 2)
+    if layout == "hf":
+        return dict(library="transformers", by=", which the processor does", use=USE["transformers"].format(**shapes))
+    given = dict(num_classes=0, **config["model_args"])
+    arguments = ", ".join(f"{name}={value!r}" for name, value in given.items())
+    words = USE["timm"].format(architecture=config["architecture"], arguments=arguments, **shapes)
+    return dict(library="timm", by="", use=words)
+
+
+def write_card(facts, vit, name, texts):
     """The model card out of facts, architecture and the texts that main() put together."""
     photos, size = facts["encoding"] == "photo", facts["eval_view"]["size"]
     aug = "ct" if facts["args"]["aug"] == "auto" else facts["args"]["aug"]
@@ -342,8 +350,7 @@ def write_card(facts, config, name, texts):
     return CARD.format(
         name=name, tags="" if photos else ", computed-tomography, medical-imaging",
         license="mit" if texts["licence"].startswith("MIT License") else "other",
-        arch=facts["arch"]["name"], patch=config["patch_size"], dim=config["hidden_size"],
-        prefix=1 + config["num_register_tokens"], patches=(size // config["patch_size"]) ** 2, size=size,
+        arch=facts["arch"]["name"], patch=vit.patch_size, size=size,
         what="photographs" if photos else "CT slices with their two neighbours",
         images=facts["images"], step=facts["step"],
         inputs=INPUTS[facts["encoding"]].format(low=level - width / 2, width=width, training=WINDOWS.get(aug, "")),
@@ -356,15 +363,6 @@ def write_card(facts, config, name, texts):
     )  # fmt: skip
 
 
-def processor_config(size):
-    """preprocessor_config.json: what eval_view does, in the words of the published DINOv3 models."""
-    return {
-        "image_processor_type": "DINOv3ViTImageProcessorFast", "do_resize": True, "resample": 3,  # bicubic
-        "size": {"height": size, "width": size}, "do_rescale": True, "rescale_factor": 1 / 255,
-        "do_normalize": True, "image_mean": list(MEAN), "image_std": list(STD), "data_format": "channels_first",
-    }  # fmt: skip
-
-
 def largest_difference(vit, folder, size):
     """Largest |difference| of any output between the teacher and what load_backbone makes of the folder."""
     size = -(-size // vit.patch_size) * vit.patch_size
@@ -375,36 +373,20 @@ def largest_difference(vit, folder, size):
         return max((a - b).abs().max().item() for a, b in pairs if a.numel())
 
 
-def write_weights(vit, facts, folder):
-    """model.safetensors, config.json and preprocessor_config.json; returns the config."""
-    state, config = state_to_hf(vit)
-    config |= {"image_size": facts["eval_view"]["size"], "dtype": "float32"}
-    packed = safetensors.torch.save(state, {"format": "pt"})
-    atomic_write(folder / "model.safetensors", lambda f: f.write(packed))
-    write_json(folder / "config.json", config, indent=2)
-    write_json(folder / "preprocessor_config.json", processor_config(facts["eval_view"]["size"]), indent=2)
-    return config
-
-
-def write_sums(folder):
-    """SHA256SUMS of all other files, as sha256sum writes it."""
-    files = sorted(path for path in folder.iterdir() if path.name != "SHA256SUMS")
-    write_text(folder / "SHA256SUMS", "".join(f"{file_sha256(path)}  {path.name}\n" for path in files))
-
-
-def fill(folder, ckpt, facts, name, texts, provenance):
+def fill(folder, ckpt, facts, name, texts, provenance, layout):
     """Write everything into a folder that nobody sees yet; raises when what is there is not the teacher."""
     vit = load_backbone(ckpt)
-    config = write_weights(vit, facts, folder)
+    config = write_weights(vit, facts, folder, layout)
     difference = largest_difference(vit, folder, facts["eval_view"]["size"])
     if not difference <= TOLERANCE:
         raise ValueError(f"reloaded, the export differs by {difference:.2e} from --ckpt {ckpt}: nothing released")
     print(f"reloaded: largest difference of any output {difference:.1e}")
     numbers = dict(difference=difference, millions=sum(p.numel() for p in vit.parameters()) / 1e6)
+    numbers |= usage(vit, config, layout, facts["eval_view"]["size"])
     numbers |= dict(weights_sha256=file_sha256(folder / "model.safetensors"), checkpoint_sha256=file_sha256(ckpt))
     write_json(folder / "provenance.json", provenance, indent=None)
     write_text(folder / "LICENSE", texts["licence"])
-    write_text(folder / "README.md", write_card(facts, config, name, texts | numbers))
+    write_text(folder / "README.md", write_card(facts, vit, name, texts | numbers))
     write_sums(folder)
 
 
@@ -532,6 +514,11 @@ def build_parser():
     parser = Parser(__doc__)
     parser.add_argument("--ckpt", required=True, type=Path, help="of train_ssl.py; its EMA teacher goes out")
     parser.add_argument("--out", required=True, type=Path, help="folder to make; its name titles the card")
+    parser.add_argument("--policy", type=Path, help="policy.json of tools/fit_policy.py: makes a bundle of a trained "
+                        "classifier (best.pth) and this policy, for tools/predict.py --bundle")  # fmt: skip
+    parser.add_argument("--force", metavar="WHY", help="make a bundle although a check speaks against it; recorded")
+    parser.add_argument("--layout", choices=["hf", "timm"], default="hf", help="hf: for transformers; timm: for "
+                        "timm.create_model")  # fmt: skip
     parser.add_argument("--probe", type=Path, help="results.json of train_probe.py about this checkpoint")
     parser.add_argument("--data", type=Path, help="what it was trained on: adds counts of series and slices")
     parser.add_argument("--license", type=Path, help="text for the weights; default: LICENSE of this repository")
@@ -543,14 +530,19 @@ def build_parser():
 
 def main(argv=None):
     args = build_parser().parse_args(argv)
+    if args.policy:
+        if given := [name for name in ("probe", "data", "license", "push") if getattr(args, name)]:
+            raise ValueError(f"--{given[0]} belongs to a release of a backbone, --policy makes a bundle")
+        return bundle.write(args.out, args.ckpt, args.policy, args.force)
+    if args.force:
+        raise ValueError("--force is for bundles; give --policy too")
     if args.push and find_spec("huggingface_hub") is None:
         raise ValueError("--push needs huggingface_hub: pip install huggingface_hub")
     if shown(args.out.name) != args.out.name:
         raise ValueError(f"--out {shown(args.out, 400)}: its name titles the card; choose a short one of plain letters")
-    if args.out.exists() and (args.out.is_file() or any(args.out.iterdir())):
-        raise FileExistsError(f"--out {args.out} exists and is not empty: name a new folder, or delete it first")
+    export.refuse_full(args.out)
     before = stamp(args.ckpt)
-    facts, results = read_facts(args.ckpt), read_results(args.probe, args.ckpt)
+    facts, results = facts_for_card(args.ckpt), read_results(args.probe, args.ckpt)
     texts = dict(licence=licence_of(facts, args.license), created=created_utc())
     source = open_images(facts, args.data)
     provenance = provenance_file(facts, source)
@@ -559,22 +551,10 @@ def main(argv=None):
     if source is not None and source.crossing:
         crossing = f"{source.crossing} sets of duplicate pictures lie in several splits of this data"
         texts["lineage"] += f" {crossing}, so held-out numbers on it are too good."
-    staging = args.out.resolve().with_name(f".{args.out.name}.tmp")  # half a release never has its final name
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    try:
-        fill(staging, args.ckpt, facts, args.out.name, texts, provenance)
+    with export.staged(args.out) as staging:
+        fill(staging, args.ckpt, facts, args.out.name, texts, provenance, args.layout)
         refuse_change(args.ckpt, before)
         refuse_secrets(staging, secrets_of(facts, args.ckpt.parent, args.out.parent))
-        os.replace(staging, args.out)
-        checkpoint.fsync_folder(staging.parent)
-    except OSError as error:
-        error.filename = error.filename or str(staging)  # "No space left on device" names no place
-        raise
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-    for path in sorted(args.out.iterdir()):
-        print(f"{shown(args.out / path.name, 400)}: {path.stat().st_size:,} bytes")
     if args.push:
         push(args.out, args.push)
     return 0

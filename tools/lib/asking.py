@@ -2,7 +2,7 @@
 
 source = of_data("data/photos", ["val_calib"], facts)              # exporting predictions is no look at val_test
 source = of_files(["pictures", "one.jpg"])                         # no labels, no split
-for split, asked in samples_of(source, facts, labels=None):        # Samples: ids, rows, groups, labels
+for split, asked in samples_of(source, facts).items():        # Samples: ids, rows, groups, labels
     logits = answers(classifier, facts, source, asked, split, device, batch=96, workers=2)
 """
 
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 import data
-from tools.lib import broken, classifiers, provenance, samples
+from tools.lib import broken, classifiers, policies, provenance, samples, tables
 from tools.lib.cli import shown
 from tools.lib.slices import find_slice, slice_name
 
@@ -119,11 +119,25 @@ def labels_sha256(source, labels=None):
     return data.file_sha256(table) if source.index_sha256 is not None and table.exists() else None
 
 
-def answers(classifier, facts, source, asked, name, device, batch, workers):
-    """Logits [N, V, C]; one broken file ends the program, and then all of them are named."""
+def column(source, asked, policy, labels=None):
+    """Values [N] of the fact that a policy goes by, from labels.csv or the table of --labels; None: it goes by none."""
+    name = policy["column"]
+    if name is None:
+        return None
+    if labels is None and name in source.rows.columns:
+        values = source.rows.texts(name)
+        return np.array([values[i].strip() or "none" for i in asked.rows])
+    if labels is None:
+        raise ValueError(f"the policy decides by {shown(name)}: give --data with labels.csv that has this column")
+    return policies.column_of(labels, source.root, name, np.array(asked.ids))
+
+
+def answers(classifier, facts, source, asked, split, labels, device, batch, workers):
+    """tables.Predictions of the samples; one broken file ends the program, and then all of them are named."""
     if facts["encoding"] != source.encoding:
         raise ValueError(f"these weights were trained on {facts['encoding']}, the images are {source.encoding}")
+    look = facts["layout"], facts["eval_view"], device, batch, workers, split
     with broken.named(source.take(asked.rows)):
-        return classifiers.logits_of(
-            classifier, source, asked.rows, facts["layout"], facts["eval_view"], device, batch, workers, name
-        )
+        logits = classifiers.logits_of(classifier, source, asked.rows, *look)
+    about = classifiers.facts_of(facts, source, split, labels_sha256(source, labels))
+    return tables.checked(f"the table of {split}", asked.ids, asked.groups, asked.labels, logits, about)

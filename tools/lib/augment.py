@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+import data
 from data import grey, rng, send, shift_hue
 
 
@@ -267,3 +268,97 @@ def mix(views, targets, draws):
     else:
         views = share * views + (1 - share) * views[partner]
     return views, share * targets + (1 - share) * targets[partner]
+
+
+# ----- pictures of an update, as they are read
+
+
+class Read(NamedTuple):
+    """One micro-batch as read: its own b pictures, then those that they are mixed with where a batch is cut."""
+
+    step: int  # updates done before it
+    own: int  # b
+    ids: np.ndarray  # [m]
+    images: torch.Tensor | None  # [m, 3, H, W]; None where one is broken
+    boxes: np.ndarray  # [m, 4] what is cut of each
+    margins: np.ndarray  # [m, 4] the view inside the cut
+    draws: Draws  # of these m
+    bad: list  # [(path, why)]
+
+
+def read_cut(source, i, one, layout, view, size):
+    """Picture i -> (pixels, the box in them, the view in the box); one: its draws, view: which box of the layout."""
+    found = {}
+
+    def chosen(height, width):
+        region = data.view_boxes([(height, width)], layout)[0][view, 0]
+        boxes, margins = place(one, [region[2:] - region[:2]])
+        found["margin"] = margins[0]
+        return boxes + np.tile(region[:2], 2)
+
+    if source.encoding == "photo":
+        source.check(i)
+        image, boxes = data.read_photo(source.path(i), chosen, cut_size(one.row, size))
+    else:
+        image = source.read(i)
+        boxes = chosen(*image.shape[1:])
+    return image, boxes[0], found["margin"]
+
+
+class Pictures(torch.utils.data.Dataset):
+    """Item k is micro-batch k % micros of update steps[k // micros], this rank's contiguous part of the batch."""
+
+    def __init__(self, source, row, layout, size, seed, steps, batch, micro_batch, rank, world):
+        self.source, self.row, self.layout, self.size, self.seed = source, row, data.find_layout(layout), size, seed
+        self.steps, self.batch, self.micro_batch, self.rank = steps, batch, micro_batch, rank
+        self.micros = batch // (world * micro_batch)
+        self.views = len(data.view_boxes(np.ones((1, 2)), self.layout)[1])
+
+    def __len__(self):
+        return len(self.steps) * self.micros
+
+    def __getitem__(self, k):
+        step, b = self.steps[k // self.micros], self.micro_batch
+        start = (self.rank * self.micros + k % self.micros) * b
+        here = np.arange(start, start + b)
+        ids = self.source.order(self.seed, step, self.batch)
+        draws = draw(self.seed, step, ids, self.row)
+        partner = draws.partner[here]
+        if (self.row.mixup or self.row.cutmix) and b < self.batch:  # partners may be another micro-batch's: read anew
+            here, partner = np.concatenate([here, partner]), np.roll(np.arange(2 * b), b)
+        elif b < self.batch:
+            partner = np.arange(b)
+        draws = draws._replace(u=draws.u[here], partner=partner)
+        return self.read(step, b, ids[here], draws)
+
+    def read(self, step, own, ids, draws):
+        parts, bad = [], []
+        for j, i in enumerate(ids):
+            view = int(rng(self.seed, "view", step, int(i)).integers(self.views))
+            one = draws._replace(u=draws.u[j : j + 1])
+            try:
+                parts.append(read_cut(self.source, i, one, self.layout, view, self.size))
+            except data.Unreadable as error:
+                bad.append((str(self.source.path(i)), str(error)))
+        if bad:
+            return Read(step, own, ids, None, None, None, draws, bad)
+        images, boxes, margins = zip(*parts)
+        return Read(step, own, ids, data.pad_to_one_size(images), np.stack(boxes), np.stack(margins), draws, bad)
+
+
+def render(read, labels, classes, view, device):
+    """A micro-batch as read -> normalised views [b, 3, size, size] and targets [b, C] on the device; labels [N]."""
+    images = read.images.to(device, non_blocking=True)
+    size, none = cut_size(read.draws.row, view["size"]), np.zeros(1, bool)
+    cuts = data.denormalise(data.render_views(images, {**view, "size": size}, read.boxes[None], none)[0])
+    with torch.no_grad():
+        views = look(cuts, read.draws, read.margins, view["size"])
+        targets = F.one_hot(torch.from_numpy(labels[read.ids]), classes).float().to(device)
+        views, targets = mix(views, targets, read.draws)
+        return data.normalise(views[: read.own]), targets[: read.own]
+
+
+def start_reading(source, row, layout, size, seed, steps, batch, micro_batch, rank, world, workers, pin_memory):
+    """The micro-batches of these updates in order, read ahead by processes; a broken file is an error."""
+    pictures = Pictures(source, row, layout, size, seed, steps, batch, micro_batch, rank, world)
+    return data.read_ahead(pictures, workers, pin_memory, skip_bad=0)

@@ -323,7 +323,8 @@ def examine(replay, micro_batches, read, another):
     terms, seen = replay.update(replay.student, replay.teacher, replay.gram, micro_batches, replay.weights,
                                 dict(replay.centers))  # fmt: skip
     found["terms"], found["modules"] = {k: v.item() for k, v in terms.items()}, by_module(replay.student)
-    total = [p.grad.detach().clone() for p in replay.student.parameters() if p.grad is not None]
+    learned = [p for p in replay.student.parameters() if p.requires_grad]
+    total = [torch.zeros_like(p) if p.grad is None else p.grad.detach().clone() for p in learned]
     found["norm"] = dot(total, total) ** 0.5
     found["finite"] = bool(np.isfinite([found["terms"]["loss"], found["norm"]]).all())
     replay.student.zero_grad(set_to_none=True)

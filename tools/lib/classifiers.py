@@ -15,7 +15,7 @@ import torch
 import checkpoint
 import data
 from model import Classifier, Head, load_backbone
-from tools.lib import provenance, tables
+from tools.lib import fused, provenance, tables
 from tools.lib.calibrate import log_softmax
 from tools.lib.cli import shown
 from tools.lib.features import CPU_VIEWS, VALUES, ahead
@@ -41,6 +41,15 @@ def read_classifier(path):
     if wrong := wrong_field(state, FIELDS):
         raise ValueError(f"{path} {wrong}; use another checkpoint of the same run")
     check_classes(path, classes)
+    head = (read_fusion if "fusion" in state else read_head)(path, state, classes)
+    facts = {key: value for key, value in state.items() if key not in TENSORS}
+    facts["sha256"] = data.file_sha256(path)
+    classifier = build(path, load_backbone(path, quiet=True), head, facts)
+    provenance.refuse_change(path, before)
+    return classifier, facts
+
+
+def read_head(path, state, classes):
     own = {name: state["teacher"].get(f"head.last_layer.{name}") for name in ("weight", "bias")}
     if not all(isinstance(t, torch.Tensor) for t in own.values()) or own["weight"].ndim != 2:
         raise ValueError(f"{path}: the teacher holds no head; use another checkpoint of the same run")
@@ -48,11 +57,19 @@ def read_classifier(path):
         raise ValueError(f"{path}: its head is of {own['weight'].shape[0]} classes and it names {len(classes)}")
     head = Head(own["weight"].shape[1], len(classes))
     head.last_layer.load_state_dict({name: t.float() for name, t in own.items()})
-    facts = {key: value for key, value in state.items() if key not in TENSORS}
-    facts["sha256"] = data.file_sha256(path)
-    classifier = build(path, load_backbone(path, quiet=True), head, facts)
-    provenance.refuse_change(path, before)
-    return classifier, facts
+    return head
+
+
+def read_fusion(path, state, classes):
+    """What reads all views of a picture at once, of --tune fusion."""
+    own = {k.removeprefix("head."): v for k, v in state["teacher"].items() if k.startswith("head.")}
+    try:
+        head = fused.build(len(own["centre"]), len(classes), **state["fusion"])
+        head.load_state_dict(own)
+    except (LookupError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path}: its fusion is not what its weights are ({shown(error, 200)}); use another "
+                         "checkpoint of the same run") from None  # fmt: skip
+    return head
 
 
 def check_classes(path, classes):
@@ -69,7 +86,11 @@ def build(path, backbone, head, facts):
     try:
         if facts["layout"] is not None:
             data.find_layout(facts["layout"])
-        return Classifier(backbone, head, facts["pool"], facts["layers"]).eval().requires_grad_(False)
+        if "fusion" in facts:
+            whole = fused.FusedClassifier(backbone, head, facts["pool"], facts["layers"], facts["fusion"]["fields"])
+        else:
+            whole = Classifier(backbone, head, facts["pool"], facts["layers"])
+        return whole.eval().requires_grad_(False)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
@@ -105,22 +126,30 @@ def views_of(source, rows, layout, view, device):
 
 
 @torch.inference_mode()
-def logits_of(classifier, source, rows, layout, view, device="cpu", batch=96, workers=2, name="predict"):
-    """What a classifier says of each view of rows of a Source -> logits [N, V, C] float32.
-
-    layout: text, or None; view: an eval_view; batch: views per forward; workers: threads that read and cut ahead.
-    """
-    classifier, device = classifier.to(device).eval(), torch.device(device)
-    batch, count = batch if device.type == "cuda" else min(batch, CPU_VIEWS), len(layout_of(layout)[1])
+def each_view(function, source, rows, layout, view, device, batch, workers, name):
+    """function(views) -> [views, ...] of every view of rows of a Source, as [N, V, ...] float32."""
+    device, count = torch.device(device), len(layout_of(layout)[1])
+    batch = batch if device.type == "cuda" else min(batch, CPU_VIEWS)
     step = max(1, batch // count)
     parts, found = [rows[k : k + step] for k in range(0, len(rows), step)], []
     with progress(total=len(rows), desc=name, unit="sample") as bar:
         for views in ahead(lambda part: views_of(source, part, layout, view, device), parts, workers):
-            flat = views.flatten(0, 1)
-            logits = torch.cat([classifier(some) for some in flat.split(batch)]).float()
-            found.append(logits.unflatten(0, (-1, count)).cpu().numpy())
+            values = torch.cat([function(some) for some in views.flatten(0, 1).split(batch)]).float()
+            found.append(values.unflatten(0, (-1, count)).cpu().numpy())
             bar.update(len(views))
     return np.concatenate(found)
+
+
+def logits_of(classifier, source, rows, layout, view, device="cpu", batch=96, workers=2, name="predict"):
+    """What a classifier says of each view of rows of a Source -> logits [N, V, C] float32; of a fused one V is 1.
+
+    layout: text, or None; view: an eval_view; batch: views per forward; workers: threads that read and cut ahead.
+    """
+    how = source, rows, layout, view, device, batch, workers, name
+    classifier = classifier.to(device).eval()
+    if isinstance(classifier, fused.FusedClassifier):
+        return classifier.of_features(each_view(classifier.features, *how), source, rows)
+    return each_view(classifier, *how)
 
 
 # ----- tables

@@ -103,8 +103,15 @@ REASONS = {  # code -> what it means and, where there is something to do, what
     "coding_disagrees": "rescale, bits or padding of a slice contradict its neighbours",
     "duplicate_position": "different images at one position",
     "duplicate_sop": "one SOPInstanceUID on different images",
-    "irregular_spacing": "missing or irregularly spaced slices (--allow-gaps keeps the longest regular run)",
+    "irregular_spacing": "missing or irregularly spaced slices (--allow-gaps keeps regular runs)",
     "too_few_slices": "fewer usable slices than --min-slices",
+    # of volumes that are not DICOM
+    "not_volume": "no .mhd, .nii, .nii.gz or .nrrd file, nor the pixels of one",
+    "not_3d": "not one volume of three dimensions",
+    "not_hu": "values that are no HU: a mask, scaled, windowed, or before their rescale",
+    "no_orientation": "the header does not say how the volume lies: left could be right",
+    "orientation_disagrees": "the header says twice how the volume lies, and differently",
+    "oblique": "the axes of the volume are far from those of the body",
 }
 
 # What pydicom 3.0 was seen to raise on damaged files. Only its reading of one file runs under these, no code of ours.
@@ -201,7 +208,15 @@ def load_key(path):
             os.chmod(f.name, 0o600)  # before the secret is in it
             f.write(secrets.token_hex(32).encode())
 
-        atomic_write(path, write)
+        mine = atomic_write(path.with_name(f".{path.name}.{secrets.token_hex(4)}"), write)
+        try:
+            os.link(mine, path)  # of several shards that begin at once the first one's key is everybody's
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without links
+            os.replace(mine, path)
+        finally:
+            mine.unlink(missing_ok=True)
     text = regular(path).read_text(errors="replace").strip()
     if not re.fullmatch("[0-9a-f]{64}", text):
         raise ValueError(f"{path}: a key file holds 64 hex digits; restore it or name another with --key-file")
@@ -296,9 +311,10 @@ def check_size(data):
 
 def read_scan(data):
     """The beginning of a file -> fields of Scan; raises when it ends before its SeriesInstanceUID is complete."""
-    passed = []
+    passed, groups = [], set()
 
     def beyond_series(tag, vr, length):
+        groups.add(tag >> 16)
         if tag > tag_for_keyword("SeriesInstanceUID"):
             passed.append(tag)
         return bool(passed)
@@ -306,7 +322,7 @@ def read_scan(data):
     with parsing("header"):
         check_size(data)
         ds = read_partial(io.BytesIO(data), beyond_series, force=True, specific_tags=SCAN_TAGS)
-        if text_of(ds.file_meta, "MediaStorageSOPClassUID") == DICOMDIR:
+        if text_of(ds.file_meta, "MediaStorageSOPClassUID") == DICOMDIR or 4 in groups:  # the group of directories
             raise Reject("dicomdir")
         if not passed:
             raise Reject("header", "the file ends early")
@@ -582,25 +598,63 @@ def drop_duplicates(slices, normal):
     return kept
 
 
-def regular_run(slices, allow_gaps):
-    """-> the slices with regular steps, the median step (mm x 3). Steps are compared as vectors: a shift within the
-    plane is as wrong as a gap. Tolerance 10% or 0.1 mm, what rounding to one decimal does to 0.625 mm.
-    """
+def tolerance(length):
+    """Of a step in mm: 10% or 0.1 mm, what rounding to one decimal does to 0.625 mm."""
+    return min(max(0.1 * length, 0.1), 0.4 * length)
+
+
+def longest_run(steps, step):
+    """Steps [n, 3] -> (first slice, end) of the longest run of slices at this step. Steps are compared as vectors: a
+    shift within the plane is as wrong as a gap."""
+    odd = np.flatnonzero(np.linalg.norm(steps - step, axis=1) > tolerance(np.linalg.norm(step)))
+    ends = [0, *(odd + 1), len(steps) + 1]
+    k = max(range(len(ends) - 1), key=lambda i: ends[i + 1] - ends[i])
+    return ends[k], ends[k + 1]
+
+
+def regular_run(slices):
+    """-> (first, end, step) of the longest run of one step: the median one, or one that many of the slices have."""
+    steps = np.diff([s.position for s in slices], axis=0)
+    found, of, counts = np.unique(steps.round(1), axis=0, return_inverse=True, return_counts=True)
+    often = np.argsort(-counts, kind="stable")[:16]
+    candidates = [np.median(steps, 0), *(np.median(steps[of.ravel() == k], 0) for k in often)]
+    runs = [(*longest_run(steps, step), step) for step in candidates]
+    return max(runs, key=lambda run: run[1] - run[0])
+
+
+def regular_runs(slices, min_slices, allow_gaps):
+    """-> [(slices of one step, step in mm x 3)], along the normal. With allow_gaps the longest run of each spacing."""
     steps = np.diff([s.position for s in slices], axis=0)  # [Z-1, 3]
     step = np.median(steps, axis=0)
-    length = np.linalg.norm(step)
-    errors = np.linalg.norm(steps - step, axis=1)
-    irregular = np.flatnonzero(errors > min(max(0.1 * length, 0.1), 0.4 * length))
-    if len(irregular) and not allow_gaps:
-        worst = np.linalg.norm(steps[errors.argmax()])
-        raise Reject("irregular_spacing", f"{len(irregular)} odd steps, worst {worst:.2f} mm, median {length:.2f} mm")
-    ends = [0, *(irregular + 1), len(slices)]
-    first = max(range(len(ends) - 1), key=lambda i: ends[i + 1] - ends[i])
-    return slices[ends[first] : ends[first + 1]], step
+    first, end = longest_run(steps, step)
+    if end - first == len(slices):
+        return [(slices, step)]
+    if not allow_gaps:
+        length, errors = np.linalg.norm(step), np.linalg.norm(steps - step, axis=1)
+        worst, odd = np.linalg.norm(steps[errors.argmax()]), (errors > tolerance(length)).sum()
+        raise Reject("irregular_spacing", f"{odd} odd steps, worst {worst:.2f} mm, median {length:.2f} mm")
+    runs, pieces, longest = [], [(0, len(slices))], 0
+    while pieces:
+        start, stop = pieces.pop()
+        if stop - start < max(min_slices, 2):
+            continue
+        first, end, step = regular_run(slices[start:stop])
+        longest = max(longest, end - first)
+        if end - first >= min_slices:
+            runs.append((start + first, start + end, step))
+            pieces += [(start, start + first), (start + end, stop)]
+    kept = []
+    for first, end, step in sorted(runs, key=lambda run: (run[0] - run[1], run[0])):  # the longest of each spacing
+        length = np.linalg.norm(step)
+        if all(abs(np.linalg.norm(other) - length) > tolerance(length) for *_, other in kept):
+            kept.append((first, end, step))
+    if not kept:
+        raise Reject("irregular_spacing", f"longest regular run has {longest} of {min_slices} slices")
+    return [(slices[first:end], step) for first, end, step in sorted(kept, key=lambda run: run[0])]
 
 
 def assemble(slices, min_slices, allow_gaps=False):
-    """Slices of one series, in any order -> Volume; raises Reject."""
+    """Slices of one series, in any order -> [Volume]: one, or with allow_gaps one per spacing; raises Reject."""
     if len(slices) < min_slices:
         raise Reject("too_few_slices", f"{len(slices)} of {min_slices}")
     check_uniform(slices)
@@ -610,16 +664,20 @@ def assemble(slices, min_slices, allow_gaps=False):
     distinct = drop_duplicates(slices, normal)
     if len(distinct) < min_slices:
         raise Reject("too_few_slices", f"{len(distinct)} of {min_slices} after dropping duplicates")
-    run, step = regular_run(distinct, allow_gaps)
-    if len(run) < min_slices:
-        raise Reject("irregular_spacing", f"longest regular run has {len(run)} of {min_slices} slices")
+    dropped = len(slices) - len(distinct)
+    return [
+        volume_of(run, step, normal, duplicates_dropped=dropped, outside_regular_run=len(distinct) - len(run))
+        for run, step in regular_runs(distinct, min_slices, allow_gaps)
+    ]
+
+
+def volume_of(run, step, normal, **facts):
+    """Slices at one step (mm x 3), sorted -> Volume."""
     z_mm = [float(np.dot(s.position, normal)) for s in run]
     hu = np.empty((len(run), *run[0].words.shape), np.int16)
     for z, s in enumerate(run):
         hu[z] = hu_table(s.coding)[s.words]
-    handled = Counter(note for s in run for note in s.notes)
-    handled["duplicates_dropped"] = len(slices) - len(distinct)
-    handled["outside_regular_run"] = len(distinct) - len(run)
+    handled = Counter(note for s in run for note in s.notes) + Counter(facts)
     handled["own_rescale_slices"] = len(run) - max(Counter(s.coding[3:5] for s in run).values())
     handled["clipped_pixels"] = int(np.count_nonzero((hu == -32768) | (hu == 32767)))
     handled["tilt_deg"] = round(math.degrees(math.acos(min(1, step @ normal / np.linalg.norm(step)))), 2)

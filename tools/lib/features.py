@@ -18,9 +18,12 @@ from torch.nn import functional as F
 
 import data
 from checkpoint import atomic_write
+from tools.lib import fits, judge
+from tools.lib.cli import shown
 from tools.lib.progress import progress
 from tools.lib.slices import slice_name
 
+PARTS = {"cls": [0], "mean": [1], "box": [2]}  # what a backbone gives; all: side by side
 PIXELS = 16  # side of the raw-pixel baseline
 VALUES = 1 << 22  # pixel values that are padded and made float at once: 16 MB, however large the batch
 CPU_VIEWS = 32  # per forward on a CPU: 96 of ViT-S take 0.37 GB more and the same 11.3 s of two cores (2026-11)
@@ -136,3 +139,28 @@ def cached(folder, weights, images, make):
     folder.mkdir(parents=True, exist_ok=True)
     atomic_write(path, lambda f: np.savez(f, features=features, pixels=pixels))
     return features, pixels
+
+
+def predictors(vit, weights_sha256, source, table, framing, device, seeds, cache, which, scales):
+    """{predictor: (classifier, [X per repeat])} of a backbone and its baselines; extracts what the cache lacks.
+
+    which: of PARTS, the features of the probe; scales: average or concat.
+    """
+    images = images_sha256(source, table, framing)
+
+    def features_of(net, name, weights):
+        todo = functools.partial(extract, net, source, table, framing, device, name)
+        features, pixels = cached(cache, weights, images, todo)
+        if bad := np.flatnonzero(~np.isfinite(features).all((1, 2, 3))).tolist():
+            first = shown(table.ids[bad[0]])
+            raise ValueError(f"{name}: features of {len(bad)} samples are NaN, first {first}; broken weights?")
+        return features, pixels
+
+    features, pixels = features_of(vit, "probe", weights_sha256)
+    parts = PARTS.get(which, list(range(features.shape[2])))
+    untrained = []
+    for seed in range(seeds):
+        name = f"random {json.dumps(vit.arch)} {seed}"
+        untrained.append(features_of(*judge.random_backbones(vit.arch, seed), f"random {seed}", name)[0])
+    X, *others = (fits.flatten(f, scales, parts) for f in (features, *untrained))
+    return fits.predictors(X, others, pixels.reshape(len(pixels), -1).astype(np.float64), table.sizes)

@@ -10,11 +10,14 @@ patients. A fit is given by a mask [n] of the rows that it may see, a test by a 
 Letters: n samples, d features, K classes, B fits at once (folds), R repeats (seeds), r axes of the training rows.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from torch.nn import functional as F
 
 FOLDS, INNER = 5, 3  # INNER: folds of training patients that choose C or k
+PATH = 10.0 ** np.linspace(-6, 5, 45)  # of linear_probe, as in the published evaluations of DINOv2
 CS = 10.0 ** np.arange(-5, 1)  # of |w|^2 / 2 + C * sum of losses, features standardised; 10 would double the time
 KS = np.array([1, 3, 5, 10, 20, 50])
 
@@ -62,24 +65,40 @@ def plan_cv(labels, groups, classes, repeats):
 # ----- classifiers: many fits at once  <- change the head here
 
 
+class Rotated(NamedTuple):
+    """Features standardised by some rows, and the axes of the span of these rows."""
+
+    scaled: torch.Tensor  # [n, d] of all rows
+    axes: torch.Tensor  # [d, r]; scaled @ axes are the rotated features
+    s2: torch.Tensor  # [r] sums of squares along them
+    keep: torch.Tensor  # [r] bool: axes along which the rows differ
+    mean: torch.Tensor  # [d]
+    divisor: torch.Tensor  # [d]; infinite where all rows agree
+
+
+def rotate(X, mask):
+    """Exact for ridge-penalised fits, whose solution lies in the span of the training rows."""
+    deviation, mean = torch.std_mean(X[mask], 0, correction=0)
+    divisor = torch.where(deviation > 1e-9 * (1 + mean.abs()), deviation, torch.inf)
+    scaled = (X - mean) / divisor
+    train = scaled[mask]
+    if X.shape[1] <= len(train):
+        s2, axes = torch.linalg.eigh(train.T @ train)
+    else:
+        s2, axes = torch.linalg.eigh(train @ train.T)
+        axes = train.T @ (axes / s2.clamp(min=1e-300).sqrt())
+    return Rotated(scaled, axes, s2, s2 > 1e-9 * s2.max().clamp(min=1e-9), mean, divisor)
+
+
 def decompose(Xs, masks):
     """Standardise by each mask's rows and rotate to the axes of their span: Z [B, n, r], variances s2 [B, r].
 
-    Xs: one [n, d] per mask. Exact for ridge-penalised fits, whose solution lies in the span of the training rows.
+    Xs: one [n, d] per mask.
     """
     pieces = []
     for X, mask in zip(Xs, masks):
-        deviation, mean = torch.std_mean(X[mask], 0, correction=0)
-        scaled = (X - mean) / torch.where(deviation > 1e-9 * (1 + mean.abs()), deviation, torch.inf)
-        train = scaled[mask]
-        if X.shape[1] <= len(train):
-            s2, axes = torch.linalg.eigh(train.T @ train)
-            Z = scaled @ axes
-        else:
-            s2, axes = torch.linalg.eigh(train @ train.T)
-            Z = scaled @ (train.T @ (axes / s2.clamp(min=1e-300).sqrt()))
-        keep = s2 > 1e-9 * s2.max().clamp(min=1e-9)
-        pieces.append((Z[:, keep], s2[keep]))
+        found = rotate(X, mask)
+        pieces.append(((found.scaled @ found.axes)[:, found.keep], found.s2[found.keep]))
     width = max(len(s2) for _, s2 in pieces)
     padded = [[F.pad(part, (0, width - len(s2))) for part in (Z, s2)] for Z, s2 in pieces]
     return tuple(torch.stack(parts) for parts in zip(*padded))
@@ -137,6 +156,109 @@ def nearest(Z, s2, masks, labels, classes):
     votes = torch.stack([neighbours(z, z[mask], truth[mask], ks) for z, mask in zip(Z, masks)], 1)  # [k, B, n, K]
     prior = (masks.to(Z) @ truth / masks.sum(1, keepdim=True))[:, None]
     return ((votes + prior) / (torch.tensor(ks)[:, None, None, None] + 1)).log()
+
+
+# ----- one linear probe, exact in float64, chosen on a split of its own
+
+
+class Linear(NamedTuple):
+    """logits = X @ weight.T + bias, of features as they are."""
+
+    weight: np.ndarray  # [K, d]
+    bias: np.ndarray  # [K]
+    C: float
+    losses: list  # mean log loss on the rows that chose, one per C of PATH
+
+
+def newton(Z, s2, truth, w, bias, C, steps=50, inner=200):
+    """Minimise mean log loss + |w|^2 / (2 C n) by Newton steps with conjugate gradients, beginning at w [r, o], bias.
+
+    truth [n, o]; o = 1: log odds of class 1, else one column per class. Ends when a step would gain less than 1e-10.
+    """
+    n, one = len(Z), truth.shape[1] == 1
+    ridge = 1 / (C * n)
+
+    def forward(w, bias):
+        logits = Z @ w + bias
+        if one:
+            return logits.sigmoid(), (F.softplus(logits) - truth * logits).mean() + ridge * w.square().sum() / 2
+        log_p = logits.log_softmax(1)
+        return log_p.exp(), -(log_p * truth).sum(1).mean() + ridge * w.square().sum() / 2
+
+    p, value = forward(w, bias)
+    for _ in range(steps):
+        slope = (p - truth) / n
+        gradient = torch.cat([Z.T @ slope + ridge * w, slope.sum(0, keepdim=True)])  # the bias is the last row
+        curve = (p * (1 - p)).mean(0).clamp(min=1e-12)
+        scale = torch.cat([(s2 / n)[:, None] * curve + ridge, curve[None]])
+
+        def product(v, p=p):
+            u = Z @ v[:-1] + v[-1]
+            u = (p * (1 - p) * u if one else p * (u - (p * u).sum(1, keepdim=True))) / n
+            return torch.cat([Z.T @ u + ridge * v[:-1], u.sum(0, keepdim=True)])
+
+        step = conjugate_gradients(product, -gradient, scale, inner)
+        gain = -(gradient * step).sum()
+        if gain < 1e-10:
+            break
+        size = 1.0
+        while True:
+            moved = w + size * step[:-1], bias + size * step[-1]
+            p, new = forward(*moved)
+            if new <= value - 1e-4 * size * gain or size < 1e-6:
+                break
+            size /= 2
+        (w, bias), value = moved, new
+    return w, bias
+
+
+def conjugate_gradients(product, target, scale, most):
+    """Solve product(x) = target, with the diagonal `scale` as preconditioner, to 1% of the target."""
+    x, r = torch.zeros_like(target), target.clone()
+    z = r / scale
+    d, rz = z.clone(), (r * z).sum()
+    enough = 1e-4 * rz
+    for _ in range(most):
+        if rz <= enough:
+            break
+        h = product(d)
+        a = rz / (d * h).sum()
+        x += a * d
+        r -= a * h
+        z = r / scale
+        before, rz = rz, (r * z).sum()
+        d = z + rz / before * d
+    return x
+
+
+@torch.no_grad()
+def linear_path(X, labels, rows, classes, cs):
+    """(weight [K, d], bias [K]) of centred classes for each C, fitted on rows [n]; each begins at the one before."""
+    X, rows, outputs = torch.as_tensor(X, dtype=torch.float64), torch.as_tensor(rows), 1 if classes == 2 else classes
+    truth = F.one_hot(torch.as_tensor(labels)[rows], classes).double()[:, -outputs:]
+    found = rotate(X, rows)
+    Z, s2 = (found.scaled[rows] @ found.axes)[:, found.keep], found.s2[found.keep]
+    w, bias = Z.new_zeros(Z.shape[1], outputs), Z.new_zeros(outputs)
+    for C in cs:
+        w, bias = newton(Z, s2, truth, w, bias, C)
+        weight = F.pad((found.axes[:, found.keep] @ w / found.divisor[:, None]).T, (0, 0, classes - outputs, 0))
+        offset = F.pad(bias, (classes - outputs, 0)) - weight @ found.mean
+        yield (weight - weight.mean(0)).numpy(), (offset - offset.mean()).numpy()
+
+
+def linear_probe(X, labels, fit, select, classes):
+    """Logistic regression on the rows `fit` [n] for every C of PATH; the C of the least log loss on `select` [n] wins.
+
+    Features are standardised inside.
+    """
+    for words, rows in (("to fit on", fit), ("that choose C", select)):
+        if absent := set(range(classes)) - set(labels[rows].tolist()):
+            raise ValueError(f"the rows {words} have no sample of class {min(absent)}; make a split that has")
+    best, losses, truth = None, [], torch.as_tensor(labels[select])
+    for weight, bias in linear_path(X, labels, fit, classes, PATH):
+        losses.append(F.cross_entropy(torch.as_tensor(X[select] @ weight.T + bias), truth).item())
+        best = (weight, bias) if losses[-1] == min(losses) else best
+    return Linear(*best, float(PATH[int(np.argmin(losses))]), losses)
 
 
 SETTINGS = {logistic: CS, nearest: KS}  # what `choose` chooses from

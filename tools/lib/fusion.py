@@ -1,15 +1,21 @@
 """Several views of one picture, or several models, become one row of logits. Copyable: imports numpy and torch only.
 
     logits = POOLS["topk"](table, k=3)          # [N, V, C] -> [N, C]; numpy gives numpy, torch gives torch
+    fused = Fusion(384, 2, keep=8)(views)       # features [N, V, D] -> Fused: the trained way
 
-Each row is a function of its own views alone; with one view each gives the softmax of that view. N samples, V views,
-C classes. In `log p` a view counts as much as any other, however large its logits are.
+Each row is a function of its own views alone; with one view each pool gives the softmax of that view. N samples,
+V views, k of them kept, C classes, D features, W width inside, P patches. In `log p` a view counts as much as any
+other, however large its logits are.
 """
 
 import functools
+import hashlib
+import re
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 
@@ -70,11 +76,20 @@ def certain(logits, sharpness=2.0):
     return (weights[..., None] * logits).sum(1)
 
 
+def area(logits, areas=None):
+    """Mean weighted by the area of the views: areas [V], in any unit; None: all alike."""
+    areas = [1.0] * logits.shape[1] if areas is None else areas
+    if len(areas) != logits.shape[1]:
+        raise ValueError(f"area: {len(areas)} areas for {logits.shape[1]} views; give one each")
+    weights = torch.as_tensor(areas, dtype=logits.dtype, device=logits.device)
+    return torch.einsum("nvc,v->nc", logits, weights / weights.sum())
+
+
 POOLS = {
     name: either(pool)
     for name, pool in {
         "mean": mean_logits, "topk": topk, "topk_positive": topk_positive, "whole_topk": whole_topk, "max": largest,
-        "logsumexp": logsumexp, "certain": certain,
+        "logsumexp": logsumexp, "certain": certain, "area": area,
     }.items()
 }  # fmt: skip
 
@@ -86,3 +101,303 @@ def simplex_weights(probabilities, labels, rounds=500):
     for _ in range(rounds):
         weights = weights * (truth / (weights @ truth)).mean(1)
     return weights
+
+
+# ----- the trained way: twelve components, each of which can be off
+
+
+class Fused(NamedTuple):
+    """What Fusion says."""
+
+    logits: Tensor  # [N, C]
+    features: Tensor  # [N, W] of the picture, before metadata
+    view_features: Tensor  # [N, k, W]
+    kept: Tensor  # [N, k] which views, rising
+    weights: Tensor  # [N, V] of the views in the features: sum 1, 0 of what is not kept
+    auxiliary: dict  # what is on: views [N, k, C], weather [N, A], masks [N, V, P, M]; scalars ratio, balance
+
+
+def mlp(dim, out, hidden):
+    """hidden 0: one linear layer."""
+    if not hidden:
+        return nn.Linear(dim, out)
+    return nn.Sequential(nn.Linear(dim, hidden), nn.SiLU(), nn.Linear(hidden, out))
+
+
+class Prune(nn.Module):
+    """Keeps the k views with the highest scores. The choice is hard, its gradient that of sigmoids."""
+
+    def __init__(self, dim, keep, hidden=64):
+        super().__init__()
+        self.keep, self.scores = keep, mlp(dim, 1, hidden)
+
+    def forward(self, x):
+        """[N, V, W] -> kept [N, k]; choice [N, V], 1 or 0; ratio: how far the mean sigmoid is from k / V, squared."""
+        scores = self.scores(x)[..., 0]
+        kept, soft = scores.topk(self.keep, 1).indices.sort(1).values, scores.sigmoid()
+        hard = torch.zeros_like(soft).scatter(1, kept, 1.0)
+        return kept, hard + (soft - soft.detach()), (soft.mean() - self.keep / x.shape[1]) ** 2
+
+
+class Pyramid(nn.Module):
+    """Each view at full, half and a quarter of the width, put together again and added to it."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.two, self.four = nn.Linear(dim, dim // 2), nn.Linear(dim // 2, dim // 4)
+        self.join, self.norm = nn.Linear(dim + dim // 2 + dim // 4, dim), nn.RMSNorm(dim, 1e-6)
+
+    def forward(self, x):
+        half = F.silu(self.two(x))
+        return self.norm(x + self.join(torch.cat([x, half, F.silu(self.four(half))], -1)))
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, dim, hidden):
+        super().__init__()
+        self.gate, self.value, self.out = nn.Linear(dim, hidden), nn.Linear(dim, hidden), nn.Linear(hidden, dim)
+
+    def forward(self, x):
+        return self.out(F.silu(self.gate(x)) * self.value(x))
+
+
+class Experts(nn.Module):
+    """Each view goes to the `active` experts that the router prefers, mixed by its renormalised probabilities."""
+
+    def __init__(self, dim, hidden, experts, active=2):
+        super().__init__()
+        self.active, self.router = min(active, experts), nn.Linear(dim, experts)
+        self.experts = nn.ModuleList(SwiGLU(dim, hidden) for _ in range(experts))
+
+    def forward(self, x):
+        """-> [N, k, W] and the balance loss E * sum_e share_e * probability_e: 1 where all experts are used alike."""
+        p = self.router(x).softmax(-1)  # [N, k, E]
+        top, index = p.topk(self.active, -1)
+        weights = torch.zeros_like(p).scatter(-1, index, top / top.sum(-1, keepdim=True))
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            rows = (weights[..., e] > 0).nonzero(as_tuple=True)
+            out = out.index_put(rows, expert(x[rows]) * weights[..., e][rows][:, None], accumulate=True)
+        share = (weights > 0).to(p).mean((0, 1)) / self.active
+        return out, len(self.experts) * (share * p.mean((0, 1))).sum()
+
+
+class ViewBlock(nn.Module):
+    """Views attend to each other; what each gets passes a gate of its own (arXiv:2505.06708), before the projection."""
+
+    def __init__(self, dim, heads, gated=True, experts=0):
+        super().__init__()
+        if dim % heads:
+            raise ValueError(f"width {dim} is not a multiple of {heads} heads")
+        self.heads, self.norm1, self.norm2 = heads, nn.RMSNorm(dim, 1e-6), nn.RMSNorm(dim, 1e-6)
+        self.qkv, self.proj, self.gate = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim), None
+        if gated:
+            self.gate = nn.Linear(dim, dim)
+        self.ffn = Experts(dim, 2 * dim, experts) if experts else SwiGLU(dim, 2 * dim)
+
+    def attend(self, x, seen=None):
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # [N, heads, k, W / heads]
+        mask = None if seen is None else seen[:, None, None]
+        out = F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
+        return self.proj(out if self.gate is None else out * self.gate(x).sigmoid())
+
+    def forward(self, x, seen=None):
+        """seen [N, k] bool: views that others may look at -> x [N, k, W], balance loss (0 without experts)"""
+        x = x + self.attend(self.norm1(x), seen)
+        out = self.ffn(self.norm2(x))
+        out, balance = out if isinstance(out, tuple) else (out, 0.0)
+        return x + out, balance
+
+
+class Attend(nn.Module):
+    """Logarithms of weights [N, k]. mil: gated attention (Ilse, arXiv:1802.04712). gates: a sigmoid for each view,
+    which their sum then divides. mean: all alike."""
+
+    def __init__(self, dim, kind, hidden=64):
+        super().__init__()
+        if kind not in ("mil", "gates", "mean"):
+            raise ValueError(f"pool {kind!r} of Fusion: known are mil, gates, mean")
+        self.kind = kind
+        if kind == "mil":
+            self.tanh, self.sigmoid = nn.Linear(dim, hidden), nn.Linear(dim, hidden)
+            self.out = nn.Linear(hidden, 1, bias=False)  # a bias would be the same for all views
+        elif kind == "gates":
+            self.out = mlp(dim, 1, hidden)
+
+    def forward(self, x):
+        if self.kind == "mean":
+            return x.new_zeros(x.shape[:2])
+        if self.kind == "mil":
+            return self.out(self.tanh(x).tanh() * self.sigmoid(x).sigmoid())[..., 0]
+        return F.logsigmoid(self.out(x)[..., 0])
+
+
+# ----- facts of a picture beside its pixels
+
+WAVES, TEXT, EMBEDDED = 32, 384, 64  # frequencies per coordinate, numbers of a text, numbers of a field
+
+
+def hash_text(texts):
+    """[N, TEXT] of texts: each word adds 1 or -1 at a place that its hash gives; length 1; no words: all 0."""
+    out = torch.zeros(len(texts), TEXT)
+    for row, text in zip(out, texts):
+        for word in re.findall(r"\w+", str(text).lower()):
+            digest = hashlib.sha256(word.encode()).digest()
+            row[int.from_bytes(digest[:4], "big") % TEXT] += 1 - 2 * (digest[4] % 2)
+    return F.normalize(out, dim=1)
+
+
+def waves(degrees):
+    """Latitude and longitude [N, 2] in degrees -> [N, 4 * WAVES]: sines and cosines, 1 to 2^12 waves around the world.
+
+    The finest is 10 km long; finer ones would be noise of the place where one happened to stand.
+    """
+    scaled = degrees / torch.tensor([90.0, 180.0], device=degrees.device)
+    angles = torch.pi * scaled[..., None] * 2 ** torch.linspace(0, 12, WAVES, device=degrees.device)
+    return torch.cat([angles.sin(), angles.cos()], -1).flatten(1)
+
+
+class Metadata(nn.Module):
+    """Facts -> [N, size]. fields {name: "gps", "text" or a number of categories}; a missing one is a learned vector.
+
+    Missing is: gps [N, 2] with NaN, a category [N] below 0, a text [N, TEXT] of zeros, and what the caller drops.
+    """
+
+    def __init__(self, fields):
+        super().__init__()
+        if not fields:
+            raise ValueError("metadata needs fields: {name: gps, text or a number of categories}")
+        self.fields, layers, sizes = dict(fields), [], []
+        for kind in self.fields.values():
+            known = {"gps": nn.Identity, "text": lambda: nn.Linear(TEXT, EMBEDDED)}
+            layers.append(known[kind]() if kind in known else nn.Embedding(kind, EMBEDDED))
+            sizes.append(4 * WAVES if kind == "gps" else EMBEDDED)
+        self.layers, self.size = nn.ModuleList(layers), sum(sizes)
+        self.null = nn.ParameterList(0.02 * torch.randn(size) for size in sizes)
+
+    def forward(self, facts, known=None):
+        """known [N, fields]: False where a field counts as missing, so that training sees that too."""
+        out = []
+        for i, ((name, kind), layer, null) in enumerate(zip(self.fields.items(), self.layers, self.null)):
+            x = facts[name]
+            if kind == "gps":
+                here, value = x.isfinite().all(1), layer(waves(x.float().nan_to_num(0, 0, 0)))
+            elif kind == "text":
+                here, value = (x != 0).any(1), layer(x.float())
+            else:
+                here, value = (x >= 0) & (x < kind), layer(x.clamp(0, kind - 1))
+            here = here if known is None else here & known[:, i]
+            out.append(torch.where(here[:, None], value, null))
+        return torch.cat(out, 1)
+
+
+class Fusion(nn.Module):
+    """Views of a picture and what is known of it -> logits. By default: gated attention over the views, a linear layer.
+
+    width: projection to it (0: none). keep: views left by pruning (0: all). pyramid. depth: blocks of attention
+    between views, of `heads`, with an output gate if `gated`, with `experts` (0: one plain SwiGLU). pool: mil, gates,
+    mean. norm: RMSNorm before it. fields: metadata. consistency: a classifier shared by all views. weather: classes
+    that are told from the picture before metadata. masks: classes told for each patch. hidden: of the heads.
+    """
+
+    def __init__(self, dim, classes, width=0, keep=0, pyramid=False, depth=0, heads=4, gated=True, experts=0,
+                 pool="mil", norm=True, fields=None, consistency=False, weather=0, masks=0, hidden=0):  # fmt: skip
+        super().__init__()
+        W = width or dim
+        self.centre = nn.Parameter(torch.zeros(dim), requires_grad=False)
+        self.spread = nn.Parameter(torch.ones(dim), requires_grad=False)
+        self.project = nn.Linear(dim, W) if width else nn.Identity()
+        self.prune = Prune(W, keep) if keep else None
+        self.pyramid = Pyramid(W) if pyramid else nn.Identity()
+        self.blocks = nn.ModuleList(ViewBlock(W, heads, gated, experts) for _ in range(depth))
+        self.norm = nn.RMSNorm(W, 1e-6) if norm else nn.Identity()
+        self.attend = Attend(W, pool)
+        self.metadata = Metadata(fields) if fields else None
+        self.join = nn.Linear(W + self.metadata.size, W) if fields else None
+        self.head = mlp(W, classes, hidden)
+        self.view_head = mlp(W, classes, hidden) if consistency else None
+        self.weather_head = mlp(W, weather, hidden) if weather else None
+        self.mask_head = mlp(W, masks, hidden) if masks else None
+
+    @torch.no_grad()
+    def standardise(self, views):
+        """Features of the training views [..., D] get mean 0 and deviation 1; kept with the weights."""
+        views = views.flatten(0, -2).double()
+        self.centre.copy_(views.mean(0))
+        self.spread.copy_(views.std(0, correction=0).clamp(min=1e-6))
+
+    def forward(self, views, facts=None, known=None, patches=None):
+        """views [N, V, D]; facts and known: see Metadata; patches [N, V, P, D] of the same space -> Fused."""
+        more, N, V = {}, *views.shape[:2]
+        x = self.project((views - self.centre) / self.spread)
+        if self.mask_head is not None and patches is not None:
+            more["masks"] = self.mask_head(self.project((patches - self.centre) / self.spread))
+        kept, seen, choice = torch.arange(V, device=x.device).expand(N, V), None, None
+        if self.prune is not None and self.prune.keep < V:
+            kept, choice, more["ratio"] = self.prune(x)
+            seen = choice.detach() > 0.5
+            if not self.training:  # training carries all views along, unseen, so that each score has a gradient
+                x, seen, choice = x.gather(1, kept[..., None].expand(-1, -1, x.shape[2])), None, None
+        x = self.pyramid(x)
+        for block in self.blocks:
+            x, balance = block(x, seen)
+            more["balance"] = more.get("balance", 0.0) + balance / len(self.blocks)
+        x = self.norm(x)
+        weights = self.attend(x).softmax(1)
+        if choice is not None:
+            weights = weights * choice
+            weights = weights / weights.sum(1, keepdim=True)
+        features = (weights[..., None] * x).sum(1)
+        if choice is not None:
+            x = x.gather(1, kept[..., None].expand(-1, -1, x.shape[2]))
+        if self.view_head is not None:
+            more["views"] = self.view_head(x)
+        if self.weather_head is not None:
+            more["weather"] = self.weather_head(features)
+        joined = features
+        if self.metadata is not None:
+            joined = features + F.silu(self.join(torch.cat([features, self.metadata(facts, known)], 1)))
+        if choice is None:
+            weights = weights.new_zeros(N, V).scatter(1, kept, weights)
+        return Fused(self.head(joined), features, x, kept, weights, more)
+
+
+# ----- its loss
+
+SHARES = {"main": 0.40, "views": 0.25, "weather": 0.15, "masks": 0.20}  # renormalised over the terms that are there
+ASIDE = {"ratio": 1.0, "balance": 0.01}  # added to it, as DynamicViT and mixtures of experts do
+
+
+def view_consistency(logits):
+    """Mean KL of the mean view (which stands still) from each view, of logits [N, k, C]."""
+    log_p = F.log_softmax(logits, -1)
+    mean = log_p.exp().mean(1, keepdim=True).detach()
+    return (mean * (mean.clamp(min=1e-30).log() - log_p)).sum(-1).mean()
+
+
+def mask_loss(logits, masks):
+    """Binary cross entropy + Dice of [N, V, P, M]; masks: share of the patch, NaN: not known. None: none is known."""
+    known = masks.isfinite()
+    if not known.any():
+        return None
+    truth, p = masks.nan_to_num(), torch.where(known, logits.sigmoid(), 0)
+    bce = F.binary_cross_entropy_with_logits(logits[known], truth[known])
+    both, each = (2 * (p * truth).sum((0, 1, 2)), (p + truth).sum((0, 1, 2)))
+    return bce + (1 - (both + 1) / (each + 1)).mean()
+
+
+def combined_loss(main, out, weather=None, masks=None, shares=SHARES):
+    """-> loss, {term: value}. main: the loss of out.logits; weather [N], -1: not known; masks as in mask_loss.
+
+    A term that the batch has nothing for does not count, and the others take over its share.
+    """
+    terms, more = {"main": main}, out.auxiliary
+    if "views" in more:
+        terms["views"] = view_consistency(more["views"])
+    if "weather" in more and weather is not None and (weather >= 0).any():
+        terms["weather"] = F.cross_entropy(more["weather"], weather, ignore_index=-1)
+    if "masks" in more and masks is not None and (found := mask_loss(more["masks"], masks)) is not None:
+        terms["masks"] = found
+    loss = sum(shares[name] * term for name, term in terms.items()) / sum(shares[name] for name in terms)
+    aside = {name: more[name] for name in ASIDE if isinstance(more.get(name), Tensor)}
+    return loss + sum(ASIDE[name] * value for name, value in aside.items()), {**terms, **aside}

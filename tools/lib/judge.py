@@ -222,7 +222,8 @@ def verdict(result):
     """What a judgement says, in one paragraph; its caveats are part of it."""
     aucs = {name: item["auc"] for name, item in result["predictors"].items()}
     unit = result.get("unit", "patients")  # groups, of photographs
-    text = f"On {result['samples']} samples of {result['patients']} {unit} the frozen probe has AUC "
+    what = result.get("what", "frozen probe")
+    text = f"On {result['samples']} samples of {result['patients']} {unit} the {what} has AUC "
     sentences = [text + in_words(aucs["probe"])]
     for name, other in CLAIMS:
         if f"{name} - {other}" in result["differences"]:

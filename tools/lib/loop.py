@@ -25,8 +25,8 @@ from tqdm import tqdm
 import checkpoint
 from data import append_line, denormalise, regular
 from model import check_arch
-from tools.lib import limits
-from tools.lib.cli import pick_device, shown
+from tools.lib import limits, optim
+from tools.lib.cli import pick_device, read_options, shown, technique
 
 # Ranks, schedules, random numbers.
 
@@ -122,6 +122,17 @@ def seconds_between(begin, end):
     return begin.elapsed_time(end) / 1e3
 
 
+def over_ranks(function, rows, rank, world):
+    """function(rows) -> array [rows, ...], of which each rank computes a part; all of it on all ranks."""
+    if world == 1:
+        return function(rows)
+    mine = rows[rank::world]
+    parts = [None] * world
+    dist.all_gather_object(parts, function(mine) if len(mine) else None)
+    whole = np.concatenate([part for part in parts if part is not None])
+    return whole[np.argsort(np.concatenate([np.arange(len(rows))[r::world] for r in range(world)]))]
+
+
 class Upcoming:
     """The next `left` updates of `micros` micro-batches each: read in order and made ready by prepare(read).
 
@@ -175,6 +186,22 @@ def schedule(step, start, peak, end, warmup=0, hold=0, cosine=0):
     if step < cosine:
         return end + (peak - end) * (1 + math.cos(math.pi * step / max(cosine - 1, 1))) / 2
     return end
+
+
+def build_optimizer(text, groups):
+    """muon:momentum=0.9, or with a wrapper before it sam:rho=0.1+muon (sam alone: around AdamW) -> optimizer."""
+    *outer, inner = text.split("+")
+    if read_options(inner)[0] in optim.WRAPPERS:
+        outer, inner = [*outer, inner], "adamw"
+    name, options = technique(inner, optim.OPTIMIZERS)
+    if taken := {"lr", "weight_decay"} & options.keys():
+        raise ValueError(f"--optimizer {text}: {min(taken)} has a flag of its own")
+    more = {"fused": True} if name == "adamw" else {}
+    optimizer = optim.OPTIMIZERS[name](groups, lr=0.0, **{**more, **options})
+    for part in reversed(outer):
+        name, options = technique(part, optim.WRAPPERS)
+        optimizer = optim.WRAPPERS[name](optimizer, **options)
+    return optimizer
 
 
 def generator(*key):
@@ -249,7 +276,7 @@ def check_flags(args, saved, harmless):
 RESUMED = "step args arch student teacher gram optimizer centers index_sha256 split_sha256".split()
 
 
-def find_run(args, source, harmless, rank, world):
+def find_run(args, source, harmless, rank, world, fields=RESUMED):
     """(checkpoint to go on from or None, its plain values, harmless changes of flags); refuses what is another run."""
     out, newest = Path(args.out), [None, False]
     # to verify 100 GB takes a slow disk longer than the 10 minutes after which NCCL gives a collective up
@@ -269,7 +296,7 @@ def find_run(args, source, harmless, rank, world):
         raise ValueError(f"{out} holds {path.name} and --resume never was given; choose another --out")
     # latest() has just verified it; tensors stay on disk
     state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    if missing := [name for name in RESUMED if name not in state]:
+    if missing := [name for name in fields if name not in state]:
         raise ValueError(f"{path}: field {missing[0]} is missing; use an older step_*.pth of the same run")
     try:  # before anything of its size is made
         weights = {k.removeprefix("backbone."): v for k, v in state["student"].items() if k.startswith("backbone.")}
@@ -314,7 +341,8 @@ class Pace:
 def smaller_micro_batch(args, world):
     """The largest micro-batch of at most half of this one that the same run may use, or None."""
     images = args.batch_size // world
-    sizes = [m for m in range(args.koleo_group, args.micro_batch // 2 + 1, args.koleo_group) if images % m == 0]
+    group = getattr(args, "koleo_group", 1)
+    sizes = [m for m in range(group, args.micro_batch // 2 + 1, group) if images % m == 0]
     return sizes[-1] if sizes else None
 
 
@@ -328,10 +356,9 @@ def out_of_memory(args, world, optimizer, step):
     optimizer.zero_grad(set_to_none=True)
     torch.cuda.empty_cache()
     fits = smaller_micro_batch(args, world)
-    less = f"--micro-batch {fits}, or " if fits else ""
-    return ValueError(
-        f"out of memory at step {step}; the same command goes on from the newest checkpoint, with {less}--checkpointing"
-    )
+    ways = [f"--micro-batch {fits}"] * bool(fits) + ["--checkpointing"] * hasattr(args, "checkpointing")
+    how = ", or ".join(ways) or "a smaller --batch-size in another --out"
+    return ValueError(f"out of memory at step {step}; the same command goes on from the newest checkpoint, with {how}")
 
 
 def report_saves(log, saver, done, going_on):
@@ -418,7 +445,9 @@ def flops_per_image(student, recipe, args, with_gram):
     big = forward_flops(vit, recipe.global_size, 1 + patches) if with_gram else target
     small = forward_flops(vit, recipe.local_size, 1)
     head = 2 * sum(p.numel() for p in student.dino_head.parameters())
-    learned = 3 * (2 * big + recipe.local_crops * small + head * (2 + recipe.local_crops + masked))
+    sizes = [(p.numel(), p.requires_grad) for p in vit.blocks.parameters() if p.ndim == 2]  # frozen: no gradient of it
+    passes = 2 + sum(n for n, trained in sizes if trained) / sum(n for n, _ in sizes)
+    learned = passes * (2 * big + recipe.local_crops * small) + 3 * head * (2 + recipe.local_crops + masked)
     targets = 2 * target + head * (2 + masked)
     return learned + targets + (2 * forward_flops(student.backbone, recipe.gram_size) if with_gram else 0)
 
@@ -455,7 +484,8 @@ def memory_gb(device):
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e9
 
 
-SHOWN = "loss excess dino ibot koleo gram teacher_entropy rankme lr images_s val_loss val_top1 val_top5".split()
+SHOWN = """loss excess dino ibot koleo gram accuracy teacher_entropy rankme lr images_s val_loss val_top1 val_top5
+val_mcc val_accuracy val_auc""".split()
 
 
 class Log:

@@ -44,7 +44,9 @@ def clip_gradients(student, limit):
 
 @torch.no_grad()
 def update_teacher(teacher, student, momentum):
-    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
+    """Moves what is trained; the rest is equal in both."""
+    pairs = [(t, s) for t, s in zip(teacher.parameters(), student.parameters()) if s.requires_grad]
+    torch._foreach_lerp_(*map(list, zip(*pairs)), 1 - momentum)
 
 
 # Optimizers. Each reads lr and weight_decay (decoupled) from its groups at every step, and
@@ -55,6 +57,14 @@ class Stepper(torch.optim.Optimizer):
     """A loop over parameters; update(parameter, gradient, number of the update, group) says what one step does."""
 
     counters = 1  # numbers in "step"; the first counts updates
+
+    def __init__(self, params, defaults):
+        below_one = [*defaults.get("betas", ()), defaults.get("momentum", 0.0)]
+        if not all(0 <= beta < 1 for beta in below_one):
+            raise ValueError(f"betas and momentum must be at least 0 and below 1, got {below_one}")
+        if wrong := {k: v for k, v in defaults.items() if isinstance(v, (int, float)) and v < 0}:
+            raise ValueError(f"numbers must be at least 0, got {wrong}")
+        super().__init__(params, defaults)
 
     @torch.no_grad()
     def step(self, closure=None):

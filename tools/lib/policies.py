@@ -27,26 +27,29 @@ def hash_of(hashes):
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
+def aligned(other, path, first, first_path):
+    """The table `other` in the order of `first`; both must hold the same samples, classes, labels and split."""
+    place = {name: k for k, name in enumerate(other.ids.tolist())}
+    if strangers := sorted(set(first.ids.tolist()) ^ set(place)):
+        raise ValueError(f"{path} and {first_path} do not hold the same samples: {len(strangers)} are in one, "
+                         f"first {shown(strangers[0])}; export both from the same split")  # fmt: skip
+    other = other.take([place[name] for name in first.ids.tolist()])
+    for name in ("classes", "split", "split_sha256"):
+        if other.facts[name] != first.facts[name]:
+            has = f"{shown(other.facts[name])}, of {first_path} {shown(first.facts[name])}"
+            raise ValueError(f"{path}: {name} is {has}")
+    if (other.labels != first.labels).any() or (other.groups != first.groups).any():
+        raise ValueError(f"{path}: labels or groups are others than in {first_path}; export both again")
+    return other
+
+
 def load(paths, split):
     """The tables of one or several runs as one: the same samples by id, the views of all runs side by side."""
     loaded = [tables.read(path, split) for path in paths]
-    first, logits = loaded[0], [loaded[0].logits]
-    for path, other in zip(paths[1:], loaded[1:]):
-        place = {name: k for k, name in enumerate(other.ids.tolist())}
-        if strangers := sorted(set(first.ids.tolist()) ^ set(place)):
-            raise ValueError(f"{path} and {paths[0]} do not hold the same samples: {len(strangers)} are in one, "
-                             f"first {shown(strangers[0])}; export both from the same split")  # fmt: skip
-        other = other.take([place[name] for name in first.ids.tolist()])
-        for name in ("classes", "split", "split_sha256"):
-            if other.facts[name] != first.facts[name]:
-                raise ValueError(
-                    f"{path}: {name} is {shown(other.facts[name])}, of {paths[0]} {shown(first.facts[name])}"
-                )
-        if (other.labels != first.labels).any() or (other.groups != first.groups).any():
-            raise ValueError(f"{path}: labels or groups are others than in {paths[0]}; export both again")
-        logits.append(other.logits)
+    first = loaded[0]
+    others = [aligned(other, path, first, paths[0]).logits for path, other in zip(paths[1:], loaded[1:])]
     facts = {name: hash_of(t.facts[name] for t in loaded) for name in ("npz_sha256", "weights_sha256")}
-    return first._replace(logits=np.concatenate(logits, 1), facts={**first.facts, **facts})
+    return first._replace(logits=np.concatenate([first.logits, *others], 1), facts={**first.facts, **facts})
 
 
 def column_of(labels, root, name, ids):

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tools.lib import calibrate, conformal, thresholds
-from tools.lib.choice import choose
+from tools.lib.choice import areas_of, choose
 from tools.lib.cli import read_options, shown
 from tools.lib.fusion import POOLS, simplex_weights
 from tools.lib.metrics import rates
@@ -22,7 +22,7 @@ from tools.lib.metrics import rates
 VERSION = 1
 SHARES = {1: [1.0], 2: [0.5, 0.5], 3: [0.4, 0.3, 0.3]}  # of val_calib, by the number of fitted steps
 LAST = ("threshold", "exit", "gate", "conformal")
-KIND_OF = {**dict.fromkeys([*POOLS, "weights"], "aggregate"), **thresholds.KIND_OF}
+KIND_OF = {**dict.fromkeys([*POOLS, "weights", "best"], "aggregate"), **thresholds.KIND_OF}
 KIND_OF |= {**dict.fromkeys([*calibrate.METHODS, "auto"], "calibrate"), **dict.fromkeys(conformal.METHODS, "conformal")}
 
 
@@ -88,10 +88,14 @@ def call(method, fit, *given, **options):
 
 
 def fit_step(kind, method, options, x, labels, about):
-    """-> {method, parameters, ...}; about: ids, groups, slices of these samples."""
+    """-> {method, parameters, ...}; about: ids, groups, slices of these samples, layout."""
     if method == "weights":
         return {"method": method, "parameters": call(method, fit_mixture, x, labels, **options)}
     if kind == "aggregate":
+        if method == "best":
+            raise ValueError("best: the pool is chosen on val_select, by fit_policy.py, before the other steps")
+        if method == "area" and "areas" not in options:
+            options = {"areas": areas_of(about["layout"], x.shape[1])}
         call(method, POOLS[method], x[:1], **options)
         return {"method": method, "parameters": options}
     if kind == "calibrate":
@@ -145,6 +149,7 @@ def fit_steps(table, spec, slices=None, column=None):
         mine = np.flatnonzero(part == n) if fitted[number] else np.arange(len(part))
         about = {
             "ids": table.ids[mine],
+            "layout": table.facts.get("layout"),
             "groups": table.groups[mine],
             "slices": None if slices is None else slices[mine],
         }

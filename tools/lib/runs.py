@@ -81,7 +81,7 @@ CONFIG_FLAGS |= dict(data=str, limit=(int, type(None)), overfit=bool)
 OTHER_CODE = "use the code that trained this run, or put its own config.json back"
 
 
-def read_config(folder):
+def read_run_config(folder):
     """config.json of a run, checked."""
     path = folder / "config.json"
     if not path.exists():
@@ -131,7 +131,7 @@ def open_trained(root, args, split, trained):
     if split:  # duplicates across splits concern who judges, and the file may be younger than the run
         source = data.open_for(root, "fit", None, *kept, allow_duplicates=True)
     else:
-        source = data.open_source(root, *kept)
+        source = data.thin(data.open_source(root), *kept)
     for key, value in trained.items():
         if value != getattr(source, key):
             raise ValueError(f"{root}: {key} is not that of the run; put its data back, or name them with --data")

@@ -91,8 +91,9 @@ def deal(groups, current, draws, rng):
 
 
 def compare(columns, groups, embeddings=None, classes=None, draws=999, seed=0):
-    """columns {name: (reference [N], current [M])}, groups (of both), embeddings: features of both, classes: said classes
-    -> {p, statistics {name: {value, p}}, n, m, groups}; p: share of random deals at least as extreme in any statistic.
+    """columns {name: (reference [N], current [M])}, groups and said classes of both; embeddings: (rows [K, D], which
+    of all N + M samples they belong to [K]) -> {p, statistics {name: {value, p}}, n, m}; p: the share of random deals
+    that are at least as extreme in any statistic.
     """
     n, m = len(groups[0]), len(groups[1])
     rng, current = np.random.default_rng(seed), np.repeat([False, True], [n, m])
@@ -106,14 +107,15 @@ def compare(columns, groups, embeddings=None, classes=None, draws=999, seed=0):
     if classes is not None and len(np.unique(np.concatenate(classes))) > 1:
         found["label shift"] = variation(member, np.concatenate(classes))
     if embeddings is not None:
-        x = np.concatenate(embeddings).astype(np.float32)
-        found["mean shift of embeddings"] = mean_shift(member, x)
-        kept = np.sort(np.concatenate([rng.permutation(n)[:MOST], n + rng.permutation(m)[:MOST]]))
-        found["mmd of embeddings"] = mmd(member[:, kept], gaussian_kernel(x[kept]))
+        x, at = embeddings[0].astype(np.float32), np.asarray(embeddings[1])
+        found["mean shift of embeddings"] = mean_shift(member[:, at], x)
+        sides = np.flatnonzero(at < n), np.flatnonzero(at >= n)
+        kept = np.sort(np.concatenate([rng.permutation(side)[:MOST] for side in sides]))
+        found["mmd of embeddings"] = mmd(member[:, at[kept]], gaussian_kernel(x[kept]))
     if not found:
         raise ValueError("nothing differs from sample to sample: there is nothing to compare")
     # rounding: equal deals must count as equally extreme
-    table = np.round(np.stack(list(found.values()), 1).astype(np.float64), 10)  # [1 + draws, K]
+    table = np.round(np.stack(list(found.values()), 1).astype(np.float64), 6)  # [1 + draws, K]
     ranks = np.stack([share_above(column) for column in table.T], 1)
     least = ranks.min(1)
     one = {name: {"value": float(table[0, k]), "p": float(ranks[0, k])} for k, name in enumerate(found)}

@@ -1,0 +1,97 @@
+"""The frozen baseline: fitted on train, chosen on val_select, and a classifier that other programs read."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_data import photo
+
+import data
+import model
+from tools import make_splits, predict
+from tools.lib import baseline, classifiers, fits, samples, tables
+
+
+def bright_or_dark(root, count=120):
+    """Pictures whose label their red channel tells, most of the time."""
+    root.mkdir(parents=True)
+    random, lines = np.random.default_rng(0), ["path,label"]
+    for k in range(count):
+        image, label = photo(k, (40, 52)), int(random.random() < 0.5)
+        image[0] = (image[0] * (0.4 if label else 0.8) + random.uniform(0, 40)).clamp(0, 255)
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(root / f"{k}.png")
+        lines.append(f"{k}.png,{('bright', 'dark')[label]}")
+    (root / "labels.csv").write_text("\n".join(lines))
+    assert make_splits.main(["--data", str(root)]) == 0
+    return root
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    return bright_or_dark(tmp_path_factory.mktemp("data") / "photos")
+
+
+@pytest.fixture(scope="module")
+def vit(tmp_path_factory):
+    torch.manual_seed(0)
+    vit = model.build_vit("vit_test", layerscale=0.5).eval()
+    state, _ = model.state_to_hf(vit)
+    path = tmp_path_factory.mktemp("weights") / "model.pth"
+    torch.save(state, path)
+    return path, vit
+
+
+def fitted(photos, vit, out, refit=False, layout="whole"):
+    source = data.open_for(photos, ["fit", "select", "calibrate"])
+    table = samples.read_table(photos / "labels.csv", data.open_source(photos))
+    paths = source.rows.texts("path")
+    keep = np.array([name in paths for name in table.ids])
+    table = table.take(keep)._replace(rows=np.array([paths.index(name) for name in table.ids if name in paths]))
+    about = {"encoding": "photo", "eval_view": data.eval_view("photo", 32), "layout": layout, "labels_sha256": None}
+    return baseline.fit_frozen(vit[1], vit[0], source, table, about, out, "cpu", 16, 2, refit), source
+
+
+def test_it_learns_and_predict_says_what_it_exported(photos, vit, tmp_path):
+    result, source = fitted(photos, vit, tmp_path / "run", layout="tiles:rows=2,cols=2")
+    assert result["val_select"]["linear probe"]["mcc"] > 0.5 and result["val_select"]["k-NN"]["auc"] > 0.5
+    assert result["C"] in fits.PATH and result["k"] in fits.KS and result["fitted_on"] == ["train"]
+    words = ["--ckpt", str(tmp_path / "run" / "best.pth"), "--data", str(photos), "--out", str(tmp_path / "said")]
+    assert predict.main(words) == 0
+    for split in ("val_select", "val_calib"):
+        own, said = tables.read(tmp_path / "run", split), tables.read(tmp_path / "said", split)
+        order = [said.ids.tolist().index(name) for name in own.ids]
+        np.testing.assert_allclose(own.logits, said.logits[order], rtol=0, atol=2e-5)
+        assert own.logits.shape[1] == 5 and (own.labels == said.labels[order]).all()
+        keys = ("classes", "layout", "eval_view", "weights_sha256", "split_sha256", "split")
+        assert [own.facts[key] for key in keys] == [said.facts[key] for key in keys]
+    table = tables.read(tmp_path / "run", "val_select")
+    p = torch.tensor(table.logits).mean(1).log_softmax(1).numpy()
+    nll = -p[np.arange(len(p)), table.labels].mean()
+    assert nll == pytest.approx(result["val_select"]["linear probe"]["nll"], abs=1e-5)
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["C"] == result["C"]
+
+
+def test_a_refit_has_seen_val_select_and_says_nothing_of_it(photos, vit, tmp_path):
+    once, _ = fitted(photos, vit, tmp_path / "once")
+    again, source = fitted(photos, vit, tmp_path / "again", refit=True)
+    assert once["C"] == again["C"] and once["val_select"] == again["val_select"]
+    assert sorted(p.name for p in (tmp_path / "again" / "predictions").glob("*.npz")) == ["val_calib.npz"]
+    _, facts = classifiers.read_classifier(tmp_path / "again" / "best.pth")
+    used = np.isin(source.splits, ["train", "val_select"])
+    assert facts["trained_groups"] == sorted(source.rows.column("group")[used].tolist())
+    words = ["--data", str(photos), "--split", "val_select", "--out", str(tmp_path / "said")]
+    with pytest.raises(ValueError, match="leak: .* groups of val_select"):
+        predict.main(["--ckpt", str(tmp_path / "again" / "best.pth"), *words])
+    assert predict.main(["--ckpt", str(tmp_path / "once" / "best.pth"), *words]) == 0
+
+
+def test_neighbours_are_chosen_by_the_loss_on_val_select():
+    random = np.random.default_rng(0)
+    y = random.integers(0, 2, 300)
+    X = random.normal(size=(300, 8)) + y[:, None]
+    fit = np.arange(300) < 200
+    log_p, k = baseline.nearest(X, y, fit, ~fit, 2)
+    assert log_p.shape == (100, 2) and k > 1 and np.exp(log_p).sum(1) == pytest.approx(np.ones(100))
+    assert (log_p.argmax(1) == y[~fit]).mean() > 0.8

@@ -1,0 +1,323 @@
+"""Bundles: moved, they say the same; changed in any byte, they say nothing; a run that is worth nothing makes none."""
+
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from test_baseline import fitted, photos, vit  # noqa: F401 - fixtures
+from test_classifiers import make_classifier
+
+import data
+from model import load_backbone
+from tools import evaluate, fit_policy, predict, release
+from tools.lib import bundle, tables
+from tools.lib.classifiers import read_classifier
+
+
+@pytest.fixture(scope="module")
+def run(photos, vit, tmp_path_factory):  # noqa: F811
+    """A frozen baseline with its policy."""
+    out = tmp_path_factory.mktemp("runs") / "photos"
+    fitted(photos, vit, out)
+    words = ["--predictions", str(out), "--out", str(out / "policy.json"), "--method", "mean", "temperature", "mcc"]
+    assert fit_policy.main(words) == 0
+    return out
+
+
+def make(run, out, *words):
+    flags = ["--ckpt", run / "best.pth", "--policy", run / "policy.json", "--out", out, *words]
+    assert release.main(list(map(str, flags))) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def made(run, tmp_path_factory):
+    return make(run, tmp_path_factory.mktemp("bundles") / "first")
+
+
+def ask(folder, out, *words):
+    assert predict.main(list(map(str, ["--bundle", folder, "--out", out, *words]))) == 0
+
+
+def csv_of(path):
+    return {line.split(",")[0]: line.split(",")[3:] for line in path.read_text().splitlines()[1:]}
+
+
+def test_predict_says_what_evaluate_says_after_the_folder_was_moved(photos, made, run, tmp_path):  # noqa: F811
+    root = tmp_path / "photos"
+    shutil.copytree(photos, root)
+    moved = tmp_path / "elsewhere" / "b"
+    shutil.copytree(made, moved)
+    words = ["--bundle", moved, "--data", root, "--out", tmp_path / "evaluation", "--bootstrap", 20]
+    assert evaluate.main(list(map(str, words))) == 0
+    ask(moved, tmp_path / "folder", "--images", root)
+    ask(moved, tmp_path / "split", "--data", root, "--split", "val_test")
+    evaluated = csv_of(tmp_path / "evaluation" / "predictions.csv")
+    assert len(evaluated) == 12
+    for out, name in (("folder", "images.csv"), ("split", "val_test.csv")):
+        said = csv_of(tmp_path / out / name)
+        for key, cells in evaluated.items():
+            assert [float(cell) for cell in said[key][:2]] == pytest.approx([float(c) for c in cells[:2]], abs=2e-6)
+            assert said[key][2:] == cells[2:]  # decision and set
+    looks = [json.loads(line) for line in data.split_path(root, "test_uses.jsonl").read_text().splitlines()]
+    assert len(looks) == 1 and looks[0]["policy_sha256"] == data.file_sha256(run / "policy.json")
+    words = ["--ckpt", run / "best.pth", "--data", root, "--split", "val_test", "--out", tmp_path / "ckpt"]
+    assert predict.main(list(map(str, words))) == 0
+    a, b = (tables.read(tmp_path / out, "val_test") for out in ("split", "ckpt"))
+    np.testing.assert_allclose(a.logits, b.logits, rtol=0, atol=1e-6)
+    words = ["--predictions", tmp_path / "ckpt" / "val_test.npz", "--policy", run / "policy.json", "--bootstrap", 20]
+    assert evaluate.main(list(map(str, [*words, "--out", tmp_path / "again"]))) == 0  # the same look: no reason needed
+    first, second = (json.loads((tmp_path / f / "results.json").read_text()) for f in ("evaluation", "again"))
+    assert first["decided"] == second["decided"] and first["decided"]["accuracy"] > 0.6
+
+
+def test_pictures_elsewhere_are_evaluated_without_a_look_if_they_were_not_trained_on(photos, made, tmp_path):  # noqa: F811
+    root = tmp_path / "other"
+    (root / "new").mkdir(parents=True)
+    lines = (photos / "labels.csv").read_text().splitlines()
+    for line in lines[1:41]:
+        shutil.copyfile(photos / line.split(",")[0], root / "new" / line.split(",")[0])
+    (root / "labels.csv").write_text("\n".join([lines[0], *(f"new/{line}" for line in lines[1:41])]))
+    words = list(map(str, ["--bundle", made, "--data", root, "--out", tmp_path / "evaluation", "--bootstrap", 20]))
+    assert evaluate.main(words) == 0
+    result = json.loads((tmp_path / "evaluation" / "results.json").read_text())
+    assert result["split"] == "all" and result["decisions"]["n"] == 40 and not (root / "_splits").exists()
+    (root / "new").rename(root / "old")
+    for line in lines[1:41]:
+        (root / "old" / line.split(",")[0]).rename(root / line.split(",")[0])
+    (root / "labels.csv").write_text("\n".join(lines[:41]))
+    with pytest.raises(ValueError, match="leak: .* of the labels were in the training of these weights"):
+        evaluate.main(words)
+    (root / "labels.csv").unlink()
+    with pytest.raises(FileNotFoundError, match="without labels there is nothing to score"):
+        evaluate.main(words)
+
+
+def test_what_is_in_the_folder(made):
+    names = {path.name for path in made.iterdir()}
+    assert names == {*bundle.WRITTEN, "bundle.json", "SHA256SUMS"}
+    facts = json.loads((made / "bundle.json").read_text())
+    assert facts["classes"] == ["bright", "dark"] and facts["layout"] == "whole" and facts["forced"] is None
+    assert set(facts["files"]) == set(bundle.WRITTEN) and len(facts["id"]) == 16
+    text = (made / "README.md").read_text()
+    assert "mean temperature mcc" in text and "val_select" in text and "bright, dark" in text
+    everything = "".join(path.read_text() for path in made.iterdir() if path.suffix != ".safetensors")
+    assert "/tmp" not in everything and ".png" not in everything
+    os.chdir(made)
+    assert os.system("sha256sum -c --quiet SHA256SUMS") == 0
+
+
+def changed(made, tmp_path, **more):
+    folder = tmp_path / "b"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(made, folder)
+    facts = json.loads((folder / "bundle.json").read_text()) | more
+    facts["files"] |= {name: data.file_sha256(folder / name) for name in facts["files"] if (folder / name).exists()}
+    return folder, facts
+
+
+def resum(folder, facts):
+    """As somebody would who makes the sums anew."""
+    facts["id"] = bundle.id_of(facts)
+    (folder / "bundle.json").write_text(json.dumps(facts))
+    names = sorted({*facts["files"], "bundle.json"})
+    lines = [f"{data.file_sha256(folder / name)}  {name}\n" for name in names if (folder / name).is_file()]
+    (folder / "SHA256SUMS").write_text("".join(lines))
+
+
+def refused(folder, text):
+    with pytest.raises((ValueError, OSError), match=text):
+        bundle.read_bundle(folder)
+
+
+def test_what_is_damaged_or_leads_out_of_the_folder_is_refused(made, tmp_path):
+    for name in (*bundle.WRITTEN, "bundle.json", "SHA256SUMS"):
+        folder, _ = changed(made, tmp_path)
+        content = bytearray((folder / name).read_bytes())
+        content[len(content) // 2] ^= 1
+        (folder / name).write_bytes(content)
+        refused(folder, "b")
+        (folder / name).unlink()
+        refused(folder, "is missing|does not exist")
+    for odd in ("/etc/passwd", "../policy.json", "a/../policy.json", "./policy.json", "a\\b", "", ".hidden"):
+        folder, facts = changed(made, tmp_path)
+        facts["files"][odd] = "0" * 64
+        resum(folder, facts)
+        refused(folder, "no path inside the bundle")
+    for name in ("policy2.json", "old/policy.json", "Policy.json"):
+        folder, _ = changed(made, tmp_path)
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(folder / "policy.json", folder / name)
+        refused(folder, "holds a second policy")
+    folder, _ = changed(made, tmp_path)
+    (folder / "notes.txt").write_text("x")
+    refused(folder, "notes.txt is missing, or belongs to no bundle")
+    folder, _ = changed(made, tmp_path)
+    (folder / "policy.json").rename(tmp_path / "elsewhere.json")
+    (folder / "policy.json").symlink_to(tmp_path / "elsewhere.json")
+    refused(folder, "policy.json is a link")
+    refused(tmp_path / "none", "is not a folder")
+
+
+def test_what_does_not_fit_together_is_refused_even_with_right_sums(made, tmp_path):
+    for more, text in (
+        ({"classes": ["dark", "bright"]}, "policy.json is for another classes"),
+        ({"layout": "tiles"}, "policy.json is for another layout"),
+        ({"weights_sha256": "0" * 64}, "another weights_sha256"),
+        ({"eval_view": {"size": "32", "window": None}}, "eval_view is"),
+        ({"eval_view": {"size": 33, "window": None}}, "33 pixels"),
+        ({"pool": "cls"}, "features, not"),
+        ({"layers": 50}, "layers is 50"),
+        ({"version": 2}, "version is 2"),
+        ({"encoding": 3}, "field 'encoding'"),
+    ):
+        folder, facts = changed(made, tmp_path, **more)
+        resum(folder, facts)
+        refused(folder, text)
+    steps = json.loads((made / "policy.json").read_text())["steps"]
+    for policy, text in (
+        ({"steps": [*steps, steps[-1]]}, "exactly one of"),
+        ({"steps": steps[:-1]}, "exactly one of"),
+        ({"steps": [{**steps[-1], "method": "none"}]}, "there is no method none"),
+        ({"version": 9}, "version is 9"),
+    ):
+        folder, facts = changed(made, tmp_path)
+        content = json.loads((folder / "policy.json").read_text()) | policy
+        (folder / "policy.json").write_text(json.dumps(content))
+        facts["files"]["policy.json"] = data.file_sha256(folder / "policy.json")
+        resum(folder, facts)
+        refused(folder, text)
+
+
+def mutate(folder, random):
+    """One random change of one file: a byte, a cut, bytes from elsewhere, a deletion, a JSON value."""
+    path = folder / random.choice(sorted(p.name for p in folder.iterdir()))
+    content, kind = bytearray(path.read_bytes()), random.integers(5)
+    if kind == 0:
+        content[random.integers(len(content))] ^= 1 << random.integers(8)
+    elif kind == 1:
+        del content[random.integers(len(content)) :]
+    elif kind == 2:
+        at = random.integers(len(content))
+        content[at : at + 4] = random.bytes(random.integers(1, 9))
+    elif kind == 3 or path.suffix != ".json":
+        return path.unlink()
+    else:
+        value = json.loads(content)
+        key = random.choice(sorted(value))
+        value[key] = random.choice(np.array([None, 1, -1.5, "x", [], {}, [[]], "../x"], dtype=object))
+        content = json.dumps(value).encode()
+    return path.write_bytes(content)
+
+
+def try_mutants(made, photos, tmp_path, count, seed):  # noqa: F811
+    """Sums made anew in half of them: then what is read must be refused in a sentence, or say the very same."""
+    words = ["--images", str(photos / "0.png"), str(photos / "1.png"), "--out", str(tmp_path / "said")]
+    ask(made, tmp_path / "right", *words[:3])
+    right, refusals = tables.read(tmp_path / "right" / "images.npz"), 0
+    for k in range(count):
+        random = np.random.default_rng((seed, k))
+        folder, facts = changed(made, tmp_path)
+        before = {path.name: path.read_bytes() for path in folder.iterdir()}
+        mutate(folder, random)
+        if k % 2 and (folder / "bundle.json").exists():
+            try:
+                facts = json.loads((folder / "bundle.json").read_text())
+                facts["files"] = {name: data.file_sha256(folder / name) for name in facts["files"]}
+                resum(folder, facts)
+            except (ValueError, TypeError, OSError, KeyError, AttributeError):
+                pass
+        if {path.name: path.read_bytes() for path in folder.iterdir()} == before:
+            continue
+        try:
+            assert predict.main(["--bundle", str(folder), *words]) == 0
+        except (ValueError, OSError) as error:
+            assert str(folder) in str(error) or "policy.json" in str(error) or "logits" in str(error), error
+            refusals += 1
+            continue
+        assert k % 2, "a change that the sums tell was accepted"
+    return refusals, right
+
+
+def test_mutated_bundles_are_refused_in_a_sentence(made, photos, tmp_path):  # noqa: F811
+    refusals, _ = try_mutants(made, photos, tmp_path, 30, 0)
+    assert refusals >= 20
+
+
+@pytest.mark.proof
+def test_two_hundred_mutated_bundles(made, photos, tmp_path):  # noqa: F811
+    refusals, _ = try_mutants(made, photos, tmp_path, 200, 1)
+    assert refusals >= 140
+
+
+def no_bundle(run, out, text, *words):
+    with pytest.raises((ValueError, OSError), match=text):
+        make(run, out, *words)
+    assert not out.exists()
+
+
+@pytest.fixture
+def other(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def rewrite(run, split, **more):
+    t = tables.read(run, split)
+    tables.write(run / "predictions", t._replace(**more))
+
+
+def test_a_run_that_is_worth_nothing_makes_no_bundle(other, tmp_path):
+    out, t = tmp_path / "b", tables.read(other, "val_select")
+    rewrite(other, "val_select", logits=t.logits * 0.01 + np.float32([0, 9]))
+    no_bundle(other, out, "all 18 samples of val_select are called dark.*--force")
+    rewrite(other, "val_select", logits=-t.logits)
+    no_bundle(other, out, "on val_select its accuracy 0.* is not above 0.*always saying the most frequent")
+    make(other, out, "--force", "a demonstration of failure")
+    facts = json.loads((out / "bundle.json").read_text())
+    assert (
+        facts["forced"] == "a demonstration of failure"
+        and "demonstration of failure" in (out / "README.md").read_text()
+    )
+
+
+def test_a_run_that_did_not_end_and_strangers_make_no_bundle(other, tmp_path):
+    out = tmp_path / "b"
+    results = json.loads((other / "results.json").read_text())
+    (other / "results.json").write_text(json.dumps({**results, "weights": {"sha256": "0" * 64}}))
+    no_bundle(other, out, "does not say that a run ended with these weights")
+    (other / "results.json").unlink()
+    no_bundle(other, out, "does not say that a run ended with these weights")
+    (other / "results.json").write_text(json.dumps(results))
+    policy = json.loads((other / "policy.json").read_text())
+    for name in ("weights_sha256", "layout", "classes", "split_sha256"):
+        (other / "policy.json").write_text(json.dumps({**policy, name: ["a", "b"] if name == "classes" else "x"}))
+        no_bundle(other, out, f"was fitted with another {name}")
+    (other / "policy.json").write_text(json.dumps(policy))
+    t = tables.read(other, "val_select")
+    rewrite(other, "val_select", facts={**t.facts, "weights_sha256": "0" * 64})
+    no_bundle(other, out, "is of other weights than")
+    (other / "predictions" / "val_select.npz").unlink()
+    make(other, tmp_path / "calib")  # a refit has only val_calib
+    assert json.loads((tmp_path / "calib" / "bundle.json").read_text())["worth"]["split"] == "val_calib"
+    no_bundle(other, tmp_path / "calib2", "--probe belongs to a release", "--probe", "x")
+
+
+def test_adapters_are_merged_in_a_bundle(tmp_path, photos):  # noqa: F811
+    adapters = dict(rank=2, alpha=4, norm="dora", targets="qv")
+    net = make_classifier(tmp_path / "best.pth", ("bright", "dark"), adapters=adapters, layout="whole")
+    out, policy = tmp_path / "b", {"steps": [], "guarantee": "none"}
+    (tmp_path / "policy.json").write_text("{}")
+    out.mkdir()
+    worth = dict(n=1, split="val_select", accuracy=1.0, majority=0.5, mcc=1.0)
+    classifier, facts = read_classifier(tmp_path / "best.pth")
+    bundle.fill(out, classifier, facts, tmp_path / "policy.json", policy, worth, None, "b")
+    merged = load_backbone(out, quiet=True)
+    images = np.random.default_rng(0).normal(size=(2, 3, 32, 32)).astype(np.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            merged(torch.tensor(images)).cls, net.backbone(torch.tensor(images)).cls, rtol=0, atol=1e-5
+        )

@@ -1,0 +1,130 @@
+"""Claims about training the fusion of views: what it reads, that it learns in seconds, that what is served is it."""
+
+import csv
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_data import photo
+from torch.nn import functional as F
+
+import data
+import losses
+from model import build_vit
+from tools.lib import classifiers, fuse, fused
+from tools.lib.fusion import Fusion
+
+
+def street(root, n=8, facts=True):
+    """n pictures of different sizes with labels.csv; every fourth lacks its place, every third its weather."""
+    rows = []
+    for k in range(n):
+        Image.fromarray(photo(k, (90 + 6 * k, 120)).permute(1, 2, 0).numpy()).save(root / f"{k:02d}.png")
+        place = ["", ""] if k % 4 == 0 else [f"{50 + k / 10}", f"{10 - k}"]
+        weather = "" if k % 3 == 0 else ["rain", "clear"][k % 2]
+        rows.append([f"{k:02d}.png", ["a", "b"][k % 2], *place, weather, f"word{k % 2} here"])
+    header = ["path", "label", "lat", "lon", "weather", "text"] if facts else ["path", "label"]
+    with open(root / "labels.csv", "w", newline="") as f:
+        csv.writer(f).writerows([header, *(row[: len(header)] for row in rows)])
+    return data.open_source(root)
+
+
+def test_facts_come_from_labels_csv_and_what_is_not_there_is_missing(tmp_path):
+    source = street(tmp_path)
+    fields = fused.read_fields(source, ["gps", "weather", "text"])
+    assert fields == {"gps": "gps", "weather": ["clear", "rain"], "text": "text"}
+    facts = fused.facts_at(source, np.arange(8), fields)
+    assert facts["weather"].tolist() == [-1, 0, 1, -1, 1, 0, -1, 0]
+    assert facts["gps"].isnan().any(1).tolist() == [True, False, False, False] * 2
+    assert facts["gps"][3].tolist() == pytest.approx([50.3, 7]) and facts["text"][1].any()
+    moved = fused.facts_at(source, [5, 2], fields)
+    assert all(torch.equal(moved[name], facts[name][[5, 2]]) for name in fields)
+    other = tmp_path / "other"
+    other.mkdir()
+    alone = fused.facts_at(street(other, 3, facts=False), np.arange(3), fields)  # pictures of which nothing is known
+    assert alone["gps"].isnan().all() and (alone["weather"] == -1).all() and (alone["text"] == 0).all()
+    with pytest.raises(ValueError, match="no column daytime for daytime; its facts are .*lat, lon, weather, text"):
+        fused.read_fields(source, ["daytime"])
+    assert np.isnan(fused.degrees("91", 90)) and np.isnan(fused.degrees("x", 90)) and fused.degrees("-90", 90) == -90
+
+
+def test_options_are_those_of_fusion_and_of_training():
+    switches, more = fuse.read_options("fusion:keep=8,experts=4,metadata=gps+weather,pyramid=true")
+    assert more == {"metadata": "gps+weather", "weather": "", "drop": 0.3}
+    assert switches["keep"] == 8 and switches["pyramid"] is True
+    Fusion(16, 2, **(switches | {"weather": 3}))
+    for text, words in (("fusion:kep=8", "no option kep"), ("fusion:keep=x", "keep is x"), ("fusion:drop=1", "drop")):
+        with pytest.raises(ValueError, match=words):
+            fuse.read_options(text)
+
+
+def test_masks_become_shares_of_patches(tmp_path):
+    codes = np.zeros((80, 100), np.uint8)
+    codes[8:40, 75:100] = 2
+    codes[60, 10] = 1
+    Image.fromarray(codes).save(tmp_path / "m.png")
+    boxes, flips = np.array([[0, 0, 80, 100], [0, 50, 40, 100], [0, 0, 80, 100]]), [False, False, True]
+    shares = fuse.mask_shares(tmp_path / "m.png", boxes, flips, 4, 3)
+    assert shares.shape == (3, 16, 3)
+    grid = shares.reshape(3, 4, 4, 3)
+    want = [[(codes[r * 20 : r * 20 + 20, c * 25 : c * 25 + 25] == 2).mean() for c in range(4)] for r in range(4)]
+    np.testing.assert_allclose(grid[0, :, :, 1], want, atol=1e-6)
+    np.testing.assert_array_equal(grid[2], grid[0][:, ::-1])
+    assert grid[0, 3, 0, 0] == pytest.approx(1 / 500) and (grid[..., 2] == 0).all()
+    assert grid[1, 3, 3, 1] == 1 and grid[1, 0, 0, 1] == 0  # a tile has a grid of its own
+    assert (fuse.mask_shares(tmp_path / "none.png", boxes, flips, 4, 3) == 0).all()
+
+
+def planted(n, seed, V=6, D=8):
+    """One view of each positive picture shows it; the others are noise."""
+    random = torch.Generator().manual_seed(seed)
+    views, labels = torch.randn(n, V, D, generator=random), torch.arange(n) % 2
+    at = torch.randint(V, (n,), generator=random)
+    views[torch.arange(n), at, 0] += 6.0 * labels
+    return fuse.Set(views, labels), at
+
+
+def test_training_finds_the_view_that_decides_and_is_a_function_of_the_seed():
+    (train, _), (select, _), (held, at) = planted(300, 0), planted(120, 1), planted(200, 2)
+    found = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        model, story = fuse.fit(Fusion(8, 2), train, select, losses.soft_cross_entropy, seed, steps=100, lr=0.02)
+        found.append((model, story))
+    assert found[0][1] == found[1][1] != found[2][1]
+    for a, b in zip(found[0][0].parameters(), found[1][0].parameters()):
+        assert torch.equal(a, b)
+    model, story = found[0]
+    best = min(loss for _, loss, _ in story)
+    assert fuse.look(model, select)[0] == pytest.approx(best)  # the weights are those of the lowest loss, not the last
+    with torch.no_grad():
+        out = model(held.views)
+    right = (out.logits.argmax(1) == held.labels).float().mean()
+    positive = held.labels == 1
+    assert right > 0.9 and (out.weights.argmax(1) == at)[positive].float().mean() > 0.9
+    mean, _ = fuse.fit(Fusion(8, 2, pool="mean"), train, select, losses.soft_cross_entropy, 0, steps=100, lr=0.02)
+    with torch.no_grad():
+        assert (mean(held.views).logits.argmax(1) == held.labels).float().mean() < right - 0.05
+
+
+def test_what_is_served_is_the_backbone_and_the_fusion_of_its_views(tmp_path):
+    source = street(tmp_path)
+    torch.manual_seed(0)
+    vit, fields = build_vit("vit_test").eval(), fused.read_fields(source, ["gps", "weather"])
+    head = fused.build(vit.dim, 2, {"keep": 7, "depth": 1}, fields).eval()
+    net, view = fused.FusedClassifier(vit, head, "mean", 1, fields), data.eval_view("photo", 32)
+    logits = classifiers.logits_of(net, source, np.arange(8), "tiles", view, batch=7, workers=1)
+    assert logits.shape == (8, 1, 2)  # one view: pools and policies have nothing left to pool
+    for k in range(8):
+        views = classifiers.views_of(source, [k], "tiles", view, "cpu")[0]
+        with torch.no_grad():
+            x = vit(views).patches.mean(1)[None]
+            alone = head(x, fused.facts_at(source, [k], fields)).logits
+        torch.testing.assert_close(torch.from_numpy(logits[k]), alone, atol=1e-5, rtol=1e-5)
+    net.requires_grad_(True)
+    out = net(classifiers.views_of(source, [1, 2], "tiles", view, "cpu"), fused.facts_at(source, [1, 2], fields))
+    F.cross_entropy(out.logits, torch.tensor([0, 1])).backward()  # end to end
+    assert vit.patch_embed.proj.weight.grad.abs().sum() > 0
+    with pytest.raises(ValueError, match="for 64 features, both of 1 layers has 128"):
+        fused.FusedClassifier(vit, head, "both", 1)

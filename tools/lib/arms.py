@@ -1,0 +1,182 @@
+"""Arms of a comparison: flags with a name, drawn from a space or written by hand, and what each is worth.
+
+    arms = read_arms(["focal: --loss focal:gamma=2", "arms.txt"])          # {"focal": ["--loss", "focal:gamma=2"]}
+    rows = judge(labels, groups, {"base": [logits of seed 0, ...], "focal": [...]}, "mcc")
+
+The first of the arms is the baseline that all others share.
+"""
+
+import functools
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+
+from tools.lib import metrics
+from tools.lib.cli import shown
+from tools.lib.fusion import POOLS
+
+BASE = "base"
+NAME = re.compile(r"([A-Za-z0-9][\w.+-]*):\s+(\S.*)")
+SURE = 0.05  # of all arms together (Holm)
+
+
+# ----- arms and spaces as a person writes them
+
+
+def lines_of(path):
+    """(where, text) of the lines of a file that say something; # begins a comment."""
+    path = Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is no text; write one line for each") from None
+    rows = [(f"{path}, line {k}", line.partition("#")[0].strip()) for k, line in enumerate(lines, 1)]
+    return [row for row in rows if row[1]]
+
+
+def read_arms(texts):
+    """{name: flags} of texts 'name: --flag value', or of files with one such line for each arm."""
+    arms = {}
+    for where, text in [row for given in texts for row in ([("--arms", given)] if ": " in given else lines_of(given))]:
+        match = NAME.fullmatch(text)
+        if not match or not (flags := shlex.split(match[2]))[0].startswith("--"):
+            raise ValueError(f"{where}: {shown(text)!r}: write an arm like 'focal: --loss focal:gamma=2'")
+        if match[1] == BASE or match[1] in arms:
+            raise ValueError(f"{where}: the name {match[1]} is taken; give each arm its own, base is the command alone")
+        arms[match[1]] = flags
+    return arms
+
+
+def read_space(path):
+    """[(flag, kind, values)] of lines '--lr log 1e-4 1e-2', '--dropout uniform 0 0.5', '--rank choice 4 8 16'."""
+    space = []
+    for where, text in lines_of(path):
+        flag, kind, *values = [*text.split(), ""][: max(2, len(text.split()))]
+        good = flag.startswith("--") and kind in ("log", "uniform", "choice") and values
+        if good and kind != "choice":
+            try:
+                values = [float(value) for value in values]
+                good = len(values) == 2 and values[0] < values[1] and (kind == "uniform" or values[0] > 0)
+            except ValueError:
+                good = False
+        if not good:
+            raise ValueError(f"{where}: {shown(text)!r}: write '--lr log 1e-4 1e-2', '--dropout uniform 0 0.5' or "
+                             "'--rank choice 4 8 16'")  # fmt: skip
+        space.append((flag, kind, values))
+    if not space:
+        raise ValueError(f"{path} names no flag to search over")
+    return space
+
+
+def draw(space, seed, trial):
+    """Flags of a trial, a function of (seed, trial) alone: more trials move none."""
+    random, flags = np.random.default_rng((seed, trial)), []
+    for flag, kind, values in space:
+        if kind == "choice":
+            value = values[random.integers(len(values))]
+        else:
+            low, high = np.log(values) if kind == "log" else values
+            value = random.uniform(low, high)
+            value = f"{np.exp(value) if kind == 'log' else value:.3g}"
+        flags += [flag, value]
+    return flags
+
+
+def changed(before, now):
+    """Which flag of two commands differs, as words."""
+
+    def flags(words):
+        found = {"": []}
+        for word in words:
+            if word.startswith("--"):
+                name, _, value = word.partition("=")
+                found[name] = [value] if value else []
+            else:
+                found[[*found][-1]].append(word)
+        return {name: " ".join(values) for name, values in found.items()}
+
+    a, b = flags(before), flags(now)
+    for name in [*a, *b]:
+        if a.get(name) != b.get(name):
+            was, is_now = (shown(f"{name} {x[name]}".strip(), 200) if name in x else f"no {name}" for x in (a, b))
+            return f"it was made with {was}, now {is_now}"
+    return "the order of its flags is another"
+
+
+# ----- what they are worth
+
+
+def mcc(labels, p, weights=None):
+    return metrics.mcc(labels, p.argmax(1), weights)
+
+
+def accuracy(labels, p, weights=None):
+    return metrics.accuracy(labels, p.argmax(1), weights)
+
+
+def auc(labels, p, weights=None):
+    return metrics.auc(labels, metrics.score_of(p), weights)
+
+
+METRICS = dict(mcc=mcc, accuracy=accuracy, auc=auc)
+
+
+def probabilities(logits, pool="mean"):
+    """[N, V, C] -> [N, C]"""
+    z = POOLS[pool](logits)
+    return np.exp(z - np.logaddexp.reduce(z, 1)[:, None])
+
+
+def gain(points, drawn, random):
+    """Is a mean over S seeds above 0? points [S], drawn [R, S] of resampled groups -> {difference, low, high, p}.
+
+    Two chances: another draw of groups (the scatter of the resampled means), and other seeds (what the seeds differ by
+    beyond what so few groups explain: t with Satterthwaite's degrees of freedom, S - 1 where seeds are all the noise).
+    Equal arms of three seeds are kept in 2% of simulations, in 8% at worst (seeds scatter twice as far as groups). One
+    seed says nothing of others: p is 1.
+    """
+    S, mean = len(points), float(np.mean(points))
+    if S < 2 or not np.isfinite(drawn).all():
+        low, high = metrics.interval(drawn.mean(1))
+        return {"difference": mean, "low": float(low), "high": float(high), "p": 1.0, "spread": None}
+    of_groups = drawn.mean(1).var()
+    explained = (drawn - drawn.mean(0)).var(1, ddof=1).mean()
+    of_seeds = max(0.0, np.var(points, ddof=1) - explained) / S
+    total = of_groups + of_seeds
+    freedom = (S - 1) * (total / of_seeds) ** 2 if of_seeds > 0 else np.inf
+    chance = random.standard_t(min(freedom, 1e6), 20_000) * np.sqrt(total)
+    low, high = metrics.interval(mean + chance)
+    found = {"difference": mean, "low": float(low), "high": float(high), "p": metrics.p_value(mean + chance)}
+    return found | {"spread": float(np.std(points, ddof=1))}
+
+
+def decide(row, worth):
+    """keep: proven better, with all arms in mind; reject: proven worse, or no gain above `worth` is left possible."""
+    if row["p_holm"] < SURE:
+        return "keep" if row["difference"] > 0 else "reject"
+    return "reject" if row["high"] < worth else "inconclusive"
+
+
+def judge(labels, groups, arms, metric="mcc", repeats=1000, worth=0.0, questions=0, seed=0, few=False):
+    """{arm: {scores, mean, and for all but the first difference, low, high, p, p_holm, spread, decision}}.
+
+    arms {name: probabilities [N, C] of each seed}, the same seeds in all; the resampled groups are the same for all.
+    questions: how many arms there were, where some were given up before (Holm counts them too). few: too few groups
+    for an interval.
+    """
+    score, runs = functools.partial(METRICS[metric], labels), [p for each in arms.values() for p in each]
+    values = np.array([score(p) for p in runs]).reshape(len(arms), -1)
+    drawn = metrics.resample(lambda w: np.stack([score(p, w) for p in runs], 1), groups, repeats, seed, strata=labels)
+    drawn = np.full((repeats, *values.shape), np.nan) if few else drawn.reshape(len(drawn), *values.shape)
+    rows = {name: {"scores": own.tolist(), "mean": float(own.mean())} for name, own in zip(arms, values)}
+    random = np.random.default_rng(seed)
+    for k, name in enumerate([*arms][1:], 1):
+        rows[name] |= gain(values[k] - values[0], drawn[:, k] - drawn[:, 0], random)
+    others = [*arms][1:]
+    p = [rows[name]["p"] for name in others] + [1.0] * max(0, questions - len(others))
+    for name, raised in zip(others, metrics.holm(p)):
+        rows[name]["p_holm"] = float(raised)
+        rows[name]["decision"] = decide(rows[name], worth)
+    return rows

@@ -1,0 +1,83 @@
+"""The frozen baseline that is hard to beat: a linear probe on cls + mean patch, as a classifier like any other.
+
+Fitted on train, its C (and the k of the neighbours beside it) chosen on val_select. OUT gets best.pth, which all
+programs read that read a trained classifier, predictions/ of val_select and val_calib, and results.json.
+Of several views the mean of their features is fitted, which for a linear probe is the mean of their logits.
+"""
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+import checkpoint
+import data
+from model import Classifier, Head
+from tools.lib import classifiers, fits, metrics, provenance
+from tools.lib.files import write_json
+from tools.lib.loop import git_commit
+
+
+def worth(labels, log_p):
+    """Numbers on val_select."""
+    p = np.exp(log_p)
+    two = p[:, 1] if p.shape[1] == 2 else p
+    values = {"accuracy": metrics.accuracy(labels, p.argmax(1)), "mcc": metrics.mcc(labels, p.argmax(1))}
+    values |= {"auc": metrics.auc(labels, two), "nll": -log_p[np.arange(len(labels)), labels].mean()}
+    return {name: float(value) for name, value in values.items()}
+
+
+def nearest(X, labels, fit, select, classes):
+    """-> (log-probabilities on val_select, k): cosine votes of as many neighbours as give the least log loss there."""
+    truth = F.one_hot(torch.as_tensor(labels[fit]), classes).double()
+    Z = torch.as_tensor((X - X[fit].mean(0)) / X[fit].std(0).clip(1e-9))
+    ks = [min(k, int(fit.sum())) for k in fits.KS.tolist()]
+    votes = fits.neighbours(Z[select], Z[fit], truth, ks)
+    log_p = ((votes + truth.mean(0)) / (torch.tensor(ks)[:, None, None] + 1)).log().numpy()
+    losses = [-one[np.arange(len(one)), labels[select]].mean() for one in log_p]
+    return log_p[np.argmin(losses)], ks[int(np.argmin(losses))]
+
+
+def save(path, net, about, classes, source, ckpt, fitted):
+    """best.pth of a run that took no step; what it was fitted on counts as trained on."""
+    used = np.isin(source.splits, fitted)
+    seen = provenance.trained_on((ckpt,), source.take(np.flatnonzero(used)), source.take(np.flatnonzero(~used)))
+    weights = checkpoint.pack_weights(net)
+    state = {"step": 0, "images": 0, "args": {"fitted_on": list(fitted)}, "arch": net.backbone.arch, **about, **seen}
+    state |= {"student": weights, "teacher": weights, "gram": None, "optimizer": {}, "pool": net.pool, "layers": 1}
+    state |= {"classes": classes, "index_sha256": source.index_sha256, "split_sha256": source.split_sha256}
+    checkpoint.save(path, state)
+
+
+def fit_frozen(vit, ckpt, source, table, about, out, device, batch, workers, refit=False):
+    """-> results, written too. source: opened for fit, select and, if there is one, calibrate; table: labelled samples.
+
+    about: encoding, eval_view, layout, labels_sha256. refit: with the chosen C once more on train + val_select.
+    """
+    splits, classes, fitted = source.splits[table.rows], len(table.classes), ["train", "val_select"][: 1 + refit]
+    fit, select = splits == "train", splits == "val_select"
+    net = Classifier(vit, Head(2 * vit.dim, classes), "both").to(device).eval()
+    look = about["layout"], about["eval_view"], device, batch, workers, "features"
+    views = classifiers.each_view(net.features, source, table.rows, *look)
+    X, y = views.mean(1, dtype=np.float64), table.labels
+    found = fits.linear_probe(X, y, fit, select, classes)
+    log_p = F.log_softmax(torch.as_tensor(X[select] @ found.weight.T + found.bias), 1).numpy()
+    near, k = nearest(X, y, fit, select, classes)
+    counts = {name: int((splits == name).sum()) for name in ("train", "val_select", "val_calib")}
+    result = {"version": 1, "C": found.C, "k": k, "fitted_on": fitted, "samples": counts, **about}
+    result["val_select"] = {"linear probe": worth(y[select], log_p), "k-NN": worth(y[select], near)}
+    weight, bias = next(fits.linear_path(X, y, fit | select, classes, [found.C])) if refit else found[:2]
+    with torch.no_grad():
+        net.head.last_layer.weight.copy_(torch.as_tensor(weight))
+        net.head.last_layer.bias.copy_(torch.as_tensor(bias))
+        logits = net.head(torch.as_tensor(views).to(device)).cpu().numpy()
+    out.mkdir(parents=True, exist_ok=True)
+    save(out / "best.pth", net, about, table.classes, source, ckpt, fitted)
+    facts = {**about, "classes": table.classes, "sha256": data.file_sha256(out / "best.pth")}
+    for name in sorted({"val_select", "val_calib"} - {*fitted} & {*splits.tolist()}):
+        at = np.flatnonzero(splits == name)
+        written = classifiers.facts_of(facts, source, name, about["labels_sha256"])
+        ids = [table.ids[i] for i in at]
+        classifiers.export(out / "predictions", ids, table.groups[at], y[at], logits[at], written)
+    result |= {"weights": {"file": "best.pth", "step": 0, "sha256": facts["sha256"]}, "git_commit": git_commit()}
+    write_json(out / "results.json", result)
+    return result
