@@ -24,10 +24,13 @@ def play(seed, **how):
 
 
 def test_every_bet_is_fair():
-    p = (np.arange(200000) + 0.5) / 200000
-    assert np.mean([m.bets(x) for x in p], 0) == pytest.approx(1, abs=2e-2)  # of powers, the rest lies at p below 1e-6
-    assert np.mean([m.bets(x)[: len(m.SLOPES)] for x in p], 0) == pytest.approx(1, abs=1e-9)
-    assert (np.array([m.bets(x) for x in (1e-12, 0.3, 1.0)]) >= 0).all()
+    """Mean 1 for uniform p, by the trapezoid rule; bets on small p look alike from the other end."""
+    p = np.geomspace(1e-12, 1, 4001)
+    values, turned = (np.array([m.bets(x) for x in side]) for side in (p, 1 - p))
+    slopes, powers = values[:, : len(m.SLOPES)], values[:, len(m.SLOPES) : len(m.SLOPES) + len(m.POWERS)]
+    areas = ((values[1:] + values[:-1]) / 2 * np.diff(p)[:, None]).sum(0)
+    assert areas[: slopes.shape[1] + powers.shape[1]] == pytest.approx(1, abs=2e-3)
+    assert turned[:, -len(m.POWERS) :][100:] == pytest.approx(powers[100:], rel=1e-2) and (values >= 0).all()
 
 
 def test_capital_is_all_there_at_the_start_and_starts_share_it():
@@ -53,7 +56,7 @@ def test_a_p_value_by_hand():
 
 def test_of_60_exchangeable_streams_hardly_one_is_lost():
     """The bound is 1%; with 60 streams two alarms or more have a chance of 12% at the bound, four of 0.3%."""
-    lost = [play(seed, calm=1000)[0]["lost"] for seed in range(60)]
+    lost = [play(seed, calm=600)[0]["lost"] for seed in range(60)]
     assert sum(found is not None for found in lost) < 4
 
 
@@ -107,7 +110,7 @@ def test_wealth_stays_finite_long_after():
 
 
 def test_what_cannot_be_played_is_a_sentence():
-    with pytest.raises(ValueError, match="at least 20 finite calibration scores"):
+    with pytest.raises(ValueError, match="at least 10 finite calibration scores"):
         m.begin(np.zeros((5, 1)), ["a"])
     state = m.begin(np.random.default_rng(0).random((30, 1)), ["a"])
     with pytest.raises(ValueError, match="for 2 samples and 1 names, or not finite"):

@@ -22,10 +22,9 @@ import torch
 
 import data
 from checkpoint import write_text
-from tools.lib import asking, bundle, classifiers, page, policies, rules, shift, tables
-from tools.lib.cli import Parser, above_zero, natural, pick_device, positive, run, shown, within
+from tools.lib import asking, bundle, classifiers, page, policies, rules, shift, tables, watch
+from tools.lib.cli import Parser, above_zero, natural, pick_device, positive, run, shown, unforeseen, within
 from tools.lib.files import write_json
-from tools.lib.progress import progress
 from tools.lib.slices import slice_name
 
 WORDS = ("shift", "small shift", "no shift", "could not look")
@@ -54,6 +53,8 @@ def build_parser():
     parser.add_argument("--features-of", type=natural, default=1000, help="pictures of each side whose features are "
                         "compared; 0: none")
     parser.add_argument("--seed", type=natural, default=0, help="of the deals")
+    parser.add_argument("--watch", type=Path, help="state of predict.py --watch, told of as well; default: one stream "
+                        "of --current from its first picture on")
     parser.add_argument("--prom", type=Path, help="Prometheus text file; default: metrics.prom in --out")
     parser.add_argument("--device", default="auto", help="auto (CUDA/ROCm if there, else CPU), cpu, cuda")
     # fmt: on
@@ -63,24 +64,18 @@ def build_parser():
 # ----- what is compared
 
 
-def ask(args, classifier, facts, folder, device):
+def ask(classifier, facts, folder, device):
     """A folder of pictures -> its table, and how to read them."""
     source = asking.of_files([str(folder)])
     (asked,) = asking.samples_of(source, facts).values()
-    logits = asking.answers(classifier, facts, source, asked, folder.name, device, 96, 2)
-    table = tables.checked(folder, asked.ids, asked.groups, asked.labels, logits,
-                           classifiers.facts_of(facts, source, "images"))  # fmt: skip
-    return table, (source, asked.rows)
+    return asking.answers(classifier, facts, source, asked, "images", None, device, 96, 2), (source, asked.rows)
 
 
 @torch.inference_mode()
 def features(classifier, source, rows, facts, device, name):
-    """Cls token of the first view of each picture, [n, D]."""
-    found = []
-    for part in progress([rows[k : k + 16] for k in range(0, len(rows), 16)], name, unit=" x 16 pictures"):
-        views = classifiers.views_of(source, part, facts["layout"], facts["eval_view"], device)[:, 0]
-        found.append(classifier.backbone(views).cls.float().cpu())
-    return torch.cat(found).numpy()
+    """Mean cls token of the views of each picture, [n, D]."""
+    look, backbone = (facts["layout"], facts["eval_view"], device, 96, 2, name), classifier.backbone.to(device).eval()
+    return classifiers.each_view(lambda views: backbone(views).cls, source, rows, *look).mean(1)
 
 
 def embed(args, classifier, facts, device, reference, asked):
@@ -170,7 +165,7 @@ def verdict(found, args):
     return "small shift", 1, f"The pictures differ from the reference, by little. {text}"
 
 
-def write_all(args, result, columns, rows, classes):
+def write_all(args, result, columns, rows, classes, wealth):
     write_json(args.out / "drift.json", result)
     tone = ("good", "warn", "bad", "bad")[result["code"]]
     numbers = [[name, s["value"], s["p"]] for name, s in result["statistics"].items()]
@@ -191,7 +186,21 @@ def write_all(args, result, columns, rows, classes):
     plots.append(page.line_plot("Over time", time_, "picture", "", marks))
     said = {name: (until, [row["said"][k] for row in rows]) for k, name in enumerate(classes[:6])}
     plots.append(page.line_plot("What was said", said, "picture", "share"))
+    if wealth is not None:
+        curve = page.thin(list(enumerate(wealth.tolist(), 1)))
+        marks = [("y", 100, "lost")]
+        plots.append(
+            page.line_plot("Wealth against exchangeability", {"": tuple(zip(*curve))}, "picture", "", marks, log_y=True)
+        )
     write_text(args.out / "report.html", page.page("Drift", *parts, page.section("Pictures", page.row(*plots))))
+
+
+def watched(args, reference, p, current, q, policy):
+    """The martingale: as predict.py left it, or over the current pictures in their order -> (state, wealth or None)."""
+    if args.watch:
+        return watch.read_watch(args.watch), None
+    state = watch.begin(reference, p, policy)
+    return state, watch.watch(state, current, q, None)
 
 
 def write_prom(args, word, code, numbers):
@@ -223,7 +232,7 @@ def gather(args):
     if facts["sha256"] != reference.facts["weights_sha256"]:
         raise ValueError(f"{args.bundle or args.ckpt} is not what made {args.reference}; export the predictions again")
     device = pick_device(args.device)
-    asked = [ask(args, classifier, facts, path, device) for path in args.current]
+    asked = [ask(classifier, facts, path, device) for path in args.current]
     current = together([table for table, _ in asked], args.current)
     rows = embed(args, classifier, facts, device, reference, asked) if args.features_of else None
     return reference, current, own[0] if own else policy, rows
@@ -248,10 +257,20 @@ def look(args):
     word, code, text = verdict(found, args)
     rows = list(over_time(q, later, args.window))
     own = next(over_time(p, decision, len(p)))
+    state, wealth = watched(args, reference, p, current, q, policy)
+    if state["lost"] and code == 0:
+        word, code = "small shift", 1
+    text = f"{text} In the order of the pictures: {watch.in_words(state)}."
     result = {"version": 1, "verdict": word, "code": code, "text": text, **found, "reference": own, "over_time": rows}
-    write_all(args, result, columns, rows, reference.facts["classes"])
+    result |= {"lost": state["lost"], "wealth": state["last"]}
+    write_all(args, result, columns, rows, reference.facts["classes"], wealth)
     numbers = {metric(name): s["value"] for name, s in found["statistics"].items()}
-    write_prom(args, word, code, numbers | {"drift_p": found["p"], "drift_pictures": len(q), **coverage(rows[-1])})
+    write_prom(
+        args,
+        word,
+        code,
+        numbers | {"drift_p": found["p"], "drift_pictures": len(q)} | coverage(rows[-1]) | watch.gauges(state),
+    )
     print(text)
     print(args.out / "report.html")
     return code
@@ -273,4 +292,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.excepthook = unforeseen
     run(main)

@@ -43,9 +43,9 @@ def chance(name, salt):
 def begin(scores, names, delta=0.01):
     """State before the first sample; scores [N, S]: of the calibration samples, larger is odder."""
     scores = np.asarray(scores, np.float64)
-    if scores.ndim != 2 or scores.shape[1] != len(names) or len(scores) < 20 or not np.isfinite(scores).all():
+    if scores.ndim != 2 or scores.shape[1] != len(names) or len(scores) < 10 or not np.isfinite(scores).all():
         raise ValueError(
-            f"scores {scores.shape} of {len(names)} names: at least 20 finite calibration scores are needed"
+            f"scores {scores.shape} of {len(names)} names: at least 10 finite calibration scores are needed"
         )
     return {"version": VERSION, "names": list(names), "delta": delta, "seen": 0, "lost": None, "most": 1.0,
             "scores": np.sort(scores, 0).T.tolist(), "capital": [[] for _ in names], "last": None}  # fmt: skip
