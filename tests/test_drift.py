@@ -134,7 +134,7 @@ def test_no_shift_a_shift_and_what_they_leave_behind(tmp_path, capsys):
     assert "have shifted" in said and "exchangeability lost at picture" in said
     result = json.loads((tmp_path / "out" / "drift.json").read_text())
     assert result["verdict"] == "shift" and result["lost"]["picture"] < 450 and result["n"] == 600
-    assert {"psi p of c1", "ks entropy", "label shift", "psi spread of views"} <= set(result["statistics"])
+    assert {"psi p of c1", "ks largest probability", "label shift", "psi spread of views"} <= set(result["statistics"])
     assert [row["until"] for row in result["over_time"]] == [200, 400, 450]
     page = (tmp_path / "out" / "report.html").read_text()
     assert "Over time" in page and "Wealth against exchangeability" in page

@@ -125,8 +125,10 @@ def decisions(policy, table):
 def columns_of(table, p, decision):
     """{name: values [N]} that are compared one by one."""
     ordered, views = np.sort(p, 1), classifiers.mean_probabilities
-    found = {"largest probability": ordered[:, -1], "margin": ordered[:, -1] - ordered[:, -2]}
-    found["entropy"] = -(p * np.log(np.maximum(p, 1e-12))).sum(1)
+    found = {"largest probability": ordered[:, -1]}
+    if p.shape[1] > 2:  # of two classes the largest probability says both
+        found["margin"] = ordered[:, -1] - ordered[:, -2]
+        found["entropy"] = -(p * np.log(np.maximum(p, 1e-12))).sum(1)
     classes = table.facts["classes"]
     found |= {f"p of {name}": p[:, k] for k, name in enumerate(classes[:8]) if len(classes) > 2 or k == 1}
     if table.logits.shape[1] > 1:
@@ -150,10 +152,9 @@ def over_time(p, decision, size):
 
 def verdict(found, args):
     """(word, exit code, a sentence)."""
-    far = [
-        (name, s) for name, s in found["statistics"].items()
-        if s["value"] > (args.max_psi if name.startswith("psi") else args.max_ks) and not name.startswith("mmd")
-    ]  # fmt: skip
+    limits = {"psi": args.max_psi, "mmd": np.inf}
+    size = {name: s["value"] / limits.get(name.split()[0], args.max_ks) for name, s in found["statistics"].items()}
+    far = sorted((pair for pair in found["statistics"].items() if size[pair[0]] > 1), key=lambda pair: -size[pair[0]])
     sure = sorted(found["statistics"].items(), key=lambda pair: (pair[1]["p"], -pair[1]["value"]))
     if found["p"] > args.alpha:
         return "no shift", 0, (f"No shift found: chance makes sets of pictures as different as these in "
@@ -183,7 +184,7 @@ def write_all(args, result, columns, rows, classes, wealth):
     if rows[0]["decided"] is not None:
         time_["decided"] = (until, [row["decided"] for row in rows])
     marks = [("y", result["reference"]["decided"], "reference")] if result["reference"]["decided"] is not None else []
-    plots.append(page.line_plot("Over time", time_, "picture", "", marks))
+    plots.append(page.line_plot("Over time: mean largest probability", time_, "picture", "", marks))
     said = {name: (until, [row["said"][k] for row in rows]) for k, name in enumerate(classes[:6])}
     plots.append(page.line_plot("What was said", said, "picture", "share"))
     if wealth is not None:
