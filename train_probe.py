@@ -17,6 +17,7 @@ import copy
 import dataclasses
 import functools
 import gc
+import inspect
 import math
 import time
 from pathlib import Path
@@ -34,7 +35,20 @@ import data
 import losses
 from checkpoint import write_text
 from model import Classifier, Head, build_arch, load_backbone, read_facts, say_trained
-from tools.lib import augment, baseline, broken, features, judge, loop, optim, page, protocols, provenance, supervise
+from tools.lib import (
+    augment,
+    baseline,
+    broken,
+    features,
+    fuse,
+    judge,
+    loop,
+    optim,
+    page,
+    protocols,
+    provenance,
+    supervise,
+)
 from tools.lib.classifiers import logits_of
 from tools.lib.cli import (
     Parser,
@@ -53,8 +67,7 @@ from tools.lib.cli import (
 from tools.lib.files import csv_text, json_text, write_json
 from tools.lib.fusion import POOLS
 from tools.lib.loop import git_commit, other_encoding
-from tools.lib.samples import leave_out, read_table
-from tools.lib.slices import find_slice
+from tools.lib.samples import leave_out, open_samples, read_table
 
 # ----- splits
 
@@ -68,20 +81,6 @@ def split_of(source, table, protocol):
         if len(set(splits[table.groups == group])) > 1:
             raise ValueError(f"group {shown(group)} lies in several splits; run tools/make_splits.py --labels")
     return splits
-
-
-def open_samples(source, table, splits, used_by, allow_duplicates):
-    """The images of these samples through the door -> (Source, the table with its rows); splits: those of the samples.
-
-    A look is recorded where one of them is in val_test. Without splits.json there is no contract.
-    """
-    if not splits[0]:
-        return source, table
-    purposes = [purpose for purpose, split in data.PURPOSES.items() if split in splits]
-    chosen = data.open_for(source, purposes, used_by, allow_duplicates=allow_duplicates)
-    rows = [source.rows[i] for i in table.rows]
-    moved = [find_slice(chosen, row["path"], row.get("z")) for row in rows]
-    return chosen, table._replace(rows=np.array(moved))
 
 
 # ----- training: the update
@@ -213,7 +212,7 @@ def one_update(run, micro_batches, step, now, wish=lambda: False, ahead=lambda: 
 # May change between a run and its continuation; any other difference is refused.
 HARMLESS = (
     "data labels out protocol workers device micro_batch save_every time_limit patience skip_bad allow_seen "
-    "allow_duplicates deterministic dry_run crop_mm scales seeds bootstrap cache"
+    "allow_duplicates deterministic dry_run crop_mm scales seeds bootstrap cache folds"
 ).split()
 KEEP = 2  # checkpoints, beside the best
 RUN_FACTS = """encoding eval_view classes pool layers layout labels_sha256 index_sha256 split_sha256 weights_sha256
@@ -244,9 +243,7 @@ class Run:
 def part_of(source, table, splits, name, args, used_by=None):
     """The labelled images of one split -> (Source with one row for each sample, Table); one class is an error."""
     part = splits == name
-    if absent := set(range(len(table.classes))) - set(table.labels[part].tolist()):
-        raise ValueError(f"one-class labels: {name} has no sample of class {shown(table.classes[min(absent)])}; make a "
-                         "split that has (tools/make_splits.py --labels)")  # fmt: skip
+    protocols.refuse_absent(table, splits, name)
     chosen, part = open_samples(source, table.take(part), splits[part], used_by, args.allow_duplicates)
     return chosen.take(part.rows), part._replace(rows=np.arange(len(part.rows)))
 
@@ -396,7 +393,9 @@ def build_parser():
     g.add_argument("--out", required=True, type=Path, help="folder for results.json, predictions and report; of a "
                    "training run, which the same command resumes")
     g.add_argument("--tune", default="none", help="what is trained. none: a frozen probe; head: linear "
-                   "layer; adapters: low-rank changes (--adapter); last:N: the last N blocks; all")
+                   "layer; adapters: low-rank changes (--adapter); last:N: the last N blocks; all; fusion: what pools "
+                   "the features of all --views of a picture, in seconds, as in fusion:keep=8,metadata=gps+weather: "
+                   f"{inspect.signature(fuse.fusion)}")
     g.add_argument("--protocol", choices=("all", "test", "cv", "select", "refit"), help="test: fit on train, score "
                    "once on val_test; cv: 5 x 5 folds over unseen patients; all: both, the default of a frozen probe; "
                    "select: choose on val_select and export val_select and val_calib, the default of training; refit "
@@ -420,6 +419,8 @@ def build_parser():
 
     g = p.add_argument_group("frozen probe")
     g.add_argument("--seeds", type=positive, default=3, help="repeats of the test protocol; random backbones")
+    g.add_argument("--folds", type=Path, help="published folds for --protocol cv: a CSV series,fold, or LUNA16's "
+                   "folder with subset0 to subset9; patients are kept whole")
     g.add_argument("--bootstrap", type=positive, default=2000, help="resamples of patients for each interval")
     g.add_argument("--cache", type=Path, help="folder of extracted features; default: features beside --out")
 
@@ -499,7 +500,9 @@ def choose(args):
 def probe(args):
     start = time.perf_counter()
     if args.views:
-        raise ValueError("--views is for --protocol select and for training; give one of them too")
+        raise ValueError("--views is for training (--tune) and for --protocol select; give one of them too")
+    if args.folds and args.protocol == "test":
+        raise ValueError("--folds are for cross-validation; give --protocol cv, or all")
     args.protocol, args.batch_size, args.workers = args.protocol or "all", args.batch_size or 96, max(args.workers, 1)
 
     # ----------------------------------------------------------------- labels, splits, leaks
@@ -509,7 +512,7 @@ def probe(args):
         print(foreign)
     path, table, splits = read_labels(args, source)
     plans, exposures, notes = protocols.plan_all(source, table, splits, facts, args.protocol, args.seeds,
-                                                   args.allow_seen)  # fmt: skip
+                                                   args.allow_seen, args.folds)  # fmt: skip
     split_sha = data.file_sha256(data.split_path(source.root)) if splits[0] else None
     notes += [foreign] if foreign else []
     if "split_sha256" in facts and facts["split_sha256"] != split_sha:
@@ -518,6 +521,7 @@ def probe(args):
     # ----------------------------------------------------------------- features, fits, judgement
     vit = load_backbone(args.ckpt)
     view = judge.choose_view(facts, source.encoding, args.size, vit.patch_size)
+    source.at_distance(view.get("neighbour_mm"))
     if args.features == "box" and table.centres is None:
         raise ValueError("--features box needs a nodule table, which names boxes")
     framing = features.Framing(view, args.crop_mm if table.centres is not None else (), args.batch_size, args.workers)
@@ -586,7 +590,7 @@ def describe(args, source, table, splits, train, path, view, pool):
 
 def train(args, rank, world, device):
     args = argparse.Namespace(**{k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()})
-    out, stop = Path(args.out), loop.Stop(args.time_limit)
+    out, stop, (kind, _) = Path(args.out), loop.Stop(args.time_limit), supervise.tune_kind(args.tune)
     loop.set_precision(args, device)
 
     # ----------------------------------------------------------------- labels, splits
@@ -609,13 +613,22 @@ def train(args, rank, world, device):
         path, known, changed = loop.find_run(args, parts[0][0], HARMLESS, rank, world, FIELDS)
     if path and known["labels_sha256"] != data.file_sha256(labels):
         raise ValueError(f"{labels} is not the table of {path}; put the old one back, or use another --out")
+    for one in (source, *(part for part, _ in parts)):
+        one.at_distance(judge.neighbour_mm(known or read_facts(args.ckpt), source.encoding))
     start, best, code = known.get("step", 0), known.get("best"), None
     if path and best and best["step"] == start and rank == 0 and not checkpoint.same_file(path, out / "best.pth"):
         checkpoint.point_last(out, path, "best.pth")  # a kill came between the file and its second name
 
     # ----------------------------------------------------------------- readers, model, updates
     with stop, broken.named(*(s for s, _ in parts if rank == 0)):
-        if not path or start < args.steps and not patience_is_over(best, start, args):
+        if kind == "fusion" and not path:
+            vit, weights = load_backbone(Path(args.ckpt)), judge.weights_sha256(Path(args.ckpt))
+            view = judge.choose_view(read_facts(args.ckpt), source.encoding, args.size, vit.patch_size)
+            pool = {"all": "both"}.get(args.features, args.features)
+            facts = describe(args, source, table, splits, parts[0][0], labels, view, pool)
+            fuse.train(vit, weights, parts, supervise.read_loss(args.loss, parts[0][1].labels, len(table.classes)),
+                       facts, args, device)  # fmt: skip
+        elif kind != "fusion" and (not path or start < args.steps and not patience_is_over(best, start, args)):
             vit = build_arch(known["arch"]) if path else load_backbone(Path(args.ckpt))  # <- change the backbone there
             view = judge.choose_view(known or read_facts(args.ckpt), source.encoding, args.size, vit.patch_size)
             row = augment.find_row(args.aug)
