@@ -122,7 +122,7 @@ def read_dicom(folder):
     try:
         for file in progress(sorted(files), "read", unit="file"):
             slices += dicom.read_slices(Path(file).read_bytes())
-        found = dicom.assemble(slices, 3)
+        [found] = dicom.assemble(slices, 3)
     except dicom.Reject as reject:
         why = f"{dicom.REASONS[reject.reason]}{f' ({reject.detail})' * bool(reject.detail)}"
         raise ValueError(f"{folder}: {why}") from None
