@@ -7,13 +7,14 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from test_baseline import fitted, photos, vit  # noqa: F401 - fixtures
 from test_classifiers import make_classifier, pictures
 from test_rules import table
 
 import data
 from tools import evaluate, fit_policy, predict, release
-from tools.lib import bundle, fused, rules, tables
+from tools.lib import bundle, evaluation, fused, rules, tables
 from tools.lib.classifiers import read_classifier
 
 
@@ -72,6 +73,28 @@ def test_predict_says_what_evaluate_says_after_the_folder_was_moved(photos, made
     assert evaluate.main(list(map(str, [*words, "--out", tmp_path / "again"]))) == 0  # the same look: no reason needed
     first, second = (json.loads((tmp_path / f / "results.json").read_text()) for f in ("evaluation", "again"))
     assert first["decided"] == second["decided"] and first["decided"]["accuracy"] > 0.6
+
+
+def test_errors_are_drawn_with_their_views(photos, made, run, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(evaluation, "DRAWN", 2)
+    root = tmp_path / "photos"
+    shutil.copytree(photos, root)
+    words = ["--bundle", made, "--data", root, "--out", tmp_path / "e", "--bootstrap", 20, "--split", "val_calib"]
+    assert evaluate.main(list(map(str, words))) == 0
+    kinds = {line.split('",')[0].strip('"') for line in (tmp_path / "e" / "errors.csv").read_text().splitlines()[1:]}
+    sheets = sorted((tmp_path / "e").glob("errors_*.png"))
+    assert kinds and len(sheets) == len(kinds)
+    with Image.open(sheets[0]) as image:
+        assert image.width > 700 and image.height > 300
+    words = ["--ckpt", run / "best.pth", "--data", root, "--split", "val_calib", "--out", tmp_path / "run"]
+    assert predict.main(list(map(str, words))) == 0
+    words = ["--predictions", tmp_path / "run" / "val_calib.npz", "--policy", run / "policy.json", "--bootstrap", 20]
+    words += ["--split", "val_calib", "--out", tmp_path / "again", "--ckpt"]
+    assert evaluate.main(list(map(str, [*words, run / "best.pth"]))) == 0
+    assert [p.name for p in sorted((tmp_path / "again").glob("errors_*.png"))] == [p.name for p in sheets]
+    make_classifier(tmp_path / "other.pth", ("bright", "dark"))
+    with pytest.raises(ValueError, match="is not what made these predictions"):
+        evaluate.main(list(map(str, [*words, tmp_path / "other.pth"])))
 
 
 def test_pictures_elsewhere_are_evaluated_without_a_look_if_they_were_not_trained_on(photos, made, tmp_path):  # noqa: F811
