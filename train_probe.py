@@ -15,7 +15,9 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import functools
 import gc
+import inspect
 import math
 import time
 from pathlib import Path
@@ -33,7 +35,20 @@ import data
 import losses
 from checkpoint import write_text
 from model import Classifier, Head, build_arch, load_backbone, read_facts, say_trained
-from tools.lib import augment, broken, features, judge, loop, optim, page, protocols, provenance, supervise
+from tools.lib import (
+    augment,
+    baseline,
+    broken,
+    features,
+    fuse,
+    judge,
+    loop,
+    optim,
+    page,
+    protocols,
+    provenance,
+    supervise,
+)
 from tools.lib.classifiers import logits_of
 from tools.lib.cli import (
     Parser,
@@ -51,8 +66,7 @@ from tools.lib.cli import (
 from tools.lib.files import csv_text, json_text, write_json
 from tools.lib.fusion import POOLS
 from tools.lib.loop import git_commit, other_encoding
-from tools.lib.samples import leave_out, read_table
-from tools.lib.slices import find_slice
+from tools.lib.samples import leave_out, open_samples, read_table
 
 # ----- splits
 
@@ -66,20 +80,6 @@ def split_of(source, table, protocol):
         if len(set(splits[table.groups == group])) > 1:
             raise ValueError(f"group {shown(group)} lies in several splits; run tools/make_splits.py --labels")
     return splits
-
-
-def open_samples(source, table, splits, used_by, allow_duplicates):
-    """The images of these samples through the door -> (Source, the table with its rows); splits: those of the samples.
-
-    A look is recorded where one of them is in val_test. Without splits.json there is no contract.
-    """
-    if not splits[0]:
-        return source, table
-    purposes = [purpose for purpose, split in data.PURPOSES.items() if split in splits]
-    chosen = data.open_for(source, purposes, used_by, allow_duplicates=allow_duplicates)
-    rows = [source.rows[i] for i in table.rows]
-    moved = [find_slice(chosen, row["path"], row.get("z")) for row in rows]
-    return chosen, table._replace(rows=np.array(moved))
 
 
 # ----- training: the update
@@ -156,13 +156,15 @@ class Update(NamedTuple):
     halt: bool  # a rank wants to stop
 
 
-def gradients(run, micro_batches, limit, wish=False):
+def gradients(run, micro_batches, limit, wish=False, ahead=lambda: None):
     """The update's terms, clipped gradients in place -> (terms, Seen, norms, bad, halt); ranks agree."""
     run.optimizer.zero_grad(set_to_none=True)
     terms, seen = supervised_update(run.net, micro_batches, run.weights)
     norms = optim.clip_gradients(run.student, limit)
     finite = torch.stack([terms["loss"], *norms.values()]).isfinite().all()
-    bad, halt = loop.largest_over_ranks([~finite, wish], run.device)()
+    flags = loop.largest_over_ranks([~finite, wish], run.device)
+    ahead()
+    bad, halt = flags()
     return terms, seen, norms, bool(bad), bool(halt)
 
 
@@ -183,10 +185,14 @@ def observe(run, micro_batches, seen):
         p.grad = grad
 
 
-def one_update(run, micro_batches, step, now, wish=lambda: False):
-    """Prepared micro-batches and the schedules' values -> Update; moves student, teacher and optimizer."""
+def one_update(run, micro_batches, step, now, wish=lambda: False, ahead=lambda: None):
+    """Prepared micro-batches and the schedules' values -> Update; moves student, teacher and optimizer.
+
+    wish(): does this rank want to stop after it? ahead(): called while the device is busy, to prepare the next one.
+    """
     optimizer, uphill = run.optimizer, hasattr(run.optimizer, "climb")
-    terms, seen, norms, bad, halt = gradients(run, micro_batches, math.inf if uphill else run.args.clip, bool(wish()))
+    limit = math.inf if uphill else run.args.clip
+    terms, seen, norms, bad, halt = gradients(run, micro_batches, limit, bool(wish()), ahead)
     if not bad and hasattr(optimizer, "observe") and step % 10 == 0:
         observe(run, micro_batches, seen)
     if not bad and uphill:  # SAM: the gradient of a point uphill, of the same pictures
@@ -236,9 +242,7 @@ class Run:
 def part_of(source, table, splits, name, args, used_by=None):
     """The labelled images of one split -> (Source with one row for each sample, Table); one class is an error."""
     part = splits == name
-    if absent := set(range(len(table.classes))) - set(table.labels[part].tolist()):
-        raise ValueError(f"one-class labels: {name} has no sample of class {shown(table.classes[min(absent)])}; make a "
-                         "split that has (tools/make_splits.py --labels)")  # fmt: skip
+    protocols.refuse_absent(table, splits, name)
     chosen, part = open_samples(source, table.take(part), splits[part], used_by, args.allow_duplicates)
     return chosen.take(part.rows), part._replace(rows=np.arange(len(part.rows)))
 
@@ -310,12 +314,11 @@ def patience_is_over(best, done, args):
     return bool(args.patience and best and done - best["step"] >= args.patience * args.eval_every)
 
 
-def take(run, batches):
-    """The micro-batches of the next update, on the device with all that is drawn for them."""
+def make_ready(run, reads):
+    """Micro-batches as read -> the same on the device, with all that is drawn for them."""
     args, (_, table), out = run.args, run.train, []
     dim, rate = run.student.head.last_layer.in_features, run.student.head.dropout
-    for _ in range(args.batch_size // (run.world * args.micro_batch)):
-        read = next(batches)
+    for read in reads:
         ids = read.ids[: read.own]
         views, targets = augment.render(read, table.labels, len(table.classes), run.facts["eval_view"], run.device)
         keep = supervise.passing(args.seed, read.step, ids, dim, rate, run.device)
@@ -328,6 +331,8 @@ def run_updates(run, batches, start, log, saver, stop):
     """Updates from start on, with what happens between them -> exit code, or None: all is done."""
     args, total = run.args, run.args.steps
     pace, bad_in_a_row = loop.Pace(time.perf_counter(), start), 0
+    micros = args.batch_size // (run.world * args.micro_batch)
+    upcoming = loop.Upcoming(batches, micros, total - start, run.device, functools.partial(make_ready, run))
 
     def save(done, best=False):
         state = pack_state(run, done)
@@ -342,16 +347,16 @@ def run_updates(run, batches, start, log, saver, stop):
     for step in range(start, total):
         if patience_is_over(run.best, step, args):
             break
-        done, now, begin = step + 1, values_at(step, args), time.perf_counter()
-        log.done = done
+        done = log.done = step + 1
+        now = values_at(step, args)
         try:
-            micro_batches = take(run, batches)
-            pace.waited += time.perf_counter() - begin
-            update = one_update(run, micro_batches, step, now, stop.why)
+            _, micro_batches = upcoming.take()
+            update = one_update(run, micro_batches, step, now, stop.why, upcoming.ahead)
         except (RuntimeError, MemoryError) as error:
             if not loop.is_out_of_memory(error):
                 raise
             raise loop.out_of_memory(args, run.world, run.optimizer, done) from None
+        pace.waited += upcoming.waited()
         log.tick()
         bad_in_a_row = bad_in_a_row + 1 if update.bad else 0
         if update.bad:
@@ -395,7 +400,9 @@ def build_parser():
     g.add_argument("--out", required=True, type=Path, help="folder for results.json, predictions and report; of a "
                    "training run, which the same command resumes")
     g.add_argument("--tune", default="none", help="what is trained. none: a frozen probe; head: linear "
-                   "layer; adapters: low-rank changes (--adapter); last:N: the last N blocks; all")
+                   "layer; adapters: low-rank changes (--adapter); last:N: the last N blocks; all; fusion: what pools "
+                   "the features of all --views of a picture, in seconds, as in fusion:keep=8,metadata=gps+weather: "
+                   f"{inspect.signature(fuse.fusion)}")
     g.add_argument("--protocol", choices=("all", "test", "cv", "select"), help="test: fit on train, score once on "
                    "val_test; cv: 5 x 5 folds over unseen patients; all: both, the default of a frozen probe; select: "
                    "choose on val_select and export val_select and val_calib, the default of training")
@@ -488,8 +495,11 @@ def main(argv=None):
 
 def probe(args):
     start = time.perf_counter()
-    if args.views or args.protocol == "select":
-        raise ValueError("--views and --protocol select are for training; give --tune too")
+    if args.protocol == "select":
+        source = data.open_source(args.data)
+        return baseline.choose(args, source, *read_labels(args, source))
+    if args.views:
+        raise ValueError("--views is for training (--tune) and for --protocol select; give one of them too")
     args.protocol, args.batch_size, args.workers = args.protocol or "all", args.batch_size or 96, max(args.workers, 1)
 
     # ----------------------------------------------------------------- labels, splits, leaks
@@ -576,7 +586,7 @@ def describe(args, source, table, splits, train, path, view, pool):
 
 def train(args, rank, world, device):
     args = argparse.Namespace(**{k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()})
-    out, stop = Path(args.out), loop.Stop(args.time_limit)
+    out, stop, (kind, _) = Path(args.out), loop.Stop(args.time_limit), supervise.tune_kind(args.tune)
     loop.set_precision(args, device)
 
     # ----------------------------------------------------------------- labels, splits
@@ -605,7 +615,14 @@ def train(args, rank, world, device):
 
     # ----------------------------------------------------------------- readers, model, updates
     with stop, broken.named(*(s for s, _ in parts if rank == 0)):
-        if not path or start < args.steps and not patience_is_over(best, start, args):
+        if kind == "fusion" and not path:
+            vit, weights = load_backbone(Path(args.ckpt)), judge.weights_sha256(Path(args.ckpt))
+            view = judge.choose_view(read_facts(args.ckpt), source.encoding, args.size, vit.patch_size)
+            pool = {"all": "both"}.get(args.features, args.features)
+            facts = describe(args, source, table, splits, parts[0][0], labels, view, pool)
+            fuse.train(vit, weights, parts, supervise.read_loss(args.loss, parts[0][1].labels, len(table.classes)),
+                       facts, args, device)  # fmt: skip
+        elif kind != "fusion" and (not path or start < args.steps and not patience_is_over(best, start, args)):
             vit = build_arch(known["arch"]) if path else load_backbone(Path(args.ckpt))  # <- change the backbone there
             view = judge.choose_view(known or read_facts(args.ckpt), source.encoding, args.size, vit.patch_size)
             row = augment.find_row(args.aug)
@@ -624,7 +641,8 @@ def train(args, rank, world, device):
 
 
 def dry_run(run, batches):
-    terms, _ = supervised_update(run.net, take(run, batches), run.weights)
+    micros = run.args.batch_size // (run.world * run.args.micro_batch)
+    terms, _ = supervised_update(run.net, make_ready(run, [next(batches) for _ in range(micros)]), run.weights)
     print(say_trained(run.student))
     print("dry run:", ", ".join(f"{name} {float(value):.4f}" for name, value in terms.items()), "- nothing is written")
     return 0 if torch.isfinite(terms["loss"]) else 3

@@ -15,6 +15,7 @@ import functools
 import gc
 import math
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,12 +46,9 @@ from model import (
     merge_adapters,
     say_trained,
 )
-from tools.lib import autopsy, broken, loop, optim, provenance, settings
+from tools.lib import broken, loop, optim, provenance, replay, settings
 from tools.lib.cli import Parser, above_zero, natural, not_negative, positive, run, share, within
-from tools.lib.files import json_text, write_json
-from tools.lib.progress import progress
-from tools.lib.runs import read_run_config
-from tools.lib.slices import slice_name
+from tools.lib.files import write_json
 
 # ------------------------------------------------------------------ flags
 
@@ -628,7 +626,11 @@ def main(argv=None):
     args = build_parser().parse_args(argv)
     rank, world, device = loop.setup_distributed(args.device)
     try:
-        return replay(args, device) if args.why else train(resolve(args, world), rank, world, device)
+        return (
+            replay.replay(sys.modules[__name__], args, device)
+            if args.why
+            else train(resolve(args, world), rank, world, device)
+        )
     finally:
         if dist.is_initialized():
             gc.collect()  # DDP sits in reference cycles; alive at exit, its threads abort the process
@@ -787,59 +789,6 @@ def run_updates(run, batches, micros, held_out, steps, tools):
             return 0
         loop.report_saves(log, saver, done, going_on=done < total)
     return 0
-
-
-# ------------------------------------------------------------------ one update of a run again: why was it as it was?
-
-
-def replay(args, device):
-    """Print what update --why was made of, replayed from the nearest checkpoint; the run is only read -> exit code."""
-    path, facts = autopsy.nearest(args.out, args.why)
-    flags = facts["args"] if path else read_run_config(Path(args.out))["args"]
-    here = {name: getattr(args, name) for name in ("data", "out", "workers", "why", "device")}
-    here |= dict(compile=False, fsdp=False, eval_every=0, allow_duplicates=True)
-    args = argparse.Namespace(**{**vars(args), **flags, **here})
-    loop.set_precision(args, device)
-    source, _ = open_data(args)
-    for name in ("index_sha256", "split_sha256", "weights_sha256") if path else ():
-        if facts.get(name) != getattr(source, name):
-            raise ValueError(f"{args.data}: {name} differs from that of {path}; name the run's data with --data")
-    recipes, start = settings.make_recipes(args, source.encoding), facts.get("step", 0)
-    backbone = build_backbone(args, facts.get("arch"))
-    batches = start_reading(args, source, recipes, range(start, args.why), backbone.patch_size, 0, 1, device)
-    run = build_run(args, backbone, source, recipes, 0, 1, device, facts.get("gram_arch"))
-    if path:
-        unpack_state(run, path)
-    for step in progress(range(start, args.why), f"from {path.name if path else 'the start'}", unit="update"):
-        now = values_at(step, args)
-        refresh_gram(run, step)
-        read = [next(batches) for _ in range(args.batch_size // args.micro_batch)]
-        micro_batches = prepared(run, read)
-        if step < args.why - 1:
-            one_update(run, micro_batches, now)
-    w = weights_of(now, args)
-    update = autopsy.Replay(run.student, run.teacher, run.gram, w, run.centers, ssl_update, source)
-    found = autopsy.examine(update, micro_batches, read, functools.partial(in_its_place, run, read))
-    found |= {"step": args.why, "from": path.name if path else "the start", "replayed": args.why - start}
-    found |= autopsy.confirmed(args.out, args.why, found, one_update(run, micro_batches, now), run.student)
-    print(json_text(found, None))
-    return 0
-
-
-def in_its_place(run, read, m, j):
-    """The micro-batches of an update with another image in one place, drawn alike -> (micro-batches, its name)."""
-    args, source, step = run.args, run.source, read[0].step
-    taken = {int(i) for batch in read for i in batch.ids}
-    other = next((int(i) for i in source.order(args.seed, step + 1, args.batch_size) if int(i) not in taken), None)
-    if other is None:
-        other = next((i for i in range(len(source)) if i not in taken), int(read[m].ids[j]))
-    index = np.arange(len(source))
-    index[read[m].ids[j]] = other
-    swapped = source.take(index)
-    swapped.order = source.order  # by the series of the images that were there
-    patch = run.student.backbone.patch_size
-    batches = start_reading(args, swapped, run.recipes, range(step, step + 1), patch, 0, 1, run.device)
-    return prepared(run, [next(batches) for _ in read]), slice_name(source, other)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from test_data import photo
 
 import data
 import model
+import train_probe
 from tools import make_splits, predict
 from tools.lib import baseline, classifiers, fits, samples, tables
 
@@ -95,3 +96,16 @@ def test_neighbours_are_chosen_by_the_loss_on_val_select():
     log_p, k = baseline.nearest(X, y, fit, ~fit, 2)
     assert log_p.shape == (100, 2) and k > 1 and np.exp(log_p).sum(1) == pytest.approx(np.ones(100))
     assert (log_p.argmax(1) == y[~fit]).mean() > 0.8
+
+
+def test_the_program_fits_it_and_leaves_val_test_alone(photos, vit, tmp_path, capsys):
+    words = ["--ckpt", str(vit[0]), "--data", str(photos), "--labels", "labels.csv", "--size", "32"]
+    flags = ["--out", str(tmp_path / "run"), "--protocol", "select", "--views", "tiles:rows=2,cols=2"]
+    assert train_probe.main([*words, *flags]) == 0
+    said = capsys.readouterr().out
+    assert "linear probe on val_select: accuracy" in said and "k-NN on val_select" in said
+    assert not (photos / "_splits" / "test_uses.jsonl").exists()
+    table = tables.read(tmp_path / "run", "val_calib")
+    assert table.logits.shape[1] == 5 and not (tmp_path / "run" / "predictions" / "val_test.npz").exists()
+    with pytest.raises(ValueError, match="--views is for training"):
+        train_probe.main([*words, *flags[:2], *flags[4:]])

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 from test_baseline import fitted, photos, vit  # noqa: F401 - fixtures
-from test_classifiers import make_classifier
+from test_classifiers import make_classifier, pictures
+from test_rules import table
 
 import data
-from model import load_backbone
 from tools import evaluate, fit_policy, predict, release
-from tools.lib import bundle, tables
+from tools.lib import bundle, fused, rules, tables
 from tools.lib.classifiers import read_classifier
 
 
@@ -306,21 +306,47 @@ def test_a_run_that_did_not_end_and_strangers_make_no_bundle(other, tmp_path):
     no_bundle(other, tmp_path / "calib2", "--probe belongs to a release", "--probe", "x")
 
 
-def test_adapters_are_merged_in_a_bundle(tmp_path, photos):  # noqa: F811
+def filled(folder, classifier, facts):
+    """A bundle of any weights, with a policy that was fitted on drawn logits."""
+    policy = rules.fit_steps(table(0, 200, V=1, C=2), "mean mcc")
+    policy |= {"classes": facts["classes"], "layout": facts["layout"], "weights_sha256": facts["sha256"]}
+    (folder.parent / "policy.json").write_text(json.dumps({**policy, "split_sha256": facts.get("split_sha256")}))
+    folder.mkdir()
+    worth = dict(n=1, split="val_select", accuracy=1.0, majority=0.5, mcc=1.0)
+    bundle.fill(folder, classifier, facts, folder.parent / "policy.json", policy, worth, None, folder.name)
+    return bundle.read_bundle(folder)
+
+
+def test_adapters_are_merged_in_a_bundle(tmp_path):
     adapters = dict(rank=2, alpha=4, norm="dora", targets="qv")
     net = make_classifier(tmp_path / "best.pth", ("bright", "dark"), adapters=adapters, layout="whole")
-    out, policy = tmp_path / "b", {"steps": [], "guarantee": "none"}
-    (tmp_path / "policy.json").write_text("{}")
-    out.mkdir()
-    worth = dict(n=1, split="val_select", accuracy=1.0, majority=0.5, mcc=1.0)
-    classifier, facts = read_classifier(tmp_path / "best.pth")
-    bundle.fill(out, classifier, facts, tmp_path / "policy.json", policy, worth, None, "b")
-    merged = load_backbone(out, quiet=True)
-    images = np.random.default_rng(0).normal(size=(2, 3, 32, 32)).astype(np.float32)
+    found, facts, _ = filled(tmp_path / "b", *read_classifier(tmp_path / "best.pth"))
+    images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
-        torch.testing.assert_close(
-            merged(torch.tensor(images)).cls, net.backbone(torch.tensor(images)).cls, rtol=0, atol=1e-5
-        )
+        torch.testing.assert_close(found(images), net(images), rtol=0, atol=1e-5)
+    assert not any("lora" in name for name, _ in found.named_parameters()) and facts["provenance"]["known"]
+
+
+def test_a_trained_fusion_of_views_is_bundled_with_its_metadata(tmp_path):
+    make_classifier(tmp_path / "best.pth", layout="tiles:rows=2,cols=2")
+    net, facts = read_classifier(tmp_path / "best.pth")
+    facts["fusion"] = {"switches": {"keep": 3, "depth": 1}, "fields": {"weather": ["dry", "wet"]}}
+    torch.manual_seed(0)
+    head = fused.build(128, 2, **facts["fusion"])
+    whole = fused.FusedClassifier(net.backbone, head, "both", 1, facts["fusion"]["fields"]).eval()
+    found, again, _ = filled(tmp_path / "b", whole, facts)
+    assert again["fusion"] == facts["fusion"]
+    torch.testing.assert_close(bundle.say(found, again), bundle.say(whole, facts), rtol=0, atol=1e-6)
+    root = pictures(tmp_path / "photos", 4)
+    lines = [f"{k}.jpg,{('no', 'yes')[k % 2]},{('dry', 'wet')[k // 2]}" for k in range(4)]
+    (root / "labels.csv").write_text("\n".join(["path,label,weather", *lines]))
+    ask(tmp_path / "b", tmp_path / "said", "--data", root)
+    said = tables.read(tmp_path / "said" / "all.npz")
+    assert said.logits.shape == (4, 1, 2)
+    (root / "labels.csv").write_text("\n".join(["path,label,weather", *(line[:-3] + "dry" for line in lines)]))
+    ask(tmp_path / "b", tmp_path / "dry", "--data", root)
+    difference = np.abs(tables.read(tmp_path / "dry" / "all.npz").logits - said.logits).max((1, 2))
+    assert difference[:2].max() < 1e-6 < difference[2:].min()
 
 
 def test_the_watch_goes_on_from_call_to_call_and_revokes(photos, made, run, tmp_path, capsys):  # noqa: F811
@@ -338,7 +364,7 @@ def test_the_watch_goes_on_from_call_to_call_and_revokes(photos, made, run, tmp_
     ask(made, tmp_path / "b", "--images", odd, "--watch", tmp_path / "watch.json", "--if-lost", "abstain")
     said = capsys.readouterr().out
     state = json.loads((tmp_path / "watch.json").read_text())
-    assert state["seen"] == 120 + len(bright) and 120 < state["lost"]["picture"] and "guarantee: void" in said
+    assert state["seen"] == 120 + len(bright) and state["lost"]["picture"] > 120 and "guarantee: void" in said
     rows = list(csv_of(tmp_path / "b" / "images.csv").values())
     assert [row[2] for row in rows][-1] == "left" and rows[0][2] != "left"
     with pytest.raises(ValueError, match="--watch needs --bundle"):

@@ -73,13 +73,10 @@ def test_the_ema_weights_are_read_and_merged(tmp_path, pool, layers, adapters):
     "change, words",
     [
         ({"classes": ["a", "a"]}, "must be two or more different names"),
-        ({"classes": ["a", 2]}, "must be two or more different names"),
-        ({"classes": ["a", "b", "c"]}, "its head is of 2 classes and it names 3"),
-        ({"classes": "ab"}, "field 'classes' is"),
+        ({"classes": ["a", "b", "c"]}, "its head is not one of 3 classes"),
         ({"pool": "max"}, "pool 'max'"),
         ({"pool": "cls"}, "features, not 64"),
         ({"layers": 99}, "layers is 99, its backbone has"),
-        ({"layers": True}, "field 'layers' is true"),
         ({"layout": "star"}, "no 'star'; known are"),
         ({"eval_view": {"size": 33, "window": None}}, "views of 33 pixels"),
     ],
@@ -103,7 +100,7 @@ def test_a_pretraining_checkpoint_is_no_classifier(tmp_path):
         tmp_path / "last.pth",
         {**state, "classes": ["a", "b"], "teacher": {**state["student"], "head.last_layer.bias": torch.zeros(3)}},
     )
-    with pytest.raises(ValueError, match="it names"):
+    with pytest.raises(ValueError, match="its head is not one of 2 classes"):
         classifiers.read_classifier(tmp_path / "last.pth")
 
 

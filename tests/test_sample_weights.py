@@ -154,6 +154,25 @@ def test_hard_negatives_are_drawn_twice_as_often(folder, tmp_path):
             weigh(folder, tmp_path, f"hard:{predictions(folder, tmp_path / 'other.csv', split)}")
 
 
+def test_sources_that_are_hard_are_drawn_more_often(folder, tmp_path):
+    """Two runs: the first one's mean log loss of each source of train is how often the second draws its pictures."""
+    file = predictions(folder, tmp_path / "predictions.csv")
+    scores = [{**row, "p_no": 1 - float(row["p_yes"])} for row in table(file)]
+    write(file, [list(scores[0]), *(list(row.values()) for row in scores)])
+    weights, facts = weigh(folder, tmp_path, f"loss:{file}")
+    each = {"natix": [], "extra": []}
+    for row in scores:
+        each[facts[row["id"]]["source"]].append(-math.log(float(row[f"p_{facts[row['id']]['label']}"])))
+    means = {name: sum(values) / len(values) for name, values in each.items()}
+    for path, weight in weights.items():
+        other = next(p for p in weights if facts[p]["source"] != facts[path]["source"])
+        ratio = means[facts[path]["source"]] / means[facts[other]["source"]]
+        assert weight / weights[other] == pytest.approx(ratio)
+    write(file, [list(scores[0]), *(list(row.values()) for row in scores if facts[row["id"]]["source"] == "natix")])
+    with pytest.raises(ValueError, match="scores no picture of source extra; predict on all of train"):
+        weigh(folder, tmp_path, f"loss:{file}")
+
+
 def test_mistakes_are_named(folder, tmp_path):
     regions = write(tmp_path / "regions.csv", [("lat", "lon")])
     odd = write(tmp_path / "odd.csv", [("lat", "lon"), (95, 0)])
@@ -161,7 +180,7 @@ def test_mistakes_are_named(folder, tmp_path):
     p = predictions(folder, tmp_path / "p.csv").read_text()
     (tmp_path / "p.csv").write_text(p.replace("p_yes", "p_maybe"))
     for column, words in (
-        ("colour", "--by colour: columns are class, source, gps, hard, each once"),
+        ("colour", "--by colour: columns are class, source, gps, hard, loss, each once"),
         ("source:natix=1", "--by source:natix=1: each source of train needs a share above 0; there are extra"),
         ("source:natix=1,extra=0", "needs a share above 0"),
         ("source:natix", "write it like source:natix=70,extra=30"),
@@ -172,7 +191,10 @@ def test_mistakes_are_named(folder, tmp_path):
         (f"gps:{tmp_path / 'p.csv'}", "each row needs lat, lon as its header names them"),
         ("hard", "need a table with columns id"),
         (f"hard:{folder / 'labels.csv'}", "each row needs id as its header"),
-        (f"hard:{write(tmp_path / 'one.csv', [('id', 'p_yes')])}", "columns id, p_yes; a table of predictions has two"),
+        (
+            f"hard:{write(tmp_path / 'one.csv', [('id', 'p_yes')])}",
+            "columns id, p_yes; a table of predictions has some",
+        ),
         (f"hard:{tmp_path / 'p.csv'}", "has classes no, maybe, but train has label yes"),
     ):
         with pytest.raises(ValueError, match=words):

@@ -185,7 +185,7 @@ def test_axes_are_turned_by_their_cosines_and_never_resampled():
     rng = np.random.default_rng(0)
     for _ in range(20):
         direction = np.array(AXES)[:, rng.permutation(3)] * rng.choice([-1, 1], 3)
-        found, cosines, origin, steps = itk.upright(values, direction.astype(float), np.array([1.0, 2, 3]), spacing)
+        found, cosines, origin, steps, _ = itk.upright(values, direction.astype(float), np.array([1.0, 2, 3]), spacing)
         assert np.array_equal(cosines, np.eye(3))
         for z, y, x in np.ndindex(values.shape):
             at = direction @ (spacing * (x, y, z)) + (1, 2, 3)

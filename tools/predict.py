@@ -17,9 +17,10 @@ import tools.lib.threads  # noqa: F401 - before torch
 
 # isort: split
 import data
-from tools.lib import asking, broken, bundle, classifiers, tables, watch
+from tools.lib import asking, broken, bundle, classifiers, sheet, tables, view_sheet, watch
 from tools.lib.cli import Parser, pick_device, positive, run, shown
 from tools.lib.files import created_utc, write_json
+from tools.lib.progress import progress
 
 
 def build_parser():
@@ -37,22 +38,16 @@ def build_parser():
     parser.add_argument("--layout", help=f"other views than in training: {', '.join(data.LAYOUTS)}, as tiles:flip=1")
     parser.add_argument("--batch-size", type=positive, default=96, help="views per forward; on a CPU at most 32")
     parser.add_argument("--workers", type=positive, default=2, help="threads that read and cut ahead")
-    parser.add_argument(
-        "--watch",
-        type=Path,
-        help="with --bundle: state of a test whether pictures are still such as "
-        "those the policy was fitted on; goes on from call to call, and tools/drift.py tells of it",
-    )
-    parser.add_argument(
-        "--calibration", type=Path, help="where --watch is new: run or table with the val_calib of the policy"
-    )
-    parser.add_argument(
-        "--if-lost",
-        choices=["say", "abstain"],
-        default="say",
-        help="once --watch finds that they are "
-        "not: only say that the guarantee is void, or leave these pictures to others too",
-    )
+    parser.add_argument("--draw", nargs="+", default=[], metavar="ID", help="photographs whose views SPLIT_views.png "
+                        "shows: place, weight, what each says alone, attention inside")  # fmt: skip
+    # fmt: off
+    parser.add_argument("--watch", type=Path, help="with --bundle: state of a test whether pictures are still such as "
+                        "those the policy was fitted on; goes on from call to call, and tools/drift.py tells of it")
+    parser.add_argument("--calibration", type=Path, help="where --watch is new: run or table with the val_calib of the "
+                        "policy")
+    parser.add_argument("--if-lost", choices=["say", "abstain"], default="say", help="once --watch finds that they are "
+                        "not: only say that the guarantee is void, or leave these pictures to others too")
+    # fmt: on
     broken.add_flag(parser)
     parser.add_argument("--device", default="auto", help="auto (CUDA/ROCm if there, else CPU), cpu, cuda")
     return parser
@@ -64,6 +59,18 @@ def names_of(images):
     for name in images:
         names += [line for line in sys.stdin.read().splitlines() if line.strip()] if name == "-" else [name]
     return names
+
+
+def draw(args, classifier, facts, source, asked, path, device):
+    """SPLIT_views.png beside SPLIT.npz of those --draw names that are in this split; gives the others."""
+    at = {name: k for k, name in enumerate(asked.ids)}
+    if found := [at[name] for name in args.draw if name in at]:
+        parts = []
+        for k in progress(found, desc="views", unit="picture"):
+            label = facts["classes"][asked.labels[k]] if asked.labels[k] >= 0 else None
+            parts.append(view_sheet.drawn(classifier, facts, source, int(asked.rows[k]), asked.ids[k], label, device))
+        print(sheet.save(path.with_name(f"{path.stem}_views.png"), sheet.stack(parts, gap=18)))
+    return [name for name in args.draw if name not in at]
 
 
 def watched(args, policy, table, out):
@@ -110,6 +117,9 @@ def main(argv=None):
         views, known = table.logits.shape[1], (table.labels >= 0).sum()
         print(f"{path} (.json, .csv): {len(table.ids):,} samples, {known:,} with a label, {views} views each, classes "
               f"{shown(facts['classes'])}")  # fmt: skip
+        args.draw = draw(args, classifier, facts, source, asked, path, device)
+    if args.draw:
+        raise ValueError(f"--draw {shown(args.draw[0])} is none of these samples: an id of the CSV is asked for")
     return 0
 
 

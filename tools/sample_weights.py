@@ -5,6 +5,7 @@
     gps:regions.csv        by km to the nearest centre (columns lat,lon): 5 below 50, 2.5 below 200, 1 below 500, else
                            0.3; a picture without a place gets the median
     hard:predictions.csv   2 for a picture of the first class that predictions on train give the second, above 0.7
+    loss:predictions.csv   the mean log loss of its source, by predictions on train: a second run trains on what is hard
 
 Facts are columns of DATA/labels.csv. Only ids of train are written, the mean weight is 1; each column and an epoch that
 is drawn with them are reported.
@@ -40,7 +41,7 @@ def fact(source, name):
 def read_table(path, *columns):
     """{name: cells} of a table of the user's; these columns must be there, whatever their case."""
     if not path:
-        raise ValueError(f"--by gps and --by hard need a table with columns {', '.join(columns)}: write gps:FILE")
+        raise ValueError(f"--by gps, hard and loss need a table with columns {', '.join(columns)}: write gps:FILE")
     header, *pieces = read_csv(Path(path))
     names, rows = [name.strip().casefold() for name in header], [row for piece in pieces for row in piece if row]
     if {*columns} - {*names} or any(len(row) != len(names) for row in rows):
@@ -116,25 +117,42 @@ def by_place(train, others, argument):
     return weights
 
 
-def by_errors(train, others, argument):
+def scored(train, argument):
+    """A table of predictions on train -> (places in train [n], labels [n], probabilities [n, C], classes)."""
     table = read_table(argument, "id")
-    if len(classes := [name[2:] for name in table if name.startswith("p_")]) != 2:
-        raise ValueError(f"{argument}: columns {', '.join(table)}; a table of predictions has two named p_<class>")
+    if len(classes := [name[2:] for name in table if name.startswith("p_")]) < 2:
+        raise ValueError(f"{argument}: columns {', '.join(table)}; a table of predictions has some named p_<class>")
     index = {csv_cell(path): i for i, path in enumerate(fact(train, "path"))}
     if strangers := [name for name in table["id"] if name not in index]:
         raise ValueError(f"{argument}: {len(strangers)} ids are not in train, first {shown(strangers[0])}: predict on "
                          "train alone; other pictures must not decide what is trained on")  # fmt: skip
-    labels = [label.casefold() for label in fact(train, "label")]
+    labels = [label.strip().casefold() for label in fact(train, "label")]
     if odd := {*labels} - {*classes}:
         raise ValueError(f"{argument} has classes {', '.join(classes)}, but train has label {shown(min(odd))}")
+    at = np.array([index[name] for name in table["id"]], int)
+    p = np.array([[float(text) for text in table[f"p_{c}"]] for c in classes]).T
+    return at, np.array([classes.index(labels[i]) for i in at]), p, classes
+
+
+def by_errors(train, others, argument):
+    at, labels, p, classes = scored(train, argument)
+    if len(classes) != 2:
+        raise ValueError(f"{argument} has classes {', '.join(classes)}: hard negatives are of two classes")
     weights = np.ones(len(train))
-    for name, p in zip(table["id"], table[f"p_{classes[1]}"]):
-        if labels[index[name]] == classes[0] and float(p) > SURE:
-            weights[index[name]] = HARD_WEIGHT
+    weights[at[(labels == 0) & (p[:, 1] > SURE)]] = HARD_WEIGHT
     return weights
 
 
-COLUMNS = {"class": by_class, "source": by_source, "gps": by_place, "hard": by_errors}
+def by_loss(train, others, argument):
+    at, labels, p, _ = scored(train, argument)
+    losses, sources = -np.log(np.maximum(p[np.arange(len(at)), labels], 1e-6)), np.array(fact(train, "source"))
+    means = {name: losses[sources[at] == name].mean() for name in {*sources[at].tolist()}}
+    if absent := {*sources.tolist()} - means.keys():
+        raise ValueError(f"{argument} scores no picture of source {shown(min(absent))}; predict on all of train")
+    return np.array([max(means[name], 1e-6) for name in sources.tolist()])
+
+
+COLUMNS = {"class": by_class, "source": by_source, "gps": by_place, "hard": by_errors, "loss": by_loss}
 
 
 def report(columns, weights, train):
@@ -163,7 +181,7 @@ def report(columns, weights, train):
 def build_parser():
     p = Parser(__doc__)
     p.add_argument("--data", type=Path, required=True, help="data folder of photographs with _splits/splits.json")
-    columns = "class, source, source:a=70,b=30, gps:CENTRES.csv, hard:PREDICTIONS.csv; several are multiplied"
+    columns = "class, source, source:a=70,b=30, gps:CENTRES.csv, hard:TABLE.csv, loss:TABLE.csv; several are multiplied"
     p.add_argument("--by", nargs="+", required=True, metavar="COLUMN", help=columns)
     p.add_argument("--out", type=Path, help="file to write; default: DATA/weights.csv")
     return p

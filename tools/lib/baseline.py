@@ -11,10 +11,12 @@ from torch.nn import functional as F
 
 import checkpoint
 import data
-from model import Classifier, Head
-from tools.lib import classifiers, fits, metrics, provenance
+from model import Classifier, Head, load_backbone, read_facts
+from tools.lib import broken, classifiers, fits, judge, metrics, protocols, provenance
+from tools.lib.cli import pick_device
 from tools.lib.files import write_json
 from tools.lib.loop import git_commit
+from tools.lib.samples import open_samples
 
 
 def worth(labels, log_p):
@@ -81,3 +83,26 @@ def fit_frozen(vit, ckpt, source, table, about, out, device, batch, workers, ref
     result |= {"weights": {"file": "best.pth", "step": 0, "sha256": facts["sha256"]}, "git_commit": git_commit()}
     write_json(out / "results.json", result)
     return result
+
+
+def choose(args, source, path, table, splits):
+    """train_probe.py --protocol select of a frozen backbone; val_test is not opened -> exit code."""
+    before, held_out = provenance.stamp(args.ckpt), np.isin(splits, ("val_select", "val_calib"))
+    if table.centres is not None:
+        raise ValueError(f"{path} names nodules: --protocol select judges whole images; use test, cv or all")
+    for name in ("train", "val_select"):
+        protocols.refuse_absent(table, splits, name)
+    vit, facts, kept = load_backbone(args.ckpt), read_facts(args.ckpt), held_out | (splits == "train")
+    provenance.refuse_leak(facts, source.take(table.rows[held_out]), "the held-out splits", args.allow_seen)
+    provenance.refuse_change(args.ckpt, before)
+    view = judge.choose_view(facts, source.encoding, args.size, vit.patch_size)
+    about = {"encoding": source.encoding, "eval_view": view, "layout": args.views or "whole",
+             "labels_sha256": data.file_sha256(path)}  # fmt: skip
+    chosen, part = open_samples(source, table.take(kept), splits[kept], None, args.allow_duplicates)
+    with broken.named(chosen.take(part.rows)):
+        found = fit_frozen(vit, args.ckpt, chosen, part, about, args.out, pick_device(args.device),
+                           args.batch_size or 96, max(args.workers, 1))  # fmt: skip
+    for name, worth_of in found["val_select"].items():
+        print(f"{name} on val_select: " + ", ".join(f"{key} {value:.3f}" for key, value in worth_of.items()))
+    print("\n".join(str(args.out / name) for name in ("best.pth", "predictions", "results.json")))
+    return 0

@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import safetensors.torch
@@ -23,8 +24,8 @@ import torch
 
 import data
 from checkpoint import atomic_write, write_text
-from model import Head, is_view, load_backbone, read_facts, read_tensors
-from tools.lib import classifiers, export, metrics, policies, provenance, rules, tables
+from model import is_view, load_backbone, read_facts, read_tensors
+from tools.lib import classifiers, export, fused, metrics, policies, provenance, rules, tables
 from tools.lib.cli import shown
 from tools.lib.files import created_utc, read_json_file, write_json
 
@@ -105,13 +106,7 @@ def read_bundle(folder):
         rules.check_order([rules.read_step(step)[0] for step in policy["steps"]])
     except ValueError as error:
         raise ValueError(f"{folder}/policy.json: {error}; {REMEDY}") from None
-    own = read_tensors(folder / "head.safetensors")
-    if {name: t.ndim for name, t in own.items()} != {"weight": 2, "bias": 1} or len(own["weight"]) != len(own["bias"]):
-        raise ValueError(f"{folder}/head.safetensors holds no head; {REMEDY}")
-    if len(own["bias"]) != len(facts["classes"]):
-        raise ValueError(f"{folder}: a head of {len(own['bias'])} classes, {len(facts['classes'])} names; {REMEDY}")
-    head = Head(own["weight"].shape[1], len(own["bias"]))
-    head.last_layer.load_state_dict({name: t.float() for name, t in own.items()})
+    head = classifiers.make_head(folder / "head.safetensors", read_tensors(folder / "head.safetensors"), facts)
     classifier = classifiers.build(folder, load_backbone(folder, quiet=True), head, facts)
     return classifier, {**facts, **read_facts(folder), "sha256": facts["weights_sha256"]}, policy
 
@@ -159,9 +154,9 @@ def judged(ckpt, sha, policy):
 
 def fill(folder, classifier, facts, policy_path, policy, worth, forced, name):
     """Everything but bundle.json and SHA256SUMS, then these."""
-    vit, last = classifier.backbone, classifier.head.last_layer
-    export.write_weights(vit, facts, folder)
-    packed = safetensors.torch.save({"weight": last.weight.contiguous(), "bias": last.bias}, {"format": "pt"})
+    export.write_weights(classifier.backbone, facts, folder)
+    own = {name: tensor.contiguous() for name, tensor in classifier.head.state_dict().items()}
+    packed = safetensors.torch.save(own, {"format": "pt"})
     atomic_write(folder / "head.safetensors", lambda f: f.write(packed))
     shutil.copyfile(policy_path, folder / "policy.json")
     write_json(folder / "provenance.json", export.provenance_file(facts, None), indent=None)
@@ -173,7 +168,8 @@ def fill(folder, classifier, facts, policy_path, policy, worth, forced, name):
     }
     words["forced"] = f"Made against the checks of release.py, because: {forced}\n" if forced else ""
     write_text(folder / "README.md", CARD.format(**words))
-    kept = {key: facts[key] for key in classifiers.FIELDS} | {"split_sha256": facts.get("split_sha256")}
+    kept = {key: facts[key] for key in (*classifiers.FIELDS, "fusion") if key in facts}
+    kept["split_sha256"] = facts.get("split_sha256")
     kept |= {
         "version": 1,
         "weights_sha256": facts["sha256"],
@@ -184,6 +180,17 @@ def fill(folder, classifier, facts, policy_path, policy, worth, forced, name):
     kept["files"] = {path.name: data.file_sha256(path) for path in sorted(folder.iterdir())}
     write_json(folder / "bundle.json", {"id": id_of(kept), **kept})
     export.write_sums(folder)
+
+
+def say(classifier, facts):
+    """Logits of two random pictures."""
+    count, side = len(classifiers.layout_of(facts["layout"])[1]), facts["eval_view"]["size"]
+    views = torch.randn(2, count, 3, side, side, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        if "fusion" not in facts:
+            return classifier(views.flatten(0, 1))
+        unknown = SimpleNamespace(rows=SimpleNamespace(columns={}))  # nothing is known of them
+        return classifier(views, fused.facts_at(unknown, range(2), classifier.fields)).logits
 
 
 def write(out, ckpt, policy_path, forced=None):
@@ -199,12 +206,10 @@ def write(out, ckpt, policy_path, forced=None):
     against, worth = judged(ckpt, facts["sha256"], policy)
     if against and not forced:
         raise ValueError(f'no bundle of {ckpt}: {"; ".join(against)} (--force "why" makes it, and writes why into it)')
-    images = torch.randn(2, 3, *[facts["eval_view"]["size"]] * 2, generator=torch.Generator().manual_seed(0))
     with export.staged(out) as folder:
         fill(folder, classifier, facts, policy_path, policy, worth, forced if against else None, out.name)
         again, _, _ = read_bundle(folder)
-        with torch.no_grad():
-            difference = (again(images) - classifier(images)).abs().max().item()
+        difference = (say(again, facts) - say(classifier, facts)).abs().max().item()
         if not difference <= TOLERANCE:
             raise ValueError(f"read again, the bundle differs by {difference:.2e} from {ckpt}: nothing written")
         provenance.refuse_change(ckpt, before)

@@ -41,34 +41,25 @@ def read_classifier(path):
     if wrong := wrong_field(state, FIELDS):
         raise ValueError(f"{path} {wrong}; use another checkpoint of the same run")
     check_classes(path, classes)
-    head = (read_fusion if "fusion" in state else read_head)(path, state, classes)
     facts = {key: value for key, value in state.items() if key not in TENSORS}
     facts["sha256"] = data.file_sha256(path)
-    classifier = build(path, load_backbone(path, quiet=True), head, facts)
+    own = {key.removeprefix("head."): value for key, value in state["teacher"].items() if key.startswith("head.")}
+    classifier = build(path, load_backbone(path, quiet=True), make_head(path, own, facts), facts)
     provenance.refuse_change(path, before)
     return classifier, facts
 
 
-def read_head(path, state, classes):
-    own = {name: state["teacher"].get(f"head.last_layer.{name}") for name in ("weight", "bias")}
-    if not all(isinstance(t, torch.Tensor) for t in own.values()) or own["weight"].ndim != 2:
-        raise ValueError(f"{path}: the teacher holds no head; use another checkpoint of the same run")
-    if own["weight"].shape[0] != len(classes) or own["bias"].shape != (len(classes),):
-        raise ValueError(f"{path}: its head is of {own['weight'].shape[0]} classes and it names {len(classes)}")
-    head = Head(own["weight"].shape[1], len(classes))
-    head.last_layer.load_state_dict({name: t.float() for name, t in own.items()})
-    return head
-
-
-def read_fusion(path, state, classes):
-    """What reads all views of a picture at once, of --tune fusion."""
-    own = {k.removeprefix("head."): v for k, v in state["teacher"].items() if k.startswith("head.")}
+def make_head(path, own, facts):
+    """Tensors of a head by name -> Head, or what reads all views of a picture at once (--tune fusion)."""
     try:
-        head = fused.build(len(own["centre"]), len(classes), **state["fusion"])
-        head.load_state_dict(own)
-    except (LookupError, TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{path}: its fusion is not what its weights are ({shown(error, 200)}); use another "
-                         "checkpoint of the same run") from None  # fmt: skip
+        if "fusion" in facts:
+            head = fused.build(len(own["centre"]), len(facts["classes"]), **facts["fusion"])
+        else:
+            head = Head(own["last_layer.weight"].shape[1], len(facts["classes"]))
+        head.load_state_dict({name: t.float() if t.is_floating_point() else t for name, t in own.items()})
+    except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        words = f"its head is not one of {len(facts['classes'])} classes ({shown(error, 200)})"
+        raise ValueError(f"{path}: {words}; use another checkpoint of the same run") from None
     return head
 
 

@@ -22,9 +22,10 @@ from torch.nn import functional as F
 import checkpoint
 import data
 from model import Classifier, Head
-from tools.lib import features, fused, metrics
+from tools.lib import features, fused, loop, metrics
 from tools.lib.classifiers import each_view, layout_of
-from tools.lib.cli import shown, technique
+from tools.lib.cli import technique
+from tools.lib.files import write_json
 from tools.lib.fusion import combined_loss
 from tools.lib.progress import progress
 
@@ -58,9 +59,16 @@ class Set(NamedTuple):
     patches: Tensor | None = None  # [N, V, P, D]
     masks: Tensor | None = None  # [N, V, P, M]
 
+    def each(self, function):
+        """The same of every tensor that is there."""
+        values = ({k: function(v) for k, v in x.items()} if isinstance(x, dict) else x for x in self)
+        return Set(*(function(x) if isinstance(x, Tensor) else x for x in values))
+
     def take(self, rows):
-        pick = lambda x: {k: v[rows] for k, v in x.items()} if isinstance(x, dict) else x if x is None else x[rows]  # noqa: E731
-        return Set(*map(pick, self))
+        return self.each(lambda x: x[rows])
+
+    def to(self, device):
+        return self.each(lambda x: x.to(device))
 
 
 # ----- what it reads
@@ -121,7 +129,8 @@ def read_set(classifier, part, view, args, weights_sha256, fields, weather, swit
         patches, _ = features.cached(cache, weights_sha256, images + " patches", todo)
         patches = torch.from_numpy(patches).unflatten(2, (grid**2, -1))
         masks = read_masks(source, args.views, grid, switches["masks"])
-    return Set(torch.from_numpy(views), torch.from_numpy(table.labels), facts or None, told, patches, masks)
+    found = Set(torch.from_numpy(views), torch.from_numpy(table.labels), facts or None, told, patches, masks)
+    return found.to(device)
 
 
 # ----- the fit
@@ -131,15 +140,16 @@ def read_set(classifier, part, view, args, weights_sha256, fields, weather, swit
 def look(model, part):
     """-> log loss and MCC on a Set, without touching the mode it leaves the model in."""
     logits = model.eval()(part.views, part.facts).logits
-    said = logits.argmax(1).numpy()
-    return F.cross_entropy(logits, part.labels).item(), float(metrics.mcc(part.labels.numpy(), said))
+    said, labels = logits.argmax(1).cpu().numpy(), part.labels.cpu().numpy()
+    return F.cross_entropy(logits, part.labels).item(), float(metrics.mcc(labels, said))
 
 
-def fit(model, train, select, objective, seed, steps=400, batch=64, lr=1e-3, decay=0.01, every=20, drop=0.3):
+def fit(model, train, select, objective, seed, steps=400, batch=64, lr=1e-3, decay=0.01, every=20, patience=0,
+        drop=0.3, order=None, say=None):  # fmt: skip
     """AdamW, warmed up over a tenth of the updates, then a cosine to 0 -> (model, [(step, log loss, mcc), ...]).
 
     The weights with the lowest log loss on val_select are kept: on some hundred pictures MCC takes few values. Rows
-    and what is left out of metadata are functions of (seed, step).
+    (order(step), or drawn here) and what is left out of metadata are functions of (seed, step).
     """
     model.standardise(train.views)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -147,8 +157,9 @@ def fit(model, train, select, objective, seed, steps=400, batch=64, lr=1e-3, dec
     story, best, fields, rises = [], None, len(train.facts or {}), max(1, steps // 10)
     for step in progress(range(steps), desc="fusion", unit="update"):
         random = np.random.default_rng((seed, step))
-        part = train.take(torch.from_numpy(random.choice(len(train.labels), min(batch, len(train.labels)), False)))
-        known = torch.from_numpy(random.random((len(part.labels), fields)) >= drop) if fields else None
+        rows = order(step) if order else random.choice(len(train.labels), min(batch, len(train.labels)), False)
+        part = train.take(torch.from_numpy(rows))
+        known = torch.from_numpy(random.random((len(rows), fields)) >= drop).to(part.labels.device) if fields else None
         optimizer.param_groups[0]["lr"] = lr * min((step + 1) / rises, (1 + math.cos(math.pi * step / steps)) / 2)
         out = model.train()(part.views, part.facts, known, part.patches)
         targets = F.one_hot(part.labels, out.logits.shape[1]).float()
@@ -161,35 +172,44 @@ def fit(model, train, select, objective, seed, steps=400, batch=64, lr=1e-3, dec
         optimizer.step()
         if (step + 1) % every == 0 or step + 1 == steps:
             story.append((step + 1, *look(model, select)))
-            if best is None or story[-1][1] < best[0]:
-                best = story[-1][1], copy.deepcopy(model.state_dict())
-    model.load_state_dict(best[1])
+            if best is None or story[-1][1] < best[1]:
+                best = len(story), story[-1][1], copy.deepcopy(model.state_dict())
+            if say:
+                say(step + 1, {"loss": loss.item(), "val_loss": story[-1][1], "val_mcc": story[-1][2]})
+            if patience and len(story) - best[0] >= patience:
+                break
+    model.load_state_dict(best[2])
     return model.eval(), story
 
 
-def train(vit, parts, view, objective, facts, args, device):
-    """Fits the fusion of --tune on (Source, Table) of train and val_select, and writes best.pth and last.pth."""
-    switches, more = read_options(args.tune)
-    source, classes = parts[0][0], len(facts["classes"])
+def train(vit, weights_sha256, parts, objective, facts, args, device):
+    """Fits the fusion of --tune on (Source, Table) of train and val_select; writes config.json, best.pth, last.pth.
+
+    facts: what a checkpoint says of its run.
+    """
+    out, (switches, more), source, classes = Path(args.out), read_options(args.tune), parts[0][0], len(facts["classes"])
     fields = fused.read_fields(source, [name for name in more["metadata"].split("+") if name])
-    weather = fused.read_fields(source, [more["weather"]]) if more["weather"] else {}
-    if weather and (name := next(iter(weather))) in fields:
-        raise ValueError(f"{shown(name)} is metadata already, so telling it is trivial: choose one")
-    classifier = Classifier(vit.to(device), Head(vit.dim * args.layers * (2 if facts["pool"] == "both" else 1), classes),
-                            facts["pool"], args.layers).eval()  # fmt: skip
-    sets = [read_set(classifier, part, view, args, data.file_sha256(args.ckpt), fields, weather, switches, device, name)
+    told = fused.read_fields(source, [more["weather"]]) if more["weather"] else {}
+    if set(told) & set(fields):
+        raise ValueError(f"weather={more['weather']} is metadata already, so that telling it is trivial: choose one")
+    width = vit.dim * args.layers * (2 if facts["pool"] == "both" else 1)
+    classifier = Classifier(vit.to(device), Head(width, classes), facts["pool"], args.layers).eval()
+    sets = [read_set(classifier, part, facts["eval_view"], args, weights_sha256, fields, told, switches, device, name)
             for part, name in zip(parts, ("train", "val_select"))]  # fmt: skip
     torch.manual_seed(args.seed)
-    switches |= {"weather": len(weather[more["weather"]]) if weather else 0}
-    model = fused.build(sets[0].views.shape[2], classes, switches, fields)
+    switches |= {"weather": len(told[more["weather"]]) if told else 0}
+    model, log = fused.build(width, classes, switches, fields).to(device), loop.Log(out, 0, args.steps, quiet=False)
+    state = {"args": vars(args), "arch": vit.arch, **facts, "fusion": {"switches": switches, "fields": fields}}
+    write_json(out / "config.json", {"version": 1, **state, **loop.circumstances(device, 1)})
     model, story = fit(model, *sets, objective, args.seed, args.steps, args.batch_size, args.lr[1], args.weight_decay,
-                       drop=more["drop"])  # fmt: skip
+                       args.eval_every, args.patience, more["drop"], say=log.numbers,
+                       order=lambda step: source.order(args.seed, step, args.batch_size))  # fmt: skip
     step, loss, mcc = min(story, key=lambda line: line[1])
+    log.event(step, f"log loss {loss:.4f} and MCC {mcc:.3f} on val_select: the lowest loss")
+    log.close()
     weights = checkpoint.pack_weights(fused.FusedClassifier(vit, model, facts["pool"], args.layers))
-    state = {"step": step, "images": step * args.batch_size, "args": dict(vars(args)), **facts}
-    state |= {"arch": vit.arch, "student": weights, "teacher": weights, "optimizer": {}, "looked": story[-1][0]}
-    state |= {"best": {"step": step, "value": mcc}, "fusion": {"switches": switches, "fields": fields}}
-    path = checkpoint.save(checkpoint.step_path(args.out, step), state)
+    state |= {"step": step, "images": step * args.batch_size, "student": weights, "teacher": weights, "optimizer": {},
+              "best": {"step": step, "value": mcc}, "looked": step}  # fmt: skip
+    path = checkpoint.save(checkpoint.step_path(out, step), state)
     for name in ("best.pth", "last.pth"):
-        checkpoint.point_last(args.out, path, name)
-    print(f"update {step} of {story[-1][0]}: log loss {loss:.4f}, MCC {mcc:.3f} on val_select, the lowest loss")
+        checkpoint.point_last(out, path, name)

@@ -192,13 +192,13 @@ def read_nifti(path):
 READERS = {".mhd": read_meta, ".mha": read_meta, ".nrrd": read_nrrd, ".nhdr": read_nrrd}
 
 
-def read_header(path):
-    """-> Header, if what it says can be; Reject if not."""
+def read_header(path, mask=False):
+    """-> Header, if what it says can be; Reject if not. Only a mask may have 8 bits."""
     path = Path(path)
     header = READERS.get(ending(path), read_nifti)(regular(path))
     if not header.voxel_bytes:
         raise Reject("pixel_format", "colours, vectors or an unknown type of voxel")
-    if header.voxel_bytes == 1:
+    if header.voxel_bytes == 1 and not mask:
         raise Reject("not_hu", "8 bits per voxel: a mask, or a picture")
     x, y, z = sorted(header.size)
     if not (x > 0 and y * z <= MAX_PIXELS and x * y * z <= MAX_FILE_PIXELS):
@@ -289,7 +289,8 @@ def to_hu(values):
 
 
 def upright(values, direction, origin, spacing):
-    """Array [z, y, x] of a file -> (array, directions, origin, spacing) whose axes run to left, back and head.
+    """Array [z, y, x] of a file -> (array, directions, origin, spacing) whose axes run to left, back and head, and
+    what was done to it.
 
     direction [3, 3]: column i is where axis i (x, y, z of the file) points, in mm to left, back, head.
     """
@@ -304,7 +305,9 @@ def upright(values, direction, origin, spacing):
     origin = origin + last[:, axis[signs < 0]].sum(1)
     values = values.transpose([2 - axis[2], 2 - axis[1], 2 - axis[0]])
     values = values[:: int(signs[2]), :: int(signs[1]), :: int(signs[0])]
-    return values, direction[:, axis] * signs, origin, spacing[axis]
+    done = {f"turned_{name}": int(sign < 0) for name, sign in zip("xyz", signs)}
+    done["exchanged_axes"] = int((axis != [0, 1, 2]).any())
+    return values, direction[:, axis] * signs, origin, spacing[axis], done
 
 
 def decimal(value):
@@ -312,8 +315,33 @@ def decimal(value):
     return float(str(np.float32(value))) if float(np.float32(value)) == value else value
 
 
-def read_volume(header, patient, min_slices):
-    """-> Volume (of no study, without sops); raises Reject."""
+def place_of(image):
+    """Directions, origin and spacing of what SimpleITK read (an image, or the reader of its header)."""
+    direction = np.array(image.GetDirection()).reshape(3, 3)
+    if np.abs(direction.T @ direction - np.eye(3)).max() > 0.01:
+        raise Reject("header", "axes that are not perpendicular")
+    spacing, origin = (np.array([decimal(v) for v in values]) for values in (image.GetSpacing(), image.GetOrigin()))
+    if not all(0.01 < s < 100 for s in spacing):
+        raise Reject("header", "spacing implausible")
+    exact = np.round(direction)
+    return (exact if np.abs(direction - exact).max() < 1e-5 else direction), origin, spacing
+
+
+def read_place(path):
+    """(directions, origin, spacing) of a file in our orientation: voxel (x, y, z) lies at
+    origin + directions @ (spacing * voxel) mm to left, back and head. No pixel is read."""
+    header, reader = read_header(path, mask=True), load_itk().ImageFileReader()
+    reader.SetFileName(str(path))
+    try:
+        reader.ReadImageInformation()
+    except RuntimeError:
+        raise Reject("decode", "SimpleITK cannot read it") from None
+    nothing = np.broadcast_to(np.int16(0), header.size[::-1])
+    return upright(nothing, *place_of(reader))[1:4]
+
+
+def read_array(header):
+    """-> array [z, y, x], directions, origin, spacing, what was done to it; as `upright` gives them."""
     check_data(header)
     itk = load_itk()
     try:
@@ -322,20 +350,17 @@ def read_volume(header, patient, min_slices):
         raise Reject("decode", "SimpleITK cannot read it") from None
     if image.GetSize() != header.size or image.GetNumberOfComponentsPerPixel() != 1:
         raise Reject("header", "SimpleITK reads another size than the header says")
-    direction = np.array(image.GetDirection()).reshape(3, 3)
-    if np.abs(direction.T @ direction - np.eye(3)).max() > 0.01:
-        raise Reject("header", "axes that are not perpendicular")
-    spacing, origin = (np.array([decimal(v) for v in values]) for values in (image.GetSpacing(), image.GetOrigin()))
-    if not all(0.01 < s < 100 for s in spacing):
-        raise Reject("header", "spacing implausible")
-    exact = np.round(direction)
-    direction = exact if np.abs(direction - exact).max() < 1e-5 else direction
-    values, direction, origin, spacing = upright(itk.GetArrayViewFromImage(image), direction, origin, spacing)
+    return upright(itk.GetArrayFromImage(image), *place_of(image))
+
+
+def read_volume(header, patient, min_slices):
+    """-> Volume (of no study, without sops); raises Reject."""
+    values, direction, origin, spacing, done = read_array(header)
     if len(values) < min_slices:
         raise Reject("too_few_slices", f"{len(values)} of {min_slices}")
     hu, notes = to_hu(values)
     angle = math.degrees(math.acos(min(1, np.abs(direction).max(0).min())))
-    notes["oblique_deg"] = round(angle, 2)
+    notes |= {"oblique_deg": round(angle, 2), **done}
     z_mm = (origin @ direction[:, 2] + np.arange(len(hu)) * spacing[2]).tolist()
     notes = {name: value for name, value in notes.items() if value}
     return Volume(np.ascontiguousarray(hu), [""] * len(hu), z_mm, tuple(spacing[::-1]), patient, "", notes)

@@ -292,7 +292,7 @@ def find_run(args, source, harmless, rank, world, fields=RESUMED):
         )
     if path is None:
         return None, {}, {}
-    if args.resume == "never":
+    if getattr(args, "resume", "auto") == "never":
         raise ValueError(f"{out} holds {path.name} and --resume never was given; choose another --out")
     # latest() has just verified it; tensors stay on disk
     state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)

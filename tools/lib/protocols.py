@@ -15,14 +15,17 @@ TITLES = {"test": "Fit on train, scored once on val_test",
           "tuned": "Trained on train, chosen on val_select, scored once on val_test"}  # fmt: skip
 
 
+def refuse_absent(table, splits, name, otherwise=""):
+    """Refuse a split without a sample of some class."""
+    if absent := set(range(len(table.classes))) - set(table.labels[splits == name].tolist()):
+        raise ValueError(f"one-class labels: {name} has no sample of class {shown(table.classes[min(absent)])}; make a "
+                         f"split that has (tools/make_splits.py --labels, --ratios){otherwise}")  # fmt: skip
+
+
 def plan_test(table, splits, seeds):
     """Fit on train, test on val_test -> rows to keep [n], and per seed one (fit masks [1, n], test masks [1, n])."""
     for name in ("train", "val_test"):
-        if absent := set(range(len(table.classes))) - set(table.labels[splits == name].tolist()):
-            raise ValueError(
-                f"one-class labels: {name} has no sample of class {shown(table.classes[min(absent)])}; make a split "
-                "that has (tools/make_splits.py --labels, --ratios), or use --protocol cv"
-            )
+        refuse_absent(table, splits, name, ", or use --protocol cv")
     keep = np.isin(splits, ("train", "val_test"))
     test = splits[keep][None] == "val_test"
     return keep, [(~test, test)] * seeds

@@ -131,3 +131,17 @@ def leave_out(table, source, skip_bad):
         return table
     good = broken.leave_out(source.take(table.rows), skip_bad)
     return table.take(np.isin(source.rows.columns["path"][table.rows], good.rows.columns["path"]))
+
+
+def open_samples(source, table, splits, used_by, allow_duplicates):
+    """The images of these samples through the door -> (Source, the table with its rows); splits: those of the samples.
+
+    A look is recorded where one of them is in val_test. Without splits.json there is no contract.
+    """
+    if not splits[0]:
+        return source, table
+    purposes = [purpose for purpose, split in data.PURPOSES.items() if split in splits]
+    chosen = data.open_for(source, purposes, used_by, allow_duplicates=allow_duplicates)
+    rows = [source.rows[i] for i in table.rows]
+    moved = [find_slice(chosen, row["path"], row.get("z")) for row in rows]
+    return chosen, table._replace(rows=np.array(moved))

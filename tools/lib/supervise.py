@@ -19,7 +19,7 @@ from checkpoint import write_text
 from model import ADAPTER_NORMS, adapted_layers, add_adapters
 from tools.lib import fits, loop, metrics, page, protocols, provenance
 from tools.lib.calibrate import log_softmax
-from tools.lib.classifiers import export, facts_of, logits_of, read_classifier
+from tools.lib.classifiers import each_view, export, facts_of, logits_of, read_classifier
 from tools.lib.cli import shown, technique
 from tools.lib.files import write_json
 from tools.lib.fusion import POOLS
@@ -27,16 +27,19 @@ from tools.lib.fusion import POOLS
 LOG_EVERY = 50  # updates
 # of --tune: peak learning rates of backbone and head, layer decay
 RATES = {"head": (0.0, 1e-3, 1.0), "adapters": (5e-4, 1e-4, 1.0), "last": (1e-4, 1e-4, 0.75), "all": (1e-4, 1e-4, 0.75)}
+RATES["fusion"] = 0.0, 1e-3, 1.0
 HEADS = {"probe": lambda dropout=0.0: None, "random": lambda dropout=0.0: None}  # their options alone matter
 
 # ----- flags in words
 
 
 def tune_kind(text):
-    """none, head, adapters, last:N, all -> (kind, N)"""
+    """none, head, adapters, last:N, all, fusion:... -> (kind, N)"""
     kind, _, count = text.partition(":")
+    if kind == "fusion":  # its options are those of fuse.fusion
+        return kind, 0
     if kind not in ("none", "head", "adapters", "last", "all") or (kind == "last") != count.isdecimal():
-        raise ValueError(f"--tune {shown(text)}: use none, head, adapters, last:N (the last N blocks) or all")
+        raise ValueError(f"--tune {shown(text)}: use none, head, adapters, last:N (the last N blocks), all or fusion")
     return kind, int(count or 0)
 
 
@@ -99,7 +102,9 @@ def resolve(args, images, world):
     *rates, decay = RATES[kind]
     args.lr = list(args.lr or rates)
     args.layer_decay = args.layer_decay or decay
-    args.views, args.protocol = args.views or "whole", args.protocol or "select"
+    args.views, args.protocol = args.views or ("tiles" if kind == "fusion" else "whole"), args.protocol or "select"
+    if kind == "fusion" and (world > 1 or args.dry_run):
+        raise ValueError("--tune fusion takes seconds: leave out --dry-run, and use one process")
     if args.protocol not in ("select", "test"):
         raise ValueError(f"--protocol {args.protocol}: --tune {args.tune} knows select, and test (val_test too)")
     if args.features == "box":
@@ -143,27 +148,17 @@ def look(classifier, part, args, view, device, rank, world):
             "classes_said": len(said)}  # fmt: skip
 
 
-class Features(torch.nn.Module):
-    """A classifier without its head, for logits_of."""
-
-    def __init__(self, classifier):
-        super().__init__()
-        self.classifier = classifier
-
-    def forward(self, images):
-        return self.classifier.features(images)
-
-
 def start_head(classifier, parts, args, view, device, rank, world):
     """LP-FT (arXiv:2202.10054): the head begins as the linear probe of the backbone as it is -> a line about it.
 
     parts: (Source, Table) of train, and of val_select, which chooses C. Each view of a picture has its label.
     """
-    net, found, labels = Features(classifier), [], []
+    classifier, found, labels = classifier.eval(), [], []
     for source, table in parts:
 
         def ask(rows, source=source):
-            return logits_of(net, source, rows, args.views, view, device, workers=args.workers or 1, name="features")
+            look = args.views, view, device, 96, args.workers or 1, "features"
+            return each_view(classifier.features, source, rows, *look)
 
         features = loop.over_ranks(ask, np.arange(len(source)), rank, world)  # [N, V, D]
         found.append(features.reshape(-1, features.shape[-1]))

@@ -1,0 +1,99 @@
+"""What a classifier made of the views of a picture, to look at: tiles on the photograph, attention inside each tile.
+
+save(path, stack([seen(classifier, facts, source, row, title, device) for row in rows]))
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+import data
+from tools.lib import fused
+from tools.lib.classifiers import layout_of, views_of
+from tools.lib.sheet import (
+    BAD,
+    COLOURS,
+    DIM,
+    INK,
+    attention_over,
+    fit,
+    heading,
+    outline,
+    paragraphs,
+    picture,
+    row,
+    stack,
+)
+from tools.lib.sheet import titled as below  # a picture below lines of text
+
+WIDE, SIDE = 760, 190  # pixels: the photograph, a view
+
+
+class Look(NamedTuple):
+    """What is drawn of one picture."""
+
+    views: torch.Tensor  # [V, 3, size, size]
+    attention: np.ndarray  # [V, rows, columns], mean of heads of the last block
+    alone: np.ndarray  # [V, C] probabilities of each view alone
+    together: np.ndarray  # [C] of all views
+    weights: np.ndarray  # [V], sum 1
+    kept: np.ndarray  # [V] bool
+
+
+@torch.inference_mode()
+def look(classifier, facts, source, i, device):
+    views = views_of(source, [i], facts["layout"], facts["eval_view"], device)[0]
+    classifier = classifier.to(device).eval()
+    attention, V = classifier.backbone.attention(views).mean(1).cpu().numpy(), len(views)
+    if not isinstance(classifier, fused.FusedClassifier):
+        logits = classifier(views)
+        even = np.full(V, 1 / V)
+        return Look(views.cpu(), attention, logits.softmax(1).cpu().numpy(),
+                    logits.mean(0).softmax(0).cpu().numpy(), even, even > 0)  # fmt: skip
+    x, known = classifier.features(views), fused.facts_at(source, [i], classifier.fields)
+    known = known and {name: value.to(device) for name, value in known.items()}
+    each = known and {name: value.expand(V, *value.shape[1:]) for name, value in known.items()}
+    out, alone = classifier.head(x[None], known), classifier.head(x[:, None], each).logits
+    kept = np.isin(np.arange(V), out.kept[0].cpu().numpy())
+    return Look(views.cpu(), attention, alone.softmax(1).cpu().numpy(), out.logits[0].softmax(0).cpu().numpy(),
+                out.weights[0].cpu().numpy(), kept)  # fmt: skip
+
+
+def photograph(source, i, seen, boxes, size):
+    """The picture with its views, the weightier the brighter; those that pruning dropped in grey."""
+    image = fit(picture(data.read_view(source, i, data.find_layout("whole"), WIDE)[0].numpy()), WIDE)
+    scale = np.tile([image.height, image.width] / np.array(size), 2)
+    drawn = []
+    for v in np.argsort(seen.weights):  # the weightiest last, on top
+        inset = 3 * (v % 4)  # edges that tiles share stay apart
+        box = boxes[v] * scale + [inset, inset, -inset, -inset]
+        strong = seen.weights[v] >= 1 / len(boxes)
+        colour = COLOURS[v % len(COLOURS)] if seen.kept[v] else DIM
+        drawn.append((box, colour, f"{v}" if seen.kept[v] else f"{v} dropped", 4 if strong and seen.kept[v] else 1))
+    return outline(image, drawn)
+
+
+def drawn(classifier, facts, source, i, title, label, device="cpu", positive=-1):
+    """One picture of a Source -> its part of a sheet; label: the true class or None."""
+    seen = look(classifier, facts, source, i, device)
+    layout, flips = layout_of(facts["layout"])
+    with data.open_photo(source.path(i)) as file:
+        size = data.turn_of(file)[1]
+    boxes = data.eval_boxes([size]) if layout is None else data.view_boxes([size], layout)[0][:, 0]
+    name, tiles = facts["classes"][positive], []
+    for v in range(len(seen.views)):
+        base = picture(data.denormalise(seen.views[v][None])[0].numpy())
+        both = row([fit(base, SIDE), attention_over(base, seen.attention[v], SIDE)], gap=2)
+        words = f"{v}{', mirrored' * bool(flips[v])}: weight {seen.weights[v]:.2f}, alone {seen.alone[v, positive]:.2f}"
+        tiles.append(below(both, [words if seen.kept[v] else f"{words}, dropped"]))
+    said = facts["classes"][seen.together.argmax()]
+    wrong = label is not None and said != label
+    lines = [(f"says {said}, {name} with {seen.together[positive]:.2f}" + (f"; it is {label}" if label else ""),
+              BAD if wrong else INK)]  # fmt: skip
+    lines += [("Right: each view, and the attention of the last block in it. alone: what it says without the others.",
+               DIM)]  # fmt: skip
+    left = stack([photograph(source, i, seen, boxes, size), paragraphs(lines, WIDE, 15)])
+    grid = stack([row(tiles[k : k + 3]) for k in range(0, len(tiles), 3)])
+    both = row([left, grid])
+    return stack([heading(title, both.width), both])
