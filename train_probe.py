@@ -53,6 +53,7 @@ from tools.lib.classifiers import logits_of
 from tools.lib.cli import (
     Parser,
     above_zero,
+    millimetres,
     natural,
     not_negative,
     pick_device,
@@ -382,14 +383,6 @@ def run_updates(run, batches, start, log, saver, stop):
 # ----- the program
 
 
-def millimetres(text):
-    """argparse type: 32,48,64"""
-    try:
-        return tuple(above_zero(part) for part in text.split(","))
-    except (ValueError, argparse.ArgumentTypeError):
-        raise argparse.ArgumentTypeError(f"{text!r}: sides of the crops in mm, above 0, like 32,48,64") from None
-
-
 # fmt: off
 def build_parser():
     p = Parser(__doc__)
@@ -403,9 +396,10 @@ def build_parser():
                    "layer; adapters: low-rank changes (--adapter); last:N: the last N blocks; all; fusion: what pools "
                    "the features of all --views of a picture, in seconds, as in fusion:keep=8,metadata=gps+weather: "
                    f"{inspect.signature(fuse.fusion)}")
-    g.add_argument("--protocol", choices=("all", "test", "cv", "select"), help="test: fit on train, score once on "
-                   "val_test; cv: 5 x 5 folds over unseen patients; all: both, the default of a frozen probe; select: "
-                   "choose on val_select and export val_select and val_calib, the default of training")
+    g.add_argument("--protocol", choices=("all", "test", "cv", "select", "refit"), help="test: fit on train, score "
+                   "once on val_test; cv: 5 x 5 folds over unseen patients; all: both, the default of a frozen probe; "
+                   "select: choose on val_select and export val_select and val_calib, the default of training; refit "
+                   "(frozen): then fit once more on train and val_select")
     g.add_argument("--allow-seen", action="store_true", help="also judge patients of the pretraining, titled so")
     g.add_argument("--allow-duplicates", action="store_true", help="also if some cross the splits, titled so")
     g.add_argument("--device", default="auto", help="auto (CUDA/ROCm if there, else CPU), cpu, cuda")
@@ -484,6 +478,9 @@ def main(argv=None):
     kind, _ = supervise.tune_kind(args.tune)
     if args.out.exists() and not args.out.is_dir():  # now, not after all is computed
         raise ValueError(f"--out {args.out} is a file; name a folder")
+    if kind == "none" and args.protocol in ("select", "refit"):
+        source = data.open_source(args.data)
+        return baseline.choose(args, source, *read_labels(args, source))
     if kind == "none":
         return probe(args)
     rank, world, device = loop.setup_distributed(args.device)
@@ -497,9 +494,6 @@ def main(argv=None):
 
 def probe(args):
     start = time.perf_counter()
-    if args.protocol == "select":
-        source = data.open_source(args.data)
-        return baseline.choose(args, source, *read_labels(args, source))
     if args.views:
         raise ValueError("--views is for training (--tune) and for --protocol select; give one of them too")
     if args.folds and args.protocol == "test":

@@ -71,7 +71,8 @@ def build_parser():
     g.add_argument("--extend", type=natural, default=0, help="further updates at the final values of all schedules")
     g.add_argument("--seed", type=natural, default=0, help="of weights, order, crops, masks and stochastic depth")
     g.add_argument("--device", default="auto", help="auto (CUDA/ROCm if there, else CPU), cpu, cuda")
-    g.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 on a GPU")
+    g.add_argument("--precision", choices=["auto", *loop.PRECISIONS], default="auto", help="auto: bf16 on a GPU; "
+                   "bf16-stream: tokens between blocks too")
     g.add_argument("--workers", type=natural, default=min(8, max(1, (os.cpu_count() or 2) - 1)),
                    help="reading processes of each rank; 0: read in this process")
     g.add_argument("--log-every", type=positive, default=50, help="updates")
@@ -83,7 +84,8 @@ def build_parser():
     g.add_argument("--grace", type=not_negative, help="updates or share before the first warnings; default: --warmup")
     g.add_argument("--skip-bad", type=natural, default=0, help="broken files a rank may replace; one more ends the run")
     g.add_argument("--deterministic", default=False, action=switch, help="bit-identical on a GPU too; slower")
-    g.add_argument("--compile", default=False, action=switch, help="torch.compile the blocks; update 1 takes minutes")
+    g.add_argument("--compile", default=False, action=switch, help="torch.compile blocks and losses; update 1 takes "
+                   "minutes, once: kept in $TORCHINDUCTOR_CACHE_DIR, by default ~/.cache/torchinductor")
     g.add_argument("--fsdp", default=False, action=switch, help="shard weights over ranks, for what does not fit one")
     g.add_argument("--checkpointing", default=False, action=switch, help="recompute activations to save memory")
 
@@ -281,15 +283,16 @@ class Seen(NamedTuple):
 
 def center(logits, centers, key, w):
     """Teacher logits of each micro-batch -> its Targets; leaves in `centers` the softmax centre of the next update."""
+    temperature = logits[0].new_full((), w.teacher_temp, dtype=torch.float32)  # a number would be compiled anew
     if w.centering == "sinkhorn":
-        offsets = losses.sinkhorn_offsets(logits, w.teacher_temp, compiled=w.compiled)
+        offsets = losses.sinkhorn_offsets(logits, temperature, compiled=w.compiled)
     else:
         zeros = logits[0].new_zeros(logits[0].shape[1], dtype=torch.float32)  # there may be no row
         old = (centers or {}).get(key, zeros)
-        offsets = losses.center_offsets(old, w.teacher_temp)
+        offsets = losses.center_offsets(old, temperature)
         if w.centering == "softmax":
             centers[key] = losses.moved_center(logits, old)
-    return [losses.Targets(each, w.teacher_temp, offsets) for each in logits]
+    return [losses.Targets(each, temperature, offsets) for each in logits]
 
 
 def ssl_update(student, teacher, gram, micro_batches, w, centers=None, clock=contextlib.nullcontext):
@@ -299,7 +302,7 @@ def ssl_update(student, teacher, gram, micro_batches, w, centers=None, clock=con
     with the name of each part; by default it does nothing.
     """
     device = micro_batches[0].masks.device
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=w.precision == "bf16")
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=w.precision != "fp32")
 
     # teacher first, for all micro-batches: targets are balanced over the whole batch
     with torch.no_grad(), autocast:
@@ -677,7 +680,7 @@ def build_run(args, backbone, source, recipes, rank, world, device, gram_arch=No
     nets = [m for m in (student, teacher, gram_net) if m is not None]
     net = loop.on_device(args, student, nets, world, device)
     groups = optim.param_groups(student, args.layer_decay, args.patch_lr)
-    optimizer = settings.make_optimizer(args, groups)
+    optimizer = loop.build_optimizer(args.optimizer, groups, settings.OWN_FLAGS)
     return Run(args, rank, world, device, source, recipes, student, teacher, net, optimizer, gram_net)
 
 

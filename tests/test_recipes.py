@@ -108,7 +108,8 @@ def stated(folder, name):
 
 
 def test_every_recipe_is_run_here():
-    assert {path.stem for path in (ROOT / "tools" / "recipes").glob("*.sh")} == set(OWN) == set(STATED)
+    scripts = {path.stem for path in (ROOT / "tools" / "recipes").glob("*.sh")}
+    assert scripts - {"gpu_check"} == set(OWN) == set(STATED)  # gpu_check is run below: it measures, and trains little
 
 
 @pytest.mark.parametrize("name", OWN)
@@ -340,7 +341,7 @@ TABLE = {
     "extend": (DEFAULT, "2"),
     "seed": (DEFAULT, "3"),
     "device": (DEFAULT, "cpu"),
-    "precision": (DEFAULT, "fp32", "bf16"),
+    "precision": (DEFAULT, "fp32", "bf16", "bf16-stream"),
     "workers": (DEFAULT, "0", "2"),
     "log_every": (DEFAULT, "2"),
     "save_every": ("2", "3"),

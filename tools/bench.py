@@ -49,6 +49,8 @@ from model import ADAPTER_NORMS, ARCHS, Classifier, Head, adapted_layers, add_ad
 from tools.lib import loop, settings
 from tools.lib.cli import ROOT, Parser, above_zero, positive, run
 from tools.lib.files import write_json
+from tools.lib.fused import FusedClassifier
+from tools.lib.fusion import Fusion
 from tools.lib.machine import DTYPES, check_gemm, describe, synchronize
 from tools.lib.progress import progress
 
@@ -112,6 +114,7 @@ def sampled(function, work, device):
 
 def gemm(device, precision="fp32"):
     """A function that measures TFLOP/s of a square product large enough to show the machine at its best."""
+    precision = precision.removesuffix("-stream")
     n = check_gemm(device, precision)["size"]
     a = torch.randn(n, n, device=device, dtype=DTYPES[precision][0])
     return sampled(functools.partial(torch.mm, a, a, out=torch.empty_like(a)), 2 * n**3 / 1e12, device)
@@ -228,31 +231,85 @@ def phase_shares(way, seconds):
     return shares | {"other": 1 - sum(shares.values())}
 
 
+def host_seconds(way, count):
+    """Of the host for each update: with a card all but the one wait for it, else what prepares the update."""
+    phases, start = Phases(CPU), time.perf_counter()
+    for _ in range(count):
+        update(way, phases)
+    whole, seconds = time.perf_counter() - start, phases.seconds()
+    busy = whole - seconds["wait"] if way.run.device.type == "cuda" else seconds["read"] + seconds["render"]
+    return busy / count
+
+
+def busy_seconds(spans):
+    """Length of the union of (begin, end) in seconds: kernels of several streams may run at once."""
+    total, until = 0.0, -math.inf
+    for begin, end in sorted(spans):
+        total += max(0.0, end - max(begin, until))
+        until = max(until, end)
+    return total
+
+
+def idle_share(function, seconds, count):
+    """Share of the time in which the card does nothing, while `function` is called in a row and takes `seconds` each.
+
+    What the card is busy is taken from torch's profiler, the time from calls without it, because it slows the host.
+    """
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(count):
+            function()
+        torch.cuda.synchronize()
+    work = [e for e in profile.events() if e.device_type.name == "CUDA" and not getattr(e, "is_user_annotation", False)]
+    return 1 - busy_seconds((e.time_range.start / 1e6, e.time_range.end / 1e6) for e in work) / (count * seconds)
+
+
+def crops_gb(micro_batches):
+    """Views of one update: what preparing ahead holds once more."""
+    return sum(t.nbytes for m in micro_batches for t in m.crops if t is not None) / 1e9
+
+
+def words_of_plain(way, seconds, more):
+    """Adds to `more` what is measured of the plain way alone -> the same in words."""
+    device, count = way.run.device, max(2, min(16, math.ceil(2 / seconds)))
+    more |= dict(phases=phase_shares(way, seconds), host_ms=1e3 * host_seconds(way, count))
+    words = [f"peak {more['peak_gb']:.3g} GB", f"host {more['host_ms']:.0f} ms"]
+    if device.type == "cuda":
+        more |= dict(idle=idle_share(functools.partial(update, way), seconds, count))
+        more["ahead_gb"] = crops_gb(way.upcoming.ready[0][1])
+        words += [f"card idle {100 * more['idle']:.1f}%", f"crops ahead {more['ahead_gb']:.2g} GB"]
+    phases = more["phases"]
+    shares = [f"{k} {100 * phases[k]:.1f}%" for k in sorted(phases, key=phases.get, reverse=True)]
+    return ", ".join(words) + "; " + ", ".join(shares)
+
+
 def measure_step(point, device):
     """Ways to do one update in turns, the first of them with its phases and its memory."""
     plain, *others = point["ways"]
     first = make_run(train_args(point, plain), device)
     ways = {plain: make_way(first)}
-    took(functools.partial(update, ways[plain]), device, 2)  # the first one makes the state of AdamW
+    begun = {plain: took(functools.partial(update, ways[plain]), device)}  # compiles, makes the state of AdamW
+    update(ways[plain])
     peak, batch = peak_gb(device), first.args.batch_size
     for name in others:
         args, same_nets = train_args(point, name), "accumulate" in name
         ways[name] = make_way(dataclasses.replace(first, args=args) if same_nets else make_run(args, device))
+        begun[name] = took(functools.partial(update, ways[name]), device)
     updates = {name: functools.partial(update, way) for name, way in ways.items()}
     times, limits = alternate(updates, device, point["seconds"], gemm(device, first.args.precision))
-    phases = phase_shares(ways[plain], median(times[plain]))
     tflop = batch * loop.flops_per_image(first.student, first.recipes[0], first.args, first.gram is not None) / 1e12
     rows = []
     for name, seconds in times.items():
         more = dict(way=name, flags=point["flags"], seconds=seconds, limits=limits[name], tflop=tflop)
         note = f"{tflop / median(seconds):.3g} of {median(limits[name]):.3g} TFLOP/s"
         if name == plain:
-            more |= dict(peak_gb=peak, phases=phases)
-            note += f", peak {peak:.3g} GB; "
-            note += ", ".join(f"{k} {100 * phases[k]:.1f}%" for k in sorted(phases, key=phases.get, reverse=True))
+            more["peak_gb"] = peak
+            note += ", " + words_of_plain(ways[plain], median(seconds), more)
         else:
             more["gain"] = ratio(times[plain], seconds)
             note += f", {more['gain']:.2f} x the plain way"
+        if "compile" in name:
+            more["compile_s"] = begun[name] - median(seconds)
+            note += f", compiled in {more['compile_s']:.0f} s"
         setting, share = f"{point['setting']} {name}".strip(), share_of(limits[name], tflop, seconds)
         rows.append(as_row(setting, batch / median(seconds), "images/s", share, "GEMM", note, **more))
     return rows
@@ -390,6 +447,37 @@ def measure_views(point, device):
     return [as_row(point["setting"], len(source) / median(times["ours"]), "images/s", note=note, seconds=times)]
 
 
+FUSED = {  # views of a picture -> (how many there are, switches of Fusion)
+    "1 view": (1, {}), "10 views": (10, {}), "12 views": (12, {}),
+    "12 views, 8 kept after the backbone": (12, {"keep": 8}),
+    "12 views, 7 chosen on the whole one before it": (12, {"prescore": 7}),
+}  # fmt: skip
+
+
+def measure_fusion(point, device):
+    """Pictures through a backbone and the fusion of their views, in turns; what pruning saves, and where."""
+    vit, size, ways, flops = build_vit(point["arch"]).to(device).eval(), point["size"], {}, {}
+    for name, (count, switches) in FUSED.items():
+        keep = switches.get("prescore", 0)
+        switches = switches | ({"prescore": [vit.dim, keep, count, (size // vit.patch_size) ** 2]} if keep else {})
+        net = FusedClassifier(vit, Fusion(vit.dim, 2, **switches)).to(device).eval()
+        views = torch.randn(point["batch"], count, 3, size, size, device=device)
+        if keep:
+            torch.nn.init.ones_(net.head.prescore.regions)
+        ways[name] = functools.partial(torch.inference_mode()(net), views)
+        with FlopCounterMode(display=False) as counter:
+            ways[name]()
+        flops[name] = counter.get_total_flops() / point["batch"]
+    times, rows = alternate(ways, device, point["seconds"])[0], []
+    for name, seconds in times.items():
+        factor, rate = ratio(seconds, times["1 view"]), point["batch"] / median(seconds)
+        note = f"{flops[name] / 1e9:.3g} GFLOP a picture, {flops[name] / flops['1 view']:.2f} x those of 1 view; "
+        note += f"{factor:.2f} x its time; {rate * FUSED[name][0]:.3g} views/s"
+        more = dict(way=name, seconds=seconds, factor=factor, flops=flops[name])
+        rows.append(as_row(f"{point['setting']}, {name}", rate, "pictures/s", note=note, **more))
+    return rows
+
+
 def measure_read(point, device):
     torch.set_num_threads(1)
     source, workers = data.open_source(point["data"]), point["workers"]
@@ -507,8 +595,8 @@ def measure_save(point, device):
     return [as_row(point["setting"], 1e3 * median(later), "ms stall", share, "copy", note, **more)]
 
 
-PARTS = (measure_step, measure_adapters, measure_render, measure_views, measure_read, measure_index, measure_dicom)
-PARTS += (measure_save, measure_sweep)
+PARTS = (measure_step, measure_adapters, measure_render, measure_views, measure_fusion, measure_read, measure_index)
+PARTS += (measure_dicom, measure_save, measure_sweep)
 MEASURES = {measure.__name__.removeprefix("measure_"): measure for measure in PARTS}
 
 
@@ -540,8 +628,9 @@ def points_of(what, args, cuda, work):
         for arch, batch, precision in itertools.product(archs, batches, precisions):
             flags = {"arch": arch, "batch-size": batch}
             fitting = ([way for way in ways if batch % pieces(way) == 0] for ways in WAYS)
+            fitting = fitting if args.way is None else [[args.way]]
             yield from (step_point(args, hu16, flags, precision, ways) for ways in fitting)
-            if precision == precisions[0]:
+            if precision == precisions[0] and args.way is None:
                 yield step_point(args, hu16, flags, precision, ["compile" * cuda], gram=True)
     elif what == "adapters":
         for arch, targets in itertools.product(archs, ("qv", "all")):
@@ -554,6 +643,10 @@ def points_of(what, args, cuda, work):
             yield dict(data=folder, device=device, setting=f"{Path(folder).name}, 2x224 + 8x96 of 512x512, {place}")
     elif what == "views":
         yield dict(data=f"{work}/large", setting="12 views of 224 from a 12-megapixel JPEG, one thread")
+    elif what == "fusion":
+        size, batch = (96, 2) if args.quick else (224, 16 if cuda else 2)
+        for arch in archs:
+            yield dict(arch=arch, size=size, batch=batch, setting=f"{arch}, {batch} pictures in views of {size} pixels")
     elif what == "read":
         counts = [0, 1] if args.quick else sorted({0, 1, 2, os.cpu_count()})
         for folder, workers in itertools.product((rgb, hu16, photo), counts):
@@ -679,8 +772,9 @@ def build_parser():
                    "on a GPU also B and L")
     p.add_argument("--batch-size", type=positive, nargs="+",
                    help="images per update of step and adapters, largest tried by sweep; default: 4, GPU 64")
-    p.add_argument("--precision", nargs="+", choices=["fp32", "bf16"], help="of step; default: bf16 on a GPU, else "
+    p.add_argument("--precision", nargs="+", choices=loop.PRECISIONS, help="of step; default: bf16 on a GPU, else "
                    "fp32, and bf16 if the CPU has it")
+    p.add_argument("--way", choices=SETTINGS, help="of step: this one alone, and no Gram; default: several in turns")
     p.add_argument("--flags", default="", help="further flags of train_ssl.py, in one string")
     p.add_argument("--seconds", type=above_zero, help="turns of each way, 3 at least; step: twice; default 30, quick 8")
     p.add_argument("--images", type=above_zero, default=1e8, help="sweep prints the days that so many images take")

@@ -16,8 +16,10 @@ import inspect
 import json
 import math
 import operator
+import os
 import re
 import sys
+import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -132,6 +134,14 @@ def technique(text, table):
     return name, options
 
 
+def millimetres(text):
+    """argparse type: sides such as 32,48,64 -> (32.0, 48.0, 64.0)"""
+    try:
+        return tuple(above_zero(part) for part in text.split(","))
+    except (ValueError, argparse.ArgumentTypeError):
+        raise argparse.ArgumentTypeError(f"{text!r}: sides of the crops in mm, above 0, like 32,48,64") from None
+
+
 def pick_device(name):
     """torch.device of a --device flag: auto is CUDA/ROCm if there, else CPU; what this machine lacks is an error.
 
@@ -200,6 +210,13 @@ def named(text):
     """An error's text with the programs of its remedy."""
     programs = [name for words, name in REMEDIES.items() if words in text and name not in text]
     return f"{text} ({', '.join(programs)})" if programs else text
+
+
+def unforeseen(kind, error, trace):
+    """sys.excepthook of looks: a crash ends with exit code 3, where Python's own 1 would read as a warning."""
+    traceback.print_exception(kind, error, trace)
+    sys.stderr.flush()
+    os._exit(3)
 
 
 def run(main):
