@@ -480,8 +480,11 @@ def main(argv=None):
     kind, _ = supervise.tune_kind(args.tune)
     if args.out.exists() and not args.out.is_dir():  # now, not after all is computed
         raise ValueError(f"--out {args.out} is a file; name a folder")
+    if kind == "none" and args.protocol in ("select", "refit"):
+        source = data.open_source(args.data)
+        return baseline.choose(args, source, *read_labels(args, source))
     if kind == "none":
-        return (choose if args.protocol in ("select", "refit") else probe)(args)
+        return probe(args)
     rank, world, device = loop.setup_distributed(args.device)
     try:
         return train(args, rank, world, device)
@@ -489,14 +492,6 @@ def main(argv=None):
         if dist.is_initialized():
             gc.collect()  # DDP sits in reference cycles; alive at exit, its threads abort the process
             dist.destroy_process_group()
-
-
-def choose(args):
-    """The frozen baseline of photographs: a linear probe that val_select chooses, written as a classifier."""
-    source = data.open_source(args.data)
-    path, table, splits = read_labels(args, source)
-    keep = np.isin(splits, ("train", "val_select", "val_calib"))
-    return baseline.run(args, path, *open_samples(source, table.take(keep), splits[keep], None, args.allow_duplicates))
 
 
 def probe(args):

@@ -417,6 +417,17 @@ def test_adapters_take_turns_with_lora_as_two_thin_products(monkeypatch):
         torch.testing.assert_close(*found, rtol=1e-4, atol=1e-3)
 
 
+def test_pruning_after_the_backbone_saves_nothing_of_it_and_choosing_before_it_does(monkeypatch):
+    monkeypatch.setattr(bench, "alternate", functools.partial(bench.alternate, least=0))
+    point = dict(setting="toy", arch="vit_test", batch=2, size=32, seconds=0)
+    rows = {row["way"]: row for row in bench.measure_fusion(json.loads(json.dumps(point)), CPU)}
+    assert list(rows) == list(bench.FUSED) and all(row["value"] > 0 for row in rows.values())
+    one, ten, twelve, after, before = (row["flops"] / rows["1 view"]["flops"] for row in rows.values())
+    assert one == 1 and ten == pytest.approx(10, rel=0.01) and twelve == pytest.approx(12, rel=0.01)
+    assert after >= twelve and before == pytest.approx(8, rel=0.02)
+    json.dumps(list(rows.values()))
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_slices_per_second_are_those_of_reading_not_of_what_was_read_ahead(folder, clock, monkeypatch, workers):
     def make_loader(*_, **__):

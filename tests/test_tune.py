@@ -268,6 +268,26 @@ def test_sophia_looks_at_labels_drawn_from_its_own_predictions(photos):
     torch.testing.assert_close(run.optimizer.state[p]["hessian"], expected, rtol=1e-4, atol=1e-9)
 
 
+@pytest.mark.parametrize("optimizer", ["sam:rho=0.1", "friendlysam", "asam+muon", "sophia"])
+def test_optimizers_that_look_twice_see_the_whole_batch_twice(photos, optimizer):
+    """Two updates, in one piece and in four: the same weights, and others than those of AdamW alone."""
+    after = {}
+    for name, micros in ((optimizer, 1), (optimizer, 4), ("adamw", 1)):
+        model = toy()
+        run = t.Run(None, 0, 1, torch.device("cpu"), None, None, model, toy().requires_grad_(False), model, None,
+                    t.Weights(supervise.read_loss("ce", np.arange(8) % 2, 2)), {})  # fmt: skip
+        run.optimizer = loop.build_optimizer(name, optim.param_groups(model, 1.0, 1.0))
+        run.args = t.build_parser().parse_args(["--ckpt", "x", "--data", "x", "--labels", "x", "--out", "x"])
+        run.args.batch_size, run.args.precision = 8, "fp32"
+        for step in (0, 1):
+            found = t.one_update(run, micro_batches(photos, 0, 1, micros, step), step, t.Now(1e-2, 1e-2, 0.0, 0.5))
+            assert not found.bad
+        after[name, micros] = torch.cat([p.detach().flatten() for p in model.parameters()])
+    whole, cut, plain = after.values()
+    difference = (whole - cut).norm() / (whole - plain).norm()
+    assert difference < 0.02, difference  # single weights whose gradient is 0 go either way
+
+
 # the run
 
 
