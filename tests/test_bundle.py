@@ -370,3 +370,25 @@ def test_a_trained_fusion_of_views_is_bundled_with_its_metadata(tmp_path):
     ask(tmp_path / "b", tmp_path / "dry", "--data", root)
     difference = np.abs(tables.read(tmp_path / "dry" / "all.npz").logits - said.logits).max((1, 2))
     assert difference[:2].max() < 1e-6 < difference[2:].min()
+
+
+def test_the_watch_goes_on_from_call_to_call_and_revokes(photos, made, run, tmp_path, capsys):  # noqa: F811
+    """Pictures like those of calibration keep the guarantee; a stream of bright ones alone does not."""
+    words = ["--images", photos, "--watch", tmp_path / "watch.json"]
+    with pytest.raises(ValueError, match="begin it with --calibration"):
+        ask(made, tmp_path / "a", *words)
+    ask(made, tmp_path / "a", *words, "--calibration", run)
+    assert "no sign against exchangeability in 120 pictures" in capsys.readouterr().out
+    odd = tmp_path / "odd"
+    odd.mkdir()
+    bright = [line.split(",")[0] for line in (photos / "labels.csv").read_text().splitlines() if ",bright" in line]
+    for k, name in enumerate(bright):
+        shutil.copy(photos / name, odd / f"{k}_{name.replace('/', '_')}")
+    ask(made, tmp_path / "b", "--images", odd, "--watch", tmp_path / "watch.json", "--if-lost", "abstain")
+    said = capsys.readouterr().out
+    state = json.loads((tmp_path / "watch.json").read_text())
+    assert state["seen"] == 120 + len(bright) and state["lost"]["picture"] > 120 and "guarantee: void" in said
+    rows = list(csv_of(tmp_path / "b" / "images.csv").values())
+    assert [row[2] for row in rows][-1] == "left" and rows[0][2] != "left"
+    with pytest.raises(ValueError, match="--watch needs --bundle"):
+        predict.main(["--ckpt", str(run / "best.pth"), "--images", str(odd), "--out", str(tmp_path), "--watch", "x"])

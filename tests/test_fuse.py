@@ -16,7 +16,7 @@ import losses
 import train_probe
 from model import build_vit
 from tools import fit_policy, make_splits, predict
-from tools.lib import classifiers, fuse, fused, fusion, tables
+from tools.lib import classifiers, fuse, fused, fusion, tables, view_sheet
 from tools.lib.fusion import Fusion
 
 
@@ -58,7 +58,9 @@ def test_options_are_those_of_fusion_and_of_training():
     assert more == {"metadata": "gps+weather", "weather": "", "drop": 0.3, "prescore": 0}
     assert switches["keep"] == 8 and switches["pyramid"] is True
     Fusion(16, 2, **(switches | {"weather": 3}))
-    for text, words in (("fusion:kep=8", "no option kep"), ("fusion:keep=x", "keep is x"), ("fusion:drop=1", "drop")):
+    for text, words in (("fusion:keep=-1", "keep is -1"), ("fusion:heads=0", "from 1 to"),
+                        ("fusion:depth=1.5", "whole number"), ("fusion:kep=8", "no option kep"),
+                        ("fusion:keep=x", "keep is x"), ("fusion:drop=1", "drop")):  # fmt: skip
         with pytest.raises(ValueError, match=words):
             fuse.read_options(text)
 
@@ -160,6 +162,11 @@ def test_what_is_served_is_the_backbone_and_the_fusion_of_its_views(tmp_path):
             x = tokens.patches.mean(1)[None, chosen]
             alone = head(x, fused.facts_at(source, [k], fields)).logits
         torch.testing.assert_close(torch.from_numpy(few[k]), alone, atol=1e-5, rtol=1e-5)
+    seen = view_sheet.look(net, {"layout": "tiles", "eval_view": view}, source, 7, "cpu")
+    assert seen.kept.nonzero()[0].tolist() == chosen.tolist() == seen.weights.nonzero()[0].tolist()
+    np.testing.assert_allclose(np.log(seen.together[1] / seen.together[0]), few[7, 0, 1] - few[7, 0, 0], atol=1e-4)
+    one = head(vit(views).patches.mean(1)[4:5, None], fused.facts_at(source, [7], fields)).logits[0]
+    np.testing.assert_allclose(seen.alone[4], one.softmax(0).detach(), atol=1e-5)
     head.prescore = None
     for k in range(8):
         views = classifiers.views_of(source, [k], "tiles", view, "cpu")[0]

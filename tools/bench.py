@@ -656,8 +656,9 @@ def points_of(what, args, cuda, work):
         for arch, batch, precision in itertools.product(archs, batches, precisions):
             flags = {"arch": arch, "batch-size": batch}
             fitting = ([way for way in ways if batch % pieces(way) == 0] for ways in WAYS)
+            fitting = fitting if args.way is None else [[args.way]]
             yield from (step_point(args, hu16, flags, precision, ways) for ways in fitting)
-            if precision == precisions[0]:
+            if precision == precisions[0] and args.way is None:
                 yield step_point(args, hu16, flags, precision, ["compile" * cuda], gram=True)
     elif what == "adapters":
         for arch, targets in itertools.product(archs, ("qv", "all")):
@@ -806,6 +807,7 @@ def build_parser():
                    help="images per update of step and adapters, largest tried by sweep; default: 4, GPU 64")
     p.add_argument("--precision", nargs="+", choices=loop.PRECISIONS, help="of step; default: bf16 on a GPU, else "
                    "fp32, and bf16 if the CPU has it")
+    p.add_argument("--way", choices=SETTINGS, help="of step: this one alone, and no Gram; default: several in turns")
     p.add_argument("--flags", default="", help="further flags of train_ssl.py, in one string")
     p.add_argument("--seconds", type=above_zero, help="turns of each way, 3 at least; step: twice; default 30, quick 8")
     p.add_argument("--images", type=above_zero, default=1e8, help="sweep prints the days that so many images take")

@@ -23,7 +23,7 @@ import data
 from model import Classifier, Head
 from tools.lib import features, fused, loop, metrics, samples
 from tools.lib.classifiers import each_view
-from tools.lib.cli import technique
+from tools.lib.cli import shown, technique
 from tools.lib.files import write_json
 from tools.lib.fusion import Prescore, combined_loss
 from tools.lib.progress import progress
@@ -42,7 +42,12 @@ def fusion(width=0, keep=0, pyramid=False, depth=0, heads=4, gated=True, experts
 def read_options(text):
     """fusion:keep=8 -> (switches of Fusion, other options)"""
     _, given = technique(text, {"fusion": fusion})
-    options = {name: p.default for name, p in inspect.signature(fusion).parameters.items()} | given
+    defaults = {name: p.default for name, p in inspect.signature(fusion).parameters.items()}
+    for name, value in given.items():
+        least = int(name == "heads")
+        if type(defaults[name]) is int and not (type(value) is int and least <= value <= 4096):
+            raise ValueError(f"{text}: {name} is {shown(value)}, expected a whole number from {least} to 4096")
+    options = defaults | given
     more = {name: options.pop(name) for name in ("metadata", "weather", "drop", "prescore")}
     if not 0 <= more["drop"] < 1:
         raise ValueError(f"{text}: drop is {more['drop']}, expected a share from 0 to below 1")

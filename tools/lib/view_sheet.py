@@ -1,6 +1,6 @@
 """What a classifier made of the views of a picture, to look at: tiles on the photograph, attention inside each tile.
 
-save(path, stack([seen(classifier, facts, source, row, title, device) for row in rows]))
+save(path, stack([drawn(classifier, facts, source, row, title, label) for row, title, label in chosen]))
 """
 
 from typing import NamedTuple
@@ -54,10 +54,14 @@ def look(classifier, facts, source, i, device):
     x, known = classifier.features(views), fused.facts_at(source, [i], classifier.fields)
     known = known and {name: value.to(device) for name, value in known.items()}
     each = known and {name: value.expand(V, *value.shape[1:]) for name, value in known.items()}
-    out, alone = classifier.head(x[None], known), classifier.head(x[:, None], each).logits
-    kept = np.isin(np.arange(V), out.kept[0].cpu().numpy())
-    return Look(views.cpu(), attention, alone.softmax(1).cpu().numpy(), out.logits[0].softmax(0).cpu().numpy(),
-                out.weights[0].cpu().numpy(), kept)  # fmt: skip
+    at = torch.arange(V, device=x.device)
+    if classifier.head.prescore is not None:  # the others are drawn, and were not looked at
+        at = classifier.head.prescore.choose(classifier.backbone(views[:1]).patches)[0]
+    out, alone, weights = classifier.head(x[None, at], known), classifier.head(x[:, None], each).logits, np.zeros(V)
+    weights[at.cpu().numpy()] = out.weights[0].cpu().numpy()
+    kept = np.isin(np.arange(V), at[out.kept[0]].cpu().numpy())
+    together = out.logits[0].softmax(0).cpu().numpy()
+    return Look(views.cpu(), attention, alone.softmax(1).cpu().numpy(), together, weights, kept)
 
 
 def photograph(source, i, seen, boxes, size):
@@ -70,29 +74,30 @@ def photograph(source, i, seen, boxes, size):
         box = boxes[v] * scale + [inset, inset, -inset, -inset]
         strong = seen.weights[v] >= 1 / len(boxes)
         colour = COLOURS[v % len(COLOURS)] if seen.kept[v] else DIM
-        drawn.append((box, colour, f"{v}" if seen.kept[v] else f"{v} dropped", 4 if strong and seen.kept[v] else 1))
+        words = f"{v}: {seen.weights[v]:.2f} of {seen.alone[v, -1]:.2f}" if seen.kept[v] else f"{v} dropped"
+        drawn.append((box, colour, words, 4 if strong and seen.kept[v] else 1))
     return outline(image, drawn)
 
 
-def drawn(classifier, facts, source, i, title, label, device="cpu", positive=-1):
-    """One picture of a Source -> its part of a sheet; label: the true class or None."""
+def drawn(classifier, facts, source, i, title, label, device="cpu"):
+    """One picture of a Source -> its part of a sheet, by the last class; label: the true one or None."""
     seen = look(classifier, facts, source, i, device)
     layout, flips = layout_of(facts["layout"])
     with data.open_photo(source.path(i)) as file:
         size = data.turn_of(file)[1]
     boxes = data.eval_boxes([size]) if layout is None else data.view_boxes([size], layout)[0][:, 0]
-    name, tiles = facts["classes"][positive], []
+    name, tiles = facts["classes"][-1], []
     for v in range(len(seen.views)):
         base = picture(data.denormalise(seen.views[v][None])[0].numpy())
         both = row([fit(base, SIDE), attention_over(base, seen.attention[v], SIDE)], gap=2)
-        words = f"{v}{', mirrored' * bool(flips[v])}: weight {seen.weights[v]:.2f}, alone {seen.alone[v, positive]:.2f}"
+        words = f"{v}{', mirrored' * bool(flips[v])}: weight {seen.weights[v]:.2f}, alone {seen.alone[v, -1]:.2f}"
         tiles.append(below(both, [words if seen.kept[v] else f"{words}, dropped"]))
     said = facts["classes"][seen.together.argmax()]
     wrong = label is not None and said != label
-    words = f"before any policy: {said}, {name} with {seen.together[positive]:.2f}" + f"; it is {label}" * bool(label)
+    words = f"before any policy: {said}, {name} with {seen.together[-1]:.2f}" + f"; it is {label}" * bool(label)
     lines = [(words, BAD if wrong else INK)]
-    lines += [("Right: each view, and the attention of the last block in it. alone: what it says without the others.",
-               DIM)]  # fmt: skip
+    lines += [("On the picture: view, its weight, what it says alone. Right: each view, and the attention of the last "
+               "block in it. alone: what it says without the others.", DIM)]  # fmt: skip
     left = stack([photograph(source, i, seen, boxes, size), paragraphs(lines, WIDE, 15)])
     grid = stack([row(tiles[k : k + 3]) for k in range(0, len(tiles), 3)])
     both = row([left, grid])
