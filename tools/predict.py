@@ -79,6 +79,8 @@ def main(argv=None):
         facts["layout"] = args.layout
     device, labels = pick_device(args.device), args.labels and data.find_table(args.data, args.labels)
     source = asking.of_files(names_of(args.images)) if args.images else asking.of_data(args.data, args.split, facts)
+    if args.draw and source.encoding != "photo":
+        raise ValueError(f"--draw is for photographs; {args.data} holds slices of CT")
     source = broken.leave_out(source, args.skip_bad)
     for split, asked in asking.samples_of(source, facts, labels).items():
         how = labels, device, args.batch_size, args.workers

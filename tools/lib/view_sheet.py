@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import ImageDraw
 
 import data
 from tools.lib import fused
@@ -18,6 +19,7 @@ from tools.lib.sheet import (
     INK,
     attention_over,
     fit,
+    font,
     heading,
     outline,
     paragraphs,
@@ -68,15 +70,22 @@ def photograph(source, i, seen, boxes, size):
     """The picture with its views, the weightier the brighter; those that pruning dropped in grey."""
     image = fit(picture(data.read_view(source, i, data.find_layout("whole"), WIDE)[0].numpy()), WIDE)
     scale = np.tile([image.height, image.width] / np.array(size), 2)
-    drawn = []
+    frames, words, large = [], [], 0
     for v in np.argsort(seen.weights):  # the weightiest last, on top
-        inset = 3 * (v % 4)  # edges that tiles share stay apart
-        box = boxes[v] * scale + [inset, inset, -inset, -inset]
-        strong = seen.weights[v] >= 1 / len(boxes)
-        colour = COLOURS[v % len(COLOURS)] if seen.kept[v] else DIM
-        words = f"{v}: {seen.weights[v]:.2f} of {seen.alone[v, -1]:.2f}" if seen.kept[v] else f"{v} dropped"
-        drawn.append((box, colour, words, 4 if strong and seen.kept[v] else 1))
-    return outline(image, drawn)
+        inset = 3 * (v % 4)  # edges that views share stay apart
+        y0, x0, y1, x1 = box = boxes[v] * scale + [inset, inset, -inset, -inset]
+        colour, strong = COLOURS[v % len(COLOURS)] if seen.kept[v] else DIM, seen.weights[v] >= 1 / len(boxes)
+        frames.append((box, colour, "", 4 if strong and seen.kept[v] else 1))
+        text = f"{v}: {seen.weights[v]:.2f} of {seen.alone[v, -1]:.2f}" if seen.kept[v] else f"{v} dropped"
+        if (y1 - y0) * (x1 - x0) > image.height * image.width / 4:  # the whole and squares: one line each, below
+            words.append((12, image.height - 26 - 20 * large, text, colour, "la"))
+            large += 1
+        else:
+            words.append(((x0 + x1) / 2, (y0 + y1) / 2, text, colour, "mm"))
+    image = outline(image, frames)
+    for x, y, text, colour, anchor in words:
+        ImageDraw.Draw(image).text((x, y), text, colour, font(15), anchor, stroke_width=2, stroke_fill="black")
+    return image
 
 
 def drawn(classifier, facts, source, i, title, label, device="cpu"):
