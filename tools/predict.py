@@ -17,8 +17,10 @@ import tools.lib.threads  # noqa: F401 - before torch
 
 # isort: split
 import data
+from checkpoint import write_text
 from tools.lib import asking, broken, bundle, classifiers, sheet, view_sheet
 from tools.lib.cli import Parser, pick_device, positive, run, shown
+from tools.lib.files import csv_text
 from tools.lib.progress import progress
 
 
@@ -53,14 +55,16 @@ def names_of(images):
 
 
 def draw(args, classifier, facts, source, asked, path, device):
-    """SPLIT_views.png beside SPLIT.npz of those --draw names that are in this split; gives the others."""
-    at = {name: k for k, name in enumerate(asked.ids)}
-    if found := [at[name] for name in args.draw if name in at]:
-        parts = []
-        for k in progress(found, desc="views", unit="picture"):
-            label = facts["classes"][asked.labels[k]] if asked.labels[k] >= 0 else None
-            parts.append(view_sheet.drawn(classifier, facts, source, int(asked.rows[k]), asked.ids[k], label, device))
-        print(sheet.save(path.with_name(f"{path.stem}_views.png"), sheet.stack(parts, gap=18)))
+    """SPLIT_views.png and .csv beside SPLIT.npz of those --draw names that are in this split; gives the others."""
+    at, parts, table = {name: k for k, name in enumerate(asked.ids)}, [], [view_sheet.HEADER]
+    for k in progress([at[name] for name in args.draw if name in at], desc="views", unit="picture"):
+        label = facts["classes"][asked.labels[k]] if asked.labels[k] >= 0 else None
+        part, rows = view_sheet.drawn(classifier, facts, source, int(asked.rows[k]), asked.ids[k], label, device)
+        parts.append(part)
+        table += rows
+    if parts:
+        write_text(path.with_name(f"{path.stem}_views.csv"), csv_text(table))
+        print(f"{sheet.save(path.with_name(f'{path.stem}_views.png'), sheet.stack(parts, gap=18))} (.csv)")
     return [name for name in args.draw if name not in at]
 
 

@@ -1,6 +1,6 @@
 """What a classifier made of the views of a picture, to look at: tiles on the photograph, attention inside each tile.
 
-save(path, stack([drawn(classifier, facts, source, row, title, label) for row, title, label in chosen]))
+part, rows = drawn(classifier, facts, source, row, title, label)
 """
 
 from typing import NamedTuple
@@ -88,13 +88,18 @@ def photograph(source, i, seen, boxes, size):
     return image
 
 
+HEADER = ["id", "view", "y0", "x0", "y1", "x1", "mirrored", "kept", "weight", "alone"]
+
+
 def drawn(classifier, facts, source, i, title, label, device="cpu"):
-    """One picture of a Source -> its part of a sheet, by the last class; label: the true one or None."""
+    """One picture of a Source -> its part of a sheet, and rows of HEADER, by the last class; label: the true one."""
     seen = look(classifier, facts, source, i, device)
     layout, flips = layout_of(facts["layout"])
     with data.open_photo(source.path(i)) as file:
         size = data.turn_of(file)[1]
     boxes = data.eval_boxes([size]) if layout is None else data.view_boxes([size], layout)[0][:, 0]
+    columns = zip(boxes.astype(int).tolist(), flips, seen.kept, seen.weights, seen.alone[:, -1])
+    rows = [[title, v, *box, int(f), int(k), f"{w:.6g}", f"{p:.6g}"] for v, (box, f, k, w, p) in enumerate(columns)]
     name, tiles = facts["classes"][-1], []
     for v in range(len(seen.views)):
         base = picture(data.denormalise(seen.views[v][None])[0].numpy())
@@ -110,4 +115,4 @@ def drawn(classifier, facts, source, i, title, label, device="cpu"):
     left = stack([photograph(source, i, seen, boxes, size), paragraphs(lines, WIDE, 15)])
     grid = stack([row(tiles[k : k + 3]) for k in range(0, len(tiles), 3)])
     both = row([left, grid])
-    return stack([heading(title, both.width), both])
+    return stack([heading(title, both.width), both]), rows
