@@ -76,7 +76,8 @@ def rope_table(height, width, head_dim, base=100.0, prefix=0, draw=None, device=
     if draw is not None:
         coords = (coords + draw.shift) * draw.jitter * draw.rescale
     theta = 2 * math.pi * coords[:, :, None] / rope_periods(head_dim, base, device)  # [N, 2, head_dim / 4]
-    theta = F.pad(theta.flatten(1).tile(2), (0, 0, prefix, 0))  # angle 0 is the identity
+    theta = torch.cat([theta.flatten(1)] * 2, 1)  # not tile, at which TensorRT stumbles
+    theta = F.pad(theta, (0, 0, prefix, 0))  # angle 0 is the identity
     return theta.cos(), theta.sin()
 
 
@@ -321,7 +322,7 @@ class VisionTransformer(nn.Module):
         else:
             x = torch.where(mask[:, :, None], self.mask_token.to(x.dtype), x)
         prefix = [cls] if self.register_tokens is None else [cls, self.register_tokens]
-        x = torch.cat([*(t.expand(len(x), -1, -1) for t in prefix), x], 1)
+        x = torch.cat([*(t.expand(x.shape[0], -1, -1) for t in prefix), x], 1)  # len() would fix it in an export
         grid = [side // self.patch_size for side in images.shape[2:]]
         rope = rope_table(*grid, self.dim // self.heads, self.rope_base, 1 + self.registers, draw, x.device)
         return x, rope

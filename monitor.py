@@ -35,7 +35,7 @@ import data
 import losses
 from model import ProjectionHead, SSLModel, Tokens, build_arch
 from tools.lib import broken, machine, page, provenance, runs, sheet
-from tools.lib.cli import Parser, finite, is_ours, named, natural, pick_device, positive, run, shown
+from tools.lib.cli import Parser, finite, is_ours, named, natural, pick_device, positive, run, shown, unforeseen
 from tools.lib.files import NUMBER, plain, read_json_file, write_json
 from tools.lib.fits import neighbours
 from tools.lib.limits import AGREES, ONE_HOT, UNIFORM
@@ -629,13 +629,6 @@ def be_harmless():
     os.setpriority(os.PRIO_PROCESS, 0, 19)
     with contextlib.suppress(OSError):  # not Linux
         Path("/proc/self/oom_score_adj").write_text("1000")
-
-
-def unforeseen(kind, error, trace):
-    """A crash must not look like a warning: exit code 3, where Python's own 1 would read as a warning."""
-    traceback.print_exception(kind, error, trace)
-    sys.stderr.flush()
-    os._exit(3)
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ def test_the_gradient_without_an_image_is_that_of_the_others(run_of, folder, cap
     found = why(folder, run_of(), 6, capsys)
     for image in found["images"]:
         assert image["without"] ** 2 == pytest.approx(
-            found["norm"] ** 2 * (1 - 2 * image["share"]) + image["norm"] ** 2, rel=1e-3
+            found["norm_before_prototypes"] ** 2 * (1 - 2 * image["share"]) + image["norm"] ** 2, rel=1e-3
         )
     assert [image["norm"] for image in found["images"]] == sorted((i["norm"] for i in found["images"]), reverse=True)
 
@@ -87,7 +87,7 @@ def change(run, edit):
 
 
 def batch_ids(run, folder, number):  # noqa: F811
-    config = inspect_step.read_config(run)
+    config = inspect_step.read_run_config(run)
     source = inspect_step.open_data(config, folder)
     return source, inspect_step.read_update(source, config, number, 8)
 

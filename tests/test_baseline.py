@@ -93,7 +93,7 @@ def test_nodules_and_weights_that_saw_what_is_held_out_are_refused(photos, vit, 
         fitted(photos, (tmp_path / "seen.pth", None), tmp_path / "run")
     table = SimpleNamespace(centres=1)
     with pytest.raises(ValueError, match="names nodules"):
-        baseline.run(None, "nodules.csv", None, table)
+        baseline.choose(SimpleNamespace(ckpt=vit[0], protocol="select"), None, "nodules.csv", table, None)
 
 
 def test_neighbours_are_chosen_by_the_loss_on_val_select():
@@ -111,9 +111,9 @@ def test_the_program_fits_it_and_leaves_val_test_alone(photos, vit, tmp_path, ca
     flags = ["--out", str(tmp_path / "run"), "--protocol", "select", "--views", "tiles:rows=2,cols=2"]
     assert train_probe.main([*words, *flags]) == 0
     said = capsys.readouterr().out
-    assert "linear probe, chosen on" in said and "k-NN, chosen on" in said
+    assert "linear probe, chosen on 18 samples of val_select: mcc" in said and "k-NN, chosen on 18" in said
     assert not (photos / "_splits" / "test_uses.jsonl").exists()
     table = tables.read(tmp_path / "run", "val_calib")
     assert table.logits.shape[1] == 5 and not (tmp_path / "run" / "predictions" / "val_test.npz").exists()
-    with pytest.raises(ValueError, match="--views is for"):
+    with pytest.raises(ValueError, match="--views is for training"):
         train_probe.main([*words, *flags[:2], *flags[4:]])

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_classifiers import pictures
 from test_data import make_ct
 from test_train import golden_step, same, weights
 
@@ -417,6 +418,17 @@ def test_adapters_take_turns_with_lora_as_two_thin_products(monkeypatch):
         torch.testing.assert_close(*found, rtol=1e-4, atol=1e-3)
 
 
+def test_pruning_after_the_backbone_saves_nothing_of_it_and_choosing_before_it_does(monkeypatch):
+    monkeypatch.setattr(bench, "alternate", functools.partial(bench.alternate, least=0))
+    point = dict(setting="toy", arch="vit_test", batch=2, size=32, seconds=0)
+    rows = {row["way"]: row for row in bench.measure_fusion(json.loads(json.dumps(point)), CPU)}
+    assert list(rows) == list(bench.FUSED) and all(row["value"] > 0 for row in rows.values())
+    one, ten, twelve, after, before = (row["flops"] / rows["1 view"]["flops"] for row in rows.values())
+    assert one == 1 and ten == pytest.approx(10, rel=0.01) and twelve == pytest.approx(12, rel=0.01)
+    assert after >= twelve and before == pytest.approx(8, rel=0.02)
+    json.dumps(list(rows.values()))
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_slices_per_second_are_those_of_reading_not_of_what_was_read_ahead(folder, clock, monkeypatch, workers):
     def make_loader(*_, **__):
@@ -556,3 +568,14 @@ def test_the_index_of_the_bench_opens_from_its_columns(monkeypatch):
     assert row["value"] == pytest.approx(1e3 * sorted(opened for opened, *_ in later)[1])
     for opened, seconds, before, after, peak in row["all"]:
         assert 0 < opened <= seconds and 0 < before <= after + 1 and after < peak + 1
+
+
+def test_predict_tells_latency_and_rate_of_each_layout(tmp_path):
+    pictures(tmp_path / "photos", 3)
+    point = dict(arch="vit_test", size=32, data=str(tmp_path / "photos"), seconds=0.2, setting="s")
+    rows = bench.measure_predict(json.loads(json.dumps(point)), CPU)
+    assert [row["setting"] for row in rows] == ["s, 1 views", "s, 10 views", "s, 12 views"]
+    for row in rows:
+        assert 0 < row["value"] <= row["p95"] and row["unit"] == "ms" and len(row["seconds"]["one"]) >= 3
+        assert row["rate"] == pytest.approx(3 / np.median(row["seconds"]["all"]))
+    assert rows[2]["value"] > rows[0]["value"]

@@ -7,13 +7,14 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from test_baseline import fitted, photos, vit  # noqa: F401 - fixtures
 from test_classifiers import make_classifier, pictures
 from test_rules import table
 
 import data
 from tools import evaluate, fit_policy, predict, release
-from tools.lib import bundle, fused, rules, tables
+from tools.lib import bundle, evaluation, fused, rules, tables
 from tools.lib.classifiers import read_classifier
 
 
@@ -72,6 +73,28 @@ def test_predict_says_what_evaluate_says_after_the_folder_was_moved(photos, made
     assert evaluate.main(list(map(str, [*words, "--out", tmp_path / "again"]))) == 0  # the same look: no reason needed
     first, second = (json.loads((tmp_path / f / "results.json").read_text()) for f in ("evaluation", "again"))
     assert first["decided"] == second["decided"] and first["decided"]["accuracy"] > 0.6
+
+
+def test_errors_are_drawn_with_their_views(photos, made, run, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(evaluation, "DRAWN", 2)
+    root = tmp_path / "photos"
+    shutil.copytree(photos, root)
+    words = ["--bundle", made, "--data", root, "--out", tmp_path / "e", "--bootstrap", 20, "--split", "val_calib"]
+    assert evaluate.main(list(map(str, words))) == 0
+    kinds = {line.split('",')[0].strip('"') for line in (tmp_path / "e" / "errors.csv").read_text().splitlines()[1:]}
+    sheets = sorted((tmp_path / "e").glob("errors_*.png"))
+    assert kinds and len(sheets) == len(kinds)
+    with Image.open(sheets[0]) as image:
+        assert image.width > 700 and image.height > 300
+    words = ["--ckpt", run / "best.pth", "--data", root, "--split", "val_calib", "--out", tmp_path / "run"]
+    assert predict.main(list(map(str, words))) == 0
+    words = ["--predictions", tmp_path / "run" / "val_calib.npz", "--policy", run / "policy.json", "--bootstrap", 20]
+    words += ["--split", "val_calib", "--out", tmp_path / "again", "--ckpt"]
+    assert evaluate.main(list(map(str, [*words, run / "best.pth"]))) == 0
+    assert [p.name for p in sorted((tmp_path / "again").glob("errors_*.png"))] == [p.name for p in sheets]
+    make_classifier(tmp_path / "other.pth", ("bright", "dark"))
+    with pytest.raises(ValueError, match="is not what made these predictions"):
+        evaluate.main(list(map(str, [*words, tmp_path / "other.pth"])))
 
 
 def test_pictures_elsewhere_are_evaluated_without_a_look_if_they_were_not_trained_on(photos, made, tmp_path):  # noqa: F811
@@ -347,3 +370,25 @@ def test_a_trained_fusion_of_views_is_bundled_with_its_metadata(tmp_path):
     ask(tmp_path / "b", tmp_path / "dry", "--data", root)
     difference = np.abs(tables.read(tmp_path / "dry" / "all.npz").logits - said.logits).max((1, 2))
     assert difference[:2].max() < 1e-6 < difference[2:].min()
+
+
+def test_the_watch_goes_on_from_call_to_call_and_revokes(photos, made, run, tmp_path, capsys):  # noqa: F811
+    """Pictures like those of calibration keep the guarantee; a stream of bright ones alone does not."""
+    words = ["--images", photos, "--watch", tmp_path / "watch.json"]
+    with pytest.raises(ValueError, match="begin it with --calibration"):
+        ask(made, tmp_path / "a", *words)
+    ask(made, tmp_path / "a", *words, "--calibration", run)
+    assert "no sign against exchangeability in 120 pictures" in capsys.readouterr().out
+    odd = tmp_path / "odd"
+    odd.mkdir()
+    bright = [line.split(",")[0] for line in (photos / "labels.csv").read_text().splitlines() if ",bright" in line]
+    for k, name in enumerate(bright):
+        shutil.copy(photos / name, odd / f"{k}_{name.replace('/', '_')}")
+    ask(made, tmp_path / "b", "--images", odd, "--watch", tmp_path / "watch.json", "--if-lost", "abstain")
+    said = capsys.readouterr().out
+    state = json.loads((tmp_path / "watch.json").read_text())
+    assert state["seen"] == 120 + len(bright) and state["lost"]["picture"] > 120 and "guarantee: void" in said
+    rows = list(csv_of(tmp_path / "b" / "images.csv").values())
+    assert [row[2] for row in rows][-1] == "left" and rows[0][2] != "left"
+    with pytest.raises(ValueError, match="--watch needs --bundle"):
+        predict.main(["--ckpt", str(run / "best.pth"), "--images", str(odd), "--out", str(tmp_path), "--watch", "x"])

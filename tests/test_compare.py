@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tools import compare
-from tools.lib import arms, metrics, tables
+from tools.lib import arms, commands, metrics, tables
 
 # A trainer that takes no time: `--gain` more of its 120 groups right, and as many as its seed pleases.
 TRAINER = """
@@ -96,7 +96,7 @@ def test_what_cannot_be_compared_is_a_sentence(tmp_path, trainer):
         (["--arms", "focal --loss focal"], "No such file|focal --loss focal"),
         (["--arms", "base: --gain 1"], "the name base is taken"),
         (["--arms", "a: --gain 1", "a: --gain 2"], "the name a is taken"),
-        (["--arms", "a: gain"], "write an arm like 'focal: --loss focal:gamma=2'"),
+        (["--arms", "a: gain"], "write a name and flags like 'focal: --loss focal:gamma=2'"),
         (["--arms", "a: --seed 3"], "a has --seed, which is set here"),
         ([], "give --arms"),
         (["--arms", "a: --gain 1", "--rungs", "2"], "--rungs belongs to --search"),
@@ -160,9 +160,12 @@ def test_a_space_is_drawn_within_its_bounds(tmp_path):
 
 def test_a_changed_flag_is_named():
     now = ["train.py", "--lr", "0.1", "--views", "a", "b"]
-    assert arms.changed(now, ["train.py", "--lr=0.2", "--views", "a", "b"]) == "it was made with --lr 0.1, now --lr 0.2"
-    assert arms.changed(now, now[:3]) == "it was made with --views a b, now no --views"
-    assert arms.changed(now[:3], now) == "it was made with no --views, now --views a b"
+    assert (
+        commands.changed(now, ["train.py", "--lr=0.2", "--views", "a", "b"])
+        == "it was made with --lr 0.1, now --lr 0.2"
+    )
+    assert commands.changed(now, now[:3]) == "it was made with --views a b, now no --views"
+    assert commands.changed(now[:3], now) == "it was made with no --views, now --views a b"
 
 
 # ----- what is decided, on simulated tables

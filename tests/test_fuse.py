@@ -16,7 +16,7 @@ import losses
 import train_probe
 from model import build_vit
 from tools import fit_policy, make_splits, predict
-from tools.lib import classifiers, fuse, fused, tables
+from tools.lib import classifiers, fuse, fused, fusion, tables, view_sheet
 from tools.lib.fusion import Fusion
 
 
@@ -55,10 +55,12 @@ def test_facts_come_from_labels_csv_and_what_is_not_there_is_missing(tmp_path):
 
 def test_options_are_those_of_fusion_and_of_training():
     switches, more = fuse.read_options("fusion:keep=8,experts=4,metadata=gps+weather,pyramid=true")
-    assert more == {"metadata": "gps+weather", "weather": "", "drop": 0.3}
+    assert more == {"metadata": "gps+weather", "weather": "", "drop": 0.3, "prescore": 0}
     assert switches["keep"] == 8 and switches["pyramid"] is True
     Fusion(16, 2, **(switches | {"weather": 3}))
-    for text, words in (("fusion:kep=8", "no option kep"), ("fusion:keep=x", "keep is x"), ("fusion:drop=1", "drop")):
+    for text, words in (("fusion:keep=-1", "keep is -1"), ("fusion:heads=0", "from 1 to"),
+                        ("fusion:depth=1.5", "whole number"), ("fusion:kep=8", "no option kep"),
+                        ("fusion:keep=x", "keep is x"), ("fusion:drop=1", "drop")):  # fmt: skip
         with pytest.raises(ValueError, match=words):
             fuse.read_options(text)
 
@@ -69,7 +71,7 @@ def test_masks_become_shares_of_patches(tmp_path):
     codes[60, 10] = 1
     Image.fromarray(codes).save(tmp_path / "m.png")
     boxes, flips = np.array([[0, 0, 80, 100], [0, 50, 40, 100], [0, 0, 80, 100]]), [False, False, True]
-    shares = fuse.mask_shares(tmp_path / "m.png", boxes, flips, 4, 3)
+    shares = fused.mask_shares(tmp_path / "m.png", boxes, flips, 4, 3)
     assert shares.shape == (3, 16, 3)
     grid = shares.reshape(3, 4, 4, 3)
     want = [[(codes[r * 20 : r * 20 + 20, c * 25 : c * 25 + 25] == 2).mean() for c in range(4)] for r in range(4)]
@@ -77,7 +79,7 @@ def test_masks_become_shares_of_patches(tmp_path):
     np.testing.assert_array_equal(grid[2], grid[0][:, ::-1])
     assert grid[0, 3, 0, 0] == pytest.approx(1 / 500) and (grid[..., 2] == 0).all()
     assert grid[1, 3, 3, 1] == 1 and grid[1, 0, 0, 1] == 0  # a tile has a grid of its own
-    assert (fuse.mask_shares(tmp_path / "none.png", boxes, flips, 4, 3) == 0).all()
+    assert (fused.mask_shares(tmp_path / "none.png", boxes, flips, 4, 3) == 0).all()
 
 
 def planted(n, seed, V=6, D=8):
@@ -112,6 +114,34 @@ def test_training_finds_the_view_that_decides_and_is_a_function_of_the_seed():
         assert (mean(held.views).logits.argmax(1) == held.labels).float().mean() < right - 0.05
 
 
+def test_the_whole_view_chooses_the_views_that_are_worth_the_backbone():
+    """Each positive picture shows something in one patch of the whole view, and in the tile that covers it."""
+    n, random = 240, torch.Generator().manual_seed(0)
+    regions = fuse.cover("tiles:overlap=0", 6)
+    assert (regions.sum(1) == torch.tensor([36] + [4] * 9)).all() and (regions[1:].sum(0) == 1).all()
+    assert (fuse.cover("tiles", 6).sum(0) >= 2).all()
+    patches, views = torch.randn(n, 36, 8, generator=random), torch.randn(n, 10, 8, generator=random)
+    labels, spot = torch.arange(n) % 2, torch.randint(36, (n,), generator=random)
+    tile = regions[1:, spot].argmax(0) + 1
+    patches[torch.arange(n), spot, 0] += 8.0 * labels
+    views[torch.arange(n), tile, 0] += 6.0 * labels
+    train, test = torch.arange(160), torch.arange(160, 240)
+    sets = [fuse.Set(views[rows], labels[rows]) for rows in (train, test)]
+    torch.manual_seed(0)
+    model, _ = fuse.fit(Fusion(8, 2), *sets, losses.soft_cross_entropy, 0, steps=80, lr=0.02)
+    scorer = fusion.Prescore(8, 2, 10, 36)
+    with torch.no_grad():
+        scorer.regions.copy_(regions)
+    fuse.fit_prescore(scorer, model, sets[0], patches[train], 0, steps=80, lr=0.01)
+    with torch.no_grad():
+        chosen = scorer.choose(patches[test])
+    assert chosen.shape == (80, 3) and (chosen[:, 0] == 0).all() and (chosen.diff(dim=1) > 0).all()
+    there = (chosen == tile[test, None]).any(1)[labels[test] == 1].float().mean()
+    assert there > 0.9, there  # by chance 0.22
+    some = sets[1]._replace(views=sets[1].views[torch.arange(80)[:, None], chosen])
+    assert fuse.look(model, some)[1] > fuse.look(model, sets[1])[1] - 0.1
+
+
 def test_what_is_served_is_the_backbone_and_the_fusion_of_its_views(tmp_path):
     source = street(tmp_path)
     torch.manual_seed(0)
@@ -120,6 +150,24 @@ def test_what_is_served_is_the_backbone_and_the_fusion_of_its_views(tmp_path):
     net, view = fused.FusedClassifier(vit, head, "mean", 1, fields), data.eval_view("photo", 32)
     logits = classifiers.logits_of(net, source, np.arange(8), "tiles", view, batch=7, workers=1)
     assert logits.shape == (8, 1, 2)  # one view: pools and policies have nothing left to pool
+    head.prescore = fusion.Prescore(vit.dim, 3, 10, 4)
+    with torch.no_grad():
+        head.prescore.regions.copy_(fuse.cover("tiles", 2))
+    few = classifiers.logits_of(net, source, np.arange(8), "tiles", view, batch=20, workers=1)
+    for k in range(8):
+        views = classifiers.views_of(source, [k], "tiles", view, "cpu")[0]
+        with torch.no_grad():
+            tokens = vit(views)
+            chosen = head.prescore.choose(tokens.patches[:1])[0]
+            x = tokens.patches.mean(1)[None, chosen]
+            alone = head(x, fused.facts_at(source, [k], fields)).logits
+        torch.testing.assert_close(torch.from_numpy(few[k]), alone, atol=1e-5, rtol=1e-5)
+    seen = view_sheet.look(net, {"layout": "tiles", "eval_view": view}, source, 7, "cpu")
+    assert seen.kept.nonzero()[0].tolist() == chosen.tolist() == seen.weights.nonzero()[0].tolist()
+    np.testing.assert_allclose(np.log(seen.together[1] / seen.together[0]), few[7, 0, 1] - few[7, 0, 0], atol=1e-4)
+    one = head(vit(views).patches.mean(1)[4:5, None], fused.facts_at(source, [7], fields)).logits[0]
+    np.testing.assert_allclose(seen.alone[4], one.softmax(0).detach(), atol=1e-5)
+    head.prescore = None
     for k in range(8):
         views = classifiers.views_of(source, [k], "tiles", view, "cpu")[0]
         with torch.no_grad():
@@ -166,7 +214,7 @@ def tune(run, out, options, *more):
 
 
 EVERYTHING = ("fusion:width=16,keep=4,pyramid=true,depth=1,experts=2,consistency=true,metadata=daytime,weather=weather,"
-              "masks=2,hidden=8")  # fmt: skip
+              "masks=2,hidden=8,prescore=3")  # fmt: skip
 
 
 @pytest.mark.parametrize("options, more", [
@@ -176,7 +224,7 @@ def test_a_run_exports_tables_of_one_view_that_predicting_says_again(run, tmp_pa
     out = tmp_path / "run"
     assert tune(run, out, options, *more) == 0
     said = capsys.readouterr().out
-    assert "on val_select: the lowest loss" in said
+    assert "on val_select: the lowest loss" in said and ("4 of 12 views, chosen on the whole" in said) == bool(more)
     tested = tables.read(out, "val_calib")
     assert tested.logits.shape[1:] == (1, 2) and tested.facts["layout"] == (more[3] if more else "tiles")
     words = ["--predictions", str(out), "--out", str(out / "p.json"), "--method", "temperature", "mcc"]
@@ -192,6 +240,16 @@ def test_a_run_exports_tables_of_one_view_that_predicting_says_again(run, tmp_pa
     words = ["--ckpt", str(out / "best.pth"), "--data", str(run / "data"), "--split", "val_calib", "--device", "cpu"]
     assert predict.main([*words, "--out", str(tmp_path / "said")]) == 0
     again = tables.read(tmp_path / "said", "val_calib")
+    assert predict.main([*words, "--out", str(tmp_path / "said"), "--draw", *tested.ids[:2].tolist()]) == 0
+    assert min(Image.open(tmp_path / "said" / "val_calib_views.png").size) > 700
+    with open(tmp_path / "said" / "val_calib_views.csv") as f:
+        views = list(csv.DictReader(f))
+    assert len(views) == 2 * (12 if more else 10) and views[0]["id"] == tested.ids[0]
+    assert sum(float(v["weight"]) for v in views) == pytest.approx(2, abs=1e-4)
+    assert sum(v["kept"] == "1" for v in views) == 2 * (4 if more else 10)
+    assert [views[0][k] for k in ("y0", "x0", "y1", "x1")] == ["0", "0", "48", "64"]
+    with pytest.raises(ValueError, match="--draw nobody.png is none of these samples"):
+        predict.main([*words, "--out", str(tmp_path / "said"), "--draw", "nobody.png"])
     order = np.argsort(again.ids)[np.argsort(np.argsort(tested.ids))]
     np.testing.assert_allclose(again.logits[order], tested.logits, atol=1e-5)
 
@@ -215,5 +273,5 @@ def test_a_damaged_fusion_is_refused(run, tmp_path):
     state = checkpoint.load(out / "best.pth")
     for change in ({"switches": {}, "fields": {}}, {"switches": {"depth": "x"}, "fields": {}}, {"switches": {}}, [1]):
         checkpoint.save(tmp_path / "bad.pth", {**state, "fusion": change})
-        with pytest.raises(ValueError, match=r"bad.pth: its fusion is not what its weights are"):
+        with pytest.raises(ValueError, match=r"bad.pth: its head is not one of 2 classes"):
             classifiers.read_classifier(tmp_path / "bad.pth")

@@ -8,7 +8,7 @@ import pytest
 from test_rules import table
 
 from tools import evaluate, fit_policy
-from tools.lib import policies, rules, tables
+from tools.lib import choice, policies, rules, tables
 
 
 class Run:
@@ -225,3 +225,15 @@ def test_area_takes_the_areas_of_the_layout(tmp_path):
                                                               0.147], abs=0.002)  # fmt: skip
     with pytest.raises(ValueError, match="4 views, and the layout tiles has 10"):
         rules.fit_steps(table(3, 300, V=4), "area temperature mcc")
+
+
+def test_of_pools_with_equal_mcc_the_one_with_the_lowest_log_loss_is_chosen():
+    labels = np.arange(40) % 2
+    logits = np.zeros((40, 3, 2), np.float32)
+    logits[np.arange(40), 0, labels], logits[np.arange(40), 1:, labels] = 6.0, 0.5  # each pool gets all of them right
+    t = table(0, 40, V=3)._replace(labels=labels, logits=logits)
+    t = t._replace(facts={**t.facts, "layout": None})
+    run, pool, options, worth = choice.choose_pool([t])
+    assert run == 0 and all(w["mcc"] == 1 for w in worth.values()) and len(worth) > 8
+    assert worth[f"{pool}{options.get('k', '')}"]["nll"] == min(w["nll"] for w in worth.values())
+    assert pool not in ("mean", "area")

@@ -108,7 +108,8 @@ def stated(folder, name):
 
 
 def test_every_recipe_is_run_here():
-    assert {path.stem for path in (ROOT / "tools" / "recipes").glob("*.sh")} == set(OWN) == set(STATED)
+    scripts = {path.stem for path in (ROOT / "tools" / "recipes").glob("*.sh")}
+    assert scripts - {"gpu_check"} == set(OWN) == set(STATED)  # gpu_check is run below: it measures, and trains little
 
 
 @pytest.mark.parametrize("name", OWN)

@@ -47,8 +47,11 @@ import data
 import train_ssl
 from model import ADAPTER_NORMS, ARCHS, Classifier, Head, adapted_layers, add_adapters, build_vit
 from tools.lib import loop, settings
+from tools.lib.classifiers import layout_of, logits_of
 from tools.lib.cli import ROOT, Parser, above_zero, positive, run
 from tools.lib.files import write_json
+from tools.lib.fused import FusedClassifier
+from tools.lib.fusion import Fusion
 from tools.lib.machine import DTYPES, check_gemm, describe, synchronize
 from tools.lib.progress import progress
 
@@ -445,6 +448,55 @@ def measure_views(point, device):
     return [as_row(point["setting"], len(source) / median(times["ours"]), "images/s", note=note, seconds=times)]
 
 
+def measure_predict(point, device):
+    """A 12-megapixel JPEG from file to logits: one at a time (latency), and several (rate), for 1, 10 and 12 views."""
+    source, view, rows = data.open_source(point["data"]), data.eval_view("photo", point["size"]), []
+    vit = build_vit(point["arch"])
+    net = Classifier(vit, Head(vit.dim, 2)).eval()
+    for layout in ("whole", "tiles", "tiles_and_squares"):
+        ask = functools.partial(logits_of, net, source, layout=layout, view=view, device=device)
+        each, seconds = itertools.cycle(range(len(source))), point["seconds"] / 2
+        one, _ = alternate({"one": lambda ask=ask, each=each: ask([next(each)], workers=1)}, device, seconds, least=0)
+        many, _ = alternate({"all": lambda ask=ask: ask(range(len(source)))}, device, seconds, least=0)
+        p50, p95 = (1e3 * float(np.quantile(one["one"], q)) for q in (0.5, 0.95))
+        rate, count = len(source) / median(many["all"]), len(layout_of(layout)[1])
+        note = f"median; p95 {p95:.0f} ms of {len(one['one'])}; {rate:.3g} pictures/s where several are asked about"
+        more = dict(way=layout, seconds=one | many, p95=p95, rate=rate)
+        rows.append(as_row(f"{point['setting']}, {count} views", p50, "ms", note=note, **more))
+    return rows
+
+
+FUSED = {  # views of a picture -> (how many there are, switches of Fusion)
+    "1 view": (1, {}), "10 views": (10, {}), "12 views": (12, {}),
+    "12 views, 8 kept after the backbone": (12, {"keep": 8}),
+    "12 views, 7 chosen on the whole one before it": (12, {"prescore": 7}),
+}  # fmt: skip
+
+
+def measure_fusion(point, device):
+    """Pictures through a backbone and the fusion of their views, in turns; what pruning saves, and where."""
+    vit, size, ways, flops = build_vit(point["arch"]).to(device).eval(), point["size"], {}, {}
+    for name, (count, switches) in FUSED.items():
+        keep = switches.get("prescore", 0)
+        switches = switches | ({"prescore": [vit.dim, keep, count, (size // vit.patch_size) ** 2]} if keep else {})
+        net = FusedClassifier(vit, Fusion(vit.dim, 2, **switches)).to(device).eval()
+        views = torch.randn(point["batch"], count, 3, size, size, device=device)
+        if keep:
+            torch.nn.init.ones_(net.head.prescore.regions)
+        ways[name] = functools.partial(torch.inference_mode()(net), views)
+        with FlopCounterMode(display=False) as counter:
+            ways[name]()
+        flops[name] = counter.get_total_flops() / point["batch"]
+    times, rows = alternate(ways, device, point["seconds"])[0], []
+    for name, seconds in times.items():
+        factor, rate = ratio(seconds, times["1 view"]), point["batch"] / median(seconds)
+        note = f"{flops[name] / 1e9:.3g} GFLOP a picture, {flops[name] / flops['1 view']:.2f} x those of 1 view; "
+        note += f"{factor:.2f} x its time; {rate * FUSED[name][0]:.3g} views/s"
+        more = dict(way=name, seconds=seconds, factor=factor, flops=flops[name])
+        rows.append(as_row(f"{point['setting']}, {name}", rate, "pictures/s", note=note, **more))
+    return rows
+
+
 def measure_read(point, device):
     torch.set_num_threads(1)
     source, workers = data.open_source(point["data"]), point["workers"]
@@ -562,8 +614,17 @@ def measure_save(point, device):
     return [as_row(point["setting"], 1e3 * median(later), "ms stall", share, "copy", note, **more)]
 
 
-PARTS = (measure_step, measure_adapters, measure_render, measure_views, measure_read, measure_index, measure_dicom)
-PARTS += (measure_save, measure_sweep)
+PARTS = (
+    measure_step,
+    measure_adapters,
+    measure_render,
+    measure_views,
+    measure_predict,
+    measure_fusion,
+    measure_read,
+    measure_index,
+)
+PARTS += (measure_dicom, measure_save, measure_sweep)
 MEASURES = {measure.__name__.removeprefix("measure_"): measure for measure in PARTS}
 
 
@@ -595,8 +656,9 @@ def points_of(what, args, cuda, work):
         for arch, batch, precision in itertools.product(archs, batches, precisions):
             flags = {"arch": arch, "batch-size": batch}
             fitting = ([way for way in ways if batch % pieces(way) == 0] for ways in WAYS)
+            fitting = fitting if args.way is None else [[args.way]]
             yield from (step_point(args, hu16, flags, precision, ways) for ways in fitting)
-            if precision == precisions[0]:
+            if precision == precisions[0] and args.way is None:
                 yield step_point(args, hu16, flags, precision, ["compile" * cuda], gram=True)
     elif what == "adapters":
         for arch, targets in itertools.product(archs, ("qv", "all")):
@@ -609,6 +671,15 @@ def points_of(what, args, cuda, work):
             yield dict(data=folder, device=device, setting=f"{Path(folder).name}, 2x224 + 8x96 of 512x512, {place}")
     elif what == "views":
         yield dict(data=f"{work}/large", setting="12 views of 224 from a 12-megapixel JPEG, one thread")
+    elif what == "predict":
+        size = 96 if args.quick else 224
+        for arch in archs:
+            setting = f"{arch}, a 12-megapixel JPEG in views of {size} pixels"
+            yield dict(arch=arch, size=size, data=f"{work}/large", setting=setting)
+    elif what == "fusion":
+        size, batch = (96, 2) if args.quick else (224, 16 if cuda else 2)
+        for arch in archs:
+            yield dict(arch=arch, size=size, batch=batch, setting=f"{arch}, {batch} pictures in views of {size} pixels")
     elif what == "read":
         counts = [0, 1] if args.quick else sorted({0, 1, 2, os.cpu_count()})
         for folder, workers in itertools.product((rgb, hu16, photo), counts):
@@ -736,6 +807,7 @@ def build_parser():
                    help="images per update of step and adapters, largest tried by sweep; default: 4, GPU 64")
     p.add_argument("--precision", nargs="+", choices=loop.PRECISIONS, help="of step; default: bf16 on a GPU, else "
                    "fp32, and bf16 if the CPU has it")
+    p.add_argument("--way", choices=SETTINGS, help="of step: this one alone, and no Gram; default: several in turns")
     p.add_argument("--flags", default="", help="further flags of train_ssl.py, in one string")
     p.add_argument("--seconds", type=above_zero, help="turns of each way, 3 at least; step: twice; default 30, quick 8")
     p.add_argument("--images", type=above_zero, default=1e8, help="sweep prints the days that so many images take")

@@ -15,7 +15,6 @@ predictions/val_select.npz is read. Written: summary.json, table.md (for tools/r
 """
 
 import queue
-import shutil
 import subprocess
 import sys
 import threading
@@ -33,7 +32,8 @@ import numpy as np
 from checkpoint import write_text
 from tools.lib import arms as arms_of
 from tools.lib import judge, loop, page, policies, tables
-from tools.lib.cli import ROOT, Parser, finite, natural, positive, run, shown
+from tools.lib.cli import Parser, finite, natural, positive, run, shown
+from tools.lib.commands import changed, program, replaced
 from tools.lib.files import read_json_file, write_json
 from tools.lib.fusion import POOLS
 from tools.lib.progress import progress
@@ -67,29 +67,6 @@ def build_parser():
 # ----- running
 
 
-def program(words):
-    """The command with our Python before a .py file, which may be one of ours named from elsewhere."""
-    first = Path(words[0])
-    if first.suffix == ".py":
-        place = first if first.exists() else ROOT / first
-        if not place.exists():
-            raise FileNotFoundError(f"there is no program {shown(first)}, neither here nor in {ROOT}")
-        return [sys.executable, str(place), *words[1:]]
-    if not shutil.which(words[0]):
-        raise ValueError(f"{shown(words[0])} is no program; write -- train_probe.py and its flags")
-    return words
-
-
-def replaced(words, flags):
-    """The command with flags of an arm in the place of its own."""
-    names, kept, dropping = {word for word in flags if word.startswith("--")}, [], False
-    for word in words:
-        if word.startswith("--"):
-            dropping = word.partition("=")[0] in names
-        kept += [] if dropping else [word]
-    return [*kept, *flags]
-
-
 def value_of(words, flag):
     """The value of --steps in a command."""
     if flag not in words[:-1] or not words[words.index(flag) + 1].isdigit():
@@ -112,7 +89,7 @@ def check_finished(jobs):
     for folder, command in jobs.items():
         if found := record(folder):
             if found["command"] != command:
-                raise ValueError(f"{folder}: {arms_of.changed(found['command'], command)}; give another --out, or "
+                raise ValueError(f"{folder}: {changed(found['command'], command)}; give another --out, or "
                                  "delete this folder and its .json")  # fmt: skip
             tables.read(folder, "val_select")
             done[folder] = found

@@ -20,7 +20,7 @@ import numpy as np
 
 import data
 from checkpoint import write_text
-from tools.lib import asking, bundle, evaluation, metrics, page, policies, provenance, rules, tables
+from tools.lib import asking, bundle, classifiers, evaluation, metrics, page, policies, provenance, rules, tables
 from tools.lib.cli import Parser, natural, pick_device, positive, run, shown
 from tools.lib.files import csv_text, write_json
 
@@ -41,7 +41,9 @@ def build_parser():
     parser.add_argument("--slices", nargs="*", default=[], help="fact columns of --labels to report by")
     parser.add_argument("--split", default="val_test", help="another split is evaluated without a record")
     parser.add_argument("--again", help="why val_test is looked at with a second policy or other weights; recorded")
-    parser.add_argument("--errors", type=natural, default=100, help="worst samples of each kind in errors.csv; 0: none")
+    parser.add_argument("--errors", type=natural, default=100, help="worst samples of each kind in errors.csv, 0: "
+                        "none; with --bundle or --ckpt the first 12 of each are drawn, with views")  # fmt: skip
+    parser.add_argument("--ckpt", type=Path, help="weights of the one run of --predictions, to draw errors with")
     parser.add_argument("--batch-size", type=positive, default=96, help="of --bundle: views per forward")
     parser.add_argument("--workers", type=positive, default=2, help="of --bundle: threads that read ahead")
     parser.add_argument("--device", default="auto", help="of --bundle: auto (CUDA/ROCm if there, else CPU), cpu, cuda")
@@ -96,27 +98,48 @@ def write_all(folder, table, out, before, policy, result):
     write_text(folder / "report.html", page.page(f"Evaluation on {result['split']}", *parts))
 
 
+def at_hand(args, root, split, classifier, facts):
+    """What asks a classifier about labelled samples: (Classifier, facts, Source, asking.Samples, device), table."""
+    source = asking.of_data(root, [split] if data.split_path(root).exists() else None, facts)
+    labels = data.find_table(root, args.labels) if args.labels else None
+    asked = asking.samples_of(source, facts, labels)
+    split = split if split in asked else "all"
+    return (classifier, facts, source, asked[split], pick_device(args.device)), split, labels
+
+
 def ask_bundle(args):
-    """-> (policy, predictions of the split); of a folder without a split, of all of it, which is no look."""
+    """-> (policy, predictions of the split, what is at hand); of a folder without a split, of all of it: no look."""
     if args.data is None or args.policy:
         raise ValueError("--bundle brings its policy, and --data names what to ask it about: give both, not --policy")
     classifier, facts, policy = bundle.read_bundle(args.bundle)
-    contract = data.split_path(args.data).exists()
-    source = asking.of_data(args.data, [args.split] if contract else None, facts)
     args.policy, args.labels = args.bundle / "policy.json", args.labels or args.data / "labels.csv"
     if not (table := data.find_table(args.data, args.labels)).exists():
         raise FileNotFoundError(f"{table} does not exist: without labels there is nothing to score (tools/predict.py)")
-    (split, asked), *_ = asking.samples_of(source, facts, table).items()
+    hand, split, labels = at_hand(args, args.data, args.split, classifier, facts)
+    _, _, source, asked, device = hand
     provenance.refuse_leak(facts, source.take(asked.rows), "the labels")
-    how = table, pick_device(args.device), args.batch_size, args.workers
-    found = asking.answers(classifier, facts, source, asked, split, *how)
-    return policy, found._replace(facts={**found.facts, "npz_sha256": None})
+    found = asking.answers(classifier, facts, source, asked, split, labels, device, args.batch_size, args.workers)
+    return policy, found._replace(facts={**found.facts, "npz_sha256": None}), hand
+
+
+def write_errors(args, table, out, hand, root):
+    """errors.csv and, with weights at hand, sheets."""
+    rows = list(evaluation.worst_rows(table, out, args.errors))
+    write_text(args.out / "errors.csv", csv_text(rows))
+    if args.ckpt:
+        classifier, facts = classifiers.read_classifier(args.ckpt)
+        if facts["sha256"] != table.facts["weights_sha256"]:
+            raise ValueError(f"--ckpt {args.ckpt} is not what made these predictions; name the best.pth of their run")
+        hand, *_ = at_hand(args, root, table.facts["split"], classifier, facts)
+    if hand and hand[2].encoding == "photo":
+        print("\n".join(map(str, evaluation.error_sheets(args.out, rows, hand))))
 
 
 def main(argv=None):
     args = build_parser().parse_args(argv)
+    hand = None
     if args.bundle:
-        policy, table = ask_bundle(args)
+        policy, table, hand = ask_bundle(args)
     elif args.policy is None:
         raise ValueError("--predictions needs --policy: name the policy.json that tools/fit_policy.py wrote")
     else:
@@ -144,7 +167,7 @@ def main(argv=None):
     }
     write_all(args.out, table, out, before, policy, result)
     if args.errors:
-        write_text(args.out / "errors.csv", csv_text(evaluation.worst_rows(table, out, args.errors)))
+        write_errors(args, table, out, hand, root)
     print(args.out / "report.html")
     return 0
 

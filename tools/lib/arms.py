@@ -7,18 +7,15 @@ The first of the arms is the baseline that all others share.
 """
 
 import functools
-import re
-import shlex
 from pathlib import Path
 
 import numpy as np
 
-from tools.lib import metrics
+from tools.lib import commands, metrics
 from tools.lib.cli import shown
 from tools.lib.fusion import POOLS
 
 BASE = "base"
-NAME = re.compile(r"([A-Za-z0-9][\w.+-]*):\s+(\S.*)")
 SURE = 0.05  # of all arms together (Holm)
 
 
@@ -40,12 +37,10 @@ def read_arms(texts):
     """{name: flags} of texts 'name: --flag value', or of files with one such line for each arm."""
     arms = {}
     for where, text in [row for given in texts for row in ([("--arms", given)] if ": " in given else lines_of(given))]:
-        match = NAME.fullmatch(text)
-        if not match or not (flags := shlex.split(match[2]))[0].startswith("--"):
-            raise ValueError(f"{where}: {shown(text)!r}: write an arm like 'focal: --loss focal:gamma=2'")
-        if match[1] == BASE or match[1] in arms:
-            raise ValueError(f"{where}: the name {match[1]} is taken; give each arm its own, base is the command alone")
-        arms[match[1]] = flags
+        name, flags = commands.named(where, text)
+        if name == BASE or name in arms:
+            raise ValueError(f"{where}: the name {name} is taken; give each arm its own, base is the command alone")
+        arms[name] = flags
     return arms
 
 
@@ -82,27 +77,6 @@ def draw(space, seed, trial):
             value = f"{np.exp(value) if kind == 'log' else value:.3g}"
         flags += [flag, value]
     return flags
-
-
-def changed(before, now):
-    """Which flag of two commands differs, as words."""
-
-    def flags(words):
-        found = {"": []}
-        for word in words:
-            if word.startswith("--"):
-                name, _, value = word.partition("=")
-                found[name] = [value] if value else []
-            else:
-                found[[*found][-1]].append(word)
-        return {name: " ".join(values) for name, values in found.items()}
-
-    a, b = flags(before), flags(now)
-    for name in [*a, *b]:
-        if a.get(name) != b.get(name):
-            was, is_now = (shown(f"{name} {x[name]}".strip(), 200) if name in x else f"no {name}" for x in (a, b))
-            return f"it was made with {was}, now {is_now}"
-    return "the order of its flags is another"
 
 
 # ----- what they are worth

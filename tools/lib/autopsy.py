@@ -3,9 +3,9 @@
     path, facts = nearest("runs/lidc", 1234)        # the checkpoint from which update 1234 is made again
     found = examine(replay, micro_batches, read, another)       # by train_ssl.py --why, for tools/inspect_step.py
 
-The gradient of the whole batch is a sum over images: the loss is differentiated down to what the student put out for
-each image, with targets as they were, and that is pulled back through the student image by image. An image's share is
-the part of the batch's gradient along itself, so shares add up to 1.
+The gradient of the whole batch is a sum over images: the loss is differentiated down to what goes into the prototypes
+of each image, with targets as they were, and that is pulled back through the student image by image. An image's share
+is the part of the batch's gradient along itself, so shares add up to 1. Prototypes themselves are left out of shares.
 """
 
 import contextlib
@@ -112,14 +112,27 @@ class Leaves:
     """A student whose outputs are leaves: after backward, each holds the derivative of the loss by itself."""
 
     def __init__(self, student):
-        self.student, self.outs = student, []
+        self.student, self.outs, self.targets = student, [], []
 
-    def __call__(self, *inputs):
+    def __call__(self, crops, masks, at, keep, rope, patches, scores):
         with torch.no_grad():
-            out = self.student(*inputs)
+            out = self.student(crops, masks, at, keep, rope, patches, (untouched, untouched))
         leaf = [None if t is None else t.detach().clone().requires_grad_() for t in flat_outs(out)]
         self.outs.append(leaf)
-        return SSLOutput([leaf[0], *out.cls[1:]], leaf[3], leaf[1], leaf[2])
+        self.targets.append(scores[0].args[0])  # of train_ssl's losses.dino_scores
+        heads = self.student.dino_head, self.student.ibot_head
+        said = [score(x, head.last_layer.weight.detach()) for score, x, head in zip(scores, leaf[1:3], heads)]
+        return SSLOutput([leaf[0], *out.cls[1:]], leaf[3], *said)
+
+
+def untouched(x, weight):
+    """For SSLModel: what goes into the prototypes, instead of logits."""
+    return x
+
+
+def learned(student):
+    """Parameters in front of the prototypes."""
+    return [p for name, p in student.named_parameters() if p.requires_grad and "last_layer" not in name]
 
 
 def flat_outs(out):
@@ -151,11 +164,10 @@ def only(micro, images, b):
 
 def pulled_back(replay, micro, derivatives, parts):
     """Gradients [parameters] of the student for each part: a list of rows of outputs, or None for an output's all."""
-    params = [p for p in replay.student.parameters() if p.requires_grad]
-    device = micro.masks.device
+    params, device = learned(replay.student), micro.masks.device
     with torch.autocast(device.type, torch.bfloat16, enabled=replay.weights.precision == "bf16"):
         out = replay.student([micro.crops.globals, micro.crops.locals], [micro.masks, None], micro.at, micro.keep,
-                             micro.rope, replay.gram is not None)  # fmt: skip
+                             micro.rope, replay.gram is not None, (untouched, untouched))  # fmt: skip
     outs = flat_outs(out)
     for k, part in enumerate(parts):
         pairs = []
@@ -222,19 +234,18 @@ def view_shares(replay, micro, outs, j, total):
 
 
 @torch.no_grad()
-def image_terms(replay, micro_batches, leaves, seen):
-    """Per image: cross entropy of each view, its masked patches', distance to the nearest image, targets' entropy."""
-    w, found = replay.weights, []
-    for micro, (cls, logits, *_), targets in zip(micro_batches, leaves, seen.cls_targets.chunk(len(micro_batches))):
-        b = len(micro.masks) // 2
-        target, views = targets.unflatten(0, (2, b)), logits.unflatten(0, (-1, b))
+def image_terms(replay, leaves):
+    """Per image: cross entropy of each view, distance to the nearest image, its targets' entropy."""
+    w, found, prototypes = replay.weights, [], replay.student.dino_head.last_layer.weight
+    for (cls, x, *_), targets in zip(leaves.outs, leaves.targets):
+        b, probabilities = len(cls) // 2, targets.probabilities()
+        target, views = probabilities.unflatten(0, (2, b)), (x @ prototypes.T.to(x.dtype)).unflatten(0, (-1, b))
         wanted = [target[1], target[0], *[target.mean(0)] * (len(views) - 2)]
         ce = torch.stack([losses.cross_entropy(v, t, w.student_temp) for v, t in zip(views, wanted)], 1)  # [b, V]
-        entropy = losses.entropy(targets).unflatten(0, (2, b)).mean(0)
+        entropy = losses.entropy(probabilities).unflatten(0, (2, b)).mean(0)
         near = torch.stack([nearest_distance(c, w.koleo_group) for c in cls.chunk(2)]).amin(0)
         found += [
-            {"views": e.tolist(), "dino": e.mean().item(), "target_entropy": h.item(), "nearest": d.item()}
-            for e, h, d in zip(ce, entropy, near)
+            {"views": e.tolist(), "target_entropy": h.item(), "nearest": d.item()} for e, h, d in zip(ce, entropy, near)
         ]
     return found
 
@@ -320,19 +331,20 @@ def examine(replay, micro_batches, read, another):
         {"micro": m, "at": j, **pixels(replay.source, b, j)} for m, b in enumerate(read) for j in range(len(b.ids))
     ]
     replay.student.zero_grad(set_to_none=True)
-    terms, seen = replay.update(replay.student, replay.teacher, replay.gram, micro_batches, replay.weights,
+    terms, _ = replay.update(replay.student, replay.teacher, replay.gram, micro_batches, replay.weights,
                                 dict(replay.centers))  # fmt: skip
     found["terms"], found["modules"] = {k: v.item() for k, v in terms.items()}, by_module(replay.student)
-    total = [p.grad.detach().clone() for p in replay.student.parameters() if p.grad is not None]
-    found["norm"] = dot(total, total) ** 0.5
+    total = [torch.zeros_like(p) if p.grad is None else p.grad.detach().clone() for p in learned(replay.student)]
+    found["norm"] = float(np.linalg.norm([*found["modules"].values()]))
+    found["norm_before_prototypes"] = dot(total, total) ** 0.5
     found["finite"] = bool(np.isfinite([found["terms"]["loss"], found["norm"]]).all())
     replay.student.zero_grad(set_to_none=True)
     found["first"] = None if found["finite"] else first_broken(replay, micro_batches)
-    if found["finite"] and found["norm"] > 0:
+    if found["finite"] and found["norm_before_prototypes"] > 0:
         leaves = Leaves(replay.student)
         replay.update(leaves, replay.teacher, replay.gram, micro_batches, replay.weights, dict(replay.centers))
         parts, found["by_term"] = shares(replay, micro_batches, leaves.outs, total)
-        for image, *more in zip(images, parts, image_terms(replay, micro_batches, leaves.outs, seen)):
+        for image, *more in zip(images, parts, image_terms(replay, leaves)):
             image.update({k: v for part in more for k, v in part.items()})
         worst = max(images, key=lambda image: image["norm"])
         if micro_batches[worst["micro"]].keep is None:
@@ -351,8 +363,7 @@ def swapped(replay, micro_batches, name):
     """The same update with another image in that place."""
     terms, _ = replay.update(replay.student, replay.teacher, replay.gram, micro_batches, replay.weights,
                              dict(replay.centers))  # fmt: skip
-    grads = [p.grad for p in replay.student.parameters() if p.grad is not None]
-    norm = dot(grads, grads) ** 0.5
+    norm = float(np.linalg.norm([*by_module(replay.student).values()]))
     replay.student.zero_grad(set_to_none=True)
     return {"name": name, "loss": terms["loss"].item(), "norm": norm}
 

@@ -14,10 +14,11 @@ from torch.nn import functional as F
 import checkpoint
 import data
 from model import Classifier, Head, load_backbone, read_facts
-from tools.lib import broken, classifiers, fits, judge, metrics, provenance
+from tools.lib import broken, classifiers, fits, judge, metrics, protocols, provenance
 from tools.lib.cli import pick_device
 from tools.lib.files import write_json
 from tools.lib.loop import git_commit
+from tools.lib.samples import open_samples
 
 
 def nearest(X, labels, fit, select, classes):
@@ -76,11 +77,15 @@ def fit_frozen(net, source, table, facts, fitted, out, look):
     return result
 
 
-def run(args, path, source, table):
-    """--protocol select and refit of train_probe.py. path: of the labels; source, table: see fit_frozen."""
-    if table.centres is not None:
-        raise ValueError(f"{path} names nodules: for those use --protocol test, cv or all")
+def choose(args, source, path, table, splits):
+    """train_probe.py --protocol select and refit of a frozen backbone; val_test is not opened -> exit code."""
     before, known, vit = provenance.stamp(args.ckpt), read_facts(args.ckpt), load_backbone(args.ckpt)
+    if table.centres is not None:
+        raise ValueError(f"{path} names nodules: --protocol {args.protocol} judges whole images; use test, cv or all")
+    for name in ("train", "val_select"):
+        protocols.refuse_absent(table, splits, name)
+    kept = np.isin(splits, ("train", "val_select", "val_calib"))
+    source, table = open_samples(source, table.take(kept), splits[kept], None, args.allow_duplicates)
     fitted = ["train", "val_select"][: 1 + (args.protocol == "refit")]
     used = np.isin(source.splits, fitted)
     held = source.take(np.flatnonzero(~used))
@@ -88,15 +93,14 @@ def run(args, path, source, table):
     pool = {"all": "both"}.get(args.features, args.features)
     net = Classifier(vit, Head(vit.dim * (1 + (pool == "both")), len(table.classes)), pool).eval()
     view = judge.choose_view(known, source.encoding, args.size, vit.patch_size)
-    source.at_distance(view.get("neighbour_mm"))
     facts = {"encoding": source.encoding, "eval_view": view, "layout": args.views or "whole", "classes": table.classes}
     facts |= provenance.trained_on((args.ckpt,), source.take(np.flatnonzero(used)), None)
     facts |= {"index_sha256": source.index_sha256, "split_sha256": source.split_sha256}
     facts["labels_sha256"] = data.file_sha256(path)
     look = pick_device(args.device), args.batch_size or 96, max(args.workers, 1)
+    provenance.refuse_change(args.ckpt, before)
     with broken.named(source.take(table.rows)):
         result = fit_frozen(net, source, table, facts, fitted, args.out, look)
-    provenance.refuse_change(args.ckpt, before)
     for name, values in (("linear probe", result["select"]), ("k-NN", result["k-NN"])):
         numbers = ", ".join(f"{key} {values[key]:.3f}" for key in ("mcc", "auc", "accuracy", "nll"))
         print(f"{name}, chosen on {result['samples']['val_select']} samples of val_select: {numbers}")

@@ -116,18 +116,23 @@ def views_of(source, rows, layout, view, device):
     return torch.cat(views)
 
 
+def looked_at(source, rows, layout, view, device, batch, workers, name):
+    """(some of the rows of a Source, their views [n, V, 3, size, size]) one after the other, with a bar of samples."""
+    count = len(layout_of(layout)[1])
+    parts = [rows[k : k + max(1, batch // count)] for k in range(0, len(rows), max(1, batch // count))]
+    with progress(total=len(rows), desc=name, unit="sample") as bar:
+        for part, views in zip(parts, ahead(lambda part: views_of(source, part, layout, view, device), parts, workers)):
+            yield part, views
+            bar.update(len(views))
+
+
 @torch.inference_mode()
 def each_view(function, source, rows, layout, view, device, batch, workers, name):
     """function(views) -> [views, ...] of every view of rows of a Source, as [N, V, ...] float32."""
-    device, count = torch.device(device), len(layout_of(layout)[1])
-    batch = batch if device.type == "cuda" else min(batch, CPU_VIEWS)
-    step = max(1, batch // count)
-    parts, found = [rows[k : k + step] for k in range(0, len(rows), step)], []
-    with progress(total=len(rows), desc=name, unit="sample") as bar:
-        for views in ahead(lambda part: views_of(source, part, layout, view, device), parts, workers):
-            values = torch.cat([function(some) for some in views.flatten(0, 1).split(batch)]).float()
-            found.append(values.unflatten(0, (-1, count)).cpu().numpy())
-            bar.update(len(views))
+    found, batch = [], batch if torch.device(device).type == "cuda" else min(batch, CPU_VIEWS)
+    for _, views in looked_at(source, rows, layout, view, torch.device(device), batch, workers, name):
+        values = torch.cat([function(some) for some in views.flatten(0, 1).split(batch)]).float()
+        found.append(values.unflatten(0, views.shape[:2]).cpu().numpy())
     return np.concatenate(found)
 
 
@@ -138,6 +143,8 @@ def logits_of(classifier, source, rows, layout, view, device="cpu", batch=96, wo
     """
     how = source, rows, layout, view, device, batch, workers, name
     classifier = classifier.to(device).eval()
+    if isinstance(classifier, fused.FusedClassifier) and classifier.head.prescore is not None:
+        return np.concatenate([classifier.of_views(views, source, part) for part, views in looked_at(*how)])
     if isinstance(classifier, fused.FusedClassifier):
         return classifier.of_features(each_view(classifier.features, *how), source, rows)
     return each_view(classifier, *how)

@@ -16,8 +16,10 @@ import inspect
 import json
 import math
 import operator
+import os
 import re
 import sys
+import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -208,6 +210,13 @@ def named(text):
     """An error's text with the programs of its remedy."""
     programs = [name for words, name in REMEDIES.items() if words in text and name not in text]
     return f"{text} ({', '.join(programs)})" if programs else text
+
+
+def unforeseen(kind, error, trace):
+    """sys.excepthook of looks: a crash ends with exit code 3, where Python's own 1 would read as a warning."""
+    traceback.print_exception(kind, error, trace)
+    sys.stderr.flush()
+    os._exit(3)
 
 
 def run(main):

@@ -1,12 +1,14 @@
 """What the decisions of a policy were worth: numbers, targets, a verdict in words, plots."""
 
 import functools
+import re
 
 import numpy as np
 from tqdm import tqdm
 
-from tools.lib import judge, metrics, page, rules, thresholds
+from tools.lib import judge, metrics, page, rules, sheet, thresholds, view_sheet
 from tools.lib.calibrate import log_softmax
+from tools.lib.progress import progress
 
 TARGETS = {  # what is asked of the system: (where it stands in the results, bound, must it be at least this?)
     "accuracy": (("decided", "accuracy"), 0.88, True),
@@ -130,6 +132,25 @@ def worst_rows(table, out, most):
         for i in members[np.argsort(order[members], kind="stable")][:most]:
             said = out.decision[i]
             yield [kind, str(table.ids[i]), str(table.groups[i]), classes[y[i]], classes[said], f"{p[i, said]:.4f}"]
+
+
+DRAWN = 12  # of each kind
+
+
+def error_sheets(folder, rows, hand):
+    """Writes errors_KIND.png of the first rows of each kind: views, what each says, attention -> their paths.
+
+    rows: of worst_rows; hand: (Classifier, facts, Source, asking.Samples, device).
+    """
+    classifier, facts, source, asked, device = hand
+    at, kinds = dict(zip(asked.ids, asked.rows.tolist())), {}
+    for kind, name, _, label, _, probability in rows[1:]:
+        kinds.setdefault(kind, []).append((f"{kind}: {name}, probability {probability}", name, label))
+    for kind, lines in kinds.items():
+        parts = [view_sheet.drawn(classifier, facts, source, at[name], title, label, device)
+                 for title, name, label in progress(lines[:DRAWN], desc=f"draw {kind}", unit="picture")]  # fmt: skip
+        path = folder / f"errors_{re.sub(r'[^A-Za-z0-9]+', '_', kind)[:80]}.png"
+        yield sheet.save(path, sheet.stack(parts, gap=18))
 
 
 def sweep_rows(y, p):

@@ -1,4 +1,4 @@
-"""A backbone and the trained fusion of its views as one classifier; what is known of a picture beside its pixels.
+"""A backbone and the trained fusion of its views as one classifier; what is known of a picture beside its views.
 
     net = FusedClassifier(vit, Fusion(vit.dim, 2, fields=sizes_of(fields)), "cls", 1, fields)
     out = net(views, facts_at(source, rows, fields))         # views [N, V, 3, side, side] -> fusion.Fused
@@ -11,13 +11,19 @@ import math
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 
+import data
 from model import Classifier
 from tools.lib.cli import shown
 from tools.lib.fusion import Fusion, hash_text
 
 COLUMNS = {"gps": ("lat", "lon"), "text": ("text",)}  # where a field comes from, if not from the column of its name
+
+
+def pooled(tokens, pool):
+    return [tokens.cls] * (pool != "mean") + ([tokens.patches.mean(1)] if pool != "cls" else [])
 
 
 class FusedClassifier(Classifier):
@@ -32,8 +38,22 @@ class FusedClassifier(Classifier):
 
     def forward(self, views, facts=None, known=None, chunk=96):
         """chunk: views that pass the backbone at once."""
+        first = []
+        if self.head.prescore is not None and views.shape[1] > 1:
+            tokens = self.backbone.intermediate(views[:, 0], self.layers)
+            chosen = self.head.prescore.choose(tokens[-1].patches)[:, 1:]
+            views = views[torch.arange(len(views), device=views.device)[:, None], chosen]
+            first = [torch.cat([part for t in tokens for part in pooled(t, self.pool)], -1)[:, None]]
         x = torch.cat([self.features(some) for some in views.flatten(0, 1).split(chunk)])
-        return self.head(x.unflatten(0, views.shape[:2]), facts, known)
+        x = torch.cat([*first, x.unflatten(0, views.shape[:2])], 1)
+        return self.head(x, facts, known)
+
+    @torch.inference_mode()
+    def of_views(self, views, source, rows, chunk=96):
+        """Views of rows of a Source -> logits [N, 1, C], by what is known of them too."""
+        facts = facts_at(source, rows, self.fields)
+        facts = facts and {name: value.to(views.device) for name, value in facts.items()}
+        return self(views, facts, chunk=chunk).logits[:, None].float().cpu().numpy()
 
     @torch.inference_mode()
     def of_features(self, x, source, rows):
@@ -99,3 +119,33 @@ def facts_at(source, rows, fields):
             place = {value: k for k, value in enumerate(kind)}
             facts[name] = torch.tensor([place.get(text, -1) for text in texts_of(source, rows, name)])
     return facts or None
+
+
+# ----- masks of objects
+
+
+def mask_shares(path, boxes, flips, grid, kinds):
+    """Share of each patch of each view that the objects of each kind cover, from a picture of codes: [V, P, M]."""
+    if not path.exists():  # nothing is there to be seen
+        return np.zeros((len(boxes), grid**2, kinds), np.float32)
+    codes, shares = np.asarray(Image.open(path)), []
+    for (y0, x0, y1, x1), flip in zip(boxes, flips):
+        y, x = (np.linspace(a, b, grid + 1).round().astype(int) for a, b in ((y0, y1), (x0, x1)))
+        for kind in range(1, kinds + 1):
+            sums = np.pad((codes == kind).cumsum(0).cumsum(1), ((1, 0), (1, 0)))[np.ix_(y, x)]
+            cells = np.diff(np.diff(sums, axis=0), axis=1) / np.maximum(np.outer(np.diff(y), np.diff(x)), 1)
+            shares.append(cells[:, ::-1] if flip else cells)
+    return np.stack(shares).reshape(len(boxes), kinds, -1).swapaxes(1, 2).astype(np.float32)
+
+
+def read_masks(source, layout, grid, kinds):
+    """[N, V, P, M] of all pictures of a source."""
+    folder, out = source.root / "_labels" / "masks", []
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} does not exist; masks need pictures of codes there, as make_roadwork draws")
+    for path in source.rows.texts("path"):
+        with data.open_photo(source.root / path) as file:
+            turn, size = data.turn_of(file)
+        boxes, flips = data.view_boxes([size], layout)
+        out.append(mask_shares((folder / path).with_suffix(".png"), boxes[:, 0], flips, grid, kinds))
+    return torch.from_numpy(np.stack(out))

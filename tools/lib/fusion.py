@@ -139,6 +139,29 @@ class Prune(nn.Module):
         return kept, hard + (soft - soft.detach()), (soft.mean() - self.keep / x.shape[1]) ** 2
 
 
+class Prescore(nn.Module):
+    """Tells from the whole view alone which of the others are worth the backbone: the best patch that each covers.
+
+    Pruning comes after the backbone and saves nothing of it; this saves the views that are not looked at.
+    """
+
+    def __init__(self, dim, keep, views, patches, hidden=64):
+        super().__init__()
+        self.keep, self.scores = keep, mlp(dim, 1, hidden)
+        self.regions = nn.Parameter(torch.zeros(views, patches), requires_grad=False)  # 1 where a view covers a patch
+
+    def forward(self, patches):
+        """[N, P, D] of the whole view -> scores [N, V] of all views; the first, the whole, is always looked at."""
+        scores = self.scores(F.layer_norm(patches, patches.shape[-1:]))[..., 0][:, None]  # [N, 1, P]
+        return scores.masked_fill(self.regions == 0, -torch.inf).amax(-1)
+
+    def choose(self, patches):
+        """-> [N, keep + 1] of the views to look at, rising"""
+        scores = self(patches)
+        scores[:, 0] = torch.inf
+        return scores.topk(self.keep + 1, 1).indices.sort(1).values
+
+
 class Pyramid(nn.Module):
     """Each view at full, half and a quarter of the width, put together again and added to it."""
 
@@ -221,6 +244,7 @@ class Attend(nn.Module):
         if kind == "mil":
             self.tanh, self.sigmoid = nn.Linear(dim, hidden), nn.Linear(dim, hidden)
             self.out = nn.Linear(hidden, 1, bias=False)  # a bias would be the same for all views
+            nn.init.normal_(self.out.weight, std=0.01)  # near the mean at first, so that no view is chosen by chance
         elif kind == "gates":
             self.out = mlp(dim, 1, hidden)
 
@@ -298,10 +322,12 @@ class Fusion(nn.Module):
     between views, of `heads`, with an output gate if `gated`, with `experts` (0: one plain SwiGLU). pool: mil, gates,
     mean. norm: RMSNorm before it. fields: metadata. consistency: a classifier shared by all views. weather: classes
     that are told from the picture before metadata. masks: classes told for each patch. hidden: of the heads.
+    prescore: what Prescore is made with; the caller, who has the backbone, uses it.
     """
 
     def __init__(self, dim, classes, width=0, keep=0, pyramid=False, depth=0, heads=4, gated=True, experts=0,
-                 pool="mil", norm=True, fields=None, consistency=False, weather=0, masks=0, hidden=0):  # fmt: skip
+                 pool="mil", norm=True, fields=None, consistency=False, weather=0, masks=0, hidden=0,
+                 prescore=()):  # fmt: skip
         super().__init__()
         W = width or dim
         self.centre = nn.Parameter(torch.zeros(dim), requires_grad=False)
@@ -318,6 +344,7 @@ class Fusion(nn.Module):
         self.view_head = mlp(W, classes, hidden) if consistency else None
         self.weather_head = mlp(W, weather, hidden) if weather else None
         self.mask_head = mlp(W, masks, hidden) if masks else None
+        self.prescore = Prescore(*prescore) if prescore else None
 
     @torch.no_grad()
     def standardise(self, views):

@@ -209,6 +209,7 @@ def caveats(seen, patients, known, crossing, earlier_looks=0, unit="patients"):
     """Warnings beside every number: patients seen in pretraining, what is unknown, duplicates, earlier looks."""
     texts = [f"backbone has seen these {unit} ({len(seen)} of {patients})"] if seen else []
     texts += [] if known else [UNKNOWN]
+    texts += ["crops, no patient grouping"] if unit == "crops" else []
     texts += [f"near-duplicates cross the splits ({crossing} sets)"] if crossing else []
     # the best of several looks is optimistic
     return texts + ([f"{earlier_looks} other weights or policies looked at val_test before"] if earlier_looks else [])

@@ -13,6 +13,8 @@ from tools.lib import broken
 from tools.lib.cli import shown
 from tools.lib.slices import find_slice
 
+CROPS = "crops"  # a unit of tables that tools/import_crops.py writes: whose nodules they are, nobody says
+
 
 class Table(NamedTuple):
     """Labelled samples; patients are the groups of the index (what the backbone saw), groups those of the table."""
@@ -92,6 +94,17 @@ def read_places(path, rows, source, index):
     return places[:, :2], places[:, 2:]
 
 
+def read_sizes(path, rows):
+    """The ruler of pictures that tell one: diameter and box in mm or pixels [n, 2]; None if they do not."""
+    unit = next((unit for unit in ("mm", "px") if f"diameter_{unit}" in rows[0] and f"box_{unit}" in rows[0]), None)
+    if unit is None:
+        return None
+    sizes = np.array([[to_number(row[f"{name}_{unit}"]) for name in ("diameter", "box")] for row in rows])
+    if (bad := ~(np.isfinite(sizes) & (sizes > 0)).all(1)).any():
+        raise in_row(path, int(bad.argmax()), f"diameter_{unit} and box_{unit} must be numbers above 0; correct them")
+    return sizes
+
+
 def order_classes(labels):
     numbers = all(name.replace(".", "", 1).isdecimal() for name in labels)
     return sorted(set(labels), key=float if numbers else str)
@@ -119,9 +132,10 @@ def read_table(path, source):
         if pairs.setdefault(patient, group) != group or nodules and patient != group:
             raise in_row(path, k, f"the group of {patient} is {shown(group)}, another than in the index or in the rows "
                          f"above; each of the {'patients' if nodules else 'images'} has one group")  # fmt: skip
-    centres, sizes = read_places(path, rows, source, index) if nodules else (None, None)
+    centres, sizes = read_places(path, rows, source, index) if nodules else (None, read_sizes(path, rows))
     codes = {name: k for k, name in enumerate(classes)}
     unit, codes_of = "groups" if source.encoding == "photo" else "patients", np.array([codes[name] for name in labels])
+    unit = CROPS if {row.get("unit") for row in rows} == {CROPS} else unit
     return Table(ids, index, codes_of, classes, groups, patients, centres, sizes, unit)
 
 

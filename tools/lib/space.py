@@ -18,11 +18,10 @@ import numpy as np
 
 from checkpoint import atomic_write
 from data import open_source
-from tools.lib import dicom
+from tools.lib import dicom, itk
 from tools.lib.files import walk_files
 from tools.lib.progress import progress
 
-INSTALL = "needs SimpleITK: pip install SimpleITK"
 RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 
@@ -122,12 +121,11 @@ def read_dicom(folder):
     try:
         for file in progress(sorted(files), "read", unit="file"):
             slices += dicom.read_slices(Path(file).read_bytes())
-        [found] = dicom.assemble(slices, 3)
+        found = max(dicom.assemble(slices, 3), key=lambda volume: len(volume.hu))
     except dicom.Reject as reject:
-        why = f"{dicom.REASONS[reject.reason]}{f' ({reject.detail})' * bool(reject.detail)}"
-        raise ValueError(f"{folder}: {why}") from None
-    at = {(s.sop, s.position): s for s in slices}
-    kept = sorted((s for s in at.values() if s.sop in set(found.sops)), key=lambda s: s.position @ normal(s))
+        raise in_words(folder, reject) from None
+    at = {s.position: s for s in slices if s.sop in set(found.sops)}
+    kept = sorted(at.values(), key=lambda s: s.position @ normal(s))
     affine, first, last = np.eye(4), kept[0], kept[-1]
     row, column = np.array(first.orientation).reshape(2, 3)
     affine[:3, 0], affine[:3, 1] = row * first.spacing[1], column * first.spacing[0]
@@ -136,31 +134,29 @@ def read_dicom(folder):
     return turned(found.hu, affine, f"{len(series)} series, the largest is read" * (len(series) > 1))
 
 
+def in_words(path, reject):
+    return ValueError(f"{path}: {dicom.REASONS[reject.reason]}{f' ({reject.detail})' * bool(reject.detail)}")
+
+
 def normal(s):
     return np.cross(s.orientation[:3], s.orientation[3:])
 
 
 def read_itk(path):
-    """NIfTI, MetaImage, NRRD: what SimpleITK reads; whole numbers of HU only."""
+    """NIfTI, MetaImage, NRRD: what SimpleITK reads, with the checks of preprocessing; any orientation."""
+    reader = itk.load_itk()
     try:
-        import SimpleITK
-    except ImportError:
-        raise ValueError(f"{path} {INSTALL}") from None
-    try:
-        image = SimpleITK.ReadImage(str(path))
+        itk.check_data(itk.read_header(path))
+        image = reader.ReadImage(str(path))
+        hu, _ = itk.to_hu(reader.GetArrayFromImage(image))
+    except dicom.Reject as reject:
+        raise in_words(path, reject) from None
     except RuntimeError as error:
         raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())[-160:]}") from None
-    if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() != 1:
-        raise ValueError(f"{path} has {image.GetDimension()} dimensions, {image.GetNumberOfComponentsPerPixel()} "
-                         "channels; one CT volume has 3 and 1")  # fmt: skip
-    values = SimpleITK.GetArrayFromImage(image)
-    hu = np.clip(np.floor(values + 0.5), -32768, 32767).astype(np.int16) if values.dtype.kind == "f" else values
-    if hu.min() >= -100 or hu.dtype.kind not in "iu":
-        raise ValueError(f"{path}: the lowest value is {values.min():g}, of CT in HU it is air near -1000")
     affine = np.eye(4)
     affine[:3, :3] = np.array(image.GetDirection()).reshape(3, 3) * image.GetSpacing()
     affine[:3, 3] = image.GetOrigin()
-    return turned(np.clip(hu, -32768, 32767).astype(np.int16), affine)
+    return turned(hu, affine)
 
 
 # ----- NIfTI-1 (nifti.nimh.nih.gov/pub/dist/src/niftilib/nifti1.h)

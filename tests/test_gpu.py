@@ -1,0 +1,99 @@
+"""What a card must get right, each also asked of the CPU, so that the questions themselves are known to work.
+
+The first part of tools/recipes/gpu_check.sh. Without a card its half is skipped, and says so.
+"""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from test_train import golden_step
+
+import data
+import losses
+import train_ssl as t
+
+NO_CARD = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here: not measured on a GPU")
+DEVICES = ["cpu", pytest.param("cuda", marks=NO_CARD)]
+COMPILED = [("cpu", False), pytest.param("cpu", True, marks=pytest.mark.slow)]
+COMPILED += [pytest.param("cuda", compiled, marks=NO_CARD) for compiled in (False, True)]
+
+
+def moved(micro, device):
+    crops = data.Crops(*(None if c is None else c.to(device) for c in micro.crops))
+    return micro._replace(crops=crops, masks=micro.masks.to(device), at=micro.at.to(device))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16-stream"])
+@pytest.mark.parametrize("device, compiled", COMPILED)
+def test_the_golden_step(device, compiled, precision):
+    """Losses and gradients of the published method: float32 to rounding; of bfloat16 8 bits, several in a row."""
+    student, teacher, gram, micro, g, meta = golden_step()
+    for net in (student, teacher, gram):
+        net.to(device)
+        vit = getattr(net, "backbone", net)
+        vit.stream = torch.bfloat16 if precision == "bf16-stream" else None
+        for block in vit.blocks[:-1] if compiled else ():
+            block.compile(dynamic=False)
+    w = t.Weights(meta["teacher_temp"], gram=2.0, koleo_group=4, precision=precision, compiled=compiled)
+    sums, _ = t.ssl_update(student, teacher, gram, [moved(micro, device)], w)
+    exact = precision == "fp32"
+    assert sums["loss"].item() == pytest.approx(meta["total_loss"], rel=1e-5 if exact else 2e-2)
+    expected = {k[5:]: v for k, v in g.items() if k.startswith("grad.backbone.blocks.") and "bias_mask" not in k}
+    own = {name: p.grad.cpu() for name, p in student.named_parameters()}
+    assert expected
+    for name, value in expected.items():
+        if exact:
+            torch.testing.assert_close(own[name], value, rtol=1e-3, atol=1e-5, msg=lambda s: f"{name}: {s}")
+        elif value.norm() > 1e-4:
+            assert torch.cosine_similarity(own[name].flatten(), value.flatten(), 0) > 0.98, name
+
+
+@pytest.mark.parametrize("dtype, most", [(torch.int16, 0.5), (torch.uint8, 0.05)])  # HU; 8-bit codes
+@pytest.mark.parametrize("device", DEVICES)
+def test_views_are_those_of_a_cpu(device, dtype, most):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 250, (3, 3, 96, 80), generator=generator).to(dtype)
+    boxes = np.random.default_rng(0).uniform(0, 30, (4, 3, 4)) + [0, 0, 40, 40]
+    flips, sigmas = np.arange(12).reshape(4, 3) % 2 == 0, np.linspace(0, 2, 12).reshape(4, 3)
+    expected = data.cut_each(images.float(), *flat(boxes, flips, sigmas), 32)
+    got = data.cut_batched(images.to(device).float(), *flat(boxes, flips, sigmas), 32)
+    assert (got.cpu() - expected).abs().max() < most
+    plan = data.place(data.plan(0, 0, range(3), data.RECIPES["ct"]), [(96, 80)] * 3)
+    for ours, theirs in zip(data.render(images.to(device), plan)[:2], data.render(images, plan)[:2]):
+        assert (ours.cpu() - theirs).abs().max() < 2e-3  # of numbers whose standard deviation is 1
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_views_from_windows_are_those_from_whole_images(device):
+    images = torch.randint(-1000, 1500, (5, 3, 160, 200), generator=torch.Generator().manual_seed(0)).short().to(device)
+    recipe = dataclasses.replace(data.RECIPES["ct"], global_size=32, local_size=16, gram_size=0)
+    bodies = [(40, 70, 90, 100), (0, 0, 50, 60), (110, 150, 160, 200), (30, 0, 90, 50), (20, 20, 40, 80)]
+    plan = data.place(data.plan(0, 0, range(5), recipe), [(160, 200)] * 5, bodies)
+    part, moved_plan = data.within_boxes(images, plan, step=16)
+    assert part.shape[2] <= 64 and part.shape[3] <= 64 and part.dtype == torch.int16
+    for views, size in ((slice(0, 2), 32), (slice(2, None), 16)):
+        expected, got = (
+            data.cut_batched(pixels.float(), *flat(p.boxes[views], p.flips[views], p.sigmas[views]), size)
+            for pixels, p in ((images, plan), (part, moved_plan))
+        )
+        assert (got - expected).abs().max() < 0.01  # HU
+    same, unmoved = data.within_boxes(images, plan._replace(boxes=plan.boxes * 0 + [0, 0, 160, 200]))
+    assert torch.equal(same, images) and (unmoved.boxes == [0, 0, 160, 200]).all()
+
+
+def flat(boxes, flips, sigmas):
+    """As cut() gives them on."""
+    boxes, sigmas = (torch.as_tensor(a, dtype=torch.float32) for a in (boxes, sigmas))
+    return boxes.flatten(0, 1), torch.as_tensor(flips).flatten(), sigmas.flatten()
+
+
+@pytest.mark.parametrize("device, compiled", COMPILED)
+def test_targets_of_65536_prototypes(device, compiled):
+    logits = 0.5 * torch.randn(40, 65536, generator=torch.Generator().manual_seed(0)).bfloat16()
+    expected = losses.sinkhorn(logits.double(), 0.05)
+    parts = [part.to(device) for part in logits.split(17)]
+    offsets = losses.sinkhorn_offsets(parts, torch.full((), 0.05, device=device), compiled=compiled)
+    got = torch.cat([losses.Targets(part, 0.05, offsets).probabilities() for part in parts])
+    torch.testing.assert_close(got.cpu().double(), expected, rtol=1e-4, atol=1e-8)
