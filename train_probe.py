@@ -98,8 +98,9 @@ class Micro(NamedTuple):
 class Weights(NamedTuple):
     """How the loss is made."""
 
-    objective: Any  # function(logits, targets)
+    objective: Any  # function(logits, targets, progress)
     precision: str = "fp32"
+    progress: float = 0.0  # of the run, for objectives that change with it
 
 
 class Seen(NamedTuple):
@@ -122,7 +123,7 @@ def supervised_update(model, micro_batches, w):
                 stack.enter_context(model.no_sync())  # ranks average once, with the last micro-batch
             with autocast:
                 logits = model(m.views, m.keep).float()  # [b, K]
-            terms = {"loss": w.objective(logits, m.targets)}  # <- change the objective here
+            terms = {"loss": w.objective(logits, m.targets, w.progress)}  # <- change the objective here
             if torch.is_grad_enabled():
                 (terms["loss"] / n).backward()
         terms["accuracy"] = (logits.argmax(-1) == m.targets.argmax(-1)).float().mean()
@@ -178,7 +179,7 @@ def observe(run, micro_batches, seen):
     targets = losses.target_rows(labels, seen.logits.shape[1]).split(sizes)
     run.optimizer.zero_grad(set_to_none=True)
     drawn = [m._replace(targets=t) for m, t in zip(micro_batches, targets)]
-    supervised_update(run.net, drawn, Weights(losses.soft_cross_entropy, run.args.precision))
+    supervised_update(run.net, drawn, Weights(lambda z, t, _: losses.soft_cross_entropy(z, t), run.args.precision))
     estimates = optim.gauss_newton(trained, run.args.batch_size)
     if all(e.isfinite().all() for e in estimates.values()):
         run.optimizer.observe(estimates)
@@ -192,6 +193,7 @@ def one_update(run, micro_batches, step, now, wish=lambda: False, ahead=lambda: 
     wish(): does this rank want to stop after it? ahead(): called while the device is busy, to prepare the next one.
     """
     optimizer, uphill = run.optimizer, hasattr(run.optimizer, "climb")
+    run.weights = run.weights._replace(progress=step / run.args.steps)
     limit = math.inf if uphill else run.args.clip
     terms, seen, norms, bad, halt = gradients(run, micro_batches, limit, bool(wish()), ahead)
     if not bad and hasattr(optimizer, "observe") and step % 10 == 0:

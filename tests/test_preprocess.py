@@ -412,9 +412,30 @@ def test_shards_and_their_merge_write_the_bytes_of_one_process(tmp_path, capsys)
     assert sorted(codes)[-1] == 1 and not (many / "_index").exists()
     parts = [json.loads((many / "_shards" / "d" / f"{k}_of_3.json").read_text()) for k in (1, 2, 3)]
     assert sum(len(part["kept"]) for part in parts) == 6 and max(len(part["kept"]) for part in parts) < 6
+    scans = many.parent / "dinox_scans_d"
+    assert scans.stat().st_mode & 0o077 == 0 and len(list(scans.iterdir())) == 1 and not list(many.rglob("*scans*"))
     assert preprocess(raw, many, *flags, "--merge", "3") == 1
-    assert same_trees(tree(many), tree(one))
+    assert same_trees(tree(many), tree(one)) and not scans.exists()
     assert write_manifest.verify(many, "d") == []
+
+
+def test_shards_read_each_header_once_between_them(tmp_path, monkeypatch):
+    """And again where a file has changed its size since, or what was left is damaged."""
+    raw = write_tree(tmp_path / "raw", [ds for p in (1, 2) for ds in a_series(patient=p, series=p)])
+    read, real = [], preprocess_dicom.scan_file
+    monkeypatch.setattr(preprocess_dicom, "scan_file", lambda path: read.append(path) or real(path))
+    for k in (1, 2, 3):
+        preprocess(raw, tmp_path / "o" / "p", "--shard", f"{k}/3")
+    files = sum(path.is_file() for path in raw.rglob("*"))
+    assert len(read) == len(set(read)) == files
+    (kept,) = (tmp_path / "o" / "dinox_scans_d").iterdir()
+    kept.write_text(kept.read_text()[:-5])
+    preprocess(raw, tmp_path / "o" / "p", "--shard", "1/3")
+    assert len(read) == 2 * files
+    with open(next(path for path in raw.rglob("*") if path.is_file()), "ab") as f:
+        f.write(b" ")
+    preprocess(raw, tmp_path / "o" / "p", "--shard", "1/3")
+    assert len(read) == 3 * files
 
 
 def test_shards_that_begin_at_once_share_one_key(tmp_path):

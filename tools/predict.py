@@ -40,22 +40,14 @@ def build_parser():
     parser.add_argument("--workers", type=positive, default=2, help="threads that read and cut ahead")
     parser.add_argument("--draw", nargs="+", default=[], metavar="ID", help="photographs whose views SPLIT_views.png "
                         "shows: place, weight, what each says alone, attention inside")  # fmt: skip
-    parser.add_argument(
-        "--watch",
-        type=Path,
-        help="with --bundle: state of a test whether pictures are still such as "
-        "those the policy was fitted on; goes on from call to call, and tools/drift.py tells of it",
-    )
-    parser.add_argument(
-        "--calibration", type=Path, help="where --watch is new: run or table with the val_calib of the policy"
-    )
-    parser.add_argument(
-        "--if-lost",
-        choices=["say", "abstain"],
-        default="say",
-        help="once --watch finds that they are "
-        "not: only say that the guarantee is void, or leave these pictures to others too",
-    )
+    # fmt: off
+    parser.add_argument("--watch", type=Path, help="with --bundle: state of a test whether pictures are still such as "
+                        "those the policy was fitted on; goes on from call to call, and tools/drift.py tells of it")
+    parser.add_argument("--calibration", type=Path, help="where --watch is new: run or table with the val_calib of the "
+                        "policy")
+    parser.add_argument("--if-lost", choices=["say", "abstain"], default="say", help="once --watch finds that they are "
+                        "not: only say that the guarantee is void, or leave these pictures to others too")
+    # fmt: on
     broken.add_flag(parser)
     parser.add_argument("--device", default="auto", help="auto (CUDA/ROCm if there, else CPU), cpu, cuda")
     return parser

@@ -8,9 +8,11 @@ runs), `_index/index.csv` over all datasets and `_manifests/<dataset>.json` with
 command again continues a killed run. Exit code 0 all fine, 1 something was rejected, 2 nothing usable.
 """
 
+import functools
 import hashlib
 import json
 import os
+import shutil
 import sys
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -21,10 +23,21 @@ import PIL
 import pydicom
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from checkpoint import atomic_write
 from data import file_sha256
 from tools.lib import volumes
 from tools.lib.cli import Parser, run
-from tools.lib.dicom import Reject, assemble, default_key_file, load_key, most_common, public_id, read_slices, scan_file
+from tools.lib.dicom import (
+    Reject,
+    Scan,
+    assemble,
+    default_key_file,
+    load_key,
+    most_common,
+    public_id,
+    read_slices,
+    scan_file,
+)
 from tools.lib.files import walk_files
 from tools.lib.manifest import record_path
 from tools.lib.progress import progress
@@ -136,19 +149,43 @@ def process_series(job):
 # All series.
 
 
-def scan_files(paths):
-    return [scan_file(path) for path in paths]
+def scan_files(files, kept=None):
+    """[(path, bytes)] -> [Scan]; kept: a file where another shard may have left them, or else will find them."""
+    key = hashlib.sha256(json.dumps(files).encode(errors="surrogatepass")).hexdigest()
+    try:
+        found = json.loads(Path(kept).read_text()) if kept else {}
+        if found.get("key") == key:
+            return [Scan(*scan) for scan in found["scans"]]
+    except (OSError, ValueError, TypeError):
+        pass  # nobody was here, or it is damaged: read the headers
+    scans = [scan_file(path) for path, _ in files]
+    if kept:
+        atomic_write(kept, lambda f: f.write(json.dumps({"key": key, "scans": scans}).encode()))
+    return scans
 
 
-def scan_tree(paths, workers):
-    """-> [Scan], in the order of paths."""
-    chunks = [paths[i : i + 256] for i in range(0, len(paths), 256)]
+def scan_tree(files, workers, shard=None, folder=None):
+    """[(path, bytes)] -> [Scan], in the order of paths. Shards share what they read through `folder`: each begins with
+    its own part, so that together they read each header about once."""
+    size = 4096 if shard else 256
+    chunks = [files[i : i + size] for i in range(0, len(files), size)]
+    if shard:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        first = (shard[0] - 1) * len(chunks) // shard[1]
+        order = [*range(first, len(chunks)), *range(first)]
+        jobs = [functools.partial(scan_files, chunks[k], str(folder / f"{k:06}.json")) for k in order]
+    else:
+        jobs = [functools.partial(scan_files, chunk) for chunk in chunks]
     scans = []
-    with progress(total=len(paths), desc="headers", unit="file") as bar:
-        for found in parallel(scan_files, chunks, workers):
+    with progress(total=len(files), desc="headers", unit="file") as bar:
+        for found in parallel(call, jobs, workers):
             scans += found
             bar.update(len(found))
     return sorted(scans)
+
+
+def call(job):
+    return job()
 
 
 def kept_ids(scans, field, keep_ids):
@@ -239,14 +276,17 @@ def main(argv=None):
     key_file = args.key_file or default_key_file(target.root)
     if key_file.resolve().is_relative_to(target.root):
         parser.error(f"--key-file {key_file} lies inside --out, which may be shared: keep it elsewhere")
+    shared = key_file.resolve().parent / f"dinox_scans_{args.dataset}"  # holds PatientIDs, so it lies outside --out
     if args.merge:
-        return volumes.merge(target, args.merge)
+        code = volumes.merge(target, args.merge)
+        shutil.rmtree(shared, ignore_errors=True)
+        return code
     volumes.check_folders(args.raw, args.out, args.dataset)
     files = walk_files(args.raw.resolve())
     if not files:
         raise FileNotFoundError(f"--raw {args.raw} holds no file")
 
-    scans = scan_tree([path for path, _ in files], args.workers)
+    scans = scan_tree(files, args.workers, args.shard, shared)
     options = dict(min_slices=args.min_slices, allow_gaps=args.allow_gaps)
     members, jobs = plan_jobs(scans, key_file, args.keep_ids, target=target, **options)
     volumes.prepare(target, [job.series for job in jobs], args.shard)

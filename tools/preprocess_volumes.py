@@ -10,6 +10,7 @@ Needs SimpleITK (pip install SimpleITK). The same command again continues. Exit 
 
 import hashlib
 import json
+import re
 import sys
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -27,6 +28,7 @@ from tools.lib.files import walk_files
 from tools.lib.progress import progress
 from tools.lib.workers import parallel
 
+SERIES, PATIENT = ("series", "seriesuid", "seriesinstanceuid"), ("patient", "patientid", "subjectid")
 VERSION = 1  # part of every series' input hash: raise it when the same files would give other pixels or rows
 
 
@@ -99,12 +101,13 @@ def series_names(found, raw):
 
 
 def read_patients(path):
-    """{series: patient} of a CSV file with these columns."""
+    """{series: patient} of a CSV file with these columns, or The Cancer Imaging Archive's Series UID and Subject ID."""
     pieces = read_csv(path)
-    header = [name.strip().lower() for name in next(pieces)]
-    if not {"series", "patient"} <= {*header}:
+    header = next(pieces)
+    plain, patients = [re.sub("[^a-z]", "", name.lower()) for name in header], {}
+    at = [next((plain.index(name) for name in names if name in plain), None) for names in (SERIES, PATIENT)]
+    if None in at:
         raise ValueError(f"--patients {path}: columns {shown(','.join(header))}, expected series,patient")
-    at, patients = [header.index(name) for name in ("series", "patient")], {}
     for row in (row for piece in pieces for row in piece if row):
         if len(row) != len(header) or not all(row[k].strip() for k in at):
             raise ValueError(f"--patients {path}: a row has not both cells: {shown(','.join(row))}")
