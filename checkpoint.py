@@ -156,8 +156,9 @@ def is_arch(value):
 
 
 def is_view(value):
-    size, window = value["size"], value["window"]
-    return is_count(size) and 0 < size <= 1 << 16 and (window is None or is_list(window, is_size) and len(window) == 2)
+    size, window, mm = value["size"], value["window"], value.get("neighbour_mm", 1)
+    known = is_count(size) and 0 < size <= 1 << 16 and isinstance(mm, (int, float)) and 0 < mm < 1000
+    return known and (window is None or is_list(window, is_size) and len(window) == 2)
 
 
 FIELDS = {  # what a field must be if it is present; a check that raises counts as false

@@ -21,6 +21,7 @@ import math
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import stat
 import struct
@@ -44,6 +45,7 @@ INDEX_COLUMNS = (
     "body_y0 body_y1 body_x0 body_x1"
 ).split()
 TEXT = ("path", "sop")  # one value per row
+KEPT_ROWS = 100_000  # of an index whose columns are kept beside it: reading the CSV takes a second
 REPEATED = ("encoding", "dataset", "patient", "study", "series")  # few values, many rows: kept as integer codes
 NODULE = "id path z y x label group diameter_mm box_mm".split()  # a label table of CT nodules begins so
 
@@ -110,8 +112,21 @@ def file_sha256(path):
 # Sources: a folder of files as a sequence of images with metadata.
 
 
+class Taken(dict):
+    """Columns of some rows of others, each made when it is asked for: all of ten million rows are 2 GB."""
+
+    def __init__(self, base, at):
+        super().__init__(dict.fromkeys(base))
+        self.base, self.at = base, at.astype(np.int32)
+
+    def __getitem__(self, key):
+        if super().__getitem__(key) is None:
+            self[key] = self.base[key][self.at]
+        return super().__getitem__(key)
+
+
 class Rows:
-    """Columns of the index: rows[i] is a dict, rows.column(name) an array.
+    """Columns of the index: rows[i] is a dict, rows.column(name) an array, rows.cell(name, i) one value.
 
     250,000 rows take about 60 MB: repeated texts are stored once, the others as bytes.
     """
@@ -120,14 +135,15 @@ class Rows:
         self.columns, self.names = columns, names  # names[column]: the texts behind integer codes
 
     def __len__(self):
-        return len(self.columns["path"])
+        return len(self.columns.at if isinstance(self.columns, Taken) else self.columns["path"])
+
+    def cell(self, key, i):
+        columns, i = (self.columns.base, self.columns.at[i]) if isinstance(self.columns, Taken) else (self.columns, i)
+        value = self.names[key][columns[key][i]] if key in self.names else columns[key][i].item()
+        return value.decode() if isinstance(value, bytes) else value
 
     def __getitem__(self, i):
-        row = {}
-        for key, values in self.columns.items():
-            value = self.names[key][values[i]] if key in self.names else values[i].item()
-            row[key] = value.decode() if isinstance(value, bytes) else value
-        return row
+        return {key: self.cell(key, i) for key in self.columns}
 
     def column(self, key):
         values = self.columns[key]
@@ -138,7 +154,9 @@ class Rows:
         return [v.decode() if isinstance(v, bytes) else str(v) for v in self.column(key).tolist()]
 
     def take(self, index):
-        return Rows({key: values[index] for key, values in self.columns.items()}, self.names)
+        if isinstance(self.columns, Taken):
+            return Rows(Taken(self.columns.base, self.columns.at[index]), self.names)
+        return Rows(Taken(self.columns, np.arange(len(self))[index]), self.names)
 
 
 def read_csv(path, delimiter=","):
@@ -172,7 +190,56 @@ def read_index(path):
         raise ValueError(f"{path} has no rows; preprocess again")
     rows = Rows({k: np.concatenate(v) for k, v in columns.items()}, {k: list(v) for k, v in names.items()})
     check_rows(path, rows, np.concatenate(keys))
+    add_groups(rows)
     return rows
+
+
+def add_groups(rows):
+    """The column group: dataset/patient."""
+    pair = rows.columns["dataset"].astype(np.int64) * len(rows.names["patient"]) + rows.columns["patient"]
+    pairs, codes = np.unique(pair, return_inverse=True)
+    split_pair = [divmod(int(p), len(rows.names["patient"])) for p in pairs]
+    rows.names["group"] = [f"{rows.names['dataset'][d]}/{rows.names['patient'][p]}" for d, p in split_pair]
+    rows.columns["group"] = codes.astype(np.int32)
+
+
+def open_index(path):
+    """index.csv -> (Rows, its sha256). The columns of a long one are kept beside it and mapped into memory: readers of
+    ten million rows start at once and share the pages. A copy of another size, time and hash than the CSV is made anew.
+    """
+    stat, folder = os.stat(regular(path)), path.parent / "columns"
+    key = [stat.st_size, stat.st_mtime_ns]
+    try:
+        known, n, sha, names = json.loads((folder / "about.json").read_text())
+        if known == key or known[0] == key[0] and file_sha256(path) == sha:
+            found = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in (*INDEX_COLUMNS, "group")}
+            columns = {name: np.asarray(column) for name, column in found.items()}
+            if all(len(column) == n for column in columns.values()) and all(
+                columns[name].min() >= 0 and columns[name].max() < len(names[name]) for name in names
+            ):
+                return Rows(columns, names), sha
+    except (*BROKEN, TypeError):
+        pass  # there is none, or a damaged one
+    rows, sha = read_index(path), file_sha256(path)
+    if len(rows) >= KEPT_ROWS and key == [os.stat(path).st_size, os.stat(path).st_mtime_ns]:
+        keep_columns(folder, rows, [key, len(rows), sha, rows.names])
+    return rows, sha
+
+
+def keep_columns(folder, rows, about):
+    """Written aside and renamed; where nothing can be written, readers go on without."""
+    spare = folder.with_name(f".columns-{os.getpid()}")
+    try:
+        spare.mkdir()
+        for name in rows.columns:
+            np.save(spare / f"{name}.npy", rows.columns[name])
+        (spare / "about.json").write_text(json.dumps(about))
+        shutil.rmtree(folder, ignore_errors=True)
+        spare.rename(folder)
+    except OSError as error:
+        print(f"note: {folder} is not kept ({error}); every start reads the whole index")
+    finally:
+        shutil.rmtree(spare, ignore_errors=True)
 
 
 def check_rows(path, rows, keys):
@@ -483,11 +550,12 @@ class Source:
                  earlier_looks=0):  # fmt: skip
         self.root, self.encoding, self.rows = root, encoding, rows
         self.index_sha256, self.split_sha256 = index_sha256, split_sha256
-        self.splits = splits  # split of each row, where it was opened for a purpose
+        self.split_codes = splits  # (names, code of each row), where it was opened for a purpose
         self.crossing = crossing  # sets of duplicates that lie in several splits, where that was allowed
         self.earlier_looks = earlier_looks  # at val_test, by other weights or another policy, where it was opened
         self.upto, self.weights_sha256 = None, None  # running sum of weights, and their table: see weighed
-        used = np.unique(rows.columns["group"])
+        self.neighbour_mm = None  # see at_distance
+        used = np.flatnonzero(np.bincount(rows.columns["group"], minlength=len(rows.names["group"])))
         self.groups = sorted(rows.names["group"][code] for code in used)
         # neighbours in a volume are near copies, so one batch should hold one slice per series
         self.series = rows.columns["series"]
@@ -495,8 +563,13 @@ class Source:
     def __len__(self):
         return len(self.rows)
 
+    @property
+    def splits(self):
+        """Split of each row, where it was opened for a purpose; else None."""
+        return self.split_codes and np.array(self.split_codes[0])[self.split_codes[1]]
+
     def path(self, i):
-        return self.root / self.rows.columns["path"][i].decode()
+        return self.root / self.rows.cell("path", i)
 
     def read(self, i):
         """uint8 [3, H, W] of rgb-v1 and photographs (upright); int16 HU [3, H, W] of hu16-v1: slices z-1, z, z+1."""
@@ -504,7 +577,8 @@ class Source:
         self.check(i)
         try:
             if self.encoding == "hu16-v1":
-                image = read_three_slices(path, int(self.rows.columns["z"][i]))
+                step = round((self.neighbour_mm or 0) / self.rows.cell("spacing_z", i))
+                image = read_three_slices(path, self.rows.cell("z", i), max(step, 1))
             else:
                 with open_photo(path) as file:
                     turn = turn_of(file)[0] if self.encoding == "photo" else TURNS[1]
@@ -515,29 +589,42 @@ class Source:
             raise Unreadable(f"{path} has {image.shape[1:]} pixels, the index says {self.size(i)}")
         return torch.from_numpy(np.ascontiguousarray(image))
 
+    def at_distance(self, mm):
+        """This source, whose slices come with the true ones nearest to `mm` away instead of the next ones (0 or None).
+
+        Slices 0.6 mm apart are near copies, those 5 mm apart are not: a distance makes them alike. At the ends of a
+        volume it is the last slice; nothing is interpolated, and thicker slices than `mm` keep their next ones.
+        """
+        if mm and self.encoding != "hu16-v1":
+            raise ValueError(f"neighbours {mm:g} mm away need whole volumes, {self.root} holds {self.encoding}; "
+                             "preprocess with --format hu16")  # fmt: skip
+        self.neighbour_mm = mm or None
+        return self
+
     def check(self, i):
         """Refuse a picture that is no longer the one that was indexed."""
         if "bytes" in self.rows.columns:
-            path, known = self.path(i), int(self.rows.columns["bytes"][i])
+            path, known = self.path(i), self.rows.cell("bytes", i)
             found = os.stat(path).st_size if path.exists() else None
             if found != known:
                 state = "is gone" if found is None else f"has {found} bytes"
                 raise Unreadable(f"{path} {state}, {known} when it was indexed: import it again")
 
     def size(self, i):
-        return int(self.rows.columns["rows"][i]), int(self.rows.columns["cols"][i])
+        return self.rows.cell("rows", i), self.rows.cell("cols", i)
 
     def body(self, i):
         """Box that keeps crops out of empty air; of a photograph, None: all of it."""
         if self.encoding == "photo":
             return None
-        return [int(self.rows.columns[f"body_{k}"][i]) for k in ("y0", "x0", "y1", "x1")]
+        return [self.rows.cell(f"body_{k}", i) for k in ("y0", "x0", "y1", "x1")]
 
     def take(self, index):
-        splits = None if self.splits is None else self.splits[index]
+        splits = self.split_codes and (self.split_codes[0], self.split_codes[1][index])
         rows = self.rows.take(index)
-        return Source(self.root, self.encoding, rows, self.index_sha256, self.split_sha256, splits, self.crossing,
+        part = Source(self.root, self.encoding, rows, self.index_sha256, self.split_sha256, splits, self.crossing,
                       self.earlier_looks)  # fmt: skip
+        return part.at_distance(self.neighbour_mm)
 
     def order(self, seed, step, batch):
         """Sample ids of one update: a new permutation each epoch; one slice per series and batch where possible.
@@ -556,13 +643,13 @@ def epoch_order(source, seed, epoch, batch):
     """Ids [updates, batch]: slices sorted by shuffled series go to the updates in turn, so a batch holds a series once
     (or more often where the series has more slices than the epoch has updates)."""
     random = rng(seed, "order", epoch)
-    ids = random.permutation(len(source))
+    ids = random.permutation(len(source)).astype(np.int32)  # half the memory of int64
     if len(ids) < batch:  # fewer images than one batch holds: whole permutations after each other
         more = [random.permutation(len(ids)) for _ in range(math.ceil(batch / len(ids)) - 1)]
         return np.concatenate([ids, *more])[None, :batch]
     updates = len(ids) // batch
     ids = ids[: updates * batch]
-    shuffled = random.permutation(source.series.max() + 1)[source.series[ids]]
+    shuffled = random.permutation(source.series.max() + 1).astype(np.int32)[source.series[ids]]
     dealt = ids[np.argsort(shuffled, kind="stable")].reshape(batch, updates).T  # number i goes to update i % updates
     return random.permuted(dealt[random.permutation(updates)], axis=1)
 
@@ -593,8 +680,9 @@ def weighed(source, table):
     return source
 
 
-def read_three_slices(path, z):
-    """int16 [3, H, W]: slices z-1, z, z+1 of a volume; read, since a mapped file that is cut kills the process."""
+def read_three_slices(path, z, step=1):
+    """int16 [3, H, W]: slices z-step, z, z+step of a volume, or its last ones; read, since a mapped file that is cut
+    kills the process."""
     with open(regular(path), "rb") as f:
         version = np.lib.format.read_magic(f)
         header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
@@ -608,8 +696,11 @@ def read_three_slices(path, z):
         one = shape[1] * shape[2]
         if os.fstat(f.fileno()).st_size < f.tell() + 2 * shape[0] * one:
             raise ValueError(f"the file is shorter than its {shape[0]} slices of {shape[1]} x {shape[2]}")
-        f.seek(2 * (z - 1) * one, os.SEEK_CUR)
-        return np.fromfile(f, np.int16, 3 * one).reshape(3, *shape[1:])
+        start, planes = f.tell(), []
+        for k in (max(z - step, 0), z, min(z + step, shape[0] - 1)):
+            f.seek(start + 2 * k * one)
+            planes.append(np.fromfile(f, np.int16, one))
+        return np.stack(planes).reshape(3, *shape[1:])
 
 
 def open_source(root):
@@ -622,7 +713,7 @@ def open_source(root):
         raise FileNotFoundError(f"--data {root} is not a folder")
     index = root / "_index" / "index.csv"
     if index.exists():
-        rows, sha = read_index(index), file_sha256(index)
+        rows, sha = open_index(index)
         known, encodings = {"rgb-v1", "hu16-v1"}, set(rows.names["encoding"])
         if not encodings <= known:
             odd = sorted(encodings - known)
@@ -630,11 +721,6 @@ def open_source(root):
         if len(encodings) > 1:
             raise ValueError(f"{index} mixes encodings {sorted(encodings)}; preprocess all datasets to one of them")
         encoding = encodings.pop()
-        pair = rows.columns["dataset"].astype(np.int64) * len(rows.names["patient"]) + rows.columns["patient"]
-        pairs, codes = np.unique(pair, return_inverse=True)
-        split_pair = [divmod(int(p), len(rows.names["patient"])) for p in pairs]
-        rows.names["group"] = [f"{rows.names['dataset'][d]}/{rows.names['patient'][p]}" for d, p in split_pair]
-        rows.columns["group"] = codes.astype(np.int32)
     elif index.parent.exists() and not (index.parent / "photos.csv").exists():
         # an index.csv was lost: read as photographs, every slice would be its own group
         raise FileNotFoundError(f"{index} is missing beside its folder; preprocess again")
@@ -667,10 +753,10 @@ def open_for(root, purpose, used_by=None, limit=None, z_stride=1, allow_duplicat
     """
     source = root if isinstance(root, Source) else open_source(root)
     purposes = [purpose] if isinstance(purpose, str) else list(purpose)
-    splits, wanted = split_names(source), [PURPOSES[p] for p in purposes]
-    path = split_path(source.root)
-    if not np.isin(splits, wanted).any():
-        raise ValueError(f"{path} has no image in {' or '.join(wanted)}; it has {sorted(set(splits.tolist()))}")
+    splits, wanted = split_codes(source), [PURPOSES[p] for p in purposes]
+    path, inside = split_path(source.root), np.isin(splits[0], wanted)[splits[1]]
+    if not inside.any():
+        raise ValueError(f"{path} has no image in {' or '.join(wanted)}; it has {sorted(set(splits[0]))}")
     crossing = crossing_duplicates(source, splits, allow_duplicates)
     if crossing and not allow_duplicates:
         raise ValueError(
@@ -679,8 +765,8 @@ def open_for(root, purpose, used_by=None, limit=None, z_stride=1, allow_duplicat
         )
     looks = record_look(source.root, used_by) if "test" in purposes and used_by != NO_SCORE else 0
     everything = Source(source.root, source.encoding, source.rows, source.index_sha256, file_sha256(path), splits,
-                        len(crossing), looks)  # fmt: skip
-    return thin(everything.take(np.flatnonzero(np.isin(splits, wanted))), limit, z_stride)
+                        len(crossing), looks).at_distance(source.neighbour_mm)  # fmt: skip
+    return thin(everything.take(np.flatnonzero(inside)), limit, z_stride)
 
 
 def split_path(root, name="splits.json"):
@@ -714,6 +800,12 @@ def read_splits(path, remedy):
 
 def split_names(source):
     """Split of each row of a Source, by a contract made for this very index. No image is opened."""
+    names, codes = split_codes(source)
+    return np.array(names)[codes]
+
+
+def split_codes(source):
+    """The same as names of splits and the code of each row."""
     path = split_path(source.root)
     again = f"make the split of {source.root} again, with --force and the ratios and labels you want"
     contract = read_splits(path, again if path.exists() else again.replace(" again, with --force and", ", with"))
@@ -723,10 +815,10 @@ def split_names(source):
     if strangers := [g for g in source.groups if g not in of_group]:
         raise ValueError(f"{path} does not name group {strangers[0]} ({len(strangers)} in all); {again}")
     known = sorted(set(of_group.values()))
-    codes = np.array([known.index(of_group.get(name, known[0])) for name in source.rows.names["group"]])
+    codes = np.array([known.index(of_group.get(name, known[0])) for name in source.rows.names["group"]], np.int8)
     split = codes[source.rows.columns["group"]]
-    low = np.full(len(source.rows.names["series"]), len(known))
-    high = np.full(len(low), -1)
+    low = np.full(len(source.rows.names["series"]), len(known), np.int8)
+    high = np.full(len(low), -1, np.int8)
     np.minimum.at(low, source.series, split)
     np.maximum.at(high, source.series, split)
     if (torn := np.flatnonzero(high > low)).size:
@@ -734,7 +826,7 @@ def split_names(source):
         raise ValueError(
             f"{path}: series {series} lies in {known[low[torn[0]]]} and in {known[high[torn[0]]]}; {again}"
         )
-    return np.array(known)[split]
+    return known, split
 
 
 def read_duplicates(source, path=None, allowed=False):
@@ -765,7 +857,8 @@ def crossing_duplicates(source, splits, allowed):
     if not split_path(source.root, "duplicates.json").exists():
         return []
     sets = read_duplicates(source, allowed=allowed)
-    split_of = dict(zip(np.array(source.rows.names["group"])[source.rows.columns["group"]].tolist(), splits.tolist()))
+    codes, first = np.unique(source.rows.columns["group"], return_index=True)
+    split_of = {source.rows.names["group"][k]: splits[0][splits[1][i]] for k, i in zip(codes, first)}
     return [members for members in sets if len({split_of[g] for g in members if g in split_of}) > 1]
 
 
@@ -1249,9 +1342,10 @@ def colour_(x, looks, solarized):
             x.index_copy_(0, index, look(part).expand_as(part))
 
 
-def eval_view(encoding, size=224):
+def eval_view(encoding, size=224, neighbour_mm=None):
     """How an image is rendered for evaluation, as plain values that a checkpoint stores."""
-    return {"size": size, "window": list(WIDE_HU) if encoding == "hu16-v1" else None}
+    view = {"size": size, "window": list(WIDE_HU) if encoding == "hu16-v1" else None}
+    return view | ({"neighbour_mm": neighbour_mm} if neighbour_mm else {})
 
 
 def eval_boxes(sizes, regions=None):

@@ -135,7 +135,7 @@ def kept_tokens(x, shapes, images):
     index, scale, kept, start = [], [], [], 0
     for (b, n), i in zip(shapes, images):
         index.append((start + i[:, None] * n + torch.arange(n, device=x.device)).flatten())
-        scale.append(x.new_full((len(i) * n, 1), b / len(i)))
+        scale.append(torch.full((len(i) * n, 1), b / len(i), device=x.device))  # of bfloat16 1 / 0.7 would be 0.2% off
         kept.append((len(i), n))
         start += b * n
     return pack(index), pack(scale), kept
@@ -144,7 +144,7 @@ def kept_tokens(x, shapes, images):
 def add_branch(x, shapes, images, branch):
     """x + branch(x). With stochastic depth only the kept `images` of each group pass, scaled by B / kept."""
     if images is None:
-        return x + branch(x, shapes)
+        return x + branch(x, shapes).to(x.dtype)
     index, scale, kept = kept_tokens(x, shapes, images)
     update = branch(x.index_select(0, index), kept) * scale
     return x.index_add(0, index, update.to(x.dtype))
@@ -245,7 +245,7 @@ class Block(nn.Module):
         for k, images in enumerate(keep):
             if images is not None:
                 index, scale, kept_shapes = kept_tokens(x, shapes, images)
-                factors[k] = x.new_zeros(len(x), 1).index_copy(0, index, scale).index_select(0, rows)
+                factors[k] = scale.new_zeros(len(x), 1).index_copy(0, index, scale).index_select(0, rows)
                 if k == 0:
                     at = torch.arange(len(index), device=x.device)
                     place = rows.new_zeros(len(x)).index_copy(0, index, at).index_select(0, rows)
@@ -267,7 +267,11 @@ class PatchEmbed(nn.Module):
         for name, side in zip(("height", "width"), images.shape[2:]):
             if side % p or not side:
                 raise ValueError(f"image {name} {side} is not a multiple of the patch size {p}")
-        return self.proj(images).flatten(2).mT  # [B, N, D]
+        # the convolution as one matrix product, which tensor cores take: its own kernel ran without them on an H200
+        rows, columns = (side // p for side in images.shape[2:])
+        patches = images.unflatten(3, (columns, p)).unflatten(2, (rows, p)).permute(0, 2, 4, 1, 3, 5)
+        weight = self.proj.weight.flatten(1)
+        return F.linear(patches.flatten(3).flatten(1, 2), weight, self.proj.bias)  # [B, N, D]
 
 
 class VisionTransformer(nn.Module):
@@ -279,6 +283,7 @@ class VisionTransformer(nn.Module):
             raise ValueError(f"dim {dim} must be a multiple of 4 * heads ({4 * heads}): RoPE turns pairs on two axes")
         self.dim, self.depth, self.heads, self.registers, self.patch_size = dim, depth, heads, registers, patch_size
         self.rope_base, self.checkpointing = rope_base, checkpointing
+        self.stream = None  # dtype of the tokens between blocks; None: what the embedding gives, float32 under autocast
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
         self.register_tokens = nn.Parameter(torch.empty(1, registers, dim)) if registers else None
         self.mask_token = nn.Parameter(torch.empty(1, dim))
@@ -376,6 +381,7 @@ class VisionTransformer(nn.Module):
         shapes = [tuple(x.shape[:2]) for x, _ in groups]
         ropes = [r for _, r in groups]
         x = pack([x.flatten(0, 1) for x, _ in groups])
+        x = x if self.stream is None else x.to(self.stream)
         for i, block in enumerate(self.blocks):
             read = [rows(shapes)] if rows and i == self.depth - 1 else []
             x = self.run_block(block, x, shapes, ropes, keep[i] if keep else (None, None), *read)
@@ -1143,9 +1149,9 @@ def read_weights(path):
 
 
 def is_view(view):
-    size, window = view.get("size"), view.get("window", ())
+    size, window, mm = view.get("size"), view.get("window", ()), view.get("neighbour_mm", 1)
     pair = isinstance(window, (list, tuple)) and len(window) == 2 and all(is_number(v, least=-1e9) for v in window)
-    return (window is None or pair) and is_number(size, numbers.Integral, 1, 1 << 16)
+    return (window is None or pair) and is_number(size, numbers.Integral, 1, 1 << 16) and is_number(mm, least=1e-9)
 
 
 FACTS = {  # what a field of a DINO-X checkpoint must be

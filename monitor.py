@@ -116,6 +116,7 @@ def open_slices(state, root, notes):
     source = data.open_source(root) if run_args["no_split"] else data.open_for(root, "select", allow_duplicates=True)
     if source.encoding != state["encoding"]:
         raise ValueError(f"--data {root} holds {source.encoding}, the run was trained on {state['encoding']}")
+    source.at_distance(state["eval_view"].get("neighbour_mm"))
     if run_args["no_split"]:
         return source
     exposure = provenance.refuse_leak(state, source, "val_select", allow=True)

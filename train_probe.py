@@ -53,6 +53,7 @@ from tools.lib.classifiers import logits_of
 from tools.lib.cli import (
     Parser,
     above_zero,
+    millimetres,
     natural,
     not_negative,
     pick_device,
@@ -211,7 +212,7 @@ def one_update(run, micro_batches, step, now, wish=lambda: False, ahead=lambda: 
 # May change between a run and its continuation; any other difference is refused.
 HARMLESS = (
     "data labels out protocol workers device micro_batch save_every time_limit patience skip_bad allow_seen "
-    "allow_duplicates deterministic dry_run crop_mm scales seeds bootstrap cache"
+    "allow_duplicates deterministic dry_run crop_mm scales seeds bootstrap cache folds"
 ).split()
 KEEP = 2  # checkpoints, beside the best
 RUN_FACTS = """encoding eval_view classes pool layers layout labels_sha256 index_sha256 split_sha256 weights_sha256
@@ -382,14 +383,6 @@ def run_updates(run, batches, start, log, saver, stop):
 # ----- the program
 
 
-def millimetres(text):
-    """argparse type: 32,48,64"""
-    try:
-        return tuple(above_zero(part) for part in text.split(","))
-    except (ValueError, argparse.ArgumentTypeError):
-        raise argparse.ArgumentTypeError(f"{text!r}: sides of the crops in mm, above 0, like 32,48,64") from None
-
-
 # fmt: off
 def build_parser():
     p = Parser(__doc__)
@@ -403,9 +396,10 @@ def build_parser():
                    "layer; adapters: low-rank changes (--adapter); last:N: the last N blocks; all; fusion: what pools "
                    "the features of all --views of a picture, in seconds, as in fusion:keep=8,metadata=gps+weather: "
                    f"{inspect.signature(fuse.fusion)}")
-    g.add_argument("--protocol", choices=("all", "test", "cv", "select"), help="test: fit on train, score once on "
-                   "val_test; cv: 5 x 5 folds over unseen patients; all: both, the default of a frozen probe; select: "
-                   "choose on val_select and export val_select and val_calib, the default of training")
+    g.add_argument("--protocol", choices=("all", "test", "cv", "select", "refit"), help="test: fit on train, score "
+                   "once on val_test; cv: 5 x 5 folds over unseen patients; all: both, the default of a frozen probe; "
+                   "select: choose on val_select and export val_select and val_calib, the default of training; refit "
+                   "(frozen): then fit once more on train and val_select")
     g.add_argument("--allow-seen", action="store_true", help="also judge patients of the pretraining, titled so")
     g.add_argument("--allow-duplicates", action="store_true", help="also if some cross the splits, titled so")
     g.add_argument("--device", default="auto", help="auto (CUDA/ROCm if there, else CPU), cpu, cuda")
@@ -425,6 +419,8 @@ def build_parser():
 
     g = p.add_argument_group("frozen probe")
     g.add_argument("--seeds", type=positive, default=3, help="repeats of the test protocol; random backbones")
+    g.add_argument("--folds", type=Path, help="published folds for --protocol cv: a CSV series,fold, or LUNA16's "
+                   "folder with subset0 to subset9; patients are kept whole")
     g.add_argument("--bootstrap", type=positive, default=2000, help="resamples of patients for each interval")
     g.add_argument("--cache", type=Path, help="folder of extracted features; default: features beside --out")
 
@@ -483,7 +479,7 @@ def main(argv=None):
     if args.out.exists() and not args.out.is_dir():  # now, not after all is computed
         raise ValueError(f"--out {args.out} is a file; name a folder")
     if kind == "none":
-        return probe(args)
+        return (choose if args.protocol in ("select", "refit") else probe)(args)
     rank, world, device = loop.setup_distributed(args.device)
     try:
         return train(args, rank, world, device)
@@ -493,13 +489,20 @@ def main(argv=None):
             dist.destroy_process_group()
 
 
+def choose(args):
+    """The frozen baseline of photographs: a linear probe that val_select chooses, written as a classifier."""
+    source = data.open_source(args.data)
+    path, table, splits = read_labels(args, source)
+    keep = np.isin(splits, ("train", "val_select", "val_calib"))
+    return baseline.run(args, path, *open_samples(source, table.take(keep), splits[keep], None, args.allow_duplicates))
+
+
 def probe(args):
     start = time.perf_counter()
-    if args.protocol == "select":
-        source = data.open_source(args.data)
-        return baseline.choose(args, source, *read_labels(args, source))
     if args.views:
         raise ValueError("--views is for training (--tune) and for --protocol select; give one of them too")
+    if args.folds and args.protocol == "test":
+        raise ValueError("--folds are for cross-validation; give --protocol cv, or all")
     args.protocol, args.batch_size, args.workers = args.protocol or "all", args.batch_size or 96, max(args.workers, 1)
 
     # ----------------------------------------------------------------- labels, splits, leaks
@@ -509,7 +512,7 @@ def probe(args):
         print(foreign)
     path, table, splits = read_labels(args, source)
     plans, exposures, notes = protocols.plan_all(source, table, splits, facts, args.protocol, args.seeds,
-                                                   args.allow_seen)  # fmt: skip
+                                                   args.allow_seen, args.folds)  # fmt: skip
     split_sha = data.file_sha256(data.split_path(source.root)) if splits[0] else None
     notes += [foreign] if foreign else []
     if "split_sha256" in facts and facts["split_sha256"] != split_sha:
@@ -518,6 +521,7 @@ def probe(args):
     # ----------------------------------------------------------------- features, fits, judgement
     vit = load_backbone(args.ckpt)
     view = judge.choose_view(facts, source.encoding, args.size, vit.patch_size)
+    source.at_distance(view.get("neighbour_mm"))
     if args.features == "box" and table.centres is None:
         raise ValueError("--features box needs a nodule table, which names boxes")
     framing = features.Framing(view, args.crop_mm if table.centres is not None else (), args.batch_size, args.workers)
@@ -609,6 +613,8 @@ def train(args, rank, world, device):
         path, known, changed = loop.find_run(args, parts[0][0], HARMLESS, rank, world, FIELDS)
     if path and known["labels_sha256"] != data.file_sha256(labels):
         raise ValueError(f"{labels} is not the table of {path}; put the old one back, or use another --out")
+    for one in (source, *(part for part, _ in parts)):
+        one.at_distance(judge.neighbour_mm(known or read_facts(args.ckpt), source.encoding))
     start, best, code = known.get("step", 0), known.get("best"), None
     if path and best and best["step"] == start and rank == 0 and not checkpoint.same_file(path, out / "best.pth"):
         checkpoint.point_last(out, path, "best.pth")  # a kill came between the file and its second name

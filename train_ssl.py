@@ -71,7 +71,8 @@ def build_parser():
     g.add_argument("--extend", type=natural, default=0, help="further updates at the final values of all schedules")
     g.add_argument("--seed", type=natural, default=0, help="of weights, order, crops, masks and stochastic depth")
     g.add_argument("--device", default="auto", help="auto (CUDA/ROCm if there, else CPU), cpu, cuda")
-    g.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 on a GPU")
+    g.add_argument("--precision", choices=["auto", *loop.PRECISIONS], default="auto", help="auto: bf16 on a GPU; "
+                   "bf16-stream: tokens between blocks too")
     g.add_argument("--workers", type=natural, default=min(8, max(1, (os.cpu_count() or 2) - 1)),
                    help="reading processes of each rank; 0: read in this process")
     g.add_argument("--log-every", type=positive, default=50, help="updates")
@@ -83,7 +84,8 @@ def build_parser():
     g.add_argument("--grace", type=not_negative, help="updates or share before the first warnings; default: --warmup")
     g.add_argument("--skip-bad", type=natural, default=0, help="broken files a rank may replace; one more ends the run")
     g.add_argument("--deterministic", default=False, action=switch, help="bit-identical on a GPU too; slower")
-    g.add_argument("--compile", default=False, action=switch, help="torch.compile the blocks; update 1 takes minutes")
+    g.add_argument("--compile", default=False, action=switch, help="torch.compile blocks and losses; update 1 takes "
+                   "minutes, once: kept in $TORCHINDUCTOR_CACHE_DIR, by default ~/.cache/torchinductor")
     g.add_argument("--fsdp", default=False, action=switch, help="shard weights over ranks, for what does not fit one")
     g.add_argument("--checkpointing", default=False, action=switch, help="recompute activations to save memory")
 
@@ -98,6 +100,8 @@ def build_parser():
     g.add_argument("--limit", type=positive, default=None, help="images to train on, a fixed random subset")
     g.add_argument("--overfit", action="store_true", help="repeat the first epoch, crops and masks too: can it learn?")
     g.add_argument("--z-stride", type=positive, default=1, help="every n-th slice; neighbours as in the full volume")
+    g.add_argument("--neighbour-mm", type=not_negative, default=0, help="of hu16: the slices nearest to so many mm "
+                   "above and below make the outer channels; 0: the next ones, however thick")
     g.add_argument("--aug", choices=["auto", *data.RECIPES], default="auto", help="views; auto: by encoding")
     g.add_argument("--global-size", type=positive, default=224, help="pixels")
     g.add_argument("--local-size", type=positive, default=96, help="pixels")
@@ -279,15 +283,16 @@ class Seen(NamedTuple):
 
 def center(logits, centers, key, w):
     """Teacher logits of each micro-batch -> its Targets; leaves in `centers` the softmax centre of the next update."""
+    temperature = logits[0].new_full((), w.teacher_temp, dtype=torch.float32)  # a number would be compiled anew
     if w.centering == "sinkhorn":
-        offsets = losses.sinkhorn_offsets(logits, w.teacher_temp, compiled=w.compiled)
+        offsets = losses.sinkhorn_offsets(logits, temperature, compiled=w.compiled)
     else:
         zeros = logits[0].new_zeros(logits[0].shape[1], dtype=torch.float32)  # there may be no row
         old = (centers or {}).get(key, zeros)
-        offsets = losses.center_offsets(old, w.teacher_temp)
+        offsets = losses.center_offsets(old, temperature)
         if w.centering == "softmax":
             centers[key] = losses.moved_center(logits, old)
-    return [losses.Targets(each, w.teacher_temp, offsets) for each in logits]
+    return [losses.Targets(each, temperature, offsets) for each in logits]
 
 
 def ssl_update(student, teacher, gram, micro_batches, w, centers=None, clock=contextlib.nullcontext):
@@ -297,7 +302,7 @@ def ssl_update(student, teacher, gram, micro_batches, w, centers=None, clock=con
     with the name of each part; by default it does nothing.
     """
     device = micro_batches[0].masks.device
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=w.precision == "bf16")
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=w.precision != "fp32")
 
     # teacher first, for all micro-batches: targets are balanced over the whole batch
     with torch.no_grad(), autocast:
@@ -539,7 +544,7 @@ def pack_state(run, step):
         "args": vars(args),
         "arch": run.student.backbone.arch,
         "encoding": source.encoding,
-        "eval_view": data.eval_view(source.encoding, run.recipes[0].global_size),
+        "eval_view": data.eval_view(source.encoding, run.recipes[0].global_size, args.neighbour_mm),
         "student": checkpoint.pack_weights(run.student),
         "teacher": checkpoint.pack_weights(run.teacher),
         # weights that were given belong to the run from its first update on: their file may change or go
@@ -640,9 +645,10 @@ def main(argv=None):
 def open_data(args):
     """(images to train on, val_select or None): what is held out is read here for the log only."""
     if args.no_split:
-        source = data.thin(data.open_source(args.data), args.limit, args.z_stride)
+        source = data.thin(data.open_source(args.data).at_distance(args.neighbour_mm), args.limit, args.z_stride)
         return data.weighed(source, args.weights) if args.weights else source, None
-    everything, more = data.open_source(args.data), dict(z_stride=args.z_stride, allow_duplicates=args.allow_duplicates)
+    everything = data.open_source(args.data).at_distance(args.neighbour_mm)
+    more = dict(z_stride=args.z_stride, allow_duplicates=args.allow_duplicates)
     source = data.open_for(everything, "fit", limit=args.limit, **more)
     source = data.weighed(source, args.weights) if args.weights else source
     return source, data.open_for(everything, "select", **more) if args.eval_every else None
@@ -674,7 +680,7 @@ def build_run(args, backbone, source, recipes, rank, world, device, gram_arch=No
     nets = [m for m in (student, teacher, gram_net) if m is not None]
     net = loop.on_device(args, student, nets, world, device)
     groups = optim.param_groups(student, args.layer_decay, args.patch_lr)
-    optimizer = settings.make_optimizer(args, groups)
+    optimizer = loop.build_optimizer(args.optimizer, groups, settings.OWN_FLAGS)
     return Run(args, rank, world, device, source, recipes, student, teacher, net, optimizer, gram_net)
 
 

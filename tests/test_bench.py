@@ -3,7 +3,9 @@
 import contextlib
 import functools
 import json
+import os
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -156,9 +158,12 @@ def test_the_update_is_that_of_train_ssl_to_the_bit(folder, tmp_path, gram):
     assert any(not torch.equal(v, ours[f"student.{k}"]) for k, v in before.items())
 
 
-def test_a_way_is_what_its_name_says(folder, monkeypatch):
+def test_a_way_is_what_its_name_says(folder, monkeypatch, tmp_path):
     compiled = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda block, **_: compiled.append(block))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
     monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)  # beyond which torch goes on uncompiled
     plain = bench.make_run(bench.train_args(toy_point(folder), ""), CPU)
     assert plain.args.micro_batch == 4 and not plain.student.backbone.checkpointing and not compiled
@@ -166,6 +171,7 @@ def test_a_way_is_what_its_name_says(folder, monkeypatch):
     assert args.micro_batch == args.koleo_group == 1 and args.batch_size == 4
     fast = bench.make_run(bench.train_args(toy_point(folder), "compile checkpointing"), CPU)
     assert fast.student.backbone.checkpointing and {*compiled} >= {*fast.student.backbone.blocks[:-1]}
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "torchinductor")
     assert torch._dynamo.config.recompile_limit >= 64  # four --sizes, three networks, with and without gradients
 
 
@@ -201,6 +207,7 @@ def test_rows_of_a_step_hold_rate_limit_and_phases(folder, monkeypatch):
     plain, split = bench.measure_step(toy_point(folder, "", "accumulate 4", gram=True), CPU)
     assert max(plain["phases"], key=plain["phases"].get) == "ema" and sum(plain["phases"].values()) == pytest.approx(1)
     assert 0 < plain["phases"]["other"] < 0.3 < plain["phases"]["ema"]
+    assert 0 < plain["host_ms"] < 1e3 * plain["seconds"][0] and "idle" not in plain and "compile_s" not in plain
     assert set(plain["phases"]) == offered | {"other"} and {"read", "render", "gram", "backward"} < offered
     seconds = sorted(plain["seconds"])
     assert plain["value"] == pytest.approx(4 / seconds[1]) and min(seconds) > 0.3 and len(seconds) == 3
@@ -219,6 +226,59 @@ def test_a_child_prints_rows_and_one_that_dies_is_a_row_that_says_why(folder, mo
     assert "exit code 2" in row["error"] and "nowhere is not a folder" in row["error"] and row["setting"] == "toy"
     monkeypatch.setattr(bench, "PATIENCE_S", 0.01)
     assert bench.run_point(point)[0]["error"] == "no answer in 0.01 s"
+
+
+class Card:
+    """A simulated one: time passes on it for kernels that are asked for, and on the host for everything else."""
+
+    def __init__(self, kernels):
+        self.events = [self.event(*kernel) for kernel in kernels]
+
+    def event(self, begin, end, kind="CUDA", **more):
+        span = types.SimpleNamespace(start=1e6 * begin, end=1e6 * end)
+        return types.SimpleNamespace(device_type=types.SimpleNamespace(name=kind), time_range=span, **more)
+
+    def profile(self, **_):
+        return contextlib.nullcontext(types.SimpleNamespace(events=lambda: self.events))
+
+
+def test_a_card_is_idle_where_no_kernel_of_any_stream_runs(monkeypatch):
+    card = Card([(0.5, 1), (0, 0.2), (0.9, 1.4), (0.95, 1.0)])  # two streams: 0.2 and 0.9 seconds
+    card.events += [card.event(0, 9, "CPU"), card.event(0, 9, is_user_annotation=True)]
+    calls = []
+    monkeypatch.setattr(torch.profiler, "profile", card.profile)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert bench.idle_share(lambda: calls.append(1), 1.1, 2) == pytest.approx(1 - 1.1 / 2.2) and len(calls) == 2
+    assert bench.busy_seconds([]) == 0
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_the_time_of_the_host_is_all_but_the_wait_for_a_card(kind, folder, monkeypatch):
+    """The host takes 20 ms to prepare and 40 ms to ask for work, and waits 80 ms for the card."""
+
+    def one_update(run, micro_batches, now, ahead, clock):
+        with clock("student"):
+            time.sleep(0.04)
+        with clock("wait"):
+            time.sleep(0.08)
+        return types.SimpleNamespace(bad=False)
+
+    def take(clock):
+        with clock("read"), clock("render"):
+            time.sleep(0.01)
+        return None, None
+
+    monkeypatch.setattr(t, "one_update", one_update)
+    upcoming = types.SimpleNamespace(take=take, ahead=lambda clock: None)
+    run = types.SimpleNamespace(device=torch.device(kind))
+    took = bench.host_seconds(bench.Way(run, upcoming, None), 3)
+    low = 0.02 if kind == "cpu" else 0.05  # read and render are one and the same here
+    assert low <= took < low + 0.03
+
+
+def test_views_of_one_update_are_counted():
+    crops = data.Crops(torch.zeros(2, 3, 4, 4), torch.zeros(5, 3, 2, 2), None)
+    assert bench.crops_gb([t.Micro(crops, None, None)] * 2) == pytest.approx(2 * 4 * (96 + 60) / 1e9)
 
 
 def test_out_of_memory_is_an_answer_and_other_errors_are_not(monkeypatch):
@@ -273,19 +333,24 @@ def test_bf16_is_measured_only_where_the_cpu_has_it(tmp_path):
 # golden numbers with every speed flag on
 
 
-@pytest.mark.parametrize("flag", ["checkpointing", "chunked", "bf16", pytest.param("compile", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "flag", ["checkpointing", "chunked", "bf16", "bf16-stream", pytest.param("compile", marks=pytest.mark.slow)]
+)
 def test_the_golden_step_holds_with_every_speed_flag(flag, monkeypatch):
     student, teacher, gram, micro, g, meta = golden_step()
     w = t.Weights(teacher_temp=meta["teacher_temp"], gram=2.0, koleo_group=4)
     loss, gradient = 1e-4, dict(rtol=1e-3, atol=1e-5)
     if flag == "compile":
+        w = w._replace(compiled=True)
         for block in (*student.backbone.blocks, *teacher.backbone.blocks, *gram.blocks):
             block.compile()
     student.backbone.checkpointing = flag == "checkpointing"
     if flag == "chunked":
         monkeypatch.setattr(losses, "CHUNK", 100)  # one or two rows at a time
-    if flag == "bf16":  # 8 bits of mantissa: 2**-9 for each rounding, and a few in a row
-        w, loss, gradient = w._replace(precision="bf16"), 2e-2, None
+    if flag.startswith("bf16"):  # 8 bits of mantissa: 2**-9 for each rounding, and a few in a row
+        w, loss, gradient = w._replace(precision=flag), 2e-2, None
+        for vit in (student.backbone, teacher.backbone, gram):
+            vit.stream = torch.bfloat16 if flag == "bf16-stream" else None
     sums, _ = t.ssl_update(student, teacher, gram, [micro], w)
     assert sums["loss"].item() == pytest.approx(meta["total_loss"], rel=loss)
     expected = {k[5:]: v for k, v in g.items() if k.startswith("grad.backbone.blocks.") and "bias_mask" not in k}
@@ -481,3 +546,13 @@ def test_the_real_thing_end_to_end(tmp_path, capsys):
         assert bench.main([what, "--quick", "--seconds", "1", "--json", str(tmp_path / f"{what}.json")]) == 0
     printed = capsys.readouterr().out
     assert "to hu16" in printed and "x Pillow" in printed
+
+
+def test_the_index_of_the_bench_opens_from_its_columns(monkeypatch):
+    """From the second time on faster than from the CSV; memory is that of the process itself."""
+    (row,) = bench.measure_index({"rows": 100_000, "setting": "open"}, CPU)
+    (first, *_), *later = row["all"]
+    assert len(later) == 3 and max(opened for opened, *_ in later) < first / 3
+    assert row["value"] == pytest.approx(1e3 * sorted(opened for opened, *_ in later)[1])
+    for opened, seconds, before, after, peak in row["all"]:
+        assert 0 < opened <= seconds and 0 < before <= after + 1 and after < peak + 1

@@ -664,3 +664,33 @@ def test_fixed_epochs_repeat_batches_crops_and_masks(ct):
             and np.array_equal(a.plan.boxes, b.plan.boxes)
         )
     assert not np.array_equal(found[0].ids, found[1].ids)
+
+
+# neighbours at a distance
+
+
+def test_neighbours_at_a_distance_are_the_nearest_true_slices(tmp_path):
+    """Also at the ends, in parts of a source, and where slices are thicker than the distance."""
+    hu = np.arange(12, dtype=np.int16)[:, None, None] + np.zeros((1, 8, 8), np.int16)
+    lines = []
+    for name, spacing in (("thin", 1.25), ("thick", 5.0)):
+        (tmp_path / "t").mkdir(exist_ok=True)
+        np.save(tmp_path / "t" / f"{name}.npy", hu)
+        lines += [[f"t/{name}.npy", "hu16-v1", "t", name, "s", name, f"{name}.{z}", z, z * spacing, 1, 1, spacing, 8, 8,
+                   0, 8, 0, 8] for z in range(1, 11)]  # fmt: skip
+    write_index(tmp_path, lines)
+    plain, far = d.open_source(tmp_path), d.open_source(tmp_path).at_distance(4)
+    channels = [[int(c[0, 0]) for c in source.read(i)] for source in (plain, far) for i in (0, 4, 9, 10, 14)]
+    assert channels[:5] == [[0, 1, 2], [4, 5, 6], [9, 10, 11], [0, 1, 2], [4, 5, 6]]
+    assert channels[5:] == [[0, 1, 4], [2, 5, 8], [7, 10, 11], [0, 1, 2], [4, 5, 6]]  # 4 mm are 3 thin slices
+    make_split(tmp_path, {"t/thin": "train", "t/thick": "val_select"})
+    part = d.open_for(far, "fit", limit=5, z_stride=2)
+    assert part.neighbour_mm == 4 and [int(c[0, 0]) for c in part.take(np.array([2])).read(0)][1:] == [5, 8]
+    assert d.eval_view("hu16-v1", 64, 4.0)["neighbour_mm"] == 4 and "neighbour_mm" not in d.eval_view("hu16-v1")
+
+
+def test_slices_whose_neighbours_are_inside_them_refuse_a_distance(tmp_path):
+    make_ct(tmp_path / "ct", "rgb-v1")
+    with pytest.raises(ValueError, match="neighbours 2.5 mm away need whole volumes.*--format hu16"):
+        d.open_source(tmp_path / "ct").at_distance(2.5)
+    assert d.open_source(tmp_path / "ct").at_distance(0).neighbour_mm is None

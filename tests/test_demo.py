@@ -40,7 +40,7 @@ def parse(command):
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_every_command_of_the_plan_is_one_that_the_programs_take(device):
-    commands = [c for stage in demo.plan("runs/demo", device, 1.0, 400) for c in stage.commands]
+    commands = [c for stage in demo.plan("runs/demo", device, 1.0, 400, "data/ct_samples") for c in stage.commands]
     assert all(stage.commands for stage in demo.plan("runs/demo", device, 1.0, 400)[:-1])  # the report is made here
     names = [parse(command)[0] for command in commands]
     assert [name for name in names if not (ROOT / name).exists()] == []
@@ -209,7 +209,7 @@ def test_training_is_killed_when_half_of_its_time_is_over(tmp_path, capfdbinary)
     assert b"kill -TERM" in capfdbinary.readouterr().out
 
 
-def toy_plan(out, device, minutes, steps):
+def toy_plan(out, device, minutes, steps, real=None):
     """Three stages that leave their name; `second` ends with code 1, which is fine there."""
     script = "import sys; open(sys.argv[1], 'a').write(sys.argv[2]); sys.exit(int(sys.argv[3]))"
     return [

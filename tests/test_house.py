@@ -200,12 +200,14 @@ def test_a_program_runs(name):
 def test_every_flag_is_read_and_explained(name):
     module = importlib.import_module(name[:-3].replace("/", "."))
     source = (ROOT / name).read_text()
-    if name.startswith("train_"):  # what trainers share reads flags too
-        source += "".join((ROOT / "tools/lib" / lib).read_text() for lib in ("loop.py", "settings.py", "supervise.py"))
+    # the modules that a trainer imports read flags too
+    modules = re.search(r"^from tools\.lib import (\([^)]*\)|.*)$", source, re.M)
+    for lib in re.findall(r"\w+", modules[1]) if modules and name.startswith("train_") else ():
+        source += (ROOT / "tools" / "lib" / f"{lib}.py").read_text()
     for action in module.build_parser()._actions:
         if action.dest == "help":
             continue
-        assert re.search(rf"\bargs\.{action.dest}\b", source), f"{name}: --{action.dest} is read nowhere"
+        assert re.search(rf"\bargs(\.|, \"){action.dest}\b", source), f"{name}: --{action.dest} is read nowhere"
         assert action.help, f"{name}: --{action.dest} has no help"
         assert action.type is not bool, f"{name}: type=bool makes 'False' true"
 

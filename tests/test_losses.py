@@ -249,6 +249,120 @@ def test_sinkhorn_works_on_one_copy(monkeypatch):
     assert sorted(large) == [64 * 64] * 2  # views of what was given, and the result
 
 
+# From what goes into the last layer.
+
+
+def head_inputs(images=3, local=2, masked=7, dim=6, K=10, dtype=torch.float32):
+    """Student inputs of both heads, a last layer, teacher logits of cls tokens and of masked patches, mask weights."""
+    wanted = ((2 + local) * images, dim), (masked, dim), (K, dim), (2 * images, K), (masked, K)
+    cls, patches, weight, *logits = (torch.randn(shape, dtype=dtype) for shape in wanted)
+    return [t.requires_grad_() for t in (cls, patches, weight)], logits, torch.rand(masked, dtype=dtype)
+
+
+def plain_losses(inputs, logits, mask_weights, images=3, weights=(1.0, 1.0)):
+    """Losses by the functions that take whole logits and targets, of one backward pass -> values and gradients."""
+    cls, patches, weight = inputs
+    big, small = F.linear(cls, weight).split([2 * images, len(cls) - 2 * images])
+    probs = sinkhorn(logits[0], 0.06).unflatten(0, (2, images))
+    local = small.unflatten(0, (-1, images))
+    own = dino_loss(big.unflatten(0, (2, images)), probs, ignore_diagonal=True)
+    others = dino_loss(local, probs)
+    dino = (2 * own + 2 * len(local) * others) / (2 + 2 * len(local))
+    targets = sinkhorn(logits[1], 0.06)
+    ibot = ibot_loss(F.linear(patches, weight), targets, mask_weights, 2 * images)
+    grads = torch.autograd.grad(weights[0] * dino + weights[1] * ibot, inputs)
+    entropies = (
+        losses.entropy(probs.flatten(0, 1)).mean(),
+        (losses.entropy(targets) * mask_weights).sum() / (2 * images),
+    )
+    return (dino, own, others, ibot, *entropies), grads
+
+
+def scored_losses(inputs, logits, mask_weights, images=3, weights=(1.0, 1.0), compiled=False):
+    cls, patches, weight = inputs
+    cls_targets, patch_targets = (
+        losses.Targets(t, 0.06, losses.sinkhorn_offsets(t.split(4), 0.06, compiled=compiled)) for t in logits
+    )
+    dino = losses.dino_scores(cls_targets, 0.1, compiled, cls, weight)
+    ibot = losses.ibot_scores(patch_targets, mask_weights, 2 * images, 0.1, compiled, patches, weight)
+    assert_close(dino.logits, F.linear(cls[: 2 * images], weight).detach())
+    loss = weights[0] * dino.terms["dino"] + weights[1] * ibot.terms["ibot"]
+    grads = torch.autograd.grad(loss, inputs) if loss.requires_grad else None
+    return (*dino.terms.values(), *ibot.terms.values(), dino.entropy, ibot.entropy), grads
+
+
+@pytest.mark.parametrize("chunk, chunk_cpu", [(2**25, 2**20), (2**25, 40), (70, 40), (1, 1)])
+def test_scores_equal_the_plain_losses_in_value_and_gradient(monkeypatch, chunk, chunk_cpu):
+    monkeypatch.setattr(losses, "CHUNK", chunk)
+    monkeypatch.setattr(losses, "CHUNK_CPU", chunk_cpu)
+    for dtype in (torch.float32, torch.float64):
+        given = head_inputs(dtype=dtype)
+        for got, expected in zip(scored_losses(*given, weights=(0.7, 2.0)), plain_losses(*given, weights=(0.7, 2.0))):
+            for a, b in zip(got, expected):
+                assert_close(a, b)
+
+
+@pytest.mark.slow
+def test_compiled_scores_equal_the_plain_losses():
+    for masked in (7, 9, 8):  # the number of masked patches differs from one micro-batch to the next
+        given = head_inputs(masked=masked)
+        for got, expected in zip(scored_losses(*given, compiled=True), plain_losses(*given)):
+            for a, b in zip(got, expected):
+                assert_close(a, b)
+
+
+def test_scores_without_gradient_or_masked_patches():
+    given = head_inputs(masked=0)
+    values, grads = scored_losses(*given)
+    assert values[3] == values[5] == 0 and all(g.isfinite().all() for g in grads)
+    assert_close(grads, plain_losses(*given)[1])
+    with torch.no_grad():
+        again, none = scored_losses(*given)
+    assert none is None and all(torch.equal(a, b) for a, b in zip(values, again))
+
+
+def test_scores_are_finite_for_logits_of_1e4():
+    inputs, logits, mask_weights = head_inputs()
+    inputs[2].data *= 1e4
+    given = inputs, [1e4 * t for t in logits], mask_weights
+    for got, expected in zip(scored_losses(*given), plain_losses(*given)):
+        for a, b in zip(got, expected):
+            assert a.isfinite().all()
+            assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_scores_under_autocast_multiply_in_bfloat16_alone():
+    given = head_inputs(K=64)
+    low = given[0], [t.bfloat16() for t in given[1]], given[2]
+    with torch.autocast("cpu", torch.bfloat16):
+        cls, patches, weight = low[0]
+        targets = losses.Targets(low[1][0], 0.06, losses.sinkhorn_offsets([low[1][0]], 0.06))
+        dino = losses.dino_scores(targets, 0.1, False, cls, weight)
+        logits = F.linear(cls, weight)
+    assert dino.logits.dtype == torch.bfloat16 and dino.terms["dino"].dtype == torch.float32
+    probs = sinkhorn(low[1][0], 0.06).unflatten(0, (2, 3))  # what autocast gives the plain losses
+    big, small = logits.split([6, 6])
+    expected = dino_loss(big.unflatten(0, (2, 3)), probs, ignore_diagonal=True) * 2
+    expected = (expected + 4 * dino_loss(small.unflatten(0, (2, 3)), probs)) / 6
+    assert_close(dino.terms["dino"], expected)
+    ours, plain = (torch.autograd.grad(loss, (cls, weight)) for loss in (dino.terms["dino"], expected))
+    for a, b in zip(ours, plain):
+        assert a.dtype == torch.float32
+        assert_close(a, b, rtol=2**-6, atol=2**-8 * b.abs().max().item())
+
+
+def test_scores_make_nothing_as_large_as_the_logits_in_float32(monkeypatch):
+    monkeypatch.setattr(losses, "CHUNK", 8 * 512)
+    M, K = 256, 512
+    x, weight = torch.randn(M, 4).requires_grad_(), torch.randn(K, 4).requires_grad_()
+    logits, mask_weights = torch.randn(M, K).bfloat16(), torch.ones(M)
+    with Allocations() as memory, torch.autocast("cpu", torch.bfloat16):
+        targets = losses.Targets(logits, 0.06, losses.sinkhorn_offsets([logits], 0.06))
+        losses.ibot_scores(targets, mask_weights, 8, 0.1, False, x, weight).terms["ibot"].backward()
+    large = [n for n in memory.numels() if n >= M * K / 4]
+    assert large == [M * K // 2]  # the teacher's logits, two of them in the room of a float32
+
+
 # Two processes against one.
 
 

@@ -323,6 +323,13 @@ def test_activation_checkpointing_changes_nothing():
     assert all(torch.equal(a, b) for a, b in zip(*found))
 
 
+def test_the_patch_embedding_is_the_convolution_it_stores():
+    vit = m.build_vit("vit_test", patch_size=4, in_chans=2)
+    images = torch.randn(3, 2, 12, 20)
+    expected = vit.patch_embed.proj(images).flatten(2).mT
+    torch.testing.assert_close(vit.patch_embed(images), expected)
+
+
 @pytest.mark.slow
 def test_a_compiled_block_equals_eager():
     vit, crops = small_vit(), random_crops()

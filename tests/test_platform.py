@@ -72,3 +72,10 @@ def test_a_cpu_only_machine_is_ok_and_json_says_the_same(tmp_path, capsys):
 def test_a_device_that_is_not_there_is_one_line():
     with pytest.raises(ValueError, match="--device nonsense"):
         cp.main(["--device", "nonsense"])
+
+
+def test_the_picked_kernel_is_torchs_choice():
+    cpu = torch.device("cpu")
+    assert set(cp.picked(cpu).split(", ")) <= {f"{d} {b}" for d in cp.DTYPES for b in cp.BACKENDS}
+    with cp.sdpa_kernel(cp.BACKENDS["math"]):
+        assert cp.picked(cpu) == "fp32 math, bf16 math, fp16 math"

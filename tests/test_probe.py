@@ -623,3 +623,52 @@ def test_extraction_keeps_up_with_the_forward(tmp_path):
         features.extract(vit, source, table, framing, "cpu", "x")
         ratios.append((time.perf_counter() - middle) / (middle - start))
     assert min(ratios) < 1.1, ratios
+
+
+# published folds
+
+
+def folded(tmp_path, lines, n=40):
+    """A table of n samples of n / 2 series and n / 4 patients, and the plan of its published folds."""
+    series = np.repeat([f"1.2.{k}" for k in range(n // 2)], 2)
+    patients = np.repeat([f"d/P{k}" for k in range(n // 4)], 4)
+    rows = data.Rows({"path": np.arange(n), "z": np.arange(n), "series": np.arange(n)}, {"series": series.tolist()})
+    source = data.Source.__new__(data.Source)
+    source.rows, source.root = rows, tmp_path
+    labels = np.arange(n) // 4 % 2
+    table = samples.Table([str(k) for k in range(n)], np.arange(n), labels, ["0", "1"], patients, patients, None, None)
+    if lines is not None:
+        (tmp_path / "folds.csv").write_text("seriesuid,fold\n" + "".join(f"{a},{b}\n" for a, b in lines))
+    return series, patients, lambda path=tmp_path / "folds.csv": protocols.plan_folds(path, source, table)
+
+
+def test_published_folds_keep_patients_whole_and_tell_what_the_usual_split_shares(tmp_path, capsys):
+    lines = [(f"1.2.{k}", k % 5) for k in range(20)]  # the two series of each patient lie in different folds
+    series, patients, plan = folded(tmp_path, lines)
+    ((fit, test),) = plan()
+    assert np.array_equal(fit, ~test) and (test.sum(0) == 1).all() and len(test) > 1
+    for rows in test:
+        assert not set(patients[rows]) & set(patients[~rows]) and not set(series[rows]) & set(series[~rows])
+    said = capsys.readouterr().out
+    assert "5 folds; 10 patients lay in several" in said and "this one 0%" in said
+    # two samples of a scan, dealt at random to five folds, part in about 4 of 5 cases
+    share = protocols.shared_scans(series, np.random.default_rng(1).permutation(40) % 5)
+    assert 0.5 < share < 1 and protocols.shared_scans(series, np.arange(40) // 2 % 5) == 0
+
+
+def test_folds_of_a_folder_of_luna16_are_its_subsets(tmp_path):
+    _, _, plan = folded(tmp_path, None)
+    for k in range(20):
+        (tmp_path / "luna" / f"subset{k // 4}").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "luna" / f"subset{k // 4}" / f"1.2.{k}.mhd").touch()
+    ((_, test),) = plan(tmp_path / "luna")
+    assert test.shape == (5, 40) and np.array_equal(test.argmax(0), np.arange(40) // 8)
+
+
+def test_folds_that_lack_a_series_or_a_class_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="no fold of 1 series, first '?1.2.7"):
+        folded(tmp_path, [(f"1.2.{k}", k % 5) for k in range(20) if k != 7])[2]()
+    with pytest.raises(ValueError, match="outside fold 0 a class has fewer than 2 patients"):
+        folded(tmp_path, [(f"1.2.{k}", int(k // 2 == 9)) for k in range(20)])[2]()
+    with pytest.raises(ValueError, match="has no fold, or two"):
+        folded(tmp_path, [("1.2.1", 1), ("1.2.1", 2)])[2]()

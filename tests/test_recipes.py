@@ -340,7 +340,7 @@ TABLE = {
     "extend": (DEFAULT, "2"),
     "seed": (DEFAULT, "3"),
     "device": (DEFAULT, "cpu"),
-    "precision": (DEFAULT, "fp32", "bf16"),
+    "precision": (DEFAULT, "fp32", "bf16", "bf16-stream"),
     "workers": (DEFAULT, "0", "2"),
     "log_every": (DEFAULT, "2"),
     "save_every": ("2", "3"),

@@ -636,6 +636,24 @@ def test_the_folder_opens_in_timm_with_the_same_outputs(tmp_path, overrides):
             torch.testing.assert_close(theirs(images), found.cls, rtol=0, atol=1e-5)
 
 
+def test_weights_that_timm_saved_are_read(tmp_path):
+    timm = pytest.importorskip("timm", reason="timm is not installed (it is never required)")
+    arguments = dict(depth=2, num_heads=6, global_pool="token")
+    for name in ("vit_small_patch16_dinov3", "vit_small_plus_patch16_dinov3_qkvb"):
+        theirs = timm.create_model(name, num_classes=0, **arguments).eval()
+        with torch.no_grad():
+            for p in theirs.parameters():
+                p.add_(0.1 * torch.randn_like(p))
+        folder = tmp_path / name
+        folder.mkdir()
+        safetensors.torch.save_file(theirs.state_dict(), folder / "model.safetensors")
+        config = {"architecture": name, "num_classes": 0, "model_args": arguments}
+        (folder / "config.json").write_text(json.dumps(config))
+        images = torch.randn(2, 3, 64, 96)
+        with torch.no_grad():
+            torch.testing.assert_close(load_backbone(folder)(images).cls, theirs(images), rtol=0, atol=2e-5)
+
+
 @pytest.mark.slow
 def test_numbers_of_a_real_probe_reach_the_card(tmp_path):
     from test_heatmaps import bright_vit, make_nodules

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 import checkpoint
 import data
 import train_ssl as t
-from model import ProjectionHead, SSLModel, SSLOutput, build_vit, draw_rope, state_from_original
+from model import Block, ProjectionHead, SSLModel, SSLOutput, build_vit, draw_rope, state_from_original
 from tools import make_phantom, make_splits, preprocess_dicom, release
 from tools.lib import loop, optim
 from tools.lib.runs import read_recipes
@@ -291,6 +291,41 @@ def test_a_stopped_and_resumed_run_ends_with_the_same_bits(folder, tmp_path, mon
     state = checkpoint.load(tmp_path / "whole" / "last.pth")
     assert state["trained_groups"] == [f"toy/P{i}" for i in range(8)] and state["encoding"] == "hu16-v1"
     assert state["gram"] is not None and state["gram_refreshes"] == 2 and state["images"] == 72
+
+
+def test_tokens_between_blocks_are_bfloat16_and_a_resumed_run_has_the_same_bits(folder, tmp_path, monkeypatch):
+    flags = ("--precision", "bf16-stream", "--drop-path", "0.3", "--gram-weight", "0", "--steps", "5")
+    seen, real = set(), Block.forward
+
+    def watched(block, x, *more):
+        out = real(block, x, *more)
+        seen.add((x.dtype, out.dtype))
+        return out
+
+    monkeypatch.setattr(Block, "forward", watched)
+    assert train(folder, tmp_path / "whole", *flags) == 0
+    assert seen == {(torch.bfloat16, torch.bfloat16)}
+    assert train(folder, tmp_path / "parts", *flags, "--time-limit", "1e-9") == 0
+    assert checkpoint.load(tmp_path / "parts" / "last.pth")["step"] == 1
+    assert train(folder, tmp_path / "parts", *flags) == 0
+    same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+    state = checkpoint.load(tmp_path / "whole" / "last.pth")
+    assert {v.dtype for k in ("student", "teacher") for v in state[k].values()} == {torch.float32}
+
+
+@pytest.mark.slow
+def test_losses_in_a_bfloat16_stream_stay_within_the_noise_of_two_seeds(folder, tmp_path):
+    """Mean distance of the loss curves over 200 updates: of the stream to float32 less than of two seeds."""
+    ways = {"fp32": (), "seed": ("--seed", "1"), "stream": ("--precision", "bf16-stream")}
+    curves = {}
+    for name, more in ways.items():
+        train(folder, tmp_path / name, "--steps", "200", "--save-every", "200", "--log-every", "1", *more)
+        curves[name] = np.array([row["loss"] for row in lines(tmp_path / name, "loss")])
+    apart = {name: np.abs(curves[name] - curves["fp32"]).mean() for name in ("seed", "stream")}
+    print(apart)
+    assert len(curves["fp32"]) == 200 and apart["stream"] < apart["seed"]
+    late = {name: abs(curves[name][-50:].mean() - curves["fp32"][-50:].mean()) for name in apart}
+    assert late["stream"] < max(late["seed"], 0.02), late
 
 
 def test_an_update_prepared_while_the_one_before_runs_changes_no_bit(folder, tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ import zlib
 import numpy as np
 import pytest
 
-from tools import make_phantom, preprocess_dicom, preprocess_volumes
+from tools import lidc_nodules, make_phantom, preprocess_dicom, preprocess_volumes
 from tools.lib import itk
 from tools.lib.dicom import Reject
 
@@ -220,7 +220,7 @@ def test_without_simpleitk_one_line_says_what_to_install(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def by_dicom(tmp_path_factory):
-    """Processed folder of four phantom patients, and {series: (volume, rows of the index)}."""
+    """{series: (volume, rows of the index, raw folder)} of four phantom patients; processed in p beside raw."""
     root = tmp_path_factory.mktemp("phantom")
     flags = ["--patients", "4", "--size", "64", "--slices", "9", "--workers", "1"]
     assert make_phantom.main(["--out", str(root / "raw"), *flags]) == 0
@@ -228,7 +228,7 @@ def by_dicom(tmp_path_factory):
     assert preprocess_dicom.main([str(value) for value in argv]) == 1  # the scout
     rows = index(root / "p")
     series = {name: [row for row in rows if row["series"] == name] for name in dict.fromkeys(r["series"] for r in rows)}
-    return {name: (np.load(root / "p" / "d" / f"{name}.npy"), some) for name, some in series.items()}
+    return {name: (np.load(root / "p" / "d" / f"{name}.npy"), some, root / "raw") for name, some in series.items()}
 
 
 def to_image(hu, rows, turn=0, pad=False):
@@ -249,14 +249,14 @@ def to_image(hu, rows, turn=0, pad=False):
 @pytest.mark.parametrize("kind", ["mhd", "nii.gz", "nrrd", "nii"])
 def test_volumes_equal_the_dicom_route_to_the_bit(kind, by_dicom, tmp_path):
     (tmp_path / "raw").mkdir()
-    for k, (name, (hu, rows)) in enumerate(by_dicom.items()):
+    for k, (name, (hu, rows, _)) in enumerate(by_dicom.items()):
         image = to_image(hu, rows, turn=(0, 3, 12, 7, 9)[k % 5], pad=k % 2 == 0)
         sitk.WriteImage(image, str(tmp_path / "raw" / f"{name}.{kind}"), kind != "nii")
-    patients = "".join(f"{name},{rows[0]['patient']}\n" for name, (_, rows) in by_dicom.items())
+    patients = "".join(f"{name},{rows[0]['patient']}\n" for name, (_, rows, _) in by_dicom.items())
     (tmp_path / "patients.csv").write_text("series,patient\n" + patients)
     assert preprocess(tmp_path / "raw", tmp_path / "out", "--patients", tmp_path / "patients.csv") == 0
     found = index(tmp_path / "out")
-    for name, (hu, rows) in by_dicom.items():
+    for name, (hu, rows, _) in by_dicom.items():
         assert np.array_equal(np.load(tmp_path / "out" / "d" / f"{name}.npy"), hu)
         mine = [row for row in found if row["series"] == name]
         assert len(mine) == len(rows)
@@ -297,3 +297,34 @@ def test_files_of_one_name_are_told_apart_by_their_folders(tmp_path):
         write_mhd(tmp_path / "raw" / f"case_{k}" / "ct.mhd", phantom_hu(seed=k))
     assert preprocess(tmp_path / "raw", tmp_path / "out") == 0
     assert {row["series"] for row in index(tmp_path / "out")} == {"case_0_ct", "case_1_ct"}
+
+
+@needs_itk
+def test_lidc_readings_find_volumes_by_series_and_position(by_dicom, tmp_path):
+    """XML counts pixels as the scanner did and so the file does; of patients who lay prone our volume is turned."""
+    raw = by_dicom[next(iter(by_dicom))][2]
+    (tmp_path / "raw").mkdir()
+    patients, prone = ["series,patient"], {name for k, name in enumerate(by_dicom) if k % 2}
+    for name, (hu, rows, _) in by_dicom.items():
+        image = to_image(hu, rows, turn=4)  # the order of slices says nothing
+        image.SetDirection((-1, 0, 0, 0, -1, 0, 0, 0, -1) if name in prone else image.GetDirection())
+        sitk.WriteImage(image, str(tmp_path / "raw" / f"{name}.mhd"))
+        patients.append(f"{name},{rows[0]['patient']}")
+    (tmp_path / "patients.csv").write_text("\n".join(patients))
+    assert preprocess(tmp_path / "raw", tmp_path / "p", "--patients", tmp_path / "patients.csv") == 0
+    tables = []
+    for out in (raw.parent / "p", tmp_path / "p"):
+        assert lidc_nodules.main(["--raw", str(raw), "--data", str(out)]) == 0
+        with open(out / "_labels" / "nodules.csv", newline="") as f:
+            tables.append(
+                {(row["series"], row["z0"], row["volume_mm3"], row["texture"]): row for row in csv.DictReader(f)}
+            )
+    assert len(tables[0]) > 5 and tables[0].keys() == tables[1].keys()
+    assert {row["series"] for row in tables[0].values()} & prone
+    for key, row in tables[0].items():
+        other, size = tables[1][key], by_dicom[row["series"]][0].shape[1:]
+        for axis, n in zip("yx", size):
+            at = float(row[axis])
+            assert float(other[axis]) == pytest.approx(n - 1 - at if row["series"] in prone else at)
+        for same in ("path", "z", "label", "group", "diameter_mm", "box_mm", "readers", "malignancy"):
+            assert row[same] == other[same]

@@ -112,6 +112,7 @@ def sampled(function, work, device):
 
 def gemm(device, precision="fp32"):
     """A function that measures TFLOP/s of a square product large enough to show the machine at its best."""
+    precision = precision.removesuffix("-stream")
     n = check_gemm(device, precision)["size"]
     a = torch.randn(n, n, device=device, dtype=DTYPES[precision][0])
     return sampled(functools.partial(torch.mm, a, a, out=torch.empty_like(a)), 2 * n**3 / 1e12, device)
@@ -228,31 +229,85 @@ def phase_shares(way, seconds):
     return shares | {"other": 1 - sum(shares.values())}
 
 
+def host_seconds(way, count):
+    """Of the host for each update: with a card all but the one wait for it, else what prepares the update."""
+    phases, start = Phases(CPU), time.perf_counter()
+    for _ in range(count):
+        update(way, phases)
+    whole, seconds = time.perf_counter() - start, phases.seconds()
+    busy = whole - seconds["wait"] if way.run.device.type == "cuda" else seconds["read"] + seconds["render"]
+    return busy / count
+
+
+def busy_seconds(spans):
+    """Length of the union of (begin, end) in seconds: kernels of several streams may run at once."""
+    total, until = 0.0, -math.inf
+    for begin, end in sorted(spans):
+        total += max(0.0, end - max(begin, until))
+        until = max(until, end)
+    return total
+
+
+def idle_share(function, seconds, count):
+    """Share of the time in which the card does nothing, while `function` is called in a row and takes `seconds` each.
+
+    What the card is busy is taken from torch's profiler, the time from calls without it, because it slows the host.
+    """
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(count):
+            function()
+        torch.cuda.synchronize()
+    work = [e for e in profile.events() if e.device_type.name == "CUDA" and not getattr(e, "is_user_annotation", False)]
+    return 1 - busy_seconds((e.time_range.start / 1e6, e.time_range.end / 1e6) for e in work) / (count * seconds)
+
+
+def crops_gb(micro_batches):
+    """Views of one update: what preparing ahead holds once more."""
+    return sum(t.nbytes for m in micro_batches for t in m.crops if t is not None) / 1e9
+
+
+def words_of_plain(way, seconds, more):
+    """Adds to `more` what is measured of the plain way alone -> the same in words."""
+    device, count = way.run.device, max(2, min(16, math.ceil(2 / seconds)))
+    more |= dict(phases=phase_shares(way, seconds), host_ms=1e3 * host_seconds(way, count))
+    words = [f"peak {more['peak_gb']:.3g} GB", f"host {more['host_ms']:.0f} ms"]
+    if device.type == "cuda":
+        more |= dict(idle=idle_share(functools.partial(update, way), seconds, count))
+        more["ahead_gb"] = crops_gb(way.upcoming.ready[0][1])
+        words += [f"card idle {100 * more['idle']:.1f}%", f"crops ahead {more['ahead_gb']:.2g} GB"]
+    phases = more["phases"]
+    shares = [f"{k} {100 * phases[k]:.1f}%" for k in sorted(phases, key=phases.get, reverse=True)]
+    return ", ".join(words) + "; " + ", ".join(shares)
+
+
 def measure_step(point, device):
     """Ways to do one update in turns, the first of them with its phases and its memory."""
     plain, *others = point["ways"]
     first = make_run(train_args(point, plain), device)
     ways = {plain: make_way(first)}
-    took(functools.partial(update, ways[plain]), device, 2)  # the first one makes the state of AdamW
+    begun = {plain: took(functools.partial(update, ways[plain]), device)}  # compiles, makes the state of AdamW
+    update(ways[plain])
     peak, batch = peak_gb(device), first.args.batch_size
     for name in others:
         args, same_nets = train_args(point, name), "accumulate" in name
         ways[name] = make_way(dataclasses.replace(first, args=args) if same_nets else make_run(args, device))
+        begun[name] = took(functools.partial(update, ways[name]), device)
     updates = {name: functools.partial(update, way) for name, way in ways.items()}
     times, limits = alternate(updates, device, point["seconds"], gemm(device, first.args.precision))
-    phases = phase_shares(ways[plain], median(times[plain]))
     tflop = batch * loop.flops_per_image(first.student, first.recipes[0], first.args, first.gram is not None) / 1e12
     rows = []
     for name, seconds in times.items():
         more = dict(way=name, flags=point["flags"], seconds=seconds, limits=limits[name], tflop=tflop)
         note = f"{tflop / median(seconds):.3g} of {median(limits[name]):.3g} TFLOP/s"
         if name == plain:
-            more |= dict(peak_gb=peak, phases=phases)
-            note += f", peak {peak:.3g} GB; "
-            note += ", ".join(f"{k} {100 * phases[k]:.1f}%" for k in sorted(phases, key=phases.get, reverse=True))
+            more["peak_gb"] = peak
+            note += ", " + words_of_plain(ways[plain], median(seconds), more)
         else:
             more["gain"] = ratio(times[plain], seconds)
             note += f", {more['gain']:.2f} x the plain way"
+        if "compile" in name:
+            more["compile_s"] = begun[name] - median(seconds)
+            note += f", compiled in {more['compile_s']:.0f} s"
         setting, share = f"{point['setting']} {name}".strip(), share_of(limits[name], tflop, seconds)
         rows.append(as_row(setting, batch / median(seconds), "images/s", share, "GEMM", note, **more))
     return rows
@@ -424,6 +479,48 @@ def preprocess(raw, encoding, out=None):
         raise ValueError(f"preprocess_dicom.py ended with exit code {done.returncode}: {done.stderr.strip()[-300:]}")
 
 
+OPENING = """
+import json, resource, sys, time
+import data
+def anonymous():
+    return next(int(line.split()[1]) for line in open("/proc/self/smaps_rollup") if line.startswith("Anonymous")) / 1e3
+start, before = time.perf_counter(), anonymous()
+source = data.open_source(sys.argv[1])
+opened = time.perf_counter() - start
+source.order(0, 1, 256)
+seconds, peak = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+print(json.dumps([opened, seconds, before, anonymous(), peak]))
+"""
+
+
+def write_index(root, rows):
+    """A synthetic index: series of 50 slices, patients of 8 series."""
+    (root / "_index").mkdir(parents=True)
+    with open(root / "_index" / "index.csv", "w") as f:
+        f.write(",".join(data.INDEX_COLUMNS) + "\n")
+        for k in range(rows // 50):
+            uid = f"1.2.840.113654.2.55.{10**20 + 7919 * k}"
+            ids = f"nlst/{uid}.npy,hu16-v1,nlst,P{k // 8:06d},{uid}.1,{uid},{uid}"
+            f.writelines(f"{ids}.{z},{z},{2.5 * z},0.7,0.7,2.5,512,512,10,500,5,505\n" for z in range(1, 51))
+
+
+def measure_index(point, device):
+    """A process that opens an index of many rows and orders an epoch; the first one, which reads the CSV, apart."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_index(Path(folder), point["rows"])
+        found = []
+        for _ in range(4):
+            done = subprocess.run([sys.executable, "-c", OPENING, folder], capture_output=True, text=True, cwd=ROOT)
+            if done.returncode:
+                raise ValueError(f"opening the index failed: {done.stderr.strip()[-300:]}")
+            found.append(json.loads(done.stdout.splitlines()[-1]))
+    (first, *_), *later = found
+    opened, seconds, before, after, peak = (median(values) for values in zip(*later))
+    note = f"first time, from the CSV, {first:.1f} s; with the order of an epoch {seconds:.2f} s, "
+    note += f"own memory {before:.0f} -> {after:.0f} MB, peak with shared pages {peak:.0f} MB"
+    return [as_row(point["setting"], 1e3 * opened, "ms", note=note, seconds=[row[0] for row in later], all=found)]
+
+
 def measure_dicom(point, device):
     """The command on few files and on many, in turns: the difference is work, what they share is Python starting."""
     files = {name: sorted(Path(point[name]).rglob("*.dcm")) for name in ("few", "many")}
@@ -465,8 +562,8 @@ def measure_save(point, device):
     return [as_row(point["setting"], 1e3 * median(later), "ms stall", share, "copy", note, **more)]
 
 
-PARTS = (measure_step, measure_adapters, measure_render, measure_views, measure_read, measure_dicom, measure_save)
-PARTS += (measure_sweep,)
+PARTS = (measure_step, measure_adapters, measure_render, measure_views, measure_read, measure_index, measure_dicom)
+PARTS += (measure_save, measure_sweep)
 MEASURES = {measure.__name__.removeprefix("measure_"): measure for measure in PARTS}
 
 
@@ -516,6 +613,9 @@ def points_of(what, args, cuda, work):
         counts = [0, 1] if args.quick else sorted({0, 1, 2, os.cpu_count()})
         for folder, workers in itertools.product((rgb, hu16, photo), counts):
             yield dict(data=folder, workers=workers, setting=f"{Path(folder).name}, {workers} workers")
+    elif what == "index":
+        rows = 100_000 if args.quick else 10_000_000
+        yield dict(rows=rows, setting=f"open {rows:,} rows")
     elif what == "dicom":
         yield dict(few=f"{work}/few", many=f"{work}/raw", setting="uncompressed 512x512")
     elif what == "save":
@@ -634,7 +734,7 @@ def build_parser():
                    "on a GPU also B and L")
     p.add_argument("--batch-size", type=positive, nargs="+",
                    help="images per update of step and adapters, largest tried by sweep; default: 4, GPU 64")
-    p.add_argument("--precision", nargs="+", choices=["fp32", "bf16"], help="of step; default: bf16 on a GPU, else "
+    p.add_argument("--precision", nargs="+", choices=loop.PRECISIONS, help="of step; default: bf16 on a GPU, else "
                    "fp32, and bf16 if the CPU has it")
     p.add_argument("--flags", default="", help="further flags of train_ssl.py, in one string")
     p.add_argument("--seconds", type=above_zero, help="turns of each way, 3 at least; step: twice; default 30, quick 8")

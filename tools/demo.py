@@ -6,6 +6,7 @@ neighbour pretraining makes fewer updates, 40 at least, which fits as long as ev
 
     python tools/demo.py
     python tools/demo.py --stage probe report      # these stages again, on what is there
+    python tools/demo.py --real data/ct_samples      # two real chest CTs for the pictures, see tools/get_data.py
 """
 
 import math
@@ -46,6 +47,7 @@ MINUTES = {"cpu": 3.0, "cuda": 1.0}  # of pretraining on a quiet machine; the re
 STARTS_S = 12  # of the two starts of pretraining, on 2 quiet cores
 LEAST = 40  # updates, on however slow a machine
 HONEST = "A phantom is a drawing of a chest, not a patient: these numbers say that the code works, nothing about CT."
+REAL = "Slice and lesion are of real chest CTs (pyradiomics, BSD-3), never trained on; all numbers are the phantom's."
 BASELINES = {  # predictor: how it is called here, and what is compared with what
     "probe": ("frozen probe", ()),
     "random weights": ("random weights", ("probe", "random weights")),
@@ -66,7 +68,18 @@ class Stage(NamedTuple):
     clears: tuple = ()  # what an earlier demo left and the commands would stumble over
 
 
-def plan(out, device, minutes, steps):
+def real_stage(out, real, device):
+    """Real chest CTs for the pictures: samples, and do lesions light up?"""
+    data, ckpt = f"{out}/real/processed", f"{out}/run/last.pth"
+    return Stage("real", 40, "look at real chest CTs through the same eyes",
+                 [f"python tools/preprocess_volumes.py --raw {real}/raw --out {data} --dataset samples --format hu16",
+                  f"python tools/lesion_labels.py --masks {real}/masks --data {data}",
+                  f"python tools/validate_samples.py --data {data} --n 1 --out {out}/real/sample.png",
+                  f"python tools/nodule_heatmaps.py --ckpt {ckpt} --data {data} --split all --n 50 --size 384 "
+                  f"--out {out}/real/heatmaps --device {device}"], clears=(f"{out}/real",))  # fmt: skip
+
+
+def plan(out, device, minutes, steps, real=None):
     """All stages in order; `steps` is known once the stage `speed` has been run."""
     raw, data, go, ckpt = f"{out}/raw", f"{out}/processed", f"{out}/run", f"{out}/run/last.pth"
     train = f"train_ssl.py --data {data} {LEARN} --device {device}"
@@ -100,6 +113,7 @@ def plan(out, device, minutes, steps):
                f"{PROBE} --device {device}"]),
         Stage("heatmaps", 12, "do nodules light up?",
               [f"python tools/nodule_heatmaps.py --ckpt {ckpt} --data {data} {HEATMAPS} --device {device}"]),
+        *([real_stage(out, real, device)] if real else []),
         Stage("release", 4, "the teacher as a folder for other people",
               [f"python tools/release.py --ckpt {ckpt} --data {data} --probe {go}/probe/results.json --out "
                f"{out}/release"], clears=(f"{out}/release",)),
@@ -349,6 +363,9 @@ def write_page(results, out, notes, stages):
         "What the backbone looks at": monitor_sheet(out),
         "Do nodules light up?": out / "run" / "heatmaps" / "heatmaps.png",
     }
+    if (out / "real" / "heatmaps").exists():
+        pictures |= {"Real chest CT": out / "real" / "sample.png"}
+        pictures |= {"Do lesions of real patients light up?": out / "real" / "heatmaps" / "heatmaps.png"}
     auc = f"Frozen probe: AUC {judge.in_words(judged['predictors']['probe']['auc'])}"
     commands = [
         (stage.name if k == 0 else "", notes["seconds"].get(stage.name) if k == 0 else "", command)
@@ -387,17 +404,23 @@ def charts(results, size):
 
 def write_picture(results, out, notes):
     """report.png: whole pictures as the programs wrote them (each with its margin), charts, and what they say."""
-    read = [Image.open(path).convert("RGB") for path in (out / "sample.png", monitor_sheet(out))]
+    real = out / "real" if (out / "real" / "heatmaps").exists() else None
+    seen = ((real or out) / "sample.png", monitor_sheet(out))
+    read = [Image.open(path).convert("RGB") for path in seen]
     width = read[0].width - 2 * sheet.GAP
     top = [sheet.heading(f"DINO-X demo: DICOM in, AUC out, {took(notes)}", width, size=22)]
     top.append(sheet.heading(HONEST, width, sheet.DIM, size=16))
+    top += [sheet.heading(REAL, width, sheet.DIM, size=16)] * bool(real)
     half = (width - sheet.GAP) // 2
     summed = dict(summary(results))
     said = [f"{summed['pretraining'][0].upper()}{summed['pretraining'][1:]}. Monitor: {results.status['verdict']}."]
     said += [f"{proof[0].upper()}{proof[1:]}." for *_, proof in aucs(results.judged) if proof]
     said += [f"{sentence}." for sentence in what_lights_up(results)]
     bottom = [sheet.row(list(charts(results, (half, 280))))]
-    nodule = [Image.open(path).convert("RGB") for path in sorted((out / "run" / "heatmaps").glob("nodule_*.png"))[:1]]
+    nodule = [
+        Image.open(path).convert("RGB")
+        for path in sorted(((real or out / "run") / "heatmaps").glob("nodule_*.png"))[:1]
+    ]
     nodule = [image.crop((sheet.GAP, sheet.GAP, image.width - sheet.GAP, image.height - sheet.GAP)) for image in nodule]
     words = sheet.paragraphs(said, width - sum(image.width + 2 * sheet.GAP for image in nodule), 17)
     bottom.append(sheet.row([*nodule, words], 2 * sheet.GAP))
@@ -432,7 +455,10 @@ def build_parser():
     parser.add_argument("--minutes", type=above_zero, help="of pretraining, however long the rest takes; default: up "
                         f"to {MINUTES['cpu']:g}, on a GPU {MINUTES['cuda']:g}, 6 minutes in all")  # fmt: skip
     parser.add_argument("--keep", action="store_true", help="go on where an earlier demo stopped; default: start anew")
-    parser.add_argument("--stage", nargs="+", choices=NAMES, help="only these, on what is there", metavar="NAME")
+    parser.add_argument("--real", type=Path, help="folder of tools/get_data.py ct-samples: real CTs for the pictures")
+    parser.add_argument(
+        "--stage", nargs="+", choices=[*NAMES, "real"], help="only these, on what is there", metavar="NAME"
+    )
     return parser
 
 
@@ -450,13 +476,13 @@ def prepare(out, fresh):
     return read_json_file(path, {"seconds": dict}, f"remove {out} and start anew", version=1)
 
 
-def run_stage(k, device, folder, out, notes):
+def run_stage(k, device, folder, out, notes, real=None):
     """One stage, with what it adds to the notes."""
     usual, began = notes["minutes"] or MINUTES[device], time.perf_counter()
-    steps, seconds = budget(plan(folder, device, usual, 0), notes)
-    stages = plan(folder, device, usual, steps)
+    steps, seconds = budget(plan(folder, device, usual, 0, real), notes)
+    stages = plan(folder, device, usual, steps, real)
     stage = stages[k]
-    print(f"\n===== {k + 1} of {len(NAMES)}, {stage.name}: {stage.about}", flush=True)
+    print(f"\n===== {k + 1} of {len(stages)}, {stage.name}: {stage.about}", flush=True)
     if stage.name == "train":
         if "updates_per_minute" not in notes:
             raise ValueError("how many updates fit is not known yet: run tools/demo.py --stage speed first")
@@ -484,10 +510,16 @@ def main(argv=None):
     notes = prepare(out, fresh=not (args.keep or args.stage))
     notes |= {"machine": machine, "minutes": args.minutes or notes.get("minutes")}
     folder = os.path.relpath(out, ROOT) if out.is_relative_to(ROOT) else shlex.quote(str(out))
-    wanted = args.stage or [name for name in NAMES if not (args.keep and name in notes["seconds"])]
-    for k, name in enumerate(NAMES):
+    real = shlex.quote(str(args.real.resolve())) if args.real else None
+    if args.real and not (args.real / "masks").is_dir():
+        raise FileNotFoundError(
+            f"--real {args.real} has no masks; python tools/get_data.py ct-samples --out {args.real}"
+        )
+    names = [stage.name for stage in plan("", "", 0, 0, real)]
+    wanted = args.stage or [name for name in names if not (args.keep and name in notes["seconds"])]
+    for k, name in enumerate(names):
         if name in wanted:
-            run_stage(k, card.type, folder, out, notes)
+            run_stage(k, card.type, folder, out, notes, real)
     return 0
 
 

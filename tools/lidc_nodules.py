@@ -2,7 +2,8 @@
 
     python tools/lidc_nodules.py --raw data/raw --data data/processed --readers 3 --rule median --indeterminate drop
 
-Reads the XML files below --raw itself; a region belongs to the slice of its SOPInstanceUID, whose position must agree.
+Reads the XML files below --raw itself; a region belongs to the slice of its SOPInstanceUID, whose position must agree;
+where the index has no such ids (LUNA16's volumes) to the slice at its z of the series of its SeriesInstanceUID.
 Marks of different reading sessions that overlap are one nodule, with at most one mark per session. A nodule's centre,
 box and size are those of its majority mask (at least half of its readers). Marks without an outline (nodules below
 3 mm, non-nodules) are counted and left out, as is every file and mark that does not fit, with its reason.
@@ -28,7 +29,7 @@ from data import file_sha256, read_index, regular
 from tools.lib.cli import Parser, positive, run, shown
 from tools.lib.dicom import MAX_PIXELS, Reject, default_key_file, load_key, parsing, public_id, scan_file, value_of
 from tools.lib.files import csv_text, walk_files, write_json
-from tools.lib.manifest import index_path
+from tools.lib.manifest import index_path, read_manifest
 from tools.lib.progress import progress
 
 VERSION = 1
@@ -71,6 +72,7 @@ class Series(NamedTuple):
     row: dict  # its first slice
     z_mm: dict  # z -> position along the normal
     paths: dict  # z -> path
+    turned: tuple | None = None  # of a volume without SOPInstanceUIDs: were y and x turned round?
 
 
 # The XML.
@@ -228,10 +230,11 @@ class Places:
     """SOPInstanceUIDs of the index, as they are or as preprocess_dicom.py hashed them."""
 
     def __init__(self, data, key):
-        self.path, self.key = index_path(data), key
+        self.root, self.path, self.key = data, index_path(data), key
         self.rows = read_index(self.path)
-        self.row_of = {sop.decode(): i for i, sop in enumerate(self.rows.column("sop").tolist())}
-        if len(self.row_of) < len(self.rows):
+        sops = self.rows.column("sop").tolist()
+        self.row_of = {sop.decode(): i for i, sop in enumerate(sops) if sop}
+        if len(self.row_of) < len(sops) - sops.count(b""):
             raise ValueError(f"{self.path} has slices twice, in two datasets; keep one of them")
         self.z, self.z_mm = self.rows.column("z"), self.rows.column("z_mm")
         self.code, self.members = self.rows.columns["series"].tolist(), defaultdict(list)
@@ -241,6 +244,18 @@ class Places:
     def find(self, sop):
         """Row of the index, or None."""
         return self.row_of.get(sop, self.row_of.get(public_id("sop", sop, self.key)))
+
+    def bare(self, uid):
+        """A series of this SeriesInstanceUID whose slices have no ids of their own; None if there is none."""
+        names = self.rows.names["series"]
+        code = names.index(uid) if uid in names else None
+        if code not in self.members or self.rows[self.members[code][0]]["sop"]:
+            return None
+        series = self.series(self.members[code][0])
+        handled = read_manifest(self.root, series.row["dataset"])["handled"].get(uid, {})
+        if handled.get("exchanged_axes"):
+            raise ValueError(f"{self.path}: series {uid} was stored in other planes than it was read in; leave it out")
+        return series._replace(turned=tuple(bool(handled.get(f"turned_{axis}")) for axis in "yx"))
 
     def series(self, i):
         """The series of a row. What its numbers and names could spoil is refused: sizes of nodules, names of files."""
@@ -279,7 +294,22 @@ def locate(roi, row, series, sign, places):
     return z
 
 
-def read_marks(path, sessions, places, counts):
+def locate_bare(roi, series):
+    """z of a contour by its position alone, and the contour as the volume lies; or a reason and the contour."""
+    first, spacing = min(series.z_mm), series.row["spacing_z"]
+    exact = first + (roi.z_mm - series.z_mm[first]) / spacing
+    z = round(exact)
+    if not 0 <= z <= max(series.z_mm) + 1:
+        return "contour on a slice that its series does not have", roi
+    if abs(exact - z) * spacing > max(spacing / 5, 0.1):
+        return "imageZposition lies between slices", roi
+    last = np.array([series.row["rows"], series.row["cols"]]) - 1
+    if (roi.path < 0).any() or (roi.path > last).any():
+        return "contour outside the image", roi
+    return z, roi._replace(path=np.where(series.turned, last - roi.path, roi.path))
+
+
+def read_marks(path, uid, sessions, places, counts):
     """Marks of one file with an outline -> (its Series or None, [Mark]); everything else is counted."""
     found = []
     for number, session in enumerate(sessions, 1):
@@ -289,16 +319,20 @@ def read_marks(path, sessions, places, counts):
     rois = [roi for *_, mine in found for roi in mine]
     rows = {roi.sop: places.find(roi.sop) for roi in rois}
     known = sorted({row for row in rows.values() if row is not None})
-    if not known:
+    series = places.bare(uid) if rois and not known else None
+    if not known and not series:
         counts["files whose slices are not in the index" if rois else "files without a nodule"] += 1
         return None, []
     if len({places.code[i] for i in known}) > 1:
         raise ValueError(f"{path}: its slices belong to several series of the index; preprocess again without copies")
-    series = places.series(known[0])
-    sign = direction(rois, [rows[roi.sop] for roi in rois], places)
+    series = series or places.series(known[0])
+    sign = direction(rois, [rows[roi.sop] for roi in rois], places) if known else 1
     marks, drawn = [], set()
     for number, nodule, mine in found:
-        slices = [locate(roi, rows[roi.sop], series, sign, places) for roi in mine]
+        if series.turned:
+            slices, mine = zip(*(locate_bare(roi, series) for roi in mine)) if mine else ([], [])
+        else:
+            slices = [locate(roi, rows[roi.sop], series, sign, places) for roi in mine]
         reasons = [z for z in slices if isinstance(z, str)]
         outline = make_mask(mine, slices) if mine and not reasons else None
         if outline is None:
@@ -482,7 +516,7 @@ def read_all(paths, places, counts):
             counts["copies of a reading"] += 1
             continue
         counts["readings"] += 1
-        series, marks = read_marks(path, sessions, places, counts)
+        series, marks = read_marks(path, uid, sessions, places, counts)
         for name in (uid or digest, series and ("index", series.row["series"])):
             if name and (other := readings.setdefault(name, (path, digest))[0]) != path:
                 raise ValueError(f"{path} and {other} are readings of one series; remove one of them")

@@ -477,6 +477,7 @@ def main(argv=None):
     exposure = provenance.refuse_leak(facts, source.take(judged), f"split {args.split}", args.allow_seen)
     vit = load_backbone(args.ckpt)
     view, patches = judge.choose_view(facts, source.encoding, args.size, vit.patch_size), args.size // vit.patch_size
+    source.at_distance(view.get("neighbour_mm"))
     device, masks = pick_device(args.device), args.data / "_labels" / "masks"
     why = f"heatmaps of {args.n} nodules, --split {args.split}"
     used_by = judge.used_by("tools/nodule_heatmaps.py", args.ckpt, labels, why)

@@ -56,7 +56,7 @@ def of_data(root, splits, facts):
 
     No score is computed here, so val_test is not recorded.
     """
-    full = data.open_source(root)
+    full = data.open_source(root).at_distance(facts["eval_view"].get("neighbour_mm"))
     if not data.split_path(root).exists():
         if splits:
             raise FileNotFoundError(f"--split {splits[0]}: {root} has no split; make one with tools/make_splits.py")

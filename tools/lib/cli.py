@@ -134,6 +134,14 @@ def technique(text, table):
     return name, options
 
 
+def millimetres(text):
+    """argparse type: sides such as 32,48,64 -> (32.0, 48.0, 64.0)"""
+    try:
+        return tuple(above_zero(part) for part in text.split(","))
+    except (ValueError, argparse.ArgumentTypeError):
+        raise argparse.ArgumentTypeError(f"{text!r}: sides of the crops in mm, above 0, like 32,48,64") from None
+
+
 def pick_device(name):
     """torch.device of a --device flag: auto is CUDA/ROCm if there, else CPU; what this machine lacks is an error.
 

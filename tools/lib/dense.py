@@ -36,9 +36,11 @@ def grid_of(volume, patch_mm):
     return Grid(rows, cols, height, width)
 
 
-def neighbours(volume, z):
-    """int16 [3, H, W]: slices z-1, z, z+1; at the ends of the volume the last one twice."""
-    return torch.from_numpy(np.stack([volume.hu[min(max(k, 0), len(volume.hu) - 1)] for k in (z - 1, z, z + 1)]))
+def neighbours(volume, z, mm=None):
+    """int16 [3, H, W]: slices z-1, z, z+1, or those nearest to `mm` away; at the ends of the volume the last one."""
+    step = max(1, round((mm or 0) / space.spacing(volume.affine)[2]))
+    at = (z - step, z, z + step)
+    return torch.from_numpy(np.stack([volume.hu[min(max(k, 0), len(volume.hu) - 1)] for k in at]))
 
 
 def as_trained(image, encoding):
@@ -69,7 +71,8 @@ def slice_features(vit, view, volume, z, grid, tile, encoding="hu16-v1", look=No
     step = np.array([grid.height / grid.rows, grid.width / grid.cols])  # pixels of a patch
     places = [(y, x) for y in starts(grid.rows, side) for x in starts(grid.cols, side)]
     boxes = np.array([[*(step * (y, x)), *(step * (y + side, x + side))] for y, x in places])
-    image, device = as_trained(neighbours(volume, z), encoding)[None], vit.cls_token.device
+    image = as_trained(neighbours(volume, z, view.get("neighbour_mm")), encoding)[None]
+    device = vit.cls_token.device
     look = look or functools.partial(unit_patches, vit)
     total, weights = None, torch.zeros(grid.rows, grid.cols, 1)
     for first in range(0, len(places), batch):

@@ -398,6 +398,11 @@ def choose_view(facts, encoding, size, patch):
     return view
 
 
+def neighbour_mm(facts, encoding):
+    """The distance of slices that weights were trained with; None: the next ones."""
+    return (facts.get("eval_view") or {}).get("neighbour_mm") if facts.get("encoding") == encoding else None
+
+
 def random_backbones(arch, seed, count=1):
     """Nets of the same architecture that know nothing."""
     with torch.random.fork_rng(devices=[]):

@@ -44,6 +44,9 @@ def setup_distributed(name):
     return dist.get_rank(), dist.get_world_size(), device
 
 
+PRECISIONS = ("fp32", "bf16", "bf16-stream")  # weights are float32 in all of them
+
+
 def set_precision(args, device):
     """What --precision auto and --deterministic mean on this device."""
     if args.precision == "auto":
@@ -68,8 +71,13 @@ def shard(model, device):
 
 def on_device(args, model, nets, world, device):
     """Compile, shard or move `nets` as the flags say -> `model`, one of them, as it is called: itself, or wrapped."""
+    for m in nets:
+        getattr(m, "backbone", m).stream = torch.bfloat16 if args.precision == "bf16-stream" else None
     if args.compile:  # every size is a shape of its own: at the usual 8 torch goes on uncompiled
         torch._dynamo.config.recompile_limit = 64
+        # what is compiled outlives the run and /tmp: a resumed run, or another of the same sizes, starts in seconds
+        kept = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(kept / "torchinductor"))
         # but for the last block, which runs on other rows each time and would be compiled anew
         for block in (block for m in nets for block in getattr(m, "backbone", m).blocks[:-1]):
             block.compile(dynamic=False)  # mixed --sizes: guessed dynamic shapes fail in the backward (torch 2.13, CPU)
@@ -188,19 +196,27 @@ def schedule(step, start, peak, end, warmup=0, hold=0, cosine=0):
     return end
 
 
-def build_optimizer(text, groups):
-    """muon:momentum=0.9, or with a wrapper before it sam:rho=0.1+muon (sam alone: around AdamW) -> optimizer."""
+def build_optimizer(text, groups, flags=("lr", "weight_decay")):
+    """muon:momentum=0.9, or with a wrapper before it sam:rho=0.1+muon (sam alone: around AdamW) -> optimizer.
+
+    flags: numbers that have a flag of their own. Rates are set before each update.
+    """
     *outer, inner = text.split("+")
     if read_options(inner)[0] in optim.WRAPPERS:
         outer, inner = [*outer, inner], "adamw"
+    if len(outer) > 1:
+        raise ValueError(f"--optimizer {text}: at most one of {', '.join(optim.WRAPPERS)}, then + and an optimizer")
     name, options = technique(inner, optim.OPTIMIZERS)
-    if taken := {"lr", "weight_decay"} & options.keys():
+    if taken := set(flags) & options.keys():
         raise ValueError(f"--optimizer {text}: {min(taken)} has a flag of its own")
     more = {"fused": True} if name == "adamw" else {}
-    optimizer = optim.OPTIMIZERS[name](groups, lr=0.0, **{**more, **options})
-    for part in reversed(outer):
-        name, options = technique(part, optim.WRAPPERS)
-        optimizer = optim.WRAPPERS[name](optimizer, **options)
+    try:
+        optimizer = optim.OPTIMIZERS[name](groups, **{**more, **options, "lr": 0.0})
+        for part in reversed(outer):
+            name, options = technique(part, optim.WRAPPERS)
+            optimizer = optim.WRAPPERS[name](optimizer, **options)
+    except ValueError as error:
+        raise ValueError(f"--optimizer {text}: {error}") from None
     return optimizer
 
 
@@ -292,7 +308,7 @@ def find_run(args, source, harmless, rank, world, fields=RESUMED):
         )
     if path is None:
         return None, {}, {}
-    if getattr(args, "resume", "auto") == "never":
+    if "resume" in args and args.resume == "never":
         raise ValueError(f"{out} holds {path.name} and --resume never was given; choose another --out")
     # latest() has just verified it; tensors stay on disk
     state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)

@@ -14,6 +14,7 @@ from tools.lib.cli import technique
 # Sophia needs estimates of a Hessian, which ssl_update does not make. Of schedulefree the student stays what its
 # gradients are taken at: the EMA teacher is the average that counts.
 OPTIMIZERS = {name: made for name, made in optim.OPTIMIZERS.items() if name != "sophia"}
+OWN_FLAGS = ("weight_decay",)  # what --optimizer cannot say
 ADAPTERS = dict(adapter_rank=32, adapter_alpha=None, adapter_targets="qv", adapter_init="zero", unfreeze=1)
 
 
@@ -31,39 +32,20 @@ def fill_adapters(args):
         setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
 
 
-def read_optimizer(args):
-    """--optimizer -> (name, numbers)."""
+def peak_rate(args):
+    """--lr, or the lr written in --optimizer, or the optimizer's own: of adamw by the batch. Checks --optimizer."""
     try:
         name, options = technique(args.optimizer, OPTIMIZERS)
-        if options.pop("weight_decay", None) is not None:
-            raise ValueError("weight_decay follows a schedule: use --weight-decay")
-        return name, options
     except ValueError as error:
         raise ValueError(f"--optimizer {args.optimizer}: {error}") from None
-
-
-def peak_rate(args):
-    """--lr, or the lr written in --optimizer, or the optimizer's own: of adamw by the batch."""
-    name, options = read_optimizer(args)
-    if "lr" in options and args.lr is not None:
-        raise ValueError(f"--lr {args.lr:g} and --optimizer {args.optimizer} both say a peak: leave one out")
+    loop.build_optimizer(args.optimizer, [torch.nn.Parameter(torch.zeros(1))], OWN_FLAGS)  # refuses impossible numbers
+    if options.get("lr", 0) < 0 or "lr" in options and args.lr is not None:
+        raise ValueError(f"--optimizer {args.optimizer}: lr is at least 0, and said there or by --lr, not by both")
     if name == "muon" and args.fsdp:
         raise ValueError("--optimizer muon needs whole matrices and --fsdp shards them: leave one of the two out")
-    # refuses impossible numbers before anything is made
-    make_optimizer(args, [torch.nn.Parameter(torch.zeros(1))], options.get("lr", 0.0))
     usual = inspect.signature(OPTIMIZERS[name]).parameters["lr"].default
     usual = 5e-4 * math.sqrt(args.batch_size / 256) if name == "adamw" else usual
     return options.get("lr", usual) if args.lr is None else args.lr
-
-
-def make_optimizer(args, groups, lr=0.0):
-    """The optimizer of --optimizer; rates and weight decay are set before each update."""
-    name, options = read_optimizer(args)
-    fused = {"fused": True} if name == "adamw" else {}
-    try:
-        return OPTIMIZERS[name](groups, **{**options, "lr": lr}, **fused)
-    except ValueError as error:
-        raise ValueError(f"--optimizer {args.optimizer}: {error}") from None
 
 
 def masking(args):
