@@ -242,6 +242,12 @@ def test_a_run_exports_tables_of_one_view_that_predicting_says_again(run, tmp_pa
     again = tables.read(tmp_path / "said", "val_calib")
     assert predict.main([*words, "--out", str(tmp_path / "said"), "--draw", *tested.ids[:2].tolist()]) == 0
     assert min(Image.open(tmp_path / "said" / "val_calib_views.png").size) > 700
+    with open(tmp_path / "said" / "val_calib_views.csv") as f:
+        views = list(csv.DictReader(f))
+    assert len(views) == 2 * (12 if more else 10) and views[0]["id"] == tested.ids[0]
+    assert sum(float(v["weight"]) for v in views) == pytest.approx(2, abs=1e-4)
+    assert sum(v["kept"] == "1" for v in views) == 2 * (4 if more else 10)
+    assert [views[0][k] for k in ("y0", "x0", "y1", "x1")] == ["0", "0", "48", "64"]
     with pytest.raises(ValueError, match="--draw nobody.png is none of these samples"):
         predict.main([*words, "--out", str(tmp_path / "said"), "--draw", "nobody.png"])
     order = np.argsort(again.ids)[np.argsort(np.argsort(tested.ids))]
