@@ -244,7 +244,7 @@ class Card:
 
 
 def test_a_card_is_idle_where_no_kernel_of_any_stream_runs(monkeypatch):
-    card = Card([(0.5, 1), (0, 0.2), (0.9, 1.4), (0.95, 1.0)])  # two streams: 0.2 and 0.9 seconds
+    card = Card([(0.5, 1), (0, 0.2), (0.9, 1.4), (0.95, 1.0), (1.1, 1.2)])  # two streams: 0.2 and 0.9 seconds
     card.events += [card.event(0, 9, "CPU"), card.event(0, 9, is_user_annotation=True)]
     calls = []
     monkeypatch.setattr(torch.profiler, "profile", card.profile)
