@@ -217,6 +217,19 @@ def test_what_does_not_fit_together_is_refused_even_with_right_sums(made, tmp_pa
         refused(folder, text)
 
 
+def test_an_id_that_is_not_that_of_its_content_is_refused(made, tmp_path):
+    folder, facts = changed(made, tmp_path, forced="somebody's reason")
+    right = facts["id"]
+    resum(folder, facts)
+    assert bundle.read_bundle(folder)[1]["id"] != right
+    (folder / "bundle.json").write_text(json.dumps({**facts, "id": right}))
+    lines = (folder / "SHA256SUMS").read_text().splitlines(keepends=True)
+    kept = [line for line in lines if "bundle.json" not in line]
+    own = f"{data.file_sha256(folder / 'bundle.json')}  bundle.json\n"
+    (folder / "SHA256SUMS").write_text("".join(sorted([*kept, own], key=lambda line: line.split()[1])))
+    refused(folder, f"id {right} is not that of its content")
+
+
 def mutate(folder, random):
     """One random change of one file: a byte, a cut, bytes from elsewhere, a deletion, a JSON value."""
     path = folder / random.choice(sorted(p.name for p in folder.iterdir()))
