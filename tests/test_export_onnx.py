@@ -28,20 +28,19 @@ def export(weights, out, *words):
 
 def test_a_classifier_of_a_fixed_size_has_positions_as_constants(tmp_path):
     onnx, ort = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
-    net = make_classifier(
-        tmp_path / "best.pth", ("a", "b", "c"), layers=2, adapters=dict(rank=2, alpha=4, targets="qv")
-    )
+    adapters = dict(rank=2, alpha=4, targets="qv")
+    net = make_classifier(tmp_path / "best.pth", ("a", "b", "c"), layers=2, adapters=adapters, size=288)  # smaller tables are folded anyway
     root = pictures(tmp_path / "photos", 3)
     found = export(tmp_path / "best.pth", tmp_path / "m.onnx", "--images", root)
-    assert found["differences"].keys() == {"1x3x32x32", "2x3x32x32", "5x3x32x32", "pictures"}
+    assert found["differences"].keys() == {"1x3x288x288", "2x3x288x288", "5x3x288x288", "pictures"}
     assert max(found["differences"].values()) < 1e-4 and not {"If", "Tile", "Cos", "Sin"} & found["operations"].keys()
     graph = onnx.load(tmp_path / "m.onnx")
     onnx.checker.check_model(graph)
     said = {p.key: json.loads(p.value) for p in graph.metadata_props}
     assert (
-        said["classes"] == ["a", "b", "c"] and said["eval_view"]["size"] == 32 and graph.opset_import[0].version == 18
+        said["classes"] == ["a", "b", "c"] and said["eval_view"]["size"] == 288 and graph.opset_import[0].version == 18
     )
-    views = torch.randn(7, 3, 32, 32)
+    views = torch.randn(7, 3, 288, 288)
     (logits,) = ort.InferenceSession(tmp_path / "m.onnx").run(["logits"], {"images": views.numpy()})
     with torch.no_grad():
         np.testing.assert_allclose(logits, net(views).numpy(), rtol=0, atol=1e-4)

@@ -10,12 +10,14 @@ Tile. What it says is compared with torch on random inputs, and on --images; a d
 Needs onnx, onnxscript and onnxruntime.
 """
 
+import contextlib
 import json
 import logging
 import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -25,6 +27,7 @@ import tools.lib.threads  # noqa: F401 - before torch
 import numpy as np
 import torch
 
+import model
 from model import load_backbone, read_facts
 from tools.lib import asking, bundle, classifiers, fused, judge, metrics
 from tools.lib.cli import Parser, natural, run, shown
@@ -77,6 +80,15 @@ def read(path):
     return net, facts
 
 
+def positions(vit, size, dynamic):
+    """Around an export: of a fixed size the RoPE table is a constant, which folding alone does for small ones."""
+    if dynamic:
+        return contextlib.nullcontext()
+    grid = size // vit.patch_size
+    table = model.rope_table(grid, grid, vit.dim // vit.heads, vit.rope_base, 1 + vit.registers)
+    return mock.patch.object(model, "rope_table", lambda *_: table)
+
+
 def export(module, facts, size, dynamic, out):
     """Writes the graph; refuses operations that other runtimes stumble at -> {operation: how many}."""
     import onnx
@@ -87,7 +99,8 @@ def export(module, facts, size, dynamic, out):
     how["output_names"] = ["cls", "patches"] if facts["classes"] is None else ["logits"]
     how["external_data"] = sum(p.nbytes for p in module.parameters()) > 1.5e9  # a protobuf holds 2 GB
     shapes = ({0: torch.export.Dim("batch"), **sides},)
-    torch.onnx.export(module, (torch.zeros(3, 3, size, size),), str(out), dynamic_shapes=shapes, **how)
+    with positions(getattr(module.net, "backbone", module.net), size, dynamic):
+        torch.onnx.export(module, (torch.zeros(3, 3, size, size),), str(out), dynamic_shapes=shapes, **how)
     graph = onnx.load(out, load_external_data=False)
     kinds = [node.op_type for part in (graph.graph, *graph.functions) for node in part.node]
     if bad := REFUSED & {*kinds}:
