@@ -1197,6 +1197,20 @@ def cut_batched(images, boxes, flips, sigmas, out):
     return views.unflatten(1, (out, -1)).transpose(1, 2).contiguous()
 
 
+def within_boxes(images, plan, step=64):
+    """For accelerators: of each image the window that all its views are cut from, and the plan for these.
+
+    Windows are of one size, a multiple of `step` pixels, so that few shapes occur. Only zeros are left out of products.
+    """
+    low, high = np.floor(plan.boxes[..., :2].min(0)), np.ceil(plan.boxes[..., 2:].max(0))  # [B, 2]
+    size = np.minimum(-(-(high - low).max(0) // step) * step, images.shape[2:]).astype(int)
+    low = np.clip(low, 0, np.array(images.shape[2:]) - size).astype(int)
+    image, channel = (torch.arange(n, device=images.device) for n in images.shape[:2])
+    rows, columns = (send(torch.from_numpy(low[:, i, None] + np.arange(size[i])), images.device) for i in (0, 1))
+    part = images[image[:, None, None, None], channel[:, None, None], rows[:, None, :, None], columns[:, None, None]]
+    return part, plan._replace(boxes=plan.boxes - np.tile(low, 2))
+
+
 class Crops(NamedTuple):
     """Normalised views, crop-major: [crop 0 of all images, crop 1 of all images, ...]."""
 
@@ -1211,6 +1225,8 @@ def render(images, plan):
     recipe = plan.recipe
     if plan.boxes is None:
         plan = place(plan, [images.shape[2:]] * len(images))
+    if images.device.type != "cpu":  # there each view reads no more than its own box
+        images, plan = within_boxes(images, plan)
     with torch.autocast(images.device.type, enabled=False):
         groups, floats = [], images.float()
         for views, size in ((slice(0, 2), recipe.global_size), (slice(2, None), recipe.local_size)):

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_classifiers import pictures
 from test_data import make_ct
 from test_train import golden_step, same, weights
 
@@ -243,7 +244,7 @@ class Card:
 
 
 def test_a_card_is_idle_where_no_kernel_of_any_stream_runs(monkeypatch):
-    card = Card([(0.5, 1), (0, 0.2), (0.9, 1.4), (0.95, 1.0)])  # two streams: 0.2 and 0.9 seconds
+    card = Card([(0.5, 1), (0, 0.2), (0.9, 1.4), (0.95, 1.0), (1.1, 1.2)])  # two streams: 0.2 and 0.9 seconds
     card.events += [card.event(0, 9, "CPU"), card.event(0, 9, is_user_annotation=True)]
     calls = []
     monkeypatch.setattr(torch.profiler, "profile", card.profile)
@@ -567,3 +568,14 @@ def test_the_index_of_the_bench_opens_from_its_columns(monkeypatch):
     assert row["value"] == pytest.approx(1e3 * sorted(opened for opened, *_ in later)[1])
     for opened, seconds, before, after, peak in row["all"]:
         assert 0 < opened <= seconds and 0 < before <= after + 1 and after < peak + 1
+
+
+def test_predict_tells_latency_and_rate_of_each_layout(tmp_path):
+    pictures(tmp_path / "photos", 3)
+    point = dict(arch="vit_test", size=32, data=str(tmp_path / "photos"), seconds=0.2, setting="s")
+    rows = bench.measure_predict(json.loads(json.dumps(point)), CPU)
+    assert [row["setting"] for row in rows] == ["s, 1 views", "s, 10 views", "s, 12 views"]
+    for row in rows:
+        assert 0 < row["value"] <= row["p95"] and row["unit"] == "ms" and len(row["seconds"]["one"]) >= 3
+        assert row["rate"] == pytest.approx(3 / np.median(row["seconds"]["all"]))
+    assert rows[2]["value"] > rows[0]["value"]

@@ -84,6 +84,8 @@ def test_errors_are_drawn_with_their_views(photos, made, run, tmp_path, monkeypa
     kinds = {line.split('",')[0].strip('"') for line in (tmp_path / "e" / "errors.csv").read_text().splitlines()[1:]}
     sheets = sorted((tmp_path / "e").glob("errors_*.png"))
     assert kinds and len(sheets) == len(kinds)
+    views = [line.split(",") for line in (tmp_path / "e" / "errors_views.csv").read_text().splitlines()]
+    assert views[0][:2] == ["id", "view"] and views[1][0].endswith(".png") and len(views) > len(sheets)
     with Image.open(sheets[0]) as image:
         assert image.width > 700 and image.height > 300
     words = ["--ckpt", run / "best.pth", "--data", root, "--split", "val_calib", "--out", tmp_path / "run"]

@@ -290,7 +290,8 @@ def write(root, *flags):
 def test_channels_open_over_the_volume_and_their_basis_serves_another(phantom, tmp_path):
     root, truth = phantom
     one, two = (f"{root}/processed/p/{name}.npy" for name in sorted({row["series"] for row in truth})[:2])
-    assert write(root, "--volume", one, "--out", tmp_path / "a.nii.gz", "--stride", 3) == 0
+    assert write(root, "--volume", one, "--out", tmp_path / "new" / "a.nii.gz", "--stride", 3) == 0
+    tmp_path = tmp_path / "new"
     values, affine = decode(tmp_path / "a.nii.gz")
     volume = space.read(one)
     assert values.shape == (3, *volume.hu.shape) and np.allclose(affine, volume.affine, atol=1e-4)

@@ -3,6 +3,8 @@
 The first part of tools/recipes/gpu_check.sh. Without a card its half is skipped, and says so.
 """
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -61,6 +63,24 @@ def test_views_are_those_of_a_cpu(device, dtype, most):
     plan = data.place(data.plan(0, 0, range(3), data.RECIPES["ct"]), [(96, 80)] * 3)
     for ours, theirs in zip(data.render(images.to(device), plan)[:2], data.render(images, plan)[:2]):
         assert (ours.cpu() - theirs).abs().max() < 2e-3  # of numbers whose standard deviation is 1
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_views_from_windows_are_those_from_whole_images(device):
+    images = torch.randint(-1000, 1500, (5, 3, 160, 200), generator=torch.Generator().manual_seed(0)).short().to(device)
+    recipe = dataclasses.replace(data.RECIPES["ct"], global_size=32, local_size=16, gram_size=0)
+    bodies = [(40, 70, 90, 100), (0, 0, 50, 60), (110, 150, 160, 200), (30, 0, 90, 50), (20, 20, 40, 80)]
+    plan = data.place(data.plan(0, 0, range(5), recipe), [(160, 200)] * 5, bodies)
+    part, moved_plan = data.within_boxes(images, plan, step=16)
+    assert part.shape[2] <= 64 and part.shape[3] <= 64 and part.dtype == torch.int16
+    for views, size in ((slice(0, 2), 32), (slice(2, None), 16)):
+        expected, got = (
+            data.cut_batched(pixels.float(), *flat(p.boxes[views], p.flips[views], p.sigmas[views]), size)
+            for pixels, p in ((images, plan), (part, moved_plan))
+        )
+        assert (got - expected).abs().max() < 0.01  # HU
+    same, unmoved = data.within_boxes(images, plan._replace(boxes=plan.boxes * 0 + [0, 0, 160, 200]))
+    assert torch.equal(same, images) and (unmoved.boxes == [0, 0, 160, 200]).all()
 
 
 def flat(boxes, flips, sigmas):

@@ -132,5 +132,5 @@ def test_weights_of_ct_are_not_shown_photographs(photos, ckpt, tmp_path):
 
 
 def test_no_other_file_opens_val_test_without_a_record(photos):
-    source = asking.of_data(photos, ["val_test"], {})
+    source = asking.of_data(photos, ["val_test"], {"eval_view": {}})
     assert set(source.splits.tolist()) == {"val_test"} and not split_path(photos, "test_uses.jsonl").exists()

@@ -164,6 +164,18 @@ def test_the_loss_of_an_update_is_that_of_its_pictures_one_by_one(photos):
     assert 0 < micro.targets.max(1).values.min() < 1, "mixed targets"
 
 
+def test_a_curriculum_begins_with_the_easy_pictures(photos):
+    """The share of the run that is done reaches the objectives that ask for it; others do without."""
+    (micro,) = micro_batches(photos, 0, 1, 1, aug="light")
+    objective, model, found = supervise.read_loss("curriculum:share=0.25,until=1.0", [0, 1], 2), toy(), []
+    for progress in (0.0, 0.5, 1.0):
+        terms, seen = t.supervised_update(model, [micro], t.Weights(objective, progress=progress))
+        each = (-(micro.targets * seen.logits.log_softmax(-1)).sum(-1)).sort().values
+        torch.testing.assert_close(terms["loss"], each[: (2, 5, 8)[len(found)]].mean())
+        found.append(float(terms["loss"]))
+    assert found[0] < found[1] < found[2]
+
+
 def test_what_is_drawn_depends_on_seed_step_and_id_alone(photos):
     whole, parts = micro_batches(photos, 0, 1, 1), micro_batches(photos, 0, 1, 4)
     second = micro_batches(photos, 1, 2, 2)
@@ -242,7 +254,8 @@ def test_sophia_looks_at_labels_drawn_from_its_own_predictions(photos):
     run.optimizer = loop.build_optimizer("sophia", optim.param_groups(model, 1.0, 1.0))
     run.args = t.build_parser().parse_args(["--ckpt", "x", "--data", "x", "--labels", "x", "--out", "x"])
     run.args.batch_size, run.args.precision = 8, "fp32"
-    _, seen = t.supervised_update(model, micros, t.Weights(losses.soft_cross_entropy))
+    objective = supervise.read_loss("ce", [0, 1], 2)
+    _, seen = t.supervised_update(model, micros, t.Weights(objective))
     before = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     t.observe(run, micros, seen)
     assert all(torch.equal(p.grad, before[name]) for name, p in model.named_parameters() if name in before)
@@ -250,7 +263,7 @@ def test_sophia_looks_at_labels_drawn_from_its_own_predictions(photos):
     labels = losses.target_rows((u > p1).long(), 2)
     model.zero_grad()
     pieces = zip(micros, labels.split(4))
-    t.supervised_update(model, [m._replace(targets=y) for m, y in pieces], t.Weights(losses.soft_cross_entropy))
+    t.supervised_update(model, [m._replace(targets=y) for m, y in pieces], t.Weights(objective))
     p = model.head.last_layer.weight
     expected = (1 - 0.99) * 8 * p.grad.square()
     torch.testing.assert_close(run.optimizer.state[p]["hessian"], expected, rtol=1e-4, atol=1e-9)
@@ -266,7 +279,7 @@ def test_optimizers_that_look_twice_see_the_whole_batch_twice(photos, optimizer)
                     t.Weights(supervise.read_loss("ce", np.arange(8) % 2, 2)), {})  # fmt: skip
         run.optimizer = loop.build_optimizer(name, optim.param_groups(model, 1.0, 1.0))
         run.args = t.build_parser().parse_args(["--ckpt", "x", "--data", "x", "--labels", "x", "--out", "x"])
-        run.args.batch_size, run.args.precision = 8, "fp32"
+        run.args.batch_size, run.args.precision, run.args.steps = 8, "fp32", 2
         for step in (0, 1):
             found = t.one_update(run, micro_batches(photos, 0, 1, micros, step), step, t.Now(1e-2, 1e-2, 0.0, 0.5))
             assert not found.bad
@@ -454,7 +467,7 @@ def test_a_single_bad_update_is_skipped_and_the_run_goes_on(photos, start, tmp_p
         ("--tune head --views diles", "layout 'diles'"),
         ("--tune head --aug dark", "--aug dark: no 'dark'"),
         ("--tune head --size 30", "--size 30 is not a multiple of the patch size 16"),
-        ("--views tiles", "are for training; give --tune too"),
+        ("--views tiles", "--views is for training"),
     ],
 )  # fmt: skip
 def test_bad_flags_say_what_to_do(photos, start, tmp_path, flags, sentence):

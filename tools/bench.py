@@ -47,6 +47,7 @@ import data
 import train_ssl
 from model import ADAPTER_NORMS, ARCHS, Classifier, Head, adapted_layers, add_adapters, build_vit
 from tools.lib import loop, settings
+from tools.lib.classifiers import layout_of, logits_of
 from tools.lib.cli import ROOT, Parser, above_zero, positive, run
 from tools.lib.files import write_json
 from tools.lib.fused import FusedClassifier
@@ -447,6 +448,24 @@ def measure_views(point, device):
     return [as_row(point["setting"], len(source) / median(times["ours"]), "images/s", note=note, seconds=times)]
 
 
+def measure_predict(point, device):
+    """A 12-megapixel JPEG from file to logits: one at a time (latency), and several (rate), for 1, 10 and 12 views."""
+    source, view, rows = data.open_source(point["data"]), data.eval_view("photo", point["size"]), []
+    vit = build_vit(point["arch"])
+    net = Classifier(vit, Head(vit.dim, 2)).eval()
+    for layout in ("whole", "tiles", "tiles_and_squares"):
+        ask = functools.partial(logits_of, net, source, layout=layout, view=view, device=device)
+        each, seconds = itertools.cycle(range(len(source))), point["seconds"] / 2
+        one, _ = alternate({"one": lambda ask=ask, each=each: ask([next(each)], workers=1)}, device, seconds, least=0)
+        many, _ = alternate({"all": lambda ask=ask: ask(range(len(source)))}, device, seconds, least=0)
+        p50, p95 = (1e3 * float(np.quantile(one["one"], q)) for q in (0.5, 0.95))
+        rate, count = len(source) / median(many["all"]), len(layout_of(layout)[1])
+        note = f"median; p95 {p95:.0f} ms of {len(one['one'])}; {rate:.3g} pictures/s where several are asked about"
+        more = dict(way=layout, seconds=one | many, p95=p95, rate=rate)
+        rows.append(as_row(f"{point['setting']}, {count} views", p50, "ms", note=note, **more))
+    return rows
+
+
 FUSED = {  # views of a picture -> (how many there are, switches of Fusion)
     "1 view": (1, {}), "10 views": (10, {}), "12 views": (12, {}),
     "12 views, 8 kept after the backbone": (12, {"keep": 8}),
@@ -595,7 +614,16 @@ def measure_save(point, device):
     return [as_row(point["setting"], 1e3 * median(later), "ms stall", share, "copy", note, **more)]
 
 
-PARTS = (measure_step, measure_adapters, measure_render, measure_views, measure_fusion, measure_read, measure_index)
+PARTS = (
+    measure_step,
+    measure_adapters,
+    measure_render,
+    measure_views,
+    measure_predict,
+    measure_fusion,
+    measure_read,
+    measure_index,
+)
 PARTS += (measure_dicom, measure_save, measure_sweep)
 MEASURES = {measure.__name__.removeprefix("measure_"): measure for measure in PARTS}
 
@@ -643,6 +671,11 @@ def points_of(what, args, cuda, work):
             yield dict(data=folder, device=device, setting=f"{Path(folder).name}, 2x224 + 8x96 of 512x512, {place}")
     elif what == "views":
         yield dict(data=f"{work}/large", setting="12 views of 224 from a 12-megapixel JPEG, one thread")
+    elif what == "predict":
+        size = 96 if args.quick else 224
+        for arch in archs:
+            setting = f"{arch}, a 12-megapixel JPEG in views of {size} pixels"
+            yield dict(arch=arch, size=size, data=f"{work}/large", setting=setting)
     elif what == "fusion":
         size, batch = (96, 2) if args.quick else (224, 16 if cuda else 2)
         for arch in archs:

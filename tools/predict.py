@@ -17,9 +17,10 @@ import tools.lib.threads  # noqa: F401 - before torch
 
 # isort: split
 import data
+from checkpoint import write_text
 from tools.lib import asking, broken, bundle, classifiers, sheet, tables, view_sheet, watch
 from tools.lib.cli import Parser, pick_device, positive, run, shown
-from tools.lib.files import created_utc, write_json
+from tools.lib.files import created_utc, csv_text, write_json
 from tools.lib.progress import progress
 
 
@@ -40,22 +41,14 @@ def build_parser():
     parser.add_argument("--workers", type=positive, default=2, help="threads that read and cut ahead")
     parser.add_argument("--draw", nargs="+", default=[], metavar="ID", help="photographs whose views SPLIT_views.png "
                         "shows: place, weight, what each says alone, attention inside")  # fmt: skip
-    parser.add_argument(
-        "--watch",
-        type=Path,
-        help="with --bundle: state of a test whether pictures are still such as "
-        "those the policy was fitted on; goes on from call to call, and tools/drift.py tells of it",
-    )
-    parser.add_argument(
-        "--calibration", type=Path, help="where --watch is new: run or table with the val_calib of the policy"
-    )
-    parser.add_argument(
-        "--if-lost",
-        choices=["say", "abstain"],
-        default="say",
-        help="once --watch finds that they are "
-        "not: only say that the guarantee is void, or leave these pictures to others too",
-    )
+    # fmt: off
+    parser.add_argument("--watch", type=Path, help="with --bundle: state of a test whether pictures are still such as "
+                        "those the policy was fitted on; goes on from call to call, and tools/drift.py tells of it")
+    parser.add_argument("--calibration", type=Path, help="where --watch is new: run or table with the val_calib of the "
+                        "policy")
+    parser.add_argument("--if-lost", choices=["say", "abstain"], default="say", help="once --watch finds that they are "
+                        "not: only say that the guarantee is void, or leave these pictures to others too")
+    # fmt: on
     broken.add_flag(parser)
     parser.add_argument("--device", default="auto", help="auto (CUDA/ROCm if there, else CPU), cpu, cuda")
     return parser
@@ -70,14 +63,16 @@ def names_of(images):
 
 
 def draw(args, classifier, facts, source, asked, path, device):
-    """SPLIT_views.png beside SPLIT.npz of those --draw names that are in this split; gives the others."""
-    at = {name: k for k, name in enumerate(asked.ids)}
-    if found := [at[name] for name in args.draw if name in at]:
-        parts = []
-        for k in progress(found, desc="views", unit="picture"):
-            label = facts["classes"][asked.labels[k]] if asked.labels[k] >= 0 else None
-            parts.append(view_sheet.drawn(classifier, facts, source, int(asked.rows[k]), asked.ids[k], label, device))
-        print(sheet.save(path.with_name(f"{path.stem}_views.png"), sheet.stack(parts, gap=18)))
+    """SPLIT_views.png and .csv beside SPLIT.npz of those --draw names that are in this split; gives the others."""
+    at, parts, table = {name: k for k, name in enumerate(asked.ids)}, [], [view_sheet.HEADER]
+    for k in progress([at[name] for name in args.draw if name in at], desc="views", unit="picture"):
+        label = facts["classes"][asked.labels[k]] if asked.labels[k] >= 0 else None
+        part, rows = view_sheet.drawn(classifier, facts, source, int(asked.rows[k]), asked.ids[k], label, device)
+        parts.append(part)
+        table += rows
+    if parts:
+        write_text(path.with_name(f"{path.stem}_views.csv"), csv_text(table))
+        print(f"{sheet.save(path.with_name(f'{path.stem}_views.png'), sheet.stack(parts, gap=18))} (.csv)")
     return [name for name in args.draw if name not in at]
 
 
@@ -114,6 +109,8 @@ def main(argv=None):
         facts["layout"] = args.layout
     device, labels = pick_device(args.device), args.labels and data.find_table(args.data, args.labels)
     source = asking.of_files(names_of(args.images)) if args.images else asking.of_data(args.data, args.split, facts)
+    if args.draw and source.encoding != "photo":
+        raise ValueError(f"--draw is for photographs; {args.data} holds slices of CT")
     source = broken.leave_out(source, args.skip_bad)
     for split, asked in asking.samples_of(source, facts, labels).items():
         how = labels, device, args.batch_size, args.workers

@@ -33,7 +33,10 @@ def read_classifier(path):
 
     facts: classes, pool, layers, layout, eval_view, encoding, ..., and sha256 of the file.
     """
-    path, before = Path(path), provenance.stamp(path)
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is no file; name the best.pth of a run (a bundle has a flag of its own)")
+    before = provenance.stamp(path)
     state = checkpoint.load(path)
     if "classes" not in state:
         raise ValueError(f"{path} is no classifier: it names no classes; train one with train_probe.py --tune")

@@ -163,7 +163,7 @@ def fit(model, train, select, objective, seed, steps=400, batch=64, lr=1e-3, dec
         optimizer.param_groups[0]["lr"] = lr * min((step + 1) / rises, (1 + math.cos(math.pi * step / steps)) / 2)
         out = model.train()(part.views, part.facts, known, part.patches)
         targets = F.one_hot(part.labels, out.logits.shape[1]).float()
-        loss, _ = combined_loss(objective(out.logits, targets), out, part.weather, part.masks)
+        loss, _ = combined_loss(objective(out.logits, targets, step / steps), out, part.weather, part.masks)
         if not loss.isfinite():
             raise ValueError(f"update {step + 1}: the loss is not finite; use a lower --lr")
         optimizer.zero_grad()
@@ -204,7 +204,7 @@ def fit_prescore(scorer, model, part, patches, seed, steps=200, lr=3e-3):
         optimizer.step()
 
 
-def add_prescore(model, readings, sets, keep, args, log):
+def add_prescore(model, readings, sets, keep, args, log, step):
     """Gives a trained fusion its Prescore -> what that is made with; logs what it costs on val_select."""
     if not data.find_layout(args.views).whole or not 0 < keep < sets[0].views.shape[1] - 1:
         raise ValueError(
@@ -221,7 +221,7 @@ def add_prescore(model, readings, sets, keep, args, log):
     select = sets[1]._replace(views=sets[1].views[torch.arange(len(at), device=at.device)[:, None], at])
     (loss, mcc), (full, best) = look(model, select), look(model, sets[1])
     words = f"{keep + 1} of {made[2]} views, chosen on the whole one: MCC {mcc:.3f} instead of {best:.3f}, log loss "
-    log.event(log.done, words + f"{loss:.4f} instead of {full:.4f} on val_select")
+    log.event(step, words + f"{loss:.4f} instead of {full:.4f} on val_select")
     model.prescore = scorer
     return made
 
@@ -252,7 +252,7 @@ def train(vit, weights_sha256, parts, objective, facts, args, device):
     step, loss, mcc = min(story, key=lambda line: line[1])
     log.event(step, f"log loss {loss:.4f} and MCC {mcc:.3f} on val_select: the lowest loss")
     if more["prescore"]:
-        switches["prescore"] = add_prescore(model, readings, sets, more["prescore"], args, log)
+        switches["prescore"] = add_prescore(model, readings, sets, more["prescore"], args, log, step)
     log.close()
     weights = checkpoint.pack_weights(fused.FusedClassifier(vit, model, facts["pool"], args.layers))
     state |= {"step": step, "images": step * args.batch_size, "student": weights, "teacher": weights, "optimizer": {},

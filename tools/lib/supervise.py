@@ -4,6 +4,7 @@ val_select says. The method itself is in train_probe.py, the reading of pictures
 Letters: N pictures, b of a micro-batch, C classes, D features, V views.
 """
 
+import functools
 import inspect
 import time
 from pathlib import Path
@@ -58,8 +59,14 @@ def read_adapter(text):
     return {**options, "norm": norm, "alpha": options["alpha"] or 2 * options["rank"] ** power}
 
 
+def read_head(text):
+    """probe:dropout=0.1 -> (where the head starts, dropout)"""
+    name, options = technique(text, HEADS)
+    return name, options.get("dropout", 0.0)
+
+
 def read_loss(text, labels, classes):
-    """focal:gamma=1,weights=balanced -> function(logits, targets); balanced: each class counts alike, 1 on average."""
+    """focal:gamma=1,weights=balanced -> function(logits, targets, progress); balanced: classes count alike."""
     name, options = technique(text, losses.OBJECTIVES)
     weights = options.pop("weights", None)
     if weights == "balanced":
@@ -68,7 +75,9 @@ def read_loss(text, labels, classes):
     if weights is not None and not (isinstance(weights, list) and len(weights) == classes):
         raise ValueError(f"--loss {text}: weights are balanced, or {classes} numbers like [1,2], one for each class")
     weights = None if weights is None else torch.tensor(weights, dtype=torch.float32)
-    return lambda logits, targets: losses.OBJECTIVES[name](logits, targets, weights=weights, **options)
+    objective = functools.partial(losses.OBJECTIVES[name], weights=weights, **options)
+    scheduled = "progress" in inspect.signature(objective).parameters
+    return lambda z, targets, progress: objective(z, targets, **({"progress": progress} if scheduled else {}))
 
 
 def choose_trained(vit, kind, count, options):
@@ -109,8 +118,9 @@ def resolve(args, images, world):
         raise ValueError(f"--protocol {args.protocol}: --tune {args.tune} knows select, and test (val_test too)")
     if args.features == "box":
         raise ValueError("--features box: nodules are for the frozen probe; use cls, mean or all")
-    if args.loss.startswith("conformal") and args.micro_batch < args.batch_size:
-        raise ValueError("--loss conformal compares the images of a batch: use one rank and --micro-batch "
+    loss = args.loss.partition(":")[0]
+    if loss in ("conformal", "curriculum") and args.micro_batch < args.batch_size:
+        raise ValueError(f"--loss {loss} compares the images of a batch: use one rank and --micro-batch "
                          f"{args.batch_size}, or another --loss")  # fmt: skip
     return args
 

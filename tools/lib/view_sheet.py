@@ -1,12 +1,13 @@
 """What a classifier made of the views of a picture, to look at: tiles on the photograph, attention inside each tile.
 
-save(path, stack([drawn(classifier, facts, source, row, title, label) for row, title, label in chosen]))
+part, rows = drawn(classifier, facts, source, row, title, label)
 """
 
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import ImageDraw
 
 import data
 from tools.lib import fused
@@ -18,6 +19,7 @@ from tools.lib.sheet import (
     INK,
     attention_over,
     fit,
+    font,
     heading,
     outline,
     paragraphs,
@@ -68,24 +70,36 @@ def photograph(source, i, seen, boxes, size):
     """The picture with its views, the weightier the brighter; those that pruning dropped in grey."""
     image = fit(picture(data.read_view(source, i, data.find_layout("whole"), WIDE)[0].numpy()), WIDE)
     scale = np.tile([image.height, image.width] / np.array(size), 2)
-    drawn = []
+    frames, words, large = [], [], 0
     for v in np.argsort(seen.weights):  # the weightiest last, on top
-        inset = 3 * (v % 4)  # edges that tiles share stay apart
-        box = boxes[v] * scale + [inset, inset, -inset, -inset]
-        strong = seen.weights[v] >= 1 / len(boxes)
-        colour = COLOURS[v % len(COLOURS)] if seen.kept[v] else DIM
-        words = f"{v}: {seen.weights[v]:.2f} of {seen.alone[v, -1]:.2f}" if seen.kept[v] else f"{v} dropped"
-        drawn.append((box, colour, words, 4 if strong and seen.kept[v] else 1))
-    return outline(image, drawn)
+        inset = 3 * (v % 4)  # edges that views share stay apart
+        y0, x0, y1, x1 = box = boxes[v] * scale + [inset, inset, -inset, -inset]
+        colour, strong = COLOURS[v % len(COLOURS)] if seen.kept[v] else DIM, seen.weights[v] >= 1 / len(boxes)
+        frames.append((box, colour, "", 4 if strong and seen.kept[v] else 1))
+        text = f"{v}: {seen.weights[v]:.2f} of {seen.alone[v, -1]:.2f}" if seen.kept[v] else f"{v} dropped"
+        if (y1 - y0) * (x1 - x0) > image.height * image.width / 4:  # the whole and squares: one line each, below
+            words.append((12, image.height - 26 - 20 * large, text, colour, "la"))
+            large += 1
+        else:
+            words.append(((x0 + x1) / 2, (y0 + y1) / 2, text, colour, "mm"))
+    image = outline(image, frames)
+    for x, y, text, colour, anchor in words:
+        ImageDraw.Draw(image).text((x, y), text, colour, font(15), anchor, stroke_width=2, stroke_fill="black")
+    return image
+
+
+HEADER = ["id", "view", "y0", "x0", "y1", "x1", "mirrored", "kept", "weight", "alone"]
 
 
 def drawn(classifier, facts, source, i, title, label, device="cpu"):
-    """One picture of a Source -> its part of a sheet, by the last class; label: the true one or None."""
+    """One picture of a Source -> its part of a sheet, and rows of HEADER, by the last class; label: the true one."""
     seen = look(classifier, facts, source, i, device)
     layout, flips = layout_of(facts["layout"])
     with data.open_photo(source.path(i)) as file:
         size = data.turn_of(file)[1]
     boxes = data.eval_boxes([size]) if layout is None else data.view_boxes([size], layout)[0][:, 0]
+    columns = zip(boxes.astype(int).tolist(), flips, seen.kept, seen.weights, seen.alone[:, -1])
+    rows = [[title, v, *box, int(f), int(k), f"{w:.6g}", f"{p:.6g}"] for v, (box, f, k, w, p) in enumerate(columns)]
     name, tiles = facts["classes"][-1], []
     for v in range(len(seen.views)):
         base = picture(data.denormalise(seen.views[v][None])[0].numpy())
@@ -94,11 +108,11 @@ def drawn(classifier, facts, source, i, title, label, device="cpu"):
         tiles.append(below(both, [words if seen.kept[v] else f"{words}, dropped"]))
     said = facts["classes"][seen.together.argmax()]
     wrong = label is not None and said != label
-    lines = [(f"says {said}, {name} with {seen.together[-1]:.2f}" + (f"; it is {label}" if label else ""),
-              BAD if wrong else INK)]  # fmt: skip
+    words = f"before any policy: {said}, {name} with {seen.together[-1]:.2f}" + f"; it is {label}" * bool(label)
+    lines = [(words, BAD if wrong else INK)]
     lines += [("On the picture: view, its weight, what it says alone. Right: each view, and the attention of the last "
                "block in it. alone: what it says without the others.", DIM)]  # fmt: skip
     left = stack([photograph(source, i, seen, boxes, size), paragraphs(lines, WIDE, 15)])
     grid = stack([row(tiles[k : k + 3]) for k in range(0, len(tiles), 3)])
     both = row([left, grid])
-    return stack([heading(title, both.width), both])
+    return stack([heading(title, both.width), both]), rows

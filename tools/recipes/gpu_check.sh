@@ -22,7 +22,8 @@ python tools/preprocess_dicom.py --raw "$work/raw" --out "$work/data" --dataset 
   >> "$work/data.log" 2>&1  # exit code 1: scout views are rejected
 train() {
   python train_ssl.py --data "$work/data" --out "$work/$1" --no-split --deterministic --arch "${2:-vit_test}" --workers 2 \
-    --batch-size 8 --global-size 64 --local-size 32 --local-crops 4 --prototypes 256 --drop-path 0.3 --steps 24 \
+    --batch-size 8 --global-size 64 --local-size 32 --local-crops 4 --prototypes 256 --head-hidden 256 --head-bottleneck 64 \
+    --drop-path 0.3 --steps 24 \
     --save-every 4 --keep-last 9 --gram-start 0.3 --log-every 4 > "$work/$1.log" 2>&1
 }
 train whole || wrong=1
