@@ -2,15 +2,18 @@
 
 import json
 import math
+import signal
 import subprocess
 import sys
 import textwrap
+import time
 
 import numpy as np
 import pytest
 
 from tools import compare
 from tools.lib import arms, commands, metrics, tables
+from tools.lib.cli import ROOT
 
 # A trainer that takes no time: `--gain` more of its 120 groups right, and as many as its seed pleases.
 TRAINER = """
@@ -245,22 +248,20 @@ def test_few_groups_give_no_interval(tmp_path, trainer):
 
 
 @pytest.mark.slow
-def test_interrupted_and_gone_on_with(tmp_path, trainer):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_and_gone_on_with(tmp_path, trainer, number):
     """Ctrl+C ends the run in progress too; the same command makes what was not finished."""
-    import signal
-    import time
-
     trainer.write_text(trainer.read_text().replace("random, n =", "__import__('time').sleep(2)\nrandom, n =", 1))
-    words = [sys.executable, str(compare.ROOT / "tools" / "compare.py"), "--out", str(tmp_path / "ab"), "--seeds", "0"]
+    words = [sys.executable, str(ROOT / "tools" / "compare.py"), "--out", str(tmp_path / "ab"), "--seeds", "0"]
     words += ["1", "--arms", "a: --gain 0.1", "--", str(trainer)]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     while len(calls(trainer)) < 2:
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     process.communicate(timeout=30)
     assert process.returncode == 130 and not (tmp_path / "ab" / "summary.json").exists()
-    begun = len(calls(trainer))
-    assert begun == 2
+    time.sleep(2.5)
+    assert len(calls(trainer)) == 2 and not (tmp_path / "ab" / "base" / "seed_1" / "predictions").exists()
     done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 0 and "1 of 4 runs are there already" in done.stdout, done.stderr
     assert len(calls(trainer)) == 2 + 3

@@ -12,6 +12,7 @@ what it had made is put aside as FOLDER.replaced). A command that fails stops th
 import graphlib
 import hashlib
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -170,9 +171,14 @@ def work(args, stage):
     before = hashes(stage.inputs, args.data)
     with open(path.with_name("log.txt"), "ab") as log:
         process = subprocess.Popen(program(stage.words), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        for line in process.stdout:
-            log.write(line)
-            print("  " + line.decode(errors="replace").rstrip(), flush=True)
+        try:
+            for line in process.stdout:
+                log.write(line)
+                print("  " + line.decode(errors="replace").rstrip(), flush=True)
+        except BaseException:
+            process.terminate()  # a trainer saves first
+            process.wait()
+            raise
         code = process.wait()
     if code == 1 and stage.name in args.accept:
         print(f"{stage.name}: exit code 1 (something deserves a look) is accepted")
@@ -233,6 +239,7 @@ def main(argv=None):
     if not args.smoke and not (args.data / "labels.csv").exists():
         raise FileNotFoundError(f"{args.data / 'labels.csv'} does not exist; tools/import_photos.py writes it")
     table = chosen(args, in_order(with_flags(stages(args), args.flags, args.smoke)))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl+C: the stage ends too
     done = 0
     for stage in table:
         if args.dry_run:
