@@ -155,6 +155,7 @@ def test_a_space_is_drawn_within_its_bounds(tmp_path):
     assert (lr >= 1e-4).all() and (lr <= 1e-2).all() and 0.35 < (lr < 1e-3).mean() < 0.65  # even in its logarithm
     assert (dropout >= 0).all() and (dropout <= 0.5).all() and {flags[5] for flags in drawn} == {"4", "8", "16"}
     assert drawn[:5] == [arms.draw(space, 3, k) for k in range(5)] != [arms.draw(space, 4, k) for k in range(5)]
+    assert arms.draw(space, 3, 1) != arms.draw(space, 4, 0)
     for line in ("--lr log 0 1", "--lr log 1", "--lr between 1 2", "lr log 1 2", "--lr choice", "--lr log a b"):
         path.write_text(line)
         with pytest.raises(ValueError, match="space.txt, line 1"):
@@ -220,6 +221,8 @@ def test_the_gain_is_that_of_the_metric_and_the_scatter_that_of_both_sources():
     calm = arms.gain(np.full(3, 0.1), drawn, random)
     width = 2 * 1.96 * 0.01 / math.sqrt(3)  # seeds that agree: that of three independent means
     assert calm["high"] - calm["low"] == pytest.approx(width, rel=0.05) and calm["p"] < 0.001
+    even = arms.gain(np.array([0.09, 0.1, 0.11]), drawn, random)  # they differ as much as so few groups explain
+    assert even["high"] - even["low"] == pytest.approx(width, rel=0.05)
     wild = arms.gain(np.array([0.0, 0.1, 0.2]), drawn, random)
     spread = 2 * 4.30 * 0.1 / math.sqrt(3)  # t of two degrees of freedom, 97.5%
     assert wild["high"] - wild["low"] == pytest.approx(spread, rel=0.06) and wild["p"] > 0.1
