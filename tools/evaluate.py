@@ -32,7 +32,7 @@ COMPARED = {  # in results.json: on the page
     "aurc": "area under risk and coverage", "augrc": "generalised risk (AUGRC)",
 }  # fmt: skip
 LEFT = {
-    "n": "samples", "cost_per_sample": "cost per sample of all", 
+    "n": "samples", "cost_per_sample": "cost per sample of all",
     "accuracy_if_decided": "accuracy, had they been decided",
     "accuracy_if_others_are_right": "accuracy of all, if others are right",
 }  # fmt: skip
