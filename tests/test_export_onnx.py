@@ -29,7 +29,8 @@ def export(weights, out, *words):
 def test_a_classifier_of_a_fixed_size_has_positions_as_constants(tmp_path):
     onnx, ort = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
     adapters = dict(rank=2, alpha=4, targets="qv")
-    net = make_classifier(tmp_path / "best.pth", ("a", "b", "c"), layers=2, adapters=adapters, size=288)  # smaller tables are folded anyway
+    # positions of smaller views are folded anyway
+    net = make_classifier(tmp_path / "best.pth", ("a", "b", "c"), layers=2, adapters=adapters, size=288)
     root = pictures(tmp_path / "photos", 3)
     found = export(tmp_path / "best.pth", tmp_path / "m.onnx", "--images", root)
     assert found["differences"].keys() == {"1x3x288x288", "2x3x288x288", "5x3x288x288", "pictures"}
