@@ -26,6 +26,8 @@ import signal
 import stat
 import struct
 import sys
+import threading
+import time
 import tokenize
 import warnings
 from collections import Counter
@@ -1631,10 +1633,22 @@ def as_read(batch):
     return batch  # torch would turn the arrays of the plan into tensors
 
 
-def ignore_signals(_):
-    """In a reading process: signals are for the run, which still needs its batches. torchrun sends them to all."""
+def follow_run(_):
+    """In a reading process: signals are for the run, which still needs its batches. torchrun sends them to all.
+
+    A run that is killed takes its readers with it: one that waits for ever to hand over a batch would hold the lock of
+    the run's folder, and the same command could not go on.
+    """
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    parent = os.getppid()
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def make_loader(source, recipes, seed, steps, batch, micro_batch=None, rank=0, world=1, workers=0, patch_size=16,
@@ -1666,7 +1680,7 @@ def read_ahead(updates, workers, pin_memory=False, skip_bad=0):
             num_workers=workers,
             pin_memory=pin_memory,
             collate_fn=as_read,
-            worker_init_fn=ignore_signals,
+            worker_init_fn=follow_run,
             generator=torch.Generator(),  # the global one belongs to whoever builds a model
         )
         return checked(start_readers(loader), skip_bad)

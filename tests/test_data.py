@@ -10,6 +10,7 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -694,3 +695,38 @@ def test_slices_whose_neighbours_are_inside_them_refuse_a_distance(tmp_path):
     with pytest.raises(ValueError, match="neighbours 2.5 mm away need whole volumes.*--format hu16"):
         d.open_source(tmp_path / "ct").at_distance(2.5)
     assert d.open_source(tmp_path / "ct").at_distance(0).neighbour_mm is None
+
+
+def test_readers_of_a_killed_process_end_although_nobody_takes_what_they_read(tmp_path):
+    """Else they keep the lock of the run's folder, and the same command cannot go on."""
+    root = make_ct(tmp_path, series=4)
+    script = (
+        f"import sys, time; sys.path.insert(0, {str(Path(d.__file__).parent)!r})\n"
+        "import data, multiprocessing\n"
+        f"source = data.open_source({str(root)!r})\n"
+        "recipe = data.Recipe('ct', global_size=32, local_size=16, local_crops=200)\n"  # fills a pipe of 64 kB
+        "batches = data.make_loader(source, recipe, 0, range(100), 8, workers=2)\n"
+        "next(batches); time.sleep(0.5)\n"
+        "print(*(p.pid for p in multiprocessing.active_children()), flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    readers = [int(pid) for pid in process.stdout.readline().split()]
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    assert len(readers) == 2
+    deadline = time.monotonic() + 20
+    while any(running(pid) for pid in readers) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    left = [pid for pid in readers if running(pid)]
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert not left
+
+
+def running(pid):
+    """Not gone, and no zombie that nobody has waited for."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False

@@ -273,7 +273,10 @@ def words_of_plain(way, seconds, more):
     """Adds to `more` what is measured of the plain way alone -> the same in words."""
     device, count = way.run.device, max(2, min(16, math.ceil(2 / seconds)))
     more |= dict(phases=phase_shares(way, seconds), host_ms=1e3 * host_seconds(way, count))
-    words = [f"peak {more['peak_gb']:.3g} GB", f"host {more['host_ms']:.0f} ms"]
+    words = [
+        f"peak {more['peak_gb']:.3g} GB",
+        f"host {'busy' if device.type == 'cuda' else 'prepares'} {more['host_ms']:.0f} ms",
+    ]
     if device.type == "cuda":
         more |= dict(idle=idle_share(functools.partial(update, way), seconds, count))
         more["ahead_gb"] = crops_gb(way.upcoming.ready[0][1])

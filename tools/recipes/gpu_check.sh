@@ -66,7 +66,7 @@ for file in sorted(pathlib.Path(sys.argv[1]).glob("*.json")):
         idle = f"{100 * row['idle']:.1f}% idle (asked: below 5%)" if "idle" in row else "idle share: not measured without a card"
         print(f"{row['setting']}: {row['value']:.4g} images/s" + f" (asked on an H200: {rate})" * (rate is not None)
               + f", {idle}, host {row['host_ms']:.0f} ms, peak {row['peak_gb']:.3g} GB"
-              + f" (asked: {most})" * (most is not None) + f", compiled in {row.get('compile_s', 0):.0f} s; "
+              + f" (asked: {most})" * (most is not None) + (f", compiled in {row['compile_s']:.0f} s; " if "compile_s" in row else "; ")
               + ", ".join(f"{k} {100 * v:.1f}%" for k, v in row["phases"].items()))
 END
 say "done; exit code $wrong"
