@@ -107,9 +107,10 @@ def test_a_weight_that_is_not_finite_is_named_before_all_else(run_of, folder, ca
     run = run_of()
     change(run, lambda state: state["teacher"]["ibot_head.last_layer.weight"].view(-1)[5].fill_(float("nan")))
     found = why(folder, run, 5, capsys)
+    assert found["first"]["where"] == "the output of teacher.ibot_head.last_layer"
     assert (
         found["skipped"]
-        and "teacher.ibot_head.last_layer.weight are not finite, the first at [0, 5]" in found["verdict"]
+        and "teacher.ibot_head.last_layer.weight has 1 that is not finite, the first at [0, 5]" in found["verdict"]
     )
 
 
