@@ -107,9 +107,10 @@ def test_a_weight_that_is_not_finite_is_named_before_all_else(run_of, folder, ca
     run = run_of()
     change(run, lambda state: state["teacher"]["ibot_head.last_layer.weight"].view(-1)[5].fill_(float("nan")))
     found = why(folder, run, 5, capsys)
+    assert found["first"]["where"] == "the output of teacher.ibot_head.last_layer"
     assert (
         found["skipped"]
-        and "teacher.ibot_head.last_layer.weight are not finite, the first at [0, 5]" in found["verdict"]
+        and "teacher.ibot_head.last_layer.weight has 1 that is not finite, the first at [0, 5]" in found["verdict"]
     )
 
 
@@ -225,3 +226,34 @@ def test_a_run_without_anything_is_a_sentence(tmp_path, folder):  # noqa: F811
         t.main(["--data", str(folder), "--out", str(tmp_path), "--why", "5", "--device", "cpu"])
     assert autopsy.nearest(tmp_path, 5) == (None, {})
     shutil.rmtree(tmp_path, ignore_errors=True)
+
+
+@pytest.mark.parametrize("kind", ["weight", "temperature", "copies"])
+def test_every_cause_is_drawn(run_of, folder, capsys, monkeypatch, tmp_path, kind):  # noqa: F811
+    """Numbers that are not finite have no place in JSON: the sheet says so."""
+    run = run_of()
+    if kind == "weight":
+        change(run, lambda state: state["teacher"]["ibot_head.last_layer.weight"].view(-1)[5].fill_(float("nan")))
+    elif kind == "temperature":
+        change(run, lambda state: state["args"].update(teacher_temp=[0.0, 0.0]))
+    else:
+        source, batches = batch_ids(run, folder, 5)
+        for i in (i for batch in batches for i in batch.ids):
+            plant(source, i, 77)
+    monkeypatch.setattr(inspect_step, "ask", lambda args, config: why(folder, run, args.why, capsys))
+    flags = [
+        "--run",
+        str(run),
+        "--why",
+        "5",
+        "--images",
+        "2",
+        "--device",
+        "cpu",
+        "--out",
+        str(tmp_path / f"{kind}.png"),
+    ]
+    assert inspect_step.main(flags) == 1
+    said = capsys.readouterr().out
+    assert "not finite" in said or kind == "copies"
+    assert (tmp_path / f"{kind}.png").stat().st_size > 1000

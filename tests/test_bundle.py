@@ -14,7 +14,7 @@ from test_rules import table
 
 import data
 import train_probe
-from tools import evaluate, fit_policy, predict, release
+from tools import drift, evaluate, fit_policy, predict, release
 from tools.lib import bundle, evaluation, fused, rules, tables
 from tools.lib.classifiers import read_classifier
 
@@ -423,3 +423,17 @@ def test_a_trained_run_becomes_a_bundle(photos, vit, tmp_path, tune):  # noqa: F
     said, own = tables.read(tmp_path / "said", "val_calib"), tables.read(run, "val_calib")
     order = [said.ids.tolist().index(name) for name in own.ids]
     np.testing.assert_allclose(said.logits[order], own.logits, rtol=0, atol=1e-5)
+
+
+def test_drift_asks_a_bundle_and_tells_of_its_watch(photos, made, run, tmp_path, capsys):  # noqa: F811
+    ask(made, tmp_path / "a", "--images", photos, "--watch", tmp_path / "watch.json", "--calibration", run)
+    words = ["--bundle", made, "--reference", run, "--current", photos, "--out", tmp_path / "drift", "--draws", 199,
+             "--device", "cpu"]  # fmt: skip
+    assert drift.main(list(map(str, [*words, "--watch", tmp_path / "watch.json"]))) in (0, 1, 2)
+    said = capsys.readouterr().out
+    result = json.loads((tmp_path / "drift" / "drift.json").read_text())
+    assert "no sign against exchangeability in 120 pictures" in said and result["m"] == 120 and result["n"] == 18
+    assert "mmd of embeddings" in result["statistics"] and result["reference"]["decided"] == 1
+    assert 'dinox_drift_watched{run="drift"} 120' in (tmp_path / "drift" / "metrics.prom").read_text()
+    assert drift.main(list(map(str, [*words, "--policy", run / "policy.json"]))) == 3
+    assert "leave --policy away" in capsys.readouterr().err

@@ -157,6 +157,11 @@ def ask(args, config):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def told(value, form=".4g"):
+    """A number of the replay, which JSON holds as null where it is not finite."""
+    return "not finite" if value is None else format(value, form)
+
+
 def numbers_of(image):
     """What the replay found of one image, in lines."""
     yield f"{image['words']}; drawn as {autopsy.called(image)}"
@@ -171,12 +176,14 @@ def numbers_of(image):
 
 def numbers_of_all(found):
     """What the replay found of the whole update, in lines."""
-    terms = ", ".join(f"{name} {value:.4g}" for name, value in found["terms"].items())
+    terms = ", ".join(f"{name} {told(value)}" for name, value in found["terms"].items())
     usual = "" if found["usual_loss"] is None else f"; median of the log {found['usual_loss']:.4g}"
-    yield f"{terms}{usual}; gradient {found['norm']:.4g}, teacher temperature {found['temperature']:g}"
+    yield f"{terms}{usual}; gradient {told(found['norm'])}, teacher temperature {found['temperature']:g}"
     if "by_term" in found:
         yield "gradient by term: " + ", ".join(f"{name} {value:.0%}" for name, value in found["by_term"].items())
-    yield "gradient by part: " + ", ".join(f"{name} {value:.3g}" for name, value in found["modules"].items())
+    yield "gradient by part: " + ", ".join(f"{name} {told(value, '.3g')}" for name, value in found["modules"].items())
+    if found["first"]:
+        yield f"first that is not finite: {found['first']['where']}"
     words = {True: "equal", False: "NOT equal (other data, code or machine?)", None: "nothing to compare with"}
     taken, same = "skipped" if found["skipped"] else "taken", (words[found[key]] for key in ("as_logged", "as_saved"))
     yield f"replayed {found['replayed']} updates from {found['from']}, this one {taken}"

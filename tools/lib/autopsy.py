@@ -287,7 +287,7 @@ def first_broken(replay, micro_batches):
                 }
     for m, micro in enumerate(micro_batches):
         whole = ([micro.crops.globals, micro.crops.locals], [micro.masks, None], micro.at, micro.keep, micro.rope)
-        for who, inputs in {"teacher": ([micro.crops.globals],), "student": whole}.items():
+        for who, inputs in {"teacher": ([micro.crops.globals], None, micro.at), "student": whole}.items():
             if found := first_in_forward(getattr(replay, who), inputs, len(micro.masks) // 2, who):
                 image = found.pop("image")
                 return found | {"image": None if image is None else [m, image]}
@@ -399,7 +399,7 @@ def verdict(found, images):
     of, first = {(image["micro"], image["at"]): image for image in images}, found["first"]
     if broken := [w for w in found["weights"] if "usual" not in w]:
         w = broken[0]
-        text = f"{w['count']} values of {w['net']}.{w['name']} are not finite, the first at {w['at']} ({w['value']})"
+        text = f"{w['net']}.{w['name']} has {w['count']} that is not finite, the first at {w['at']} ({w['value']})"
         return "weight", [], f"{text}: the weights were broken before this update."
     if first and first["image"]:
         image, view = of[tuple(first["image"])], f", view {first['view'] + 1}" if "view" in first else ""
