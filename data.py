@@ -214,9 +214,10 @@ def open_index(path):
         if known == key or known[0] == key[0] and file_sha256(path) == sha:
             found = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in (*INDEX_COLUMNS, "group")}
             columns = {name: np.asarray(column) for name, column in found.items()}
-            if all(len(column) == n for column in columns.values()) and all(
-                columns[name].min() >= 0 and columns[name].max() < len(names[name]) for name in names
-            ):
+            sound = all(
+                columns[name].min() >= 0 and columns[name].max() < len(names[name]) for name in ("group", "series")
+            )
+            if sound and all(len(column) == n for column in columns.values()):
                 return Rows(columns, names), sha
     except (*BROKEN, TypeError):
         pass  # there is none, or a damaged one
@@ -555,8 +556,10 @@ class Source:
         self.earlier_looks = earlier_looks  # at val_test, by other weights or another policy, where it was opened
         self.upto, self.weights_sha256 = None, None  # running sum of weights, and their table: see weighed
         self.neighbour_mm = None  # see at_distance
-        used = np.flatnonzero(np.bincount(rows.columns["group"], minlength=len(rows.names["group"])))
-        self.groups = sorted(rows.names["group"][code] for code in used)
+        codes, used = rows.columns["group"], np.zeros(len(rows.names["group"]), bool)
+        for k in range(0, len(codes), 1 << 20):  # an index of 64 bits is made of each piece
+            used[codes[k : k + (1 << 20)]] = True
+        self.groups = sorted(rows.names["group"][code] for code in np.flatnonzero(used))
         # neighbours in a volume are near copies, so one batch should hold one slice per series
         self.series = rows.columns["series"]
 
@@ -643,15 +646,23 @@ def epoch_order(source, seed, epoch, batch):
     """Ids [updates, batch]: slices sorted by shuffled series go to the updates in turn, so a batch holds a series once
     (or more often where the series has more slices than the epoch has updates)."""
     random = rng(seed, "order", epoch)
-    ids = random.permutation(len(source)).astype(np.int32)  # half the memory of int64
+    ids = np.arange(len(source), dtype=np.int32)  # 32 bits, sorts in place: ten million rows in 2 s and 160 MB
+    random.shuffle(ids)
     if len(ids) < batch:  # fewer images than one batch holds: whole permutations after each other
         more = [random.permutation(len(ids)) for _ in range(math.ceil(batch / len(ids)) - 1)]
         return np.concatenate([ids, *more])[None, :batch]
     updates = len(ids) // batch
     ids = ids[: updates * batch]
-    shuffled = random.permutation(source.series.max() + 1).astype(np.int32)[source.series[ids]]
-    dealt = ids[np.argsort(shuffled, kind="stable")].reshape(batch, updates).T  # number i goes to update i % updates
-    return random.permuted(dealt[random.permutation(updates)], axis=1)
+    place, keys = random.permutation(source.series.max() + 1), np.arange(len(ids))
+    for k in range(0, len(ids), 1 << 20):  # keys: place of the series, then number
+        some = slice(k, k + (1 << 20))
+        keys[some] |= place[source.series[ids[some]]] << 32
+    keys.sort()
+    keys &= (1 << 32) - 1
+    dealt = ids[keys].reshape(batch, updates).T  # number i goes to update i % updates
+    del keys
+    dealt = np.ascontiguousarray(dealt[random.permutation(updates)])
+    return random.permuted(dealt, axis=1, out=dealt)
 
 
 def weighed(source, table):

@@ -242,6 +242,23 @@ class Targets(NamedTuple):
         return probabilities(*self)
 
 
+def centred(logits, centering, temperature, centers=None, key="", compiled=False):
+    """Teacher logits of each micro-batch [[m, K], ...] -> Targets of each, centred by "sinkhorn", "softmax" or "none".
+
+    softmax: by centers[key] [K], zeros at first, in whose place comes the centre of the next update.
+    """
+    temperature = logits[0].new_full((), temperature, dtype=torch.float32)  # a number would be compiled anew
+    if centering == "sinkhorn":
+        offsets = sinkhorn_offsets(logits, temperature, compiled=compiled)
+    else:
+        zeros = logits[0].new_zeros(logits[0].shape[1], dtype=torch.float32)  # there may be no row
+        center = (centers or {}).get(key, zeros)
+        offsets = center_offsets(center, temperature)
+        if centering == "softmax":
+            centers[key] = moved_center(logits, center)
+    return [Targets(each, temperature, offsets) for each in logits]
+
+
 def target_rows_of(student, teacher):
     """Which targets [T, r, K] count for student crops [C, r, K]: [(those crops, targets that broadcast), ...].
 

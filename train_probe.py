@@ -33,7 +33,6 @@ import torch.distributed as dist
 import checkpoint
 import data
 import losses
-from checkpoint import write_text
 from model import Classifier, Head, build_arch, load_backbone, read_facts, say_trained
 from tools.lib import (
     augment,
@@ -61,12 +60,10 @@ from tools.lib.cli import (
     run,
     share,
     shown,
-    technique,
     within,
 )
 from tools.lib.files import csv_text, json_text, write_json
 from tools.lib.fusion import POOLS
-from tools.lib.loop import git_commit, other_encoding
 from tools.lib.samples import leave_out, open_samples, read_table
 
 # ----- splits
@@ -255,9 +252,9 @@ def build_classifier(args, vit, classes):
     torch.manual_seed(args.seed)
     options = supervise.read_adapter(args.adapter)
     supervise.choose_trained(vit, *supervise.tune_kind(args.tune), options)
-    _, more = technique(args.head, supervise.HEADS)
+    _, dropout = supervise.read_head(args.head)
     pool = {"all": "both"}.get(args.features, args.features)
-    head = Head(vit.dim * args.layers * (2 if pool == "both" else 1), classes, more.get("dropout", 0.0))
+    head = Head(vit.dim * args.layers * (2 if pool == "both" else 1), classes, dropout)
     return Classifier(vit, head, pool, args.layers)
 
 
@@ -505,7 +502,7 @@ def probe(args):
     # ----------------------------------------------------------------- labels, splits, leaks
     before = provenance.stamp(args.ckpt)
     source, facts = data.open_source(args.data), read_facts(args.ckpt)
-    if foreign := other_encoding(facts, source.encoding):
+    if foreign := loop.other_encoding(facts, source.encoding):
         print(foreign)
     path, table, splits = read_labels(args, source)
     plans, exposures, notes = protocols.plan_all(source, table, splits, facts, args.protocol, args.seeds,
@@ -551,16 +548,16 @@ def probe(args):
         "labels": {"file": path.name, "sha256": look["labels_sha256"], "classes": table.classes},
         "index_sha256": source.index_sha256,
         "recipe": framing._asdict() | {k: getattr(args, k) for k in ("scales", "features", "seeds", "bootstrap")},
-        "git_commit": git_commit(),
+        "git_commit": loop.git_commit(),
         "seconds": round(time.perf_counter() - start, 1),
     }
     write_json(args.out / "results.json", summary)
     scores = {name: (plans[name][0], probe, plans[name][1]) for name, (_, _, probe) in outcomes.items()}
-    write_text(args.out / "predictions.csv", csv_text(judge.prediction_rows(table, splits, scores)))
+    checkpoint.write_text(args.out / "predictions.csv", csv_text(judge.prediction_rows(table, splits, scores)))
     keys = ("weights", "labels", "split_sha256", "recipe", "notes")
     facts = [[key, json_text(summary[key])] for key in keys if summary[key]]
     parts = [*(part for _, part, _ in outcomes.values()), page.section("Facts", page.table(["what", "value"], facts))]
-    write_text(args.out / "report.html", page.page(f"Probe of {args.ckpt.name} on {path.name}", *parts))
+    checkpoint.write_text(args.out / "report.html", page.page(f"Probe of {args.ckpt.name} on {path.name}", *parts))
     print("\n".join([*notes, *(str(args.out / n) for n in ("results.json", "predictions.csv", "report.html"))]))
     return 0
 
@@ -665,7 +662,7 @@ def updates(run, batches, path, changed, start, stop):
                       **run.facts, **loop.circumstances(run.device, run.world)}  # fmt: skip
             write_json(out / "config.json", config)
         log.event(0, say_trained(run.student))
-        if technique(args.head, supervise.HEADS)[0] == "probe":
+        if supervise.read_head(args.head)[0] == "probe":
             log.event(0, supervise.start_head(run.student, (run.train, run.select), args, run.facts["eval_view"],
                                               run.device, run.rank, run.world))  # fmt: skip
         checkpoint.unpack_weights(run.teacher, checkpoint.pack_weights(run.student))

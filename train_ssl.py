@@ -281,20 +281,6 @@ class Seen(NamedTuple):
         return self.cls.probabilities()
 
 
-def center(logits, centers, key, w):
-    """Teacher logits of each micro-batch -> its Targets; leaves in `centers` the softmax centre of the next update."""
-    temperature = logits[0].new_full((), w.teacher_temp, dtype=torch.float32)  # a number would be compiled anew
-    if w.centering == "sinkhorn":
-        offsets = losses.sinkhorn_offsets(logits, temperature, compiled=w.compiled)
-    else:
-        zeros = logits[0].new_zeros(logits[0].shape[1], dtype=torch.float32)  # there may be no row
-        old = (centers or {}).get(key, zeros)
-        offsets = losses.center_offsets(old, temperature)
-        if w.centering == "softmax":
-            centers[key] = losses.moved_center(logits, old)
-    return [losses.Targets(each, temperature, offsets) for each in logits]
-
-
 def ssl_update(student, teacher, gram, micro_batches, w, centers=None, clock=contextlib.nullcontext):
     """Losses of one update over its micro-batches, and (unless under no_grad) their gradients -> (losses, Seen).
 
@@ -309,8 +295,9 @@ def ssl_update(student, teacher, gram, micro_batches, w, centers=None, clock=con
         with clock("teacher"):
             seen = [teacher([m.crops.globals], at=m.at) for m in micro_batches]
         with clock("centring"):
-            cls_targets = center([s.cls_logits for s in seen], centers, "cls", w)  # [2b, K] each
-            patch_targets = center([s.patch_logits for s in seen], centers, "patch", w)  # [M, K] each
+            how = w.centering, w.teacher_temp, centers
+            cls_targets = losses.centred([s.cls_logits for s in seen], *how, "cls", w.compiled)  # [2b, K] each
+            patch_targets = losses.centred([s.patch_logits for s in seen], *how, "patch", w.compiled)  # [M, K] each
         features = torch.cat([s.cls[0].chunk(2)[0] for s in seen]).float()  # [B, D]
         del seen
 

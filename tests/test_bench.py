@@ -244,7 +244,7 @@ class Card:
 
 
 def test_a_card_is_idle_where_no_kernel_of_any_stream_runs(monkeypatch):
-    card = Card([(0.5, 1), (0, 0.2), (0.9, 1.4), (0.95, 1.0)])  # two streams: 0.2 and 0.9 seconds
+    card = Card([(0.5, 1), (0, 0.2), (0.9, 1.4), (0.95, 1.0), (1.1, 1.2)])  # two streams: 0.2 and 0.9 seconds
     card.events += [card.event(0, 9, "CPU"), card.event(0, 9, is_user_annotation=True)]
     calls = []
     monkeypatch.setattr(torch.profiler, "profile", card.profile)
@@ -560,6 +560,7 @@ def test_the_real_thing_end_to_end(tmp_path, capsys):
     assert "to hu16" in printed and "x Pillow" in printed
 
 
+@pytest.mark.slow
 def test_the_index_of_the_bench_opens_from_its_columns(monkeypatch):
     """From the second time on faster than from the CSV; memory is that of the process itself."""
     (row,) = bench.measure_index({"rows": 100_000, "setting": "open"}, CPU)

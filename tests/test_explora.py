@@ -13,7 +13,7 @@ import pytest
 import torch
 from test_adapters import apart, everything
 from test_data import make_photos, make_split
-from test_heatmaps import make_nodules
+from test_heatmaps import QUICK, make_nodules
 from test_train import TINY, TORCHRUN, command, folder, lines, same, survive, train, weights  # noqa: F401 - a fixture
 
 import checkpoint
@@ -243,8 +243,8 @@ def test_labels_are_never_read(tmp_path, monkeypatch):
 def test_every_program_reads_a_run_with_adapters(tmp_path, capsys):
     root = make_nodules(tmp_path / "data", count=40)
     make_split(root, {f"toy/P{k}": ["train", "val_test", "val_select"][k % 3] for k in range(20)})
-    table = root / "_labels" / "nodules.csv"
-    header, *rows = table.read_text().splitlines()
+    table = root / "_labels" / "malignancy.csv"
+    header, *rows = (root / "_labels" / "nodules.csv").read_text().splitlines()
     rows = [row.split(",") for row in rows]
     for k, row in enumerate(rows):
         row[5], row[7] = str(k % 2), str(8 + k % 7)
@@ -276,10 +276,10 @@ def test_every_program_reads_a_run_with_adapters(tmp_path, capsys):
     found = []
     for ckpt in (last, tmp_path / "out" / "x"):
         out = tmp_path / f"probe{len(found)}"
-        argv = f"--ckpt {ckpt} --data {root} --labels {table} --out {out} --bootstrap 50 --crop-mm 48 --device cpu"
-        assert train_probe.main(argv.split()) == 0
-        argv = f"--ckpt {ckpt} --data {root} --out {out} --n 4 --size 64 --device cpu"
-        assert nodule_heatmaps.main(argv.split()) == 0
+        words = f"--ckpt {ckpt} --data {root} --out {out}".split()
+        more = f"--labels {table} --bootstrap 50 --crop-mm 48 --size 64 --device cpu"
+        assert train_probe.main([*words, *more.split()]) == 0
+        assert nodule_heatmaps.main([*words, *QUICK]) == 0
         probe = json.loads((out / "results.json").read_text())["test"]["predictors"]["probe"]["auc"]["value"]
         found.append((probe, json.loads((out / "heatmaps.json").read_text())))
     assert found[0][0] == pytest.approx(found[1][0], abs=1e-6) and math.isfinite(found[0][0])

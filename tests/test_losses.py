@@ -249,6 +249,22 @@ def test_sinkhorn_works_on_one_copy(monkeypatch):
     assert sorted(large) == [64 * 64] * 2  # views of what was given, and the result
 
 
+def test_targets_of_micro_batches_are_those_of_the_batch():
+    logits, centers = torch.randn(9, 6), {"a": torch.randn(6)}
+    before = centers["a"].clone()
+    expected = {
+        "sinkhorn": sinkhorn(logits, 0.07),
+        "none": torch.softmax(logits / 0.07, 1),
+        "softmax": softmax_center(logits, before, 0.07)[0],
+    }
+    for centering, probs in expected.items():
+        kept = centers if centering == "softmax" else None
+        parts = losses.centred(logits.split([4, 0, 5]), centering, 0.07, kept, "a")
+        assert [len(p.logits) for p in parts] == [4, 0, 5]
+        assert_close(torch.cat([p.probabilities() for p in parts]), probs)
+    assert_close(centers["a"], softmax_center(logits, before, 0.07)[1])
+
+
 # From what goes into the last layer.
 
 

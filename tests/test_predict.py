@@ -59,6 +59,7 @@ def test_files_folders_and_names_on_standard_input_say_the_same(photos, ckpt, tm
     say(ckpt, tmp_path / "folder", "--images", photos)
     folder = tables.read(tmp_path / "folder" / "images.npz")
     assert len(folder.ids) == 60 and (folder.labels == -1).all() and folder.facts["split_sha256"] is None
+    assert folder.facts["data"] is None
     names = [str(photos / "3.jpg"), str(photos / "1.jpg")]
     say(ckpt, tmp_path / "files", "--images", *names)
     files = tables.read(tmp_path / "files" / "images.npz")
@@ -132,5 +133,5 @@ def test_weights_of_ct_are_not_shown_photographs(photos, ckpt, tmp_path):
 
 
 def test_no_other_file_opens_val_test_without_a_record(photos):
-    source = asking.of_data(photos, ["val_test"], {})
+    source = asking.of_data(photos, ["val_test"], {"eval_view": {}})
     assert set(source.splits.tolist()) == {"val_test"} and not split_path(photos, "test_uses.jsonl").exists()

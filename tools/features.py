@@ -106,7 +106,6 @@ def write_all(args, volume, grid, of_slice, count):
     shape = (count, slices, height // args.every, width // args.every)
     if not shape[2] or not shape[3]:
         raise ValueError(f"--every {args.every}: a slice has {height} x {width} pixels; use fewer")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=args.out.parent) as file:
         channels = np.memmap(file, np.float32, "w+", shape=shape)
         work = dense.channels_of(slices, of_slice, args.stride)
@@ -141,6 +140,7 @@ def main(argv=None):
     volume = space.read(args.volume)
     if volume.note:
         print(f"note: {volume.note}")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     grid = dense.grid_of(volume, args.patch_mm)
     ask = functools.partial(dense.slice_features, vit, view, volume, grid=grid, tile=args.tile, encoding=encoding)
     said = {"version": 1, "kind": kind, "volume": args.volume.name, "weights_sha256": judge.weights_sha256(args.ckpt)}

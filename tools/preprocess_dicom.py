@@ -23,7 +23,6 @@ import PIL
 import pydicom
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from checkpoint import atomic_write
 from data import file_sha256
 from tools.lib import volumes
 from tools.lib.cli import Parser, run
@@ -38,7 +37,7 @@ from tools.lib.dicom import (
     read_slices,
     scan_file,
 )
-from tools.lib.files import walk_files
+from tools.lib.files import walk_files, write_json
 from tools.lib.manifest import record_path
 from tools.lib.progress import progress
 from tools.lib.provenance import plain_name
@@ -160,7 +159,7 @@ def scan_files(files, kept=None):
         pass  # nobody was here, or it is damaged: read the headers
     scans = [scan_file(path) for path, _ in files]
     if kept:
-        atomic_write(kept, lambda f: f.write(json.dumps({"key": key, "scans": scans}).encode()))
+        write_json(kept, {"key": key, "scans": scans}, indent=None)
     return scans
 
 

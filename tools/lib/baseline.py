@@ -93,6 +93,7 @@ def choose(args, source, path, table, splits):
     pool = {"all": "both"}.get(args.features, args.features)
     net = Classifier(vit, Head(vit.dim * (1 + (pool == "both")), len(table.classes)), pool).eval()
     view = judge.choose_view(known, source.encoding, args.size, vit.patch_size)
+    source.at_distance(view.get("neighbour_mm"))
     facts = {"encoding": source.encoding, "eval_view": view, "layout": args.views or "whole", "classes": table.classes}
     facts |= provenance.trained_on((args.ckpt,), source.take(np.flatnonzero(used)), None)
     facts |= {"index_sha256": source.index_sha256, "split_sha256": source.split_sha256}

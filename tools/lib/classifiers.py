@@ -33,7 +33,10 @@ def read_classifier(path):
 
     facts: classes, pool, layers, layout, eval_view, encoding, ..., and sha256 of the file.
     """
-    path, before = Path(path), provenance.stamp(path)
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is no file; name the best.pth of a run (a bundle has a flag of its own)")
+    before = provenance.stamp(path)
     state = checkpoint.load(path)
     if "classes" not in state:
         raise ValueError(f"{path} is no classifier: it names no classes; train one with train_probe.py --tune")
@@ -155,9 +158,10 @@ def logits_of(classifier, source, rows, layout, view, device="cpu", batch=96, wo
 
 def facts_of(facts, source, split, labels_sha256=None):
     """Of the .json beside a prediction table. facts: of read_classifier; split: "none" without a contract."""
+    known = None if source.index_sha256 is None else str(source.root)  # loose files have no folder
     return {"classes": facts["classes"], "split": split, "layout": facts["layout"],
             "eval_view": facts["eval_view"], "weights_sha256": facts["sha256"], "split_sha256": source.split_sha256,
-            "data": str(source.root), "labels_sha256": labels_sha256}  # fmt: skip
+            "data": known, "labels_sha256": labels_sha256}  # fmt: skip
 
 
 def refuse_constant(ids, logits):

@@ -6,8 +6,10 @@ import re
 import numpy as np
 from tqdm import tqdm
 
+from checkpoint import write_text
 from tools.lib import judge, metrics, page, rules, sheet, thresholds, view_sheet
 from tools.lib.calibrate import log_softmax
+from tools.lib.files import csv_text
 from tools.lib.progress import progress
 
 TARGETS = {  # what is asked of the system: (where it stands in the results, bound, must it be at least this?)
@@ -138,7 +140,7 @@ DRAWN = 12  # of each kind
 
 
 def error_sheets(folder, rows, hand):
-    """Writes errors_KIND.png of the first rows of each kind: views, what each says, attention -> their paths.
+    """Writes errors_KIND.png of the first rows of each kind: views, what each says, attention; and errors_views.csv.
 
     rows: of worst_rows; hand: (Classifier, facts, Source, asking.Samples, device).
     """
@@ -146,11 +148,14 @@ def error_sheets(folder, rows, hand):
     at, kinds = dict(zip(asked.ids, asked.rows.tolist())), {}
     for kind, name, _, label, _, probability in rows[1:]:
         kinds.setdefault(kind, []).append((f"{kind}: {name}, probability {probability}", name, label))
+    told = []
     for kind, lines in kinds.items():
         parts = [view_sheet.drawn(classifier, facts, source, at[name], title, label, device)
                  for title, name, label in progress(lines[:DRAWN], desc=f"draw {kind}", unit="picture")]  # fmt: skip
+        told += [[name, *view[1:]] for (_, name, _), (_, views) in zip(lines, parts) for view in views]
         path = folder / f"errors_{re.sub(r'[^A-Za-z0-9]+', '_', kind)[:80]}.png"
-        yield sheet.save(path, sheet.stack(parts, gap=18))
+        yield sheet.save(path, sheet.stack([image for image, _ in parts], gap=18))
+    yield write_text(folder / "errors_views.csv", csv_text([view_sheet.HEADER, *told]))
 
 
 def sweep_rows(y, p):

@@ -163,7 +163,7 @@ def fit(model, train, select, objective, seed, steps=400, batch=64, lr=1e-3, dec
         optimizer.param_groups[0]["lr"] = lr * min((step + 1) / rises, (1 + math.cos(math.pi * step / steps)) / 2)
         out = model.train()(part.views, part.facts, known, part.patches)
         targets = F.one_hot(part.labels, out.logits.shape[1]).float()
-        loss, _ = combined_loss(objective(out.logits, targets), out, part.weather, part.masks)
+        loss, _ = combined_loss(objective(out.logits, targets, step / steps), out, part.weather, part.masks)
         if not loss.isfinite():
             raise ValueError(f"update {step + 1}: the loss is not finite; use a lower --lr")
         optimizer.zero_grad()

@@ -59,6 +59,12 @@ def read_adapter(text):
     return {**options, "norm": norm, "alpha": options["alpha"] or 2 * options["rank"] ** power}
 
 
+def read_head(text):
+    """probe:dropout=0.1 -> (where the head starts, dropout)"""
+    name, options = technique(text, HEADS)
+    return name, options.get("dropout", 0.0)
+
+
 def read_loss(text, labels, classes):
     """focal:gamma=1,weights=balanced -> function(logits, targets, progress); balanced: classes count alike."""
     name, options = technique(text, losses.OBJECTIVES)

@@ -108,8 +108,8 @@ def drawn(classifier, facts, source, i, title, label, device="cpu"):
         tiles.append(below(both, [words if seen.kept[v] else f"{words}, dropped"]))
     said = facts["classes"][seen.together.argmax()]
     wrong = label is not None and said != label
-    lines = [(f"says {said}, {name} with {seen.together[-1]:.2f}" + (f"; it is {label}" if label else ""),
-              BAD if wrong else INK)]  # fmt: skip
+    words = f"before any policy: {said}, {name} with {seen.together[-1]:.2f}" + f"; it is {label}" * bool(label)
+    lines = [(words, BAD if wrong else INK)]
     lines += [("On the picture: view, its weight, what it says alone. Right: each view, and the attention of the last "
                "block in it. alone: what it says without the others.", DIM)]  # fmt: skip
     left = stack([photograph(source, i, seen, boxes, size), paragraphs(lines, WIDE, 15)])
