@@ -8,12 +8,13 @@ import torch
 
 import data
 import losses
-from tools.lib import augment, cli, loop, optim, rules, supervise
+from tools.lib import arms, augment, cli, loop, optim, rules, supervise
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "tools" / "recipes" / "TECHNIQUES.md").read_text()
 ROWS = [line for line in TEXT.splitlines() if line.startswith("| ") and not line.startswith(("| technique", "| ---"))]
-CODE = re.findall("`([^`]+)`", "\n".join(ROWS))
+ARMS = arms.read_arms([str(ROOT / "tools" / "recipes" / "arms.txt")])
+CODE = re.findall("`([^`]+)`", "\n".join(ROWS)) + [" ".join(flags) for flags in ARMS.values()]
 
 
 def values(flag):

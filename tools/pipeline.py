@@ -36,7 +36,8 @@ SMOKE = {  # flags of --smoke that replace those of the stages
     "explora": "--arch vit_test --global-size 64 --local-size 32 --local-crops 2 --prototypes 128 --head-hidden 64 "
     "--head-bottleneck 32 --layerscale 1 --batch-size 32 --steps 20 --warmup 5 --gram-weight 0 --save-every 20 "
     "--eval-every 0",
-    "baseline": "--tune all --size 64 --aug crop --batch-size 32 --steps 100 --eval-every 50 --lr 1e-3 1e-3",
+    "baseline": "--tune all --size 64 --aug crop --batch-size 32 --steps 200 --eval-every 100 --lr 2e-3 2e-3 "
+    "--layer-decay 1",
     "evaluate": "--bootstrap 200",
 }
 
