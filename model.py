@@ -382,7 +382,8 @@ class VisionTransformer(nn.Module):
         shapes = [tuple(x.shape[:2]) for x, _ in groups]
         ropes = [r for _, r in groups]
         x = pack([x.flatten(0, 1) for x, _ in groups])
-        x = x if self.stream is None else x.to(self.stream)
+        narrow = self.stream is not None and torch.is_autocast_enabled(x.device.type)  # else products would mix dtypes
+        x = x.to(self.stream) if narrow else x
         for i, block in enumerate(self.blocks):
             read = [rows(shapes)] if rows and i == self.depth - 1 else []
             x = self.run_block(block, x, shapes, ropes, keep[i] if keep else (None, None), *read)

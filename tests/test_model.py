@@ -937,3 +937,13 @@ def test_exports_open_in_transformers_with_the_same_outputs(arch, tmp_path):
         expected, found = theirs.eval()(image), vit(image)
     torch.testing.assert_close(found.patches, expected.last_hidden_state[:, 5:], **CLOSE)
     torch.testing.assert_close(found.cls, expected.pooler_output, **CLOSE)
+
+
+def test_narrow_tokens_are_of_autocast_alone():
+    """A look at val_select computes in float32 whatever --precision says of training."""
+    vit, images = m.build_vit("vit_test", layerscale=0.5).eval(), torch.randn(2, 3, 32, 32)
+    expected = vit(images).cls
+    vit.stream = torch.bfloat16
+    assert torch.equal(vit(images).cls, expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not torch.equal(vit(images).cls, expected) and (vit(images).cls - expected).abs().max() < 0.1
