@@ -2,6 +2,7 @@
 
 import csv
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ import losses
 import train_probe
 from model import build_vit
 from tools import fit_policy, make_splits, predict
-from tools.lib import classifiers, fuse, fused, fusion, tables, view_sheet
+from tools.lib import arms, classifiers, fuse, fused, fusion, tables, view_sheet
 from tools.lib.fusion import Fusion
 
 
@@ -279,3 +280,17 @@ def test_a_damaged_fusion_is_refused(run, tmp_path):
         checkpoint.save(tmp_path / "bad.pth", {**state, "fusion": change})
         with pytest.raises(ValueError, match=r"bad.pth: its head is not one of 2 classes"):
             classifiers.read_classifier(tmp_path / "bad.pth")
+
+
+def test_every_arm_of_the_ablation_can_be_run(run):
+    """tools/recipes/fusion_arms.txt: flags that train_probe.py knows, switches that Fusion has."""
+    found = arms.read_arms([str(Path(__file__).parent.parent / "tools" / "recipes" / "fusion_arms.txt")])
+    assert len(found) == 17
+    for name, flags in found.items():
+        words = ["--ckpt", "w", "--data", "d", "--labels", "l", "--out", "o", *flags]
+        args = train_probe.build_parser().parse_args(words)
+        switches, more = fuse.read_options(args.tune)
+        prescore = (16, more["prescore"], 10, 4) if more["prescore"] else ()
+        model = Fusion(16, 2, **switches, weather=3 * bool(more["weather"]), prescore=prescore)
+        assert model(torch.randn(2, 10, 16)).logits.isfinite().all(), name
+        data.find_layout(args.views or "tiles")
