@@ -413,3 +413,24 @@ def test_the_whole_demo_at_toy_sizes(tmp_path, monkeypatch, capfd):
     again = [name for name in demo.NAMES if name not in ("phantom", "speed", "train")]
     assert demo.main([*flags, "--stage", *again]) == 0
     assert demo.collect(out).judged["predictors"] == results.judged["predictors"]
+
+
+def test_the_walk_of_photographs_ends_with_one_page(tmp_path, monkeypatch, capsys):
+    ran = []
+
+    def call(command):
+        ran.append(parse(command)[0])
+        if ran[-1] == "tools/pipeline.py":
+            (tmp_path / "d" / "run" / "evaluation").mkdir(parents=True)
+            (tmp_path / "d" / "run" / "evaluation" / "report.html").write_text("a page")
+        return 0
+
+    monkeypatch.setattr(demo, "call", call)
+    assert demo.main(["--photos", "--out", str(tmp_path / "d"), "--device", "cpu"]) == 0
+    assert ran == ["tools/pipeline.py", "tools/predict.py"] and (tmp_path / "d" / "report.html").read_text() == "a page"
+    assert "drawings" in capsys.readouterr().out
+    monkeypatch.setattr(demo, "call", lambda command: 2)
+    with pytest.raises(ValueError, match="ended with exit code 2"):
+        demo.main(["--photos", "--out", str(tmp_path / "d"), "--device", "cpu"])
+    with pytest.raises(ValueError, match="stages of its own"):
+        demo.main(["--photos", "--stage", "probe"])
