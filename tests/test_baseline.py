@@ -76,7 +76,10 @@ def test_a_refit_has_seen_val_select_and_says_nothing_of_it(photos, vit, tmp_pat
     again = fitted(photos, vit, tmp_path / "again", "--protocol", "refit")
     assert once["C"] == again["C"] and once["select"] == again["select"]
     assert sorted(p.name for p in (tmp_path / "again" / "predictions").glob("*.npz")) == ["val_calib.npz"]
-    _, facts = classifiers.read_classifier(tmp_path / "again" / "best.pth")
+    net, facts = classifiers.read_classifier(tmp_path / "again" / "best.pth")
+    first = classifiers.read_classifier(tmp_path / "once" / "best.pth")[0].head.last_layer.weight
+    moved = (net.head.last_layer.weight - first).norm() / first.norm()
+    assert 0.01 < moved < 1  # other samples, the same C: another fit, not far away
     of = json.loads(data.split_path(photos).read_text())["groups"]
     assert facts["trained_groups"] == sorted(name for name, split in of.items() if split in ("train", "val_select"))
     words = ["--data", str(photos), "--split", "val_select", "--out", str(tmp_path / "said")]

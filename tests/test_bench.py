@@ -560,6 +560,7 @@ def test_the_real_thing_end_to_end(tmp_path, capsys):
     assert "to hu16" in printed and "x Pillow" in printed
 
 
+@pytest.mark.slow
 def test_the_index_of_the_bench_opens_from_its_columns(monkeypatch):
     """From the second time on faster than from the CSV; memory is that of the process itself."""
     (row,) = bench.measure_index({"rows": 100_000, "setting": "open"}, CPU)

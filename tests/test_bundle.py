@@ -13,6 +13,7 @@ from test_classifiers import make_classifier, pictures
 from test_rules import table
 
 import data
+import train_probe
 from tools import evaluate, fit_policy, predict, release
 from tools.lib import bundle, evaluation, fused, rules, tables
 from tools.lib.classifiers import read_classifier
@@ -217,6 +218,19 @@ def test_what_does_not_fit_together_is_refused_even_with_right_sums(made, tmp_pa
         refused(folder, text)
 
 
+def test_an_id_that_is_not_that_of_its_content_is_refused(made, tmp_path):
+    folder, facts = changed(made, tmp_path, forced="somebody's reason")
+    right = facts["id"]
+    resum(folder, facts)
+    assert bundle.read_bundle(folder)[1]["id"] != right
+    (folder / "bundle.json").write_text(json.dumps({**facts, "id": right}))
+    lines = (folder / "SHA256SUMS").read_text().splitlines(keepends=True)
+    kept = [line for line in lines if "bundle.json" not in line]
+    own = f"{data.file_sha256(folder / 'bundle.json')}  bundle.json\n"
+    (folder / "SHA256SUMS").write_text("".join(sorted([*kept, own], key=lambda line: line.split()[1])))
+    refused(folder, f"id {right} is not that of its content")
+
+
 def mutate(folder, random):
     """One random change of one file: a byte, a cut, bytes from elsewhere, a deletion, a JSON value."""
     path = folder / random.choice(sorted(p.name for p in folder.iterdir()))
@@ -394,3 +408,18 @@ def test_the_watch_goes_on_from_call_to_call_and_revokes(photos, made, run, tmp_
     assert [row[2] for row in rows][-1] == "left" and rows[0][2] != "left"
     with pytest.raises(ValueError, match="--watch needs --bundle"):
         predict.main(["--ckpt", str(run / "best.pth"), "--images", str(odd), "--out", str(tmp_path), "--watch", "x"])
+
+
+@pytest.mark.slow  # two short trainings
+@pytest.mark.parametrize("tune", ["head", "adapters"])
+def test_a_trained_run_becomes_a_bundle(photos, vit, tmp_path, tune):  # noqa: F811
+    run, words = tmp_path / "run", ["--ckpt", vit[0], "--data", photos, "--labels", "labels.csv", "--tune", tune]
+    words += ["--out", run, "--size", 32, "--steps", 12, "--batch-size", 16, "--device", "cpu", "--workers", 0]
+    assert train_probe.main(list(map(str, words))) == 0
+    words = ["--predictions", run, "--out", run / "policy.json", "--method", "mean", "temperature", "mcc"]
+    assert fit_policy.main(list(map(str, words))) == 0
+    folder = make(run, tmp_path / "b")
+    ask(folder, tmp_path / "said", "--data", photos, "--split", "val_calib")
+    said, own = tables.read(tmp_path / "said", "val_calib"), tables.read(run, "val_calib")
+    order = [said.ids.tolist().index(name) for name in own.ids]
+    np.testing.assert_allclose(said.logits[order], own.logits, rtol=0, atol=1e-5)

@@ -2,15 +2,18 @@
 
 import json
 import math
+import signal
 import subprocess
 import sys
 import textwrap
+import time
 
 import numpy as np
 import pytest
 
 from tools import compare
 from tools.lib import arms, commands, metrics, tables
+from tools.lib.cli import ROOT
 
 # A trainer that takes no time: `--gain` more of its 120 groups right, and as many as its seed pleases.
 TRAINER = """
@@ -152,6 +155,7 @@ def test_a_space_is_drawn_within_its_bounds(tmp_path):
     assert (lr >= 1e-4).all() and (lr <= 1e-2).all() and 0.35 < (lr < 1e-3).mean() < 0.65  # even in its logarithm
     assert (dropout >= 0).all() and (dropout <= 0.5).all() and {flags[5] for flags in drawn} == {"4", "8", "16"}
     assert drawn[:5] == [arms.draw(space, 3, k) for k in range(5)] != [arms.draw(space, 4, k) for k in range(5)]
+    assert arms.draw(space, 3, 1) != arms.draw(space, 4, 0)
     for line in ("--lr log 0 1", "--lr log 1", "--lr between 1 2", "lr log 1 2", "--lr choice", "--lr log a b"):
         path.write_text(line)
         with pytest.raises(ValueError, match="space.txt, line 1"):
@@ -217,6 +221,8 @@ def test_the_gain_is_that_of_the_metric_and_the_scatter_that_of_both_sources():
     calm = arms.gain(np.full(3, 0.1), drawn, random)
     width = 2 * 1.96 * 0.01 / math.sqrt(3)  # seeds that agree: that of three independent means
     assert calm["high"] - calm["low"] == pytest.approx(width, rel=0.05) and calm["p"] < 0.001
+    even = arms.gain(np.array([0.09, 0.1, 0.11]), drawn, random)  # they differ as much as so few groups explain
+    assert even["high"] - even["low"] == pytest.approx(width, rel=0.05)
     wild = arms.gain(np.array([0.0, 0.1, 0.2]), drawn, random)
     spread = 2 * 4.30 * 0.1 / math.sqrt(3)  # t of two degrees of freedom, 97.5%
     assert wild["high"] - wild["low"] == pytest.approx(spread, rel=0.06) and wild["p"] > 0.1
@@ -245,22 +251,20 @@ def test_few_groups_give_no_interval(tmp_path, trainer):
 
 
 @pytest.mark.slow
-def test_interrupted_and_gone_on_with(tmp_path, trainer):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_and_gone_on_with(tmp_path, trainer, number):
     """Ctrl+C ends the run in progress too; the same command makes what was not finished."""
-    import signal
-    import time
-
     trainer.write_text(trainer.read_text().replace("random, n =", "__import__('time').sleep(2)\nrandom, n =", 1))
-    words = [sys.executable, str(compare.ROOT / "tools" / "compare.py"), "--out", str(tmp_path / "ab"), "--seeds", "0"]
+    words = [sys.executable, str(ROOT / "tools" / "compare.py"), "--out", str(tmp_path / "ab"), "--seeds", "0"]
     words += ["1", "--arms", "a: --gain 0.1", "--", str(trainer)]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     while len(calls(trainer)) < 2:
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     process.communicate(timeout=30)
     assert process.returncode == 130 and not (tmp_path / "ab" / "summary.json").exists()
-    begun = len(calls(trainer))
-    assert begun == 2
+    time.sleep(2.5)
+    assert len(calls(trainer)) == 2 and not (tmp_path / "ab" / "base" / "seed_1" / "predictions").exists()
     done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 0 and "1 of 4 runs are there already" in done.stdout, done.stderr
     assert len(calls(trainer)) == 2 + 3

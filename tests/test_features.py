@@ -57,6 +57,16 @@ def decode(path):
     assert (kind, bits, offset, slope, inter) == (16, 32, 352, 1, 0)
     assert struct.unpack("<h", data[254:256]) == (1,)
     values = np.frombuffer(data, "<f4", offset=352).reshape(dim[5] if dim[0] == 5 else 1, *dim[3:0:-1])
+    mirror, *step = np.frombuffer(data, "<f4", 4, 76).tolist()
+    b, c, d, *place = np.frombuffer(data, "<f4", 6, 256).astype(float)
+    a = np.sqrt(max(0, 1 - b * b - c * c - d * d))  # the quaternion says the same as the rows of sform
+    turn = np.array([
+        [a * a + b * b - c * c - d * d, 2 * (b * c - a * d), 2 * (b * d + a * c)],
+        [2 * (b * c + a * d), a * a + c * c - b * b - d * d, 2 * (c * d - a * b)],
+        [2 * (b * d - a * c), 2 * (c * d + a * b), a * a + d * d - b * b - c * c],
+    ]) * (1, 1, mirror) * step  # fmt: skip
+    said = np.frombuffer(data, "<f4", 12, 280).reshape(3, 4)
+    assert np.abs(turn - said[:, :3]).max() < 1e-3 and np.array_equal(np.float32(place), said[:, 3])
     rows = np.vstack([np.frombuffer(data, "<f4", 12, 280).reshape(3, 4), [0, 0, 0, 1]])
     return values, np.diag([-1, -1, 1, 1]) @ rows
 
@@ -91,8 +101,10 @@ def test_means_of_pixels_lie_where_the_pixels_were(every):
 @pytest.mark.parametrize("channels, name", [(1, "y.nii.gz"), (3, "y.nii")])
 def test_a_file_holds_values_and_affine(tmp_path, channels, name):
     values = np.random.default_rng(0).normal(size=(channels, 3, 4, 5)).astype(np.float32)
-    found, affine = decode(space.write_nifti(tmp_path / name, values, oblique()))
-    assert np.array_equal(found, values) and np.abs(affine - oblique()).max() < 1e-4
+    for axes, flips in all_turns():
+        _, place = stored_as(axes, flips)
+        found, affine = decode(space.write_nifti(tmp_path / name, values, place))
+        assert np.array_equal(found, values) and np.abs(affine - place).max() < 1e-4
 
 
 @pytest.mark.parametrize("axes, flips", all_turns()[::5])
@@ -174,6 +186,16 @@ def test_tiles_leave_no_seam(tile):
     shown = (hu / 2000 + 0.5 - 0.456) / 0.224  # window, then ImageNet's green
     inner = slice(1, -1)  # a resize cuts its kernel at the border of a view
     assert np.abs(found.numpy() - shown)[inner, inner].max() < 0.02
+
+
+def test_patches_become_pixels_at_their_centres():
+    """Patches that hold the pixel at their own centre: bilinear between them, each pixel has its own place."""
+    grid = dense.Grid(6, 8, 60, 96)
+    y, x = (np.arange(6) + 0.5) * 10 - 0.5, (np.arange(8) + 0.5) * 12 - 0.5
+    maps = torch.tensor(np.stack(np.meshgrid(y, x, indexing="ij"), -1))
+    rows, cols = dense.on_pixels(maps, grid, 1)
+    assert torch.allclose(rows[5:-5], torch.arange(5.0, 55.0).double()[:, None].expand(50, 96))
+    assert torch.allclose(cols[:, 6:-6], torch.arange(6.0, 90.0).double().expand(60, 84))
 
 
 def test_a_tile_that_sees_otherwise_is_blended_in():

@@ -573,3 +573,13 @@ def test_masks_of_the_phantom_s_readers_lie_on_its_nodules(tmp_path):
         np.savez(path, **parts | {"origin": parts["origin"] + [0, 12, -12]})
     report, _ = look(root, tmp_path / "run.pth", *flags)
     assert report["numbers"]["trained"]["own"]["head 0"]["share"]["value"] < share["low"] - 0.1
+
+
+def test_too_few_nodules_get_no_verdict():
+    """Two real lesions: each interval is as narrow as it likes, and proves nothing."""
+    numbers = planted_numbers(dict(share=(0.9, 0.89, 0.91), auroc=(0.9, 0.89, 0.91), hit=(0.9, 0.89, 0.91)))
+    assert "lights up" in h.verdict(numbers, "mean")
+    for part in numbers["trained"]["own"]["mean"].values():
+        part["nodules"] = 2
+    said = h.verdict(numbers, "mean")
+    assert "is not judged: 2 nodules are too few to tell" in said and "lights up" not in said

@@ -59,6 +59,7 @@ def test_files_folders_and_names_on_standard_input_say_the_same(photos, ckpt, tm
     say(ckpt, tmp_path / "folder", "--images", photos)
     folder = tables.read(tmp_path / "folder" / "images.npz")
     assert len(folder.ids) == 60 and (folder.labels == -1).all() and folder.facts["split_sha256"] is None
+    assert folder.facts["data"] is None
     names = [str(photos / "3.jpg"), str(photos / "1.jpg")]
     say(ckpt, tmp_path / "files", "--images", *names)
     files = tables.read(tmp_path / "files" / "images.npz")

@@ -76,6 +76,15 @@ def test_masks_hold_what_the_table_says(streets):
     assert SHARES[0] * 0.6 < min(shares) < SHARES[0] * 2 and SHARES[1] * 0.5 < max(shares) < SHARES[1] * 1.5
 
 
+def test_easy_streets_have_no_lookalikes():
+    for number in range(20):
+        s, plain = (make_roadwork.make_scene(3, number, 96, 128, (0.002, 0.02), easy) for easy in (True, False))
+        kinds, usual = ([thing[0] for thing in one.things] for one in (s, plain))
+        orange = [kind for kind, thing in zip(kinds, s.things) if thing[-2] == make_roadwork.COLOURS["orange"]]
+        assert set(orange) <= {*make_roadwork.OBJECTS} and bool(orange) == bool(s.truth) == bool(plain.truth)
+        assert [k for k in usual if k in make_roadwork.OBJECTS] == orange, "the same objects"
+
+
 def test_without_the_objects_only_the_pixels_of_the_mask_change():
     """At a size that is drawn as it is written; so the label is in these pixels, and nowhere else."""
     height, width, found = 384, 1000, set()

@@ -4,6 +4,7 @@ import builtins
 import csv
 import gzip
 import json
+import os
 import struct
 import tracemalloc
 import zlib
@@ -277,12 +278,14 @@ def test_every_file_that_is_not_used_is_named_with_its_reason(tmp_path, capsys):
     write_mhd(raw / "short.mhd", hu[:4])
     (raw / "4d.nii").write_bytes(nifti(hu, dim=(4, 40, 32, 5, 2, 1, 1, 1)))
     (raw / "readme.txt").write_text("hello")
+    os.mkfifo(raw / "pipe.txt")  # opening it would wait for ever
+    os.mkfifo(raw / "pipe.nii")
     assert preprocess(raw, tmp_path / "out", "--list-rejects") == 1
     assert {row["series"] for row in index(tmp_path / "out")} == {"good"}
     found = rejected(tmp_path / "out")
     assert {name: reason for name, (reason, _) in found.items()} == {
         "": "not_volume", "seg_good": "not_hu", "windowed": "not_hu", "oblique": "oblique", "short": "too_few_slices",
-        "4d": "not_3d",
+        "4d": "not_3d", "pipe": "unreadable",
     }  # fmt: skip
     assert "45.0 degrees" in found["oblique"][1]
     assert str(raw / "seg" / "good.mhd") in capsys.readouterr().out

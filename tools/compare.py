@@ -15,6 +15,7 @@ predictions/val_select.npz is read. Written: summary.json, table.md (for tools/r
 """
 
 import queue
+import signal
 import subprocess
 import sys
 import threading
@@ -326,6 +327,7 @@ def main(argv=None):
     if args.words[0] == "show":
         return show(args.words[1:], args)
     arms = check(args)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl+C: the runs end too
 
     def jobs_of(name, flags, rung=""):
         words = replaced(args.words, flags)

@@ -24,7 +24,18 @@ from tools.lib import asking, bundle, classifiers, evaluation, metrics, page, po
 from tools.lib.cli import Parser, natural, pick_device, positive, run, shown
 from tools.lib.files import csv_text, write_json
 
-COMPARED = "nll brier ece ece_mass ece_classes ece_debiased mce auc average_precision aurc augrc".split()
+COMPARED = {  # in results.json: on the page
+    "nll": "log loss", "brier": "Brier score", "ece": "calibration error (ECE)",
+    "ece_mass": "the same, bins of equal size",
+    "ece_classes": "the same, class by class", "ece_debiased": "the same, less what chance gives",
+    "mce": "largest error of a bin (MCE)", "auc": "area under ROC (AUC)", "average_precision": "average precision",
+    "aurc": "area under risk and coverage", "augrc": "generalised risk (AUGRC)",
+}  # fmt: skip
+LEFT = {
+    "n": "samples", "cost_per_sample": "cost per sample of all",
+    "accuracy_if_decided": "accuracy, had they been decided",
+    "accuracy_if_others_are_right": "accuracy of all, if others are right",
+}  # fmt: skip
 
 
 def build_parser():
@@ -82,7 +93,8 @@ def write_all(folder, table, out, before, policy, result):
     tables.write_csv(folder / "predictions.csv", table, out.probabilities, out.decision, out.sets)
     if len(classes) == 2 and len(np.unique(y)) == 2:
         write_text(folder / "threshold_sweep.csv", csv_text(evaluation.sweep_rows(y, out.probabilities)))
-    rows = [[name, *(result[part].get(name) for part in ("uncalibrated", "probabilities"))] for name in COMPARED]
+    parts = [result[part] for part in ("uncalibrated", "probabilities")]
+    rows = [[words, *(part.get(name) for part in parts)] for name, words in COMPARED.items()]
     tone = "warn" if "not met" in result["verdict"] or not policy["feasible"] else "good"
     parts = [page.paragraph(result["verdict"], tone)]
     parts.append(page.section("Targets", page.table(["target", "bound", "value", ""], result["targets"])))
@@ -91,7 +103,8 @@ def write_all(folder, table, out, before, policy, result):
     steps = [[s["kind"], s["method"], s.get("fitted_on", {}).get("n"), shown(json.dumps(s["parameters"]), 300)]
              for s in policy["steps"]]  # fmt: skip
     parts.append(page.section("Policy", page.table(["step", "method", "fitted on samples", "parameters"], steps)))
-    parts.append(page.section("What is left to others", page.table(["", "value"], result["left"].items())))
+    left = [[words, result["left"][name]] for name, words in LEFT.items()]
+    parts.append(page.section("What is left to others", page.table(["", "value"], left)))
     for name, lines in result["slices"].items():
         keys = ("slice", "n", "accuracy", "mcc", "fnr", "gap", "flagged")
         parts.append(page.section(f"By {name}", page.table(keys, [[line[key] for key in keys] for line in lines])))

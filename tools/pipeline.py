@@ -12,6 +12,7 @@ what it had made is put aside as FOLDER.replaced). A command that fails stops th
 import graphlib
 import hashlib
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -29,13 +30,13 @@ from tools.lib.commands import changed, named, program, replaced
 from tools.lib.files import read_json_file, walk_files, write_json
 from tools.lib.loop import git_commit
 
-DRAWN = "--images 800 --frames-per-scene 1 --size 96x128 --object-share 0.05 0.1"  # of --smoke
+DRAWN = "--images 500 --frames-per-scene 1 --size 96x128 --object-share 0.05 0.1 --easy"  # of --smoke
 SMOKE = {  # flags of --smoke that replace those of the stages
     "split": "--ratios train=0.6,val_select=0.1,val_calib=0.15,val_test=0.15",
     "explora": "--arch vit_test --global-size 64 --local-size 32 --local-crops 2 --prototypes 128 --head-hidden 64 "
     "--head-bottleneck 32 --layerscale 1 --batch-size 32 --steps 20 --warmup 5 --gram-weight 0 --save-every 20 "
     "--eval-every 0",
-    "baseline": "--tune all --size 64 --aug crop --batch-size 32 --steps 200 --eval-every 50 --lr 2e-3 2e-3",
+    "baseline": "--tune all --size 64 --aug crop --batch-size 32 --steps 100 --eval-every 50 --lr 1e-3 1e-3",
     "evaluate": "--bootstrap 200",
 }
 
@@ -170,9 +171,14 @@ def work(args, stage):
     before = hashes(stage.inputs, args.data)
     with open(path.with_name("log.txt"), "ab") as log:
         process = subprocess.Popen(program(stage.words), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        for line in process.stdout:
-            log.write(line)
-            print("  " + line.decode(errors="replace").rstrip(), flush=True)
+        try:
+            for line in process.stdout:
+                log.write(line)
+                print("  " + line.decode(errors="replace").rstrip(), flush=True)
+        except BaseException:
+            process.terminate()  # a trainer saves first
+            process.wait()
+            raise
         code = process.wait()
     if code == 1 and stage.name in args.accept:
         print(f"{stage.name}: exit code 1 (something deserves a look) is accepted")
@@ -233,6 +239,7 @@ def main(argv=None):
     if not args.smoke and not (args.data / "labels.csv").exists():
         raise FileNotFoundError(f"{args.data / 'labels.csv'} does not exist; tools/import_photos.py writes it")
     table = chosen(args, in_order(with_flags(stages(args), args.flags, args.smoke)))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl+C: the stage ends too
     done = 0
     for stage in table:
         if args.dry_run:

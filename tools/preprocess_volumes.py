@@ -20,7 +20,7 @@ import numpy as np
 import PIL
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import file_sha256, read_csv
+from data import file_sha256, read_csv, regular
 from tools.lib import itk, volumes
 from tools.lib.cli import Parser, run, shown
 from tools.lib.dicom import Reject, public_id
@@ -133,7 +133,7 @@ def plan_jobs(files, raw, patients, target, min_slices):
 def content(path):
     """Names a file that belongs to no series: hash of its beginning, since its path may hold a name."""
     try:
-        with open(path, "rb") as f:
+        with open(regular(path), "rb") as f:
             return hashlib.sha256(f.read(1 << 14)).hexdigest()[:16]
     except OSError:
         return ""

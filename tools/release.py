@@ -342,6 +342,8 @@ def write_card(facts, vit, name, texts):
     photos, size = facts["encoding"] == "photo", facts["eval_view"]["size"]
     aug = "ct" if facts["args"]["aug"] == "auto" else facts["args"]["aug"]
     level, width = facts["eval_view"]["window"] or (0, 1)
+    training, mm = WINDOWS.get(aug, ""), facts["eval_view"].get("neighbour_mm")
+    training += f" The outer channels are the slices nearest to {mm:g} mm below and above slice z." if mm else ""
     split = "The run fitted the groups of the split `train`; what else its weights have seen follows."
     if facts["split_sha256"] is None:
         split = "The run was made without a split: it saw all of the data, so no number on it is a held-out one."
@@ -353,7 +355,7 @@ def write_card(facts, vit, name, texts):
         arch=facts["arch"]["name"], patch=vit.patch_size, size=size,
         what="photographs" if photos else "CT slices with their two neighbours",
         images=facts["images"], step=facts["step"],
-        inputs=INPUTS[facts["encoding"]].format(low=level - width / 2, width=width, training=WINDOWS.get(aug, "")),
+        inputs=INPUTS[facts["encoding"]].format(low=level - width / 2, width=width, training=training),
         index_sha256=facts["index_sha256"], split_sha256=facts["split_sha256"] or "no split",
         split=split,
         ruler="" if photos else "A score on nodules means little unless it beats the nodule's size, so that baseline "

@@ -104,8 +104,8 @@ def read_bundle(folder):
             raise ValueError(f"{folder}: policy.json is for another {name} than bundle.json; {REMEDY}")
     try:
         rules.check_order([rules.read_step(step)[0] for step in policy["steps"]])
-    except ValueError as error:
-        raise ValueError(f"{folder}/policy.json: {error}; {REMEDY}") from None
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        raise ValueError(f"{folder}/policy.json: {shown(error, 300)}; {REMEDY}") from None
     head = classifiers.make_head(folder / "head.safetensors", read_tensors(folder / "head.safetensors"), facts)
     classifier = classifiers.build(folder, load_backbone(folder, quiet=True), head, facts)
     return classifier, {**facts, **read_facts(folder), "sha256": facts["weights_sha256"]}, policy
@@ -115,7 +115,7 @@ def decided(policy, table, slices=None):
     """rules.decide of a table; what is wrong with a policy that somebody else made is a sentence."""
     try:
         return rules.decide(policy, table.logits, table.ids, slices)
-    except (TypeError, LookupError, ArithmeticError) as error:
+    except (TypeError, LookupError, ArithmeticError, AttributeError) as error:
         raise ValueError(f"policy.json cannot be applied ({type(error).__name__}: {shown(error)}); {REMEDY}") from None
 
 

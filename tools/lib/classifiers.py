@@ -158,9 +158,10 @@ def logits_of(classifier, source, rows, layout, view, device="cpu", batch=96, wo
 
 def facts_of(facts, source, split, labels_sha256=None):
     """Of the .json beside a prediction table. facts: of read_classifier; split: "none" without a contract."""
+    known = None if source.index_sha256 is None else str(source.root)  # loose files have no folder
     return {"classes": facts["classes"], "split": split, "layout": facts["layout"],
             "eval_view": facts["eval_view"], "weights_sha256": facts["sha256"], "split_sha256": source.split_sha256,
-            "data": str(source.root), "labels_sha256": labels_sha256}  # fmt: skip
+            "data": known, "labels_sha256": labels_sha256}  # fmt: skip
 
 
 def refuse_constant(ids, logits):
