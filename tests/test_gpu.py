@@ -16,7 +16,7 @@ import train_ssl as t
 
 NO_CARD = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here: not measured on a GPU")
 DEVICES = ["cpu", pytest.param("cuda", marks=NO_CARD)]
-COMPILED = [("cpu", False), pytest.param("cpu", True, marks=pytest.mark.slow)]
+COMPILED = [("cpu", False)]  # compiled on a CPU: test_bench and test_losses
 COMPILED += [pytest.param("cuda", compiled, marks=NO_CARD) for compiled in (False, True)]
 
 

@@ -14,7 +14,7 @@ say() { echo "[${SECONDS} s] $*"; }
 [ -n "$card" ] && say "card: $card" || say "no CUDA device: what follows is a rehearsal on the CPU, and says nothing about a GPU"
 
 say "1. golden step, views and targets on the device"
-python -m pytest -q -rs tests/test_gpu.py -m "not slow" || wrong=1
+python -m pytest -q -rs tests/test_gpu.py || wrong=1
 
 say "2. --deterministic: killed without warning and resumed, the last bit must be that of a run left alone"
 python tools/make_phantom.py --out "$work/raw" --patients 6 --size 128 --slices 24 --workers 2 > "$work/data.log" 2>&1
