@@ -42,7 +42,7 @@ def test_capital_is_all_there_at_the_start_and_starts_share_it():
 def test_p_values_of_a_stream_are_uniform_and_do_not_depend_on_each_other():
     calibration, rows, _ = stream(1, calm=4000)
     past, u = np.sort(calibration[:, 0]).tolist(), np.random.default_rng(2).random(4000)
-    p = np.array([m.p_value(past, x, v) for x, v in zip(rows[:, 0].tolist(), u)])
+    p = np.array([m.rank_of(past, x, v) for x, v in zip(rows[:, 0].tolist(), u)])
     assert len(past) == 4500 and past == sorted(past)
     assert np.abs(np.sort(p) - (np.arange(4000) + 0.5) / 4000).max() < 1.63 / math.sqrt(4000)  # Kolmogorov, 1%
     assert abs(np.corrcoef(p[1:], p[:-1])[0, 1]) < 0.05
@@ -50,8 +50,8 @@ def test_p_values_of_a_stream_are_uniform_and_do_not_depend_on_each_other():
 
 def test_a_p_value_by_hand():
     past = [1.0, 2.0, 2.0, 3.0]
-    assert m.p_value(past, 2.0, 0.5) == pytest.approx((1 + 0.5 * 3) / 5) and past == [1, 2, 2, 2, 3]
-    assert m.p_value([1.0, 2.0], 9.0, 0.3) == pytest.approx(0.1) and m.p_value([1.0, 2.0], 0.0, 1.0) == 1
+    assert m.rank_of(past, 2.0, 0.5) == pytest.approx((1 + 0.5 * 3) / 5) and past == [1, 2, 2, 2, 3]
+    assert m.rank_of([1.0, 2.0], 9.0, 0.3) == pytest.approx(0.1) and m.rank_of([1.0, 2.0], 0.0, 1.0) == 1
 
 
 def test_of_60_exchangeable_streams_hardly_one_is_lost():

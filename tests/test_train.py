@@ -424,7 +424,7 @@ def test_a_non_finite_update_is_skipped_and_three_stop_the_run(folder, tmp_path,
     state = checkpoint.load(tmp_path / "one" / "last.pth")
     assert all(v["step"] == 3 for v in state["optimizer"].values())  # of 4 updates
     assert all(v.isfinite().all() for k in ("student", "teacher") for v in state[k].values())
-    assert any("inspect_step.py --step 3" in row["event"] for row in lines(tmp_path / "one", "event"))
+    assert any("inspect_step.py --why 3" in row["event"] for row in lines(tmp_path / "one", "event"))
     count.clear()
     bad = {4, 5, 6}
     assert train(folder, tmp_path / "three", "--steps", "8") == 3

@@ -112,7 +112,7 @@ def together(all_tables, where):
     return tables.Predictions(**parts, facts=first.facts)
 
 
-def decisions(policy, table):
+def decided(policy, table):
     """Probabilities [N, C] and decision [N] (-1: left to others, None without a policy)."""
     if policy is None:
         return classifiers.mean_probabilities(table.logits), None
@@ -250,7 +250,7 @@ def one_table(path):
 def look(args):
     reference, current, policy, embedded = gather(args)
     together([reference, current], [args.reference, args.current[0]])  # of one classifier
-    (p, decision), (q, later) = decisions(policy, reference), decisions(policy, current)
+    (p, decision), (q, later) = decided(policy, reference), decided(policy, current)
     own, others = columns_of(reference, p, decision), columns_of(current, q, later)
     columns = {name: (own[name], others[name]) for name in own}
     groups = reference.groups, current.groups

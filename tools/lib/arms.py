@@ -82,19 +82,11 @@ def draw(space, seed, trial):
 # ----- what they are worth
 
 
-def mcc(labels, p, weights=None):
-    return metrics.mcc(labels, p.argmax(1), weights)
-
-
-def accuracy(labels, p, weights=None):
-    return metrics.accuracy(labels, p.argmax(1), weights)
-
-
-def auc(labels, p, weights=None):
-    return metrics.auc(labels, metrics.score_of(p), weights)
-
-
-METRICS = dict(mcc=mcc, accuracy=accuracy, auc=auc)
+METRICS = {
+    "mcc": lambda labels, p, weights=None: metrics.mcc(labels, p.argmax(1), weights),
+    "accuracy": lambda labels, p, weights=None: metrics.accuracy(labels, p.argmax(1), weights),
+    "auc": lambda labels, p, weights=None: metrics.auc(labels, metrics.score_of(p), weights),
+}
 
 
 def probabilities(logits, pool="mean"):

@@ -56,7 +56,7 @@ def share_of_start(k):
     return 1 / ((k + 1) * (k + 2))
 
 
-def p_value(past, score, u):
+def rank_of(past, score, u):
     """Of a score among sorted past ones and itself; past is kept sorted."""
     below, upto = bisect.bisect_left(past, score), bisect.bisect_right(past, score)
     past.insert(upto, score)
@@ -77,7 +77,7 @@ def follow(state, scores, ids, when=None):
                 capital[s] = np.vstack([capital[s], np.full(BETS, share_of_start(starts) / BETS)])
             c = capital[s]
             c += JUMP * (c.sum(1, keepdims=True) / BETS - c)
-            p = p_value(past, row[s], chance(name, f"{state['names'][s]} {state['seen']}"))
+            p = rank_of(past, row[s], chance(name, f"{state['names'][s]} {state['seen']}"))
             c *= bets(p)
             waiting = 1 / (starts + 2)  # shares of the starts that are still to come
             wealth += (c.sum() + waiting) / len(capital)

@@ -137,7 +137,7 @@ def open_trained(root, args, split, trained):
         source = data.open_for(root, "fit", None, *kept, allow_duplicates=True)
     else:
         source = data.thin(data.open_source(root), *kept)
-    source.at_distance(args["neighbour_mm"])
+    source.at_distance(args.get("neighbour_mm"))  # runs of before have none
     for key, value in trained.items():
         if value != getattr(source, key):
             raise ValueError(f"{root}: {key} is not that of the run; put its data back, or name them with --data")
