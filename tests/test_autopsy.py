@@ -38,6 +38,7 @@ def why(folder, out, number, capsys):  # noqa: F811
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [[], ["--drop-path", "0.3"], ["--gram-weight", "2", "--micro-batch", "8"],
                                   ["--centering", "softmax", "--rope-rescale", "1"]])  # fmt: skip
 @pytest.mark.parametrize("number", [4, 5])
@@ -208,6 +209,7 @@ def test_copies_need_koleo_or_half_of_the_batch():
     assert autopsy.verdict(*made([0.125] * 8, copies=many))[0] == "copies"
 
 
+@pytest.mark.slow
 def test_the_sheet_and_the_exit_code(run_of, folder, capsys, monkeypatch):  # noqa: F811
     """The whole way once, in two processes."""
     run = run_of()

@@ -183,6 +183,7 @@ def test_an_update_that_is_not_finite_is_no_measurement(folder):
         bench.update(way)
 
 
+@pytest.mark.slow
 def test_rows_of_a_step_hold_rate_limit_and_phases(folder, monkeypatch):
     slow, losses_of, offered, counts = optim.update_teacher, t.ssl_update, set(), []
 
@@ -464,6 +465,7 @@ def test_slices_per_second_of_preprocessing_leave_out_what_starting_takes(tmp_pa
     assert rgb["share"] == pytest.approx(0.1) and hu16["share"] == pytest.approx(0.2)
 
 
+@pytest.mark.slow
 def test_preprocessing_that_fails_is_an_error_with_its_words(tmp_path):
     with pytest.raises(ValueError, match="exit code 2: .*nowhere"):
         bench.preprocess(str(tmp_path / "nowhere"), "rgb")

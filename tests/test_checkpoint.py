@@ -169,6 +169,7 @@ def members(path):
         yield from range(start, start + item.file_size)
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_is_noticed_or_cannot_matter(tmp_path):
     path = save(tmp_path / "a.pth", small())
     content, covered = path.read_bytes(), set(members(path))

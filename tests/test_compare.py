@@ -57,6 +57,7 @@ def calls(trainer):
     return path.read_text().splitlines() if path.exists() else []
 
 
+@pytest.mark.slow
 def test_arms_are_run_judged_and_not_run_again(tmp_path, trainer, capsys):
     more = tmp_path / "more.txt"
     more.write_text("# written by hand\nsame: --steps 7  # no change\n\nworse: --gain -0.2\n")

@@ -538,6 +538,7 @@ def test_readers_ignore_what_tells_a_run_to_save(ct, number):
     assert [batch.step for batch in loader] == list(range(1, 20))
 
 
+@pytest.mark.slow
 def test_a_script_that_fails_ends_though_its_readers_are_deaf(ct):
     script = (
         "import sys, data\n"

@@ -272,6 +272,7 @@ def test_a_file_name_that_is_not_utf8_is_named(tmp_path):
         d.open_source(tmp_path)
 
 
+@pytest.mark.slow
 def test_readers_end_when_some_of_them_could_not_start(tmp_path):
     """16 readers with room for 64 open files: an error at once, and no process stays."""
     root = make_ct(tmp_path)

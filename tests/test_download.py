@@ -438,6 +438,7 @@ def test_nothing_found_and_bad_answers_are_errors(archive, tmp_path, capsys):
         assert stop.value.code == 2
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_what_the_next_run_resumes(archive, tmp_path):
     for i in range(1, 4):
         archive.add(f"1.{i}", images=8)

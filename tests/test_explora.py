@@ -110,6 +110,7 @@ def test_a_frozen_weight_costs_no_pass_backward(folder, init):  # noqa: F811
 # saved, killed, resumed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", ["--drop-path 0.3", "--adapter-norm lora --adapter-init pissa --micro-batch 4"])
 def test_a_stopped_and_resumed_run_ends_with_the_same_bits(folder, init, tmp_path, monkeypatch, more):  # noqa: F811
     flags = ["--init", init, "--steps", "9", *ADAPTERS, *more.split()]
@@ -320,6 +321,7 @@ UNRATED = [word for word in TINY if word not in ("--lr", "1e-3")]
 UNRATED += "--steps 6 --gram-weight 0 --log-every 1 --save-every 3 --warmup 1 --schedule constant".split()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["muon:lr=0.01", "ademamix:warmup=4", "schedulefree", "adamw:betas=[0.8,0.95]"])
 def test_every_optimizer_trains_and_resumes_to_the_bit(folder, tmp_path, monkeypatch, optimizer):  # noqa: F811
     flags = ["--data", str(folder), *UNRATED, "--optimizer", optimizer, "--out"]

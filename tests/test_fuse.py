@@ -222,6 +222,7 @@ EVERYTHING = ("fusion:width=16,keep=4,pyramid=true,depth=1,experts=2,consistency
               "masks=2,hidden=8,prescore=3")  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options, more", [
     ("fusion", []), (EVERYTHING, ["--features", "mean", "--views", "tiles_and_squares", "--loss", "focal:gamma=2"]),
 ])  # fmt: skip

@@ -349,6 +349,7 @@ def look(root, ckpt, *flags):
     return json.loads((out / "heatmaps.json").read_text(), parse_constant=pytest.fail), out / "heatmaps.png"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["hu16-v1", "rgb-v1"])
 def test_a_backbone_that_looks_at_bright_patches_is_said_to(tmp_path, capsys, encoding):
     root = make_nodules(tmp_path / "data", encoding=encoding)
@@ -394,6 +395,7 @@ def test_the_patch_that_similarity_starts_from_is_not_its_strongest(target):
     assert red[0][-side:, -side:].any() and not red[1].any()  # else it is its own patch, inside
 
 
+@pytest.mark.slow
 def test_the_same_command_gives_the_same_bytes_and_another_seed_other_crops(root, tmp_path):
     ckpt = save(tmp_path / "run.pth", bright_vit())
     first, sheet = look(root, ckpt)
@@ -464,6 +466,7 @@ def test_weights_that_change_while_they_are_read_are_refused(root, tmp_path, mon
     assert not looks(root)
 
 
+@pytest.mark.slow
 def test_every_look_at_val_test_is_recorded(root, tmp_path):
     ckpt = save(tmp_path / "run.pth", bright_vit())
     look(root, ckpt, "--split", "train")

@@ -272,6 +272,7 @@ def test_a_program_that_computes_says_how_threads_wait_before_torch_loads_them(n
     assert first == "tools.lib.threads" or "torch" not in names
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "given, spins",
     [({}, "GOMP_SPINCOUNT = '1000'"), ({"GOMP_SPINCOUNT": "7"}, "= '7'"), ({"OMP_WAIT_POLICY": "active"}, "'ACTIVE'")],

@@ -297,6 +297,7 @@ def past(patch_rank, temperature=50.0, images_s=50.0):
             "sensors": {"cpu temp (C)": temperature}}  # fmt: skip
 
 
+@pytest.mark.slow
 def test_dense_features_are_judged_against_the_best_look(toy):
     toy.out.mkdir(parents=True)
     toy.write().look()
@@ -644,6 +645,7 @@ def history(toy):
     return [json.loads(row) for row in (toy.out / "history.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_second_look_at_a_step_takes_the_place_of_the_first(toy, capsys):
     toy.write()
     for _ in range(3):
@@ -697,6 +699,7 @@ def test_a_first_report_has_no_empty_parts_and_explains_each_number(toy):
     assert "DINO loss" in page and "How to read the pictures" in page  # the log has many points
 
 
+@pytest.mark.slow
 def test_features_are_drawn_at_four_times_the_resolution_of_training(toy, monkeypatch):
     drawn, real = [], sheet.maps
 
@@ -1039,6 +1042,7 @@ def write_table(path, header, rows):
         csv.writer(f).writerows([header, *rows])
 
 
+@pytest.mark.slow
 def test_labels_are_read_by_header_and_only_of_slices_that_may_be_looked_at(toy, tmp_path, capsys, monkeypatch):
     header = "id,path,z,y,x,label,group,diameter_mm,box_mm".split(",")
     rows = [[s, f"toy/1.2.{s}.npy", 2, 30, 20, s % 2, "g", 5, 8] for s in range(12)]  # series 6 .. 11 are val_select
@@ -1316,6 +1320,7 @@ def start(toy, *more, env=None):
     return subprocess.Popen([sys.executable, "monitor.py", *map(str, flags)], cwd=ROOT, env=bare, **pipe)
 
 
+@pytest.mark.slow
 def test_from_cron_with_an_empty_environment(toy):
     toy.write()
     process = start(toy)

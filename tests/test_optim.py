@@ -509,6 +509,7 @@ for module in PARTS:
 """
 
 
+@pytest.mark.slow
 def test_a_hundred_lines_of_it_run_in_an_empty_folder(tmp_path):
     """Each optimizer with what it calls, cut out of the file; and the file as a whole."""
     needs = {"muon": [optim.orthogonal], "sophia": [optim.gauss_newton, optim.hutchinson]}

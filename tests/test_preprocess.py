@@ -776,6 +776,7 @@ def mixed_tree(folder, seed=0):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["rgb", "hu16"])
 def test_output_is_the_same_for_any_worker_count_and_file_order(tmp_path, monkeypatch, encoding):
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
@@ -793,6 +794,7 @@ def test_output_is_the_same_for_any_worker_count_and_file_order(tmp_path, monkey
     assert order == sorted(order)
 
 
+@pytest.mark.slow
 def test_a_killed_run_continues_and_ends_as_if_never_killed(tmp_path, monkeypatch):
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "0")
     slices = [ds for p in range(1, 13) for ds in a_series(truth(seed=p, height=256, width=256), patient=p)]
@@ -1218,6 +1220,7 @@ def test_a_file_of_gigabytes_is_recorded_and_not_read(tmp_path):
     assert entry["reason"] == "unreadable" and manifest(tmp_path / "p")["counts"]["slices"] == DEPTH - 2
 
 
+@pytest.mark.slow
 def test_60_damaged_files_are_rejected_or_harmless(tmp_path):
     survive_mutants(tmp_path, 60, 1)
 

@@ -352,6 +352,7 @@ def test_weights_that_change_while_they_are_read_are_refused(study, tmp_path, mo
     assert looks(root) == before and not (tmp_path / "out").exists() and not (tmp_path / "features").exists()
 
 
+@pytest.mark.slow
 def test_a_leaked_patient_is_refused_or_named_in_every_title(study, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(protocols, "REPEATS", 2)
     root, _ = study
@@ -372,6 +373,7 @@ def test_a_leaked_patient_is_refused_or_named_in_every_title(study, tmp_path, ca
     assert clean["cv"]["patients"] == 32 and clean["cv"]["seen_in_pretraining"] == []
 
 
+@pytest.mark.slow
 def test_a_series_is_recognised_under_another_name_of_its_patient(study, tmp_path):
     root, _ = study
     source = data.open_source(root / "data")
@@ -386,6 +388,7 @@ def test_a_series_is_recognised_under_another_name_of_its_patient(study, tmp_pat
     assert result["cv"]["patients"] == 35 and SEEN not in result["cv"]["title"]
 
 
+@pytest.mark.slow
 def test_every_look_at_val_test_is_recorded_that_of_cross_validation_too(study, tmp_path, capsys):
     root, rows = study
     before, weights = looks(root), data.file_sha256(root / "w.pth")

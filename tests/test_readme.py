@@ -163,6 +163,7 @@ def run_small(command):
     return name, importlib.import_module(name.removesuffix(".py").replace("/", ".")).main(words)
 
 
+@pytest.mark.slow
 def test_every_command_that_needs_nothing_runs(tmp_path, monkeypatch, capsys):
     """In the order of the page, from an empty folder; then the Python examples on what it left."""
     monkeypatch.chdir(tmp_path)
