@@ -92,6 +92,7 @@ def test_adapters_change_nothing_at_the_start(norm, init):
             {"magnitude"} if norm[:3] == "dor" else set()) | ({"tau"} if norm == "doran" else set())  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm, init", KINDS)
 def test_merged_equals_unmerged_after_training_and_again(norm, init, tmp_path):
     vit = adapted(norm, init=init, unfreeze=1, blocks=[0])

@@ -60,6 +60,7 @@ def test_a_healthy_update_is_replayed_to_the_bit_and_its_shares_add_up(run_of, f
         assert sum(worst["view_shares"]) == pytest.approx(worst["share"], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_the_gradient_without_an_image_is_that_of_the_others(run_of, folder, capsys):  # noqa: F811
     """Leave-one-out by subtraction against a backward in which that image's outputs get no derivative."""
     found = why(folder, run_of(), 6, capsys)
@@ -70,6 +71,7 @@ def test_the_gradient_without_an_image_is_that_of_the_others(run_of, folder, cap
     assert [image["norm"] for image in found["images"]] == sorted((i["norm"] for i in found["images"]), reverse=True)
 
 
+@pytest.mark.slow
 def test_without_a_checkpoint_before_it_the_replay_begins_at_the_start(run_of, folder, capsys):  # noqa: F811
     run = run_of("--keep-last", "1")
     found = why(folder, run, 3, capsys)
@@ -93,6 +95,7 @@ def batch_ids(run, folder, number):  # noqa: F811
     return source, inspect_step.read_update(source, config, number, 8)
 
 
+@pytest.mark.slow
 def test_a_corrupted_weight_is_named(run_of, folder, capsys):  # noqa: F811
     run = run_of()
 
@@ -104,6 +107,7 @@ def test_a_corrupted_weight_is_named(run_of, folder, capsys):  # noqa: F811
     assert found["cause"] == "weight" and "student.backbone.blocks.1.mlp.fc1.weight[7, 3], is 2e+04" in found["verdict"]
 
 
+@pytest.mark.slow
 def test_a_weight_that_is_not_finite_is_named_before_all_else(run_of, folder, capsys):  # noqa: F811
     run = run_of()
     change(run, lambda state: state["teacher"]["ibot_head.last_layer.weight"].view(-1)[5].fill_(float("nan")))
@@ -115,6 +119,7 @@ def test_a_weight_that_is_not_finite_is_named_before_all_else(run_of, folder, ca
     )
 
 
+@pytest.mark.slow
 def test_a_temperature_gone_to_0_is_named(run_of, folder, capsys):  # noqa: F811
     run = run_of()
     change(run, lambda state: state["args"].update(teacher_temp=[0.0, 0.0]))
@@ -139,6 +144,7 @@ def test_a_constant_slice_is_named_with_its_hu(run_of, folder, capsys):  # noqa:
     assert "a slice of -1024 HU throughout" in found["verdict"] and "in that place: loss" in found["verdict"]
 
 
+@pytest.mark.slow
 def test_copies_within_a_batch_are_named(run_of, folder, capsys):  # noqa: F811
     run = run_of("--w-koleo", "1")
     source, batches = batch_ids(run, folder, 5)
@@ -150,6 +156,7 @@ def test_copies_within_a_batch_are_named(run_of, folder, capsys):  # noqa: F811
     assert found["cause"] == "copies" and "8 of 8 images are copies" in found["verdict"]
 
 
+@pytest.mark.slow
 def test_pixels_that_are_not_finite_name_image_and_view(run_of, folder, capsys, monkeypatch):  # noqa: F811
     run = run_of()
     source, batches = batch_ids(run, folder, 5)

@@ -385,6 +385,7 @@ def test_pillow_does_the_same_job(tmp_path, encoding):
         assert (a - b).abs().max() < limit and a.std() > 0.1
 
 
+@pytest.mark.slow
 def test_every_other_part_runs_on_a_toy_and_gives_numbers(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "gemm", lambda device: lambda: 0.05)
     monkeypatch.setattr(bench, "copying", lambda: lambda: 10.0)

@@ -628,6 +628,7 @@ def test_last_is_a_copy_where_links_fail(tmp_path, monkeypatch, code):
 # rotation
 
 
+@pytest.mark.slow
 def test_rotation_by_brute_force(tmp_path, monkeypatch):
     def cheap_verify(path):
         if path.read_bytes() != b"good":

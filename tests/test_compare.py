@@ -129,6 +129,7 @@ def test_one_seed_keeps_nothing(tmp_path, trainer, capsys):
     assert f"minus {runs[0]} {row['difference']:+.4f} (" in said and "another seed would give is not in them" in said
 
 
+@pytest.mark.slow
 def test_search_halves_and_says_how_often_it_looked(tmp_path, trainer, capsys):
     space = tmp_path / "space.txt"
     space.write_text("--gain choice -0.2 -0.1 0 0.2\n--fail uniform 50 60\n")

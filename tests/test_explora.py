@@ -52,6 +52,7 @@ def rebuilt(state, who):
 # who moves
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm, start", [("lora", "zero"), ("rslora", "pissa"), ("dora", "zero"), ("doran", "zero")])
 def test_adapters_norms_and_the_last_block_move_and_nothing_else(folder, init, tmp_path, norm, start):  # noqa: F811
     more = f"--adapter-norm {norm} --adapter-init {start} --adapter-rank 4 --unfreeze 1 --ema 0.5 0.5 --warmup 0"

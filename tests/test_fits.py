@@ -38,6 +38,7 @@ def newton(X, y, C, classes, steps=15):
     return p / p.sum(1, keepdims=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("classes, d", [(2, 5), (2, 60), (3, 4)])
 def test_logistic_regression_is_the_minimum_that_newton_finds(classes, d):
     """Also with more features than rows; scaled and shifted columns, a constant one, rows that are not fitted."""

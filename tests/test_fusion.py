@@ -309,6 +309,7 @@ def looked_at(folder, n):
     return torch.stack(features), torch.arange(n) % 2, torch.from_numpy(np.array(shows))
 
 
+@pytest.mark.slow
 def test_a_cone_in_the_last_column_is_found_and_pruning_keeps_a_tile_that_shows_it(tmp_path):
     """Earlier systems never looked at the right 672 columns, and pruned by scores that had no gradient."""
     views, labels, shows = looked_at(tmp_path, 140)

@@ -131,6 +131,7 @@ def serve(folder, page):
     return server, f"http://127.0.0.1:{server.server_address[1]}/simple"
 
 
+@pytest.mark.slow
 def test_volumes_come_from_the_index_that_pip_is_set_to(tmp_path, monkeypatch):
     path = archive(tmp_path / get_data.SOURCES)
     page = f'<a href="x">other-1.tar.gz</a><a data-x="1" href="../../{path.name}#sha256=1">{path.name}</a>'

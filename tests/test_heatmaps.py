@@ -417,6 +417,7 @@ def looks(root):
 SEEN = "backbone has seen these patients"
 
 
+@pytest.mark.slow
 def test_seen_patients_are_refused_or_said_in_red(root, tmp_path, capsys):
     ckpt = save(tmp_path / "run.pth", bright_vit(), trained=["toy/P1", "toy/P4"])
     with pytest.raises(ValueError, match="leak: 1 groups of split val_test .*toy/P4"):

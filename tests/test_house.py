@@ -98,6 +98,7 @@ def test_leaf_can_be_copied_alone(name):
     assert imports(ROOT / name) <= LEAVES[name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", existing(LEAVES))
 def test_leaf_imports_in_an_empty_folder(name, tmp_path):
     (tmp_path / name).write_bytes((ROOT / name).read_bytes())

@@ -49,6 +49,7 @@ def test_a_label_of_size_alone_never_makes_the_backbone_better_than_the_ruler(fo
     assert abs(np.mean([r["matched"]["size"]["value"] for r in results]) - 0.5) < 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folds", [1, 5])
 def test_a_label_of_texture_alone_leaves_the_ruler_at_chance_and_the_probe_above(folds):
     for seed in range(3):

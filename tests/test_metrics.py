@@ -233,6 +233,7 @@ def simulated(random, patients, effect):
     return labels, scores, groups
 
 
+@pytest.mark.slow
 def test_intervals_cover_the_truth_as_often_as_they_say():
     """600 data sets of 100 patients; the standard error of the coverage is 0.9%."""
     random, effect, hits, widths = np.random.default_rng(0), 1.0, 0, {True: [], False: []}

@@ -217,6 +217,7 @@ PLANTED = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PLANTED)
 def test_a_planted_failure_gets_its_word_and_code(toy, capsys, name):
     change, word, code, text = PLANTED[name]
@@ -312,6 +313,7 @@ def test_dense_features_are_judged_against_the_best_look(toy):
     assert toy.look("--max-cls-patch", -1) == 1 and "cosine of cls and patches" in str(toy.status()["findings"])
 
 
+@pytest.mark.slow
 def test_heat_while_images_per_second_fall_is_throttling(toy):
     hot(toy)
     (toy.sysfs / "class/hwmon/hwmon0/temp1_input").write_text("80000")
@@ -402,6 +404,7 @@ def said_once(capsys, text):
     return said
 
 
+@pytest.mark.slow
 def test_damaged_lines_of_the_history_are_skipped_counted_and_gone(toy, capsys):
     toy.write().look()
     good = past(1.0)
@@ -472,6 +475,7 @@ def test_a_damaged_first_npz_is_a_reason_and_not_numpys(tmp_path, name):
     assert sheet.read_first(tmp_path / "first.npz")["step"] == 7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["cut", "an object", "a bomb"])
 def test_a_damaged_first_look_is_made_anew_and_said(toy, capsys, name):
     toy.write()
@@ -1085,6 +1089,7 @@ def test_labels_are_read_by_header_and_only_of_slices_that_may_be_looked_at(toy,
 # pictures
 
 
+@pytest.mark.slow
 def test_day_1_and_day_15_show_the_same_images_in_the_same_colours(toy):
     toy.write()
     assert toy.look("--images", 2, "--seed", 5) == 0

@@ -518,6 +518,7 @@ ONE_SLICE = {  # change of one slice -> reason for which this file is left out
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reason", ONE_SLICE)
 def test_a_file_that_is_no_measured_slice_is_left_out_with_its_reason(tmp_path, reason):
     """At an end of the series, so that what remains is regular; in the middle it takes the series with it."""

@@ -801,6 +801,7 @@ def test_continuing_from_weights(folder, tmp_path, capsys):
         train(folder, tmp_path / "three", "--steps", "2", "--init", last, "--arch", "vit_tiny")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["another", "gone"])
 def test_a_gram_teacher_belongs_to_the_run_from_its_first_update(folder, tmp_path, how):
     """It is used from update 4 on; the run stops before, and its file changes or goes meanwhile."""

@@ -305,6 +305,7 @@ def stopped_at(step, monkeypatch):
     return lambda: monkeypatch.setattr(t, "one_update", whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [
