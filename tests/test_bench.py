@@ -555,7 +555,7 @@ def test_all_of_a_part_from_the_command_to_the_file(tmp_path, monkeypatch, capsy
             bench.main(["read", "--device", "cuda"])
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_the_real_thing_end_to_end(tmp_path, capsys):
     for what in ("dicom", "render"):
         assert bench.main([what, "--quick", "--seconds", "1", "--json", str(tmp_path / f"{what}.json")]) == 0

@@ -191,7 +191,7 @@ def simulate(seed, better, groups=4000, seeds=3, discordant=0.1, noise=0.0):
     return labels, np.arange(groups).astype(str), runs
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_better_by_two_points_is_kept_and_equal_is_not():
     """4,000 groups, 3 seeds, 10% discordant."""
     decisions = {}

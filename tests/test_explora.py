@@ -157,7 +157,7 @@ def test_three_kills_change_no_bit(folder, init, tmp_path):  # noqa: F811
     assert sum(v for how, v in counts.items() if how) == 3, counts
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.parametrize("optimizer", ["muon", "ademamix:warmup=20", "schedulefree"])
 def test_a_kill_changes_no_bit_whatever_the_optimizer(folder, tmp_path, optimizer):  # noqa: F811
     counts, _ = survive(folder, tmp_path, ["at random"], seed=3, kills=(*KILLED, "--optimizer", optimizer))

@@ -318,7 +318,7 @@ def test_scores_equal_the_plain_losses_in_value_and_gradient(monkeypatch, chunk,
                 assert_close(a, b)
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_compiled_scores_equal_the_plain_losses():
     for masked in (7, 9, 8):  # the number of masked patches differs from one micro-batch to the next
         given = head_inputs(masked=masked)

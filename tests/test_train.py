@@ -315,7 +315,7 @@ def test_tokens_between_blocks_are_bfloat16_and_a_resumed_run_has_the_same_bits(
     assert {v.dtype for k in ("student", "teacher") for v in state[k].values()} == {torch.float32}
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_losses_in_a_bfloat16_stream_stay_within_the_noise_of_two_seeds(folder, tmp_path):
     """Mean distance of the loss curves over 200 updates: of the stream to float32 less than of two seeds."""
     ways = {"fp32": (), "seed": ("--seed", "1"), "stream": ("--precision", "bf16-stream")}
