@@ -1226,7 +1226,7 @@ def test_60_damaged_files_are_rejected_or_harmless(tmp_path):
     survive_mutants(tmp_path, 60, 1)
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_1000_damaged_files_are_rejected_or_harmless(tmp_path):
     reasons = {entry["reason"] for entry in survive_mutants(tmp_path, 1000, 2)["rejected"]}
     assert {"irregular_spacing", "too_few_slices", "header", "pixel_size", "mixed_patient", "no_series"} <= reasons
