@@ -71,6 +71,7 @@ def test_it_learns_and_predict_says_what_it_exported(photos, vit, tmp_path):
     assert nll == pytest.approx(result["select"]["nll"], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_refit_has_seen_val_select_and_says_nothing_of_it(photos, vit, tmp_path):
     once = fitted(photos, vit, tmp_path / "once")
     again = fitted(photos, vit, tmp_path / "again", "--protocol", "refit")

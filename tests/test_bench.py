@@ -142,6 +142,7 @@ def test_on_cuda_events_are_used_and_a_sample_waits_for_the_device(clock, monkey
 # updates
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gram", [False, True])
 def test_the_update_is_that_of_train_ssl_to_the_bit(folder, tmp_path, gram):
     flags = TOY | {"steps": 1, "micro-batch": 2, "koleo-group": 2, "gram-start": 0}

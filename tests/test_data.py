@@ -307,6 +307,7 @@ def test_boxes_have_the_stated_areas_and_places(field):
     assert boxes[..., 1].min() < x0 + 20 and boxes[..., 3].max() > x1 - 20
 
 
+@pytest.mark.slow
 def test_block_masks_match_the_reference_statistics():
     reference = json.loads((GOLDEN / "07_masking.json").read_text())
     for entry in reference["collate"]:

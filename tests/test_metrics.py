@@ -246,6 +246,7 @@ def test_intervals_cover_the_truth_as_often_as_they_say():
     assert 0.92 <= hits / 600 <= 0.98
 
 
+@pytest.mark.slow
 def test_p_values_of_equal_scores_are_small_as_often_as_they_say():
     random, small = np.random.default_rng(1), 0
     for _ in range(300):

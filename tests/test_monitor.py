@@ -592,6 +592,7 @@ def test_a_checkpoint_of_odd_fields_is_one_sentence(toy, capsys, name):
     assert len(said.splitlines()) == 1 and len(said) < 1200 and said.strip().isprintable(), said
 
 
+@pytest.mark.slow
 def test_odd_places_in_a_table_of_labels_are_one_sentence(toy, tmp_path, capsys):
     header = "id,path,z,y,x,label,group,diameter_mm,box_mm".split(",")
     rows = [[s, f"toy/1.2.{s}.npy", 2, 30, 20, s % 2, "g", 5, 8] for s in range(6, 12)]
@@ -668,6 +669,7 @@ def test_a_second_look_at_a_step_takes_the_place_of_the_first(toy, capsys):
     assert [len(points.split()) for points in re.findall(r'polyline points="([^"]+)"', svg)] == [2, 2]
 
 
+@pytest.mark.slow
 def test_a_look_with_other_slices_is_not_the_best_to_compare_with(toy):
     toy.write().look("--slices", 24)
     row = history(toy)[0]

@@ -275,6 +275,7 @@ def probe(root, out, *flags, ckpt="w.pth", labels="_labels/malignancy.csv"):
     return json.loads((out / "results.json").read_text())
 
 
+@pytest.mark.slow
 def test_the_whole_report(study, tmp_path, capsys):
     root, rows = study
     result = probe(root, tmp_path / "probe")

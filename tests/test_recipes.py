@@ -466,7 +466,7 @@ def grown(table, refused, open_, rng):
 
 
 PAIRS = covering(TABLE, REFUSED)
-SLOW = 4  # rows that .ci/run takes
+SLOW = 6  # rows that .ci/run takes
 # What would cost every row minutes, or its evaluation, is in one row each, with the defaults of these flags beside it.
 ALONE = [
     {"compile": ON, "sizes": "32/16,48/32", "precision": DEFAULT},  # as highres.sh says, which runs uncompiled above
