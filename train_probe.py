@@ -598,13 +598,9 @@ def train(args, rank, world, device):
     supervise.resolve(args, len(parts[0][0]), world)
 
     # ----------------------------------------------------------------- run folder, what to resume
-    path, known, locked = None, {}, None
-    if rank == 0 and not args.dry_run:
-        out.mkdir(parents=True, exist_ok=True)
-        locked = loop.lock(out)
-        checkpoint.sweep(out)
+    locked, path, known, changed = None, None, {}, {}
     if not args.dry_run:
-        path, known, changed = loop.find_run(args, parts[0][0], HARMLESS, rank, world, FIELDS)
+        locked, path, known, changed = loop.open_run(args, parts[0][0], HARMLESS, rank, world, FIELDS)
     if path and known["labels_sha256"] != data.file_sha256(labels):
         raise ValueError(f"{labels} is not the table of {path}; put the old one back, or use another --out")
     for one in (source, *(part for part, _ in parts)):

@@ -618,11 +618,9 @@ def main(argv=None):
     args = build_parser().parse_args(argv)
     rank, world, device = loop.setup_distributed(args.device)
     try:
-        return (
-            replay.replay(sys.modules[__name__], args, device)
-            if args.why
-            else train(resolve(args, world), rank, world, device)
-        )
+        if args.why:
+            return replay.replay(sys.modules[__name__], args, device)
+        return train(resolve(args, world), rank, world, device)
     finally:
         if dist.is_initialized():
             gc.collect()  # DDP sits in reference cycles; alive at exit, its threads abort the process

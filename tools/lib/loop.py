@@ -386,7 +386,7 @@ def report_saves(log, saver, done, going_on):
         log.event(e["step"], text, at=done, save_s=e["seconds"], stall_s=e["stall_s"])
 
 
-def open_run(args, source, harmless, rank, world):
+def open_run(args, source, harmless, rank, world, fields=RESUMED):
     """The run's folder, made and held by rank 0 -> (its lock or None, then what find_run says)."""
     out, locked = Path(args.out), None
     if out.exists() and not out.is_dir():
@@ -395,7 +395,7 @@ def open_run(args, source, harmless, rank, world):
         out.mkdir(parents=True, exist_ok=True)
         locked = lock(out)
         checkpoint.sweep(out)
-    return locked, *find_run(args, source, harmless, rank, world)
+    return locked, *find_run(args, source, harmless, rank, world, fields)
 
 
 def lock(out, patience_s=60):

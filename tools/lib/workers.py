@@ -12,7 +12,10 @@ from concurrent.futures.process import BrokenProcessPool
 
 
 def follow_parent(start=None):
-    """A worker leaves Ctrl+C to the parent, and ends when the parent was killed instead of waiting for ever."""
+    """A worker leaves Ctrl+C to the parent, and ends when the parent was killed instead of waiting for ever.
+
+    data.py holds the same watch, since it is copied alone; imported from there it would bring torch into make_phantom.py.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = os.getppid()
 
