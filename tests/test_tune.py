@@ -632,3 +632,14 @@ def test_two_processes_train_and_choose_as_one(photos, start, tmp_path):
     ours, theirs = (tables.read(tmp_path / name, "val_calib") for name in ("one", "two"))
     assert np.array_equal(ours.ids, theirs.ids)
     np.testing.assert_allclose(ours.logits, theirs.logits, atol=1e-2)
+
+
+def test_a_folder_that_another_run_holds_is_refused(photos, start, tmp_path, monkeypatch):
+    lock = loop.lock
+    monkeypatch.setattr(loop, "lock", lambda out: lock(out, 1))
+    (tmp_path / "run").mkdir()
+    held = lock(tmp_path / "run")
+    with pytest.raises(ValueError, match="is in use by process"):
+        tune(photos, start, tmp_path / "run", "--tune", "head")
+    held.close()
+    assert tune(photos, start, tmp_path / "run", "--tune", "head") == 0

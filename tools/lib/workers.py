@@ -14,7 +14,7 @@ from concurrent.futures.process import BrokenProcessPool
 def follow_parent(start=None):
     """A worker leaves Ctrl+C to the parent, and ends when the parent was killed instead of waiting for ever.
 
-    data.py holds the same watch, since it is copied alone; imported from there it would bring torch into make_phantom.py.
+    data.py, which is copied alone, holds the same watch; imported from there it would bring torch into make_phantom.py.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = os.getppid()
