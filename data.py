@@ -1245,13 +1245,13 @@ def render(images, plan):
 
 def normalise(x):
     """Values in 0..1 [n, 3, h, w] -> what the backbone sees."""
-    mean, std = (x.new_tensor(t)[:, None, None] for t in (MEAN, STD))
+    mean, std = (send(torch.tensor(t, dtype=x.dtype), x.device)[:, None, None] for t in (MEAN, STD))
     return (x - mean).div_(std)
 
 
 def denormalise(x):
     """The inverse of normalise."""
-    mean, std = (x.new_tensor(t)[:, None, None] for t in (MEAN, STD))
+    mean, std = (send(torch.tensor(t, dtype=x.dtype), x.device)[:, None, None] for t in (MEAN, STD))
     return x * std + mean
 
 
@@ -1322,7 +1322,7 @@ def add_noise_(x, sds, seeds):
 
 
 def grey(x):
-    return (x * x.new_tensor((0.299, 0.587, 0.114))[:, None, None]).sum(1, keepdim=True)
+    return (x * send(torch.tensor((0.299, 0.587, 0.114), dtype=x.dtype), x.device)[:, None, None]).sum(1, keepdim=True)
 
 
 def solarize(x):
@@ -1337,7 +1337,7 @@ def shift_hue(x, turn):
     r, g, b = x.unbind(1)
     hue = torch.where(top == r, (g - b) / safe, torch.where(top == g, 2 + (b - r) / safe, 4 + (r - g) / safe))
     hue += 6 * turn[:, None, None]
-    k = (x.new_tensor((5, 3, 1))[:, None, None] + hue[:, None]).remainder_(6)
+    k = (send(torch.tensor((5, 3, 1), dtype=x.dtype), x.device)[:, None, None] + hue[:, None]).remainder_(6)
     return top[:, None] - torch.minimum(k, 4 - k).clamp_(0, 1).mul_(chroma[:, None])
 
 

@@ -159,7 +159,7 @@ def moved_center(logits, center, momentum=0.9, group=None):
     """The centre of the next update, moved to the mean row of all ranks: [[m, K], ...], [K] -> [K]."""
     with exact(center):
         center = wide(center)
-        rows = center.new_tensor([sum(map(len, logits))])  # ranks may differ
+        rows = center.new_full((1,), sum(map(len, logits)))  # ranks may differ
         total = sum(wide(x).sum(0) for x in in_chunks(logits)) + torch.zeros_like(center)
         sums = over_ranks(torch.cat([total, rows]), "SUM", group)  # [K + 1]
         moved = momentum * center + (1 - momentum) * sums[:-1] / sums[-1]
@@ -483,8 +483,8 @@ def health(teacher_probs, student_logits, features, temperature=0.1):
 
 # Supervised objectives. A target is a row of probabilities [B, C]: target_rows of labels, mixed ones, or a teacher's.
 # `weights` [C] are of classes. ce, focal and gatekeeper are means over images, so micro-batches add up to a batch; the
-# others compare the images of a call with each other, and how many these are changes the loss. What a trainer passes
-# itself, like progress (0 to 1, of the run), stands behind the * of a signature.
+# others compare the images of a call with each other, and how many these are changes the loss. Arguments
+# behind * come from the trainer, not from --loss: progress is the share of the run that is done, 0 to 1.
 
 
 def target_rows(labels, classes):

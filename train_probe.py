@@ -178,7 +178,7 @@ def observe(run, micro_batches, seen):
     drawn = [m._replace(targets=t) for m, t in zip(micro_batches, targets)]
     supervised_update(run.net, drawn, Weights(lambda z, t, _: losses.soft_cross_entropy(z, t), run.args.precision))
     estimates = optim.gauss_newton(trained, run.args.batch_size)
-    if all(e.isfinite().all() for e in estimates.values()):
+    if torch.stack([e.isfinite().all() for e in estimates.values()]).all():
         run.optimizer.observe(estimates)
     for p, grad in zip(trained, kept):
         p.grad = grad
@@ -262,10 +262,7 @@ def build_run(args, rank, world, device, train, select, vit, facts):
     classes = len(train[1].classes)
     student = build_classifier(args, vit, classes).to(device).train()
     teacher = copy.deepcopy(student).requires_grad_(False).eval()
-    net = student
-    if world > 1:
-        ids = [device.index] if device.type == "cuda" else None
-        net = torch.nn.parallel.DistributedDataParallel(student, device_ids=ids, gradient_as_bucket_view=True)
+    net = loop.wrapped(student, world, device)
     optimizer = loop.build_optimizer(args.optimizer, optim.param_groups(student, args.layer_decay, 1.0))
     weights = Weights(supervise.read_loss(args.loss, train[1].labels, classes), args.precision)
     return Run(args, rank, world, device, train, select, student, teacher, net, optimizer, weights, facts)
@@ -322,7 +319,7 @@ def make_ready(run, reads):
         ids = read.ids[: read.own]
         views, targets = augment.render(read, table.labels, len(table.classes), run.facts["eval_view"], run.device)
         keep = supervise.passing(args.seed, read.step, ids, dim, rate, run.device)
-        u = torch.from_numpy(supervise.uniform(args.seed, read.step, ids)).to(run.device)
+        u = data.send(torch.from_numpy(supervise.uniform(args.seed, read.step, ids)), run.device)
         out.append(Micro(views, targets, keep, u))
     return out
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 
 import numpy as np
@@ -122,7 +123,7 @@ def test_pictures_elsewhere_are_evaluated_without_a_look_if_they_were_not_traine
         evaluate.main(words)
 
 
-def test_what_is_in_the_folder(made):
+def test_what_is_in_the_folder(made, monkeypatch):
     names = {path.name for path in made.iterdir()}
     assert names == {*bundle.WRITTEN, "bundle.json", "SHA256SUMS"}
     facts = json.loads((made / "bundle.json").read_text())
@@ -132,7 +133,7 @@ def test_what_is_in_the_folder(made):
     assert "mean temperature mcc" in text and "val_select" in text and "bright, dark" in text
     everything = "".join(path.read_text() for path in made.iterdir() if path.suffix != ".safetensors")
     assert "/tmp" not in everything and ".png" not in everything
-    os.chdir(made)
+    monkeypatch.chdir(made)
     assert os.system("sha256sum -c --quiet SHA256SUMS") == 0
 
 
@@ -165,7 +166,7 @@ def test_what_is_damaged_or_leads_out_of_the_folder_is_refused(made, tmp_path):
         content = bytearray((folder / name).read_bytes())
         content[len(content) // 2] ^= 1
         (folder / name).write_bytes(content)
-        refused(folder, "b")
+        refused(folder, re.escape(str(folder)))
         (folder / name).unlink()
         refused(folder, "is missing|does not exist")
     for odd in ("/etc/passwd", "../policy.json", "a/../policy.json", "./policy.json", "a\\b", "", ".hidden"):

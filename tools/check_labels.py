@@ -1,7 +1,7 @@
 """Labels to look at again, and labels for pictures that have none, by what a model says that has not seen them.
 
     python tools/check_labels.py --data data/photos --predictions runs/photos/probe          # of train_probe.py
-    python tools/check_labels.py --data data/photos --predictions said/train.npz             # of tools/predict.py
+    python tools/check_labels.py --data data/photos --predictions said/val_select.npz             # of tools/predict.py
 
 Written to --out: suspects.csv and suspects.png, labelled pictures of which an out-of-fold prediction (cross-validation
 of train_probe.py, or val_select and val_calib) gives another class --sure or more; nothing is changed, a person

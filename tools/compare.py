@@ -202,7 +202,7 @@ def climb(args, jobs_of, trials):
         jobs = {name: jobs_of(name, [*flags, *budget], f"steps_{steps}/") for name, flags in trials.items()}
         ends = run_all({folder: words for each in jobs.values() for folder, words in each.items()}, args.devices)
         whole = {name: [*each] for name, each in jobs.items() if not {*each} & {*ends}}
-        failed |= {name: ends[f] for name, each in jobs.items() for f in each if f in ends}
+        failed |= {name: f"failed: {ends[f]}" for name, each in jobs.items() for f in each if f in ends}
         if not whole:
             raise ValueError(f"all arms failed at {steps} steps, first: {shown([*ends.values()][0], 300)}")
         scores = mean_scores(whole, args)
@@ -222,13 +222,14 @@ COLUMNS = ("arm", "flags", "seeds", "{}", "minus base (95%)", "p (Holm)", "time"
 def table_rows(summary):
     """Cells of the table, the baseline first, then the best arm first."""
     rows = summary["arms"]
-    for name in sorted(rows, key=lambda name: (name != arms_of.BASE, -(rows[name].get("difference") or -9))):
+    for name in sorted(rows, key=lambda name: (name != arms_of.BASE, -rows[name].get("difference", -9.0))):
         row, cells = rows[name], ["-"] * 5
         if "scores" in row:
             spread = f" ({min(row['scores']):.3f} to {max(row['scores']):.3f})" if len(row["scores"]) > 1 else ""
             cells = [f"{row['mean']:.3f}{spread}", "", "", f"{row['seconds']:.0f} s", ""]
         if "difference" in row:
-            ends = "too few for an interval" if row["low"] is None else f"{row['low']:+.3f} to {row['high']:+.3f}"
+            known = row["low"] is not None and np.isfinite(row["low"])
+            ends = f"{row['low']:+.3f} to {row['high']:+.3f}" if known else "too few for an interval"
             cells[1:3] = f"{row['difference']:+.3f} ({ends})", f"{row['p_holm']:.3g}"
             cells[3] += f", {row['seconds'] / rows[arms_of.BASE]['seconds']:.2f} x"
         cells[4] = row.get("decision", "")
@@ -259,7 +260,8 @@ def in_words(summary):
 
 def plot(summary):
     """Intervals of the differences; row k of the table is the k-th from below."""
-    rows = [(k, r) for k, r in enumerate(summary["arms"].values()) if r.get("low") is not None]
+    known = [r.get("low") is not None and np.isfinite(r["low"]) for r in summary["arms"].values()]
+    rows = [(k, r) for k, r in enumerate(summary["arms"].values()) if known[k]]
     base, ends = summary["arms"][arms_of.BASE]["scores"], [(r["low"], r["high"], np.nan) for _, r in rows]
     bars = np.ravel(ends), np.ravel([(k, k, np.nan) for k, _ in rows])
     each = [(score - zero, k) for k, r in rows for score, zero in zip(r["scores"], base)]

@@ -538,6 +538,8 @@ def main(argv=None):
         raise FileNotFoundError(
             f"--real {args.real} has no masks; python tools/get_data.py ct-samples --out {args.real}"
         )
+    if "real" in (args.stage or ()) and not args.real:
+        raise ValueError("--stage real needs --real FOLDER, of tools/get_data.py ct-samples")
     names = [stage.name for stage in plan("", "", 0, 0, real)]
     wanted = args.stage or [name for name in names if not (args.keep and name in notes["seconds"])]
     for k, name in enumerate(names):

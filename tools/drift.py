@@ -90,7 +90,7 @@ def embed(args, classifier, facts, device, reference, asked):
     rows = np.array([row_of[name] for name in reference.ids[kept].tolist()])
     found, places, before = [features(classifier, source, rows, facts, device, "reference")], [kept], len(reference.ids)
     for table, (source, rows) in asked:
-        kept = thinned(len(rows), args.features_of // len(asked), args.seed)
+        kept = thinned(len(rows), max(1, args.features_of // len(asked)), args.seed)
         found.append(features(classifier, source, rows[kept], facts, device, "current"))
         places.append(before + kept)
         before += len(table.ids)
@@ -287,7 +287,7 @@ def main(argv=None):
         return look(args)
     except (ValueError, OSError) as error:
         print(f"could not look: {error}", file=sys.stderr)
-        if args.out.is_dir():
+        if args.prom or args.out.is_dir():
             write_prom(args, "could not look", 3, {})
         return 3
 

@@ -12,6 +12,8 @@ the same channels, and OUT.json. Memory: the volume and one slice of features; t
 import functools
 import sys
 import tempfile
+import zipfile
+import zlib
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -73,7 +75,7 @@ def read_basis(path, dim):
             found = {name: file[name] for name in ("mean", "axes", "kind")}
     except FileNotFoundError:
         raise FileNotFoundError(f"--basis {path} does not exist; it lies beside what --out named") from None
-    except (ValueError, OSError, KeyError, EOFError) as error:
+    except (ValueError, OSError, KeyError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"--basis {path} is damaged ({str(error)[:80]}); {REMEDY}") from None
     if found["mean"].shape != (dim,) or found["axes"].shape[:1] != (dim,) or found["axes"].ndim != 2:
         raise ValueError(f"--basis {path} is of features of {found['mean'].shape}, these have {dim}; {REMEDY}")
@@ -100,7 +102,7 @@ def learn_basis(args, volume, grid, features):
     return {"mean": mean.astype(np.float32), "axes": axes.astype(np.float32), "kind": np.array("pca")}, facts
 
 
-def write_all(args, volume, grid, of_slice, count):
+def write_all(args, volume, of_slice, count):
     """Channels through a file of their own, so that memory holds one slice -> paths."""
     slices, height, width = volume.hu.shape
     shape = (count, slices, height // args.every, width // args.every)
@@ -147,7 +149,7 @@ def main(argv=None):
     stem = named(args.out)[0]
     if args.attention:
         found = write_all(
-            args, volume, grid, lambda z: dense.on_pixels(
+            args, volume, lambda z: dense.on_pixels(
                 ask(z, look=functools.partial(dense.attention, vit)), grid, args.every), 1,
         )  # fmt: skip
     else:
@@ -160,7 +162,7 @@ def main(argv=None):
             maps = torch.nn.functional.normalize(maps, dim=-1) if str(basis["kind"]) == "point" else maps
             return dense.on_pixels((maps - mean) @ axes, grid, args.every)
 
-        found, said = write_all(args, volume, grid, of_slice, axes.shape[1]), said | more
+        found, said = write_all(args, volume, of_slice, axes.shape[1]), said | more
     said |= {"patch_mm": args.patch_mm, "grid": [grid.rows, grid.cols], "tile": args.tile, "stride": args.stride,
              "affine_lps": space.coarser(volume.affine, args.every).tolist()}  # fmt: skip
     write_json(Path(f"{stem}.json"), said)

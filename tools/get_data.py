@@ -14,13 +14,13 @@ dicom-samples  real DICOM files of several makers and modalities, compressed in 
 """
 
 import html
+import http.client
 import re
 import shutil
 import subprocess
 import sys
 import tarfile
 import tempfile
-import urllib.error
 import urllib.parse
 import urllib.request
 import zipfile
@@ -80,7 +80,7 @@ def find_archive(package, name):
         try:
             with urllib.request.urlopen(page, timeout=60) as answer:
                 text = answer.read(1 << 24).decode("utf-8", "replace")
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             reasons.append(shown(error))
             continue
         for link, title in re.findall(r'<a\b[^>]*?href="([^"]+)"[^>]*>([^<]+)</a>', text):
@@ -100,7 +100,7 @@ def fetch_archive(package, name, folder):
                 while piece := answer.read(1 << 18):
                     f.write(piece)
                     bar.update(len(piece))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         again = "try again, or name a file fetched elsewhere: --archive FILE"
         raise OSError(f"{name} could not be downloaded ({shown(error)}); {again}") from None
     return path
@@ -196,6 +196,8 @@ def main(argv=None):
             write_volumes(args.archive or fetch_archive("pyradiomics", SOURCES, folder), out)
             return 0
         package, write = WHEELS[args.name]
+        if args.wheel and not args.wheel.is_file():
+            raise FileNotFoundError(f"--wheel {args.wheel} does not exist")
         if not zipfile.is_zipfile(wheel := args.wheel or download(package, folder)):
             raise ValueError(f"{wheel} is no wheel (a zip file); download it again")
         with zipfile.ZipFile(wheel) as archive:

@@ -168,7 +168,7 @@ def numbers_of(image):
     if "share" in image:
         yield (f"{image['share']:.1%} of the gradient before the prototypes, alone {image['norm']:.4g}, of all others "
                f"{image['without']:.4g}; its targets' entropy {image['target_entropy']:.3f}, nearest image "
-               f"{image['nearest']:.4f}")  # fmt: skip
+               f"{told(image['nearest'], '.4f')}")  # fmt: skip
         yield "cross entropy by view (2 global, then local): " + ", ".join(f"{v:.2f}" for v in image["views"])
     if "view_shares" in image:
         yield "share of the gradient by view: " + ", ".join(f"{v:.1%}" for v in image["view_shares"])

@@ -134,12 +134,12 @@ def read_centres(path, more):
     name_at, *at = (header.index(name) for name in (*CENTRE, more))
     for number, row in enumerate((row for chunk in chunks for row in chunk if row), 2):
         try:
-            values = [float(row[k]) for k in at]
+            name, values = row[name_at], [float(row[k]) for k in at]
         except (ValueError, IndexError):
             values = [math.nan]
         if not all(map(math.isfinite, values)):
             raise ValueError(f"{path}, row {number}: not three coordinates and {more}; download it again")
-        found[row[name_at]].append((np.array(values[:3]), values[3]))
+        found[name].append((np.array(values[:3]), values[3]))
     return found
 
 

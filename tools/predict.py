@@ -94,6 +94,8 @@ def watched(args, policy, table, out):
 
 def main(argv=None):
     args = build_parser().parse_args(argv)
+    if (args.calibration or args.if_lost != "say") and not args.watch:
+        raise ValueError("--calibration and --if-lost belong to --watch; give it too")
     if args.watch and not args.bundle:
         raise ValueError("--watch needs --bundle: without a policy nothing is promised")
     if args.images and (args.split or args.labels):

@@ -44,11 +44,18 @@ def read_said(path):
         raise ValueError(f"{path}: columns {shown(','.join(header))}; name a CSV that tools/predict.py wrote")
     said, place = {}, header.index("decision")
     for row in (row for piece in pieces for row in piece if row):
-        p = np.array([float(cell) for cell in row[3 : 3 + len(classes)]])
+        try:
+            p = np.array([float(cell) for cell in row[3 : 3 + len(classes)]])
+        except ValueError:
+            p = np.zeros(0)
+        if len(row) != len(header) or len(p) != len(classes):
+            raise ValueError(f"{path}: {shown(','.join(row))} is no row of this table; write it anew")
         decision = row[place] or classes[p.argmax()]
         if row[0] in said:
             raise ValueError(f"{path} names {shown(row[0])} twice; an id stands for one picture")
         said[row[0]] = row[2], decision, p[classes.index(decision)] if decision in classes else math.nan
+    if not said:
+        raise ValueError(f"{path} names no picture")
     return classes, said
 
 
@@ -85,9 +92,8 @@ def in_words(result):
     text += f"; A leaves {result['left_a']:.1%} to others, B {result['left_b']:.1%}."
     if not (paired := result.get("paired")):
         return f"{text} No labels yet."
-    words = (
-        "the difference may be chance" if paired["p"] >= 0.05 else "B is better" if paired["difference"] > 0 else "A is"
-    )
+    words = "B is better" if paired["difference"] > 0 else "A is better"
+    words = "the difference may be chance" if paired["p"] >= 0.05 else words
     text += f" Of {paired['n']} with a label A decides {paired['right_a']:.1%} rightly, B {paired['right_b']:.1%} (p "
     return f"{text}{paired['p']:.2g}, McNemar; right alone: A {paired['only_a']}, B {paired['only_b']}): {words}."
 

@@ -3,7 +3,7 @@
 source = of_data("data/photos", ["val_calib"], facts)              # exporting predictions is no look at val_test
 source = of_files(["pictures", "one.jpg"])                         # no labels, no split
 for split, asked in samples_of(source, facts).items():        # Samples: ids, rows, groups, labels
-    logits = answers(classifier, facts, source, asked, split, device, batch=96, workers=2)
+    table = answers(classifier, facts, source, asked, split, None, device, batch=96, workers=2)  # None: no labels
 """
 
 import os

@@ -23,9 +23,9 @@ from tools.lib.progress import progress
 from tools.lib.runs import read_log
 from tools.lib.slices import slice_name
 
-LONE = 100  # one weight this many times as large as its tensor's other weights are, is no weight that was learned
+LONE = 100  # a weight this many times as large as the others of its tensor was corrupted, or has diverged
 COLD = 1e-3  # a temperature below divides logits into infinities and one-hot targets
-PART = 0.2  # of the gradient, from one image of the batch, or four times an even part where that is more: it stands out
+PART = 0.2  # an image stands out from this share of the gradient on, or from four even shares where that is more
 TERMS = {"cls": "koleo", "logits": "dino", "masked": "ibot", "patches": "gram"}  # by what the student puts out
 
 
@@ -42,7 +42,7 @@ class Replay(NamedTuple):
 
 
 def nearest(folder, number):
-    """(newest checkpoint from which update `number` can be made or None: from the start, its values but tensors)."""
+    """-> (newest checkpoint before update `number`, its values without tensors); (None, {}) if there is none."""
     folder = Path(folder)
     files = [path for path in checkpoint.step_files(folder) if checkpoint.step_of(path) < number]
     for path in [*files, folder / "last.pth"]:
@@ -163,7 +163,7 @@ def only(micro, images, b):
 
 
 def pulled_back(replay, micro, derivatives, parts):
-    """Gradients [parameters] of the student for each part: a list of rows of outputs, or None for an output's all."""
+    """Gradients [parameters] of the student for each part: for each output its rows, None for all of them."""
     params, device = learned(replay.student), micro.masks.device
     with torch.autocast(device.type, torch.bfloat16, enabled=replay.weights.precision == "bf16"):
         out = replay.student([micro.crops.globals, micro.crops.locals], [micro.masks, None], micro.at, micro.keep,
@@ -376,7 +376,7 @@ def swap_in_words(found):
     return f" With {swap['name']} in that place: loss {swap['loss']:.4g}, gradient {swap['norm']:.4g}{was}."
 
 
-def confirmed(folder, number, found, update, student):
+def confirmed(folder, number, update, student):
     """Is the replay what the run did? By its log, if it has a line of this update, and by its next checkpoint."""
     lines = [row for row in last_per_step(read_log(Path(folder) / "metrics.jsonl")[0], "loss") if row["step"] == number]
     logged, path = lines[-1]["loss"] if lines else None, checkpoint.step_path(folder, number)

@@ -14,7 +14,11 @@ NAME = re.compile(r"([A-Za-z0-9][\w.+-]*):\s+(\S.*)")
 def named(where, text):
     """'focal: --loss focal:gamma=2' -> ("focal", ["--loss", "focal:gamma=2"]); where: it stands, for the error."""
     match = NAME.fullmatch(text)
-    if not match or not (flags := shlex.split(match[2]))[0].startswith("--"):
+    try:
+        flags = shlex.split(match[2]) if match else []
+    except ValueError:  # a quote that is not closed
+        flags = []
+    if not flags or not flags[0].startswith("--"):
         raise ValueError(f"{where}: {shown(text)!r}: write a name and flags like 'focal: --loss focal:gamma=2'")
     return match[1], flags
 

@@ -2,7 +2,7 @@
 
     grid = grid_of(volume, patch_mm=8)
     maps = slice_features(vit, view, volume, z, grid, tile=28)      # [rows, columns, D] of one slice
-    for z, channels in channels_of(volume, of_slice, every=1, stride=2): ...      # [C, h, w] for each slice
+    for z, channels in channels_of(len(volume.hu), of_slice, stride=2): ...      # [C, h, w] for each slice
 
 A patch covers patch_mm x patch_mm whatever the spacing; rows and columns of patches cover the slice exactly.
 """

@@ -138,7 +138,7 @@ def read_set(reading, fields, weather, masks):
 
 @torch.no_grad()
 def look(model, part):
-    """-> log loss and MCC on a Set, without touching the mode it leaves the model in."""
+    """-> log loss and MCC on a Set; the model is in eval mode afterwards."""
     logits = model.eval()(part.views, part.facts).logits
     said, labels = logits.argmax(1).cpu().numpy(), part.labels.cpu().numpy()
     return F.cross_entropy(logits, part.labels).item(), float(metrics.mcc(labels, said))

@@ -78,7 +78,7 @@ def on_device(args, model, nets, world, device):
         # what is compiled outlives the run and /tmp: a resumed run, or another of the same sizes, starts in seconds
         kept = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(kept / "torchinductor"))
-        # but for the last block, which runs on other rows each time and would be compiled anew
+        # not the last block: it runs on other rows each time and would be compiled anew
         for block in (block for m in nets for block in getattr(m, "backbone", m).blocks[:-1]):
             block.compile(dynamic=False)  # mixed --sizes: guessed dynamic shapes fail in the backward (torch 2.13, CPU)
     for m in nets:
@@ -86,7 +86,12 @@ def on_device(args, model, nets, world, device):
             shard(m, device)  # from the CPU, part by part: no card ever holds a whole network
         else:
             m.to(device)
-    if world == 1 or args.fsdp:
+    return model if args.fsdp else wrapped(model, world, device)
+
+
+def wrapped(model, world, device):
+    """The model as it is called: itself, or wrapped where several ranks average its gradients."""
+    if world == 1:
         return model
     ids = [device.index] if device.type == "cuda" else None
     return torch.nn.parallel.DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)

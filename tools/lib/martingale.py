@@ -1,4 +1,6 @@
-"""Are the samples of a stream still exchangeable with those a conformal method was calibrated on? A test for ever.
+"""Are the samples of a stream still exchangeable with those a conformal method was calibrated on?
+
+The test may be read after every sample.
 
     state = begin(scores [N, S], ["largest probability", "p of yes"])        # of val_calib
     wealth = follow(state, scores [M, S], ids)          # after each sample; state is a plain dict, for JSON

@@ -49,7 +49,9 @@ def read_folds(path):
         raise ValueError(f"--folds {path}: columns {shown(','.join(header))}, expected series,fold")
     at, of = [names.index(name) for name in ("series", "fold")], {}
     for row in (row for piece in pieces for row in piece if row):
-        if len(row) != len(header) or of.setdefault(row[at[0]], row[at[1]]) != row[at[1]]:
+        if len(row) != len(header):
+            raise ValueError(f"--folds {path}: row {shown(','.join(row))} has {len(row)} cells of {len(header)}")
+        if of.setdefault(row[at[0]], row[at[1]]) != row[at[1]]:
             raise ValueError(f"--folds {path}: series {shown(row[0])} has no fold, or two; correct the row")
     return of
 

@@ -46,7 +46,7 @@ def replay(ssl, args, device):
     update = Replay(run.student, run.teacher, run.gram, w, run.centers, ssl.ssl_update, source)
     found = examine(update, micro_batches, read, functools.partial(in_its_place, ssl, run, read))
     found |= {"step": args.why, "from": path.name if path else "the start", "replayed": args.why - start}
-    found |= confirmed(args.out, args.why, found, ssl.one_update(run, micro_batches, now), run.student)
+    found |= confirmed(args.out, args.why, ssl.one_update(run, micro_batches, now), run.student)
     print(json_text(found, None))
     return 0
 

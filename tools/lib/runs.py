@@ -44,7 +44,7 @@ def read_checkpoint(path):
                 raise ValueError(f"{path} is of a supervised run (train_probe.py --tune), which has its looks at "
                                  "val_select in metrics.jsonl; this program is for runs of train_ssl.py")  # fmt: skip
             if missing := [name for name in STATE if name not in state]:
-                raise ValueError(f"field {missing[0]} is missing; use an older step_*.pth of the same run")
+                raise ValueError(f"{path}: field {missing[0]} is missing; use an older step_*.pth of the same run")
         except checkpoint.BROKEN as error:
             why = str(error).replace(str(same), str(path))
             changed = f"{path} changed while it was read ({type(error).__name__}: {why})"

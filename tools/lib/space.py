@@ -124,7 +124,8 @@ def read_dicom(folder):
         found = max(dicom.assemble(slices, 3), key=lambda volume: len(volume.hu))
     except dicom.Reject as reject:
         raise in_words(folder, reject) from None
-    at = {s.position: s for s in slices if s.sop in set(found.sops)}
+    sops = set(found.sops)
+    at = {s.position: s for s in slices if s.sop in sops}
     kept = sorted(at.values(), key=lambda s: s.position @ normal(s))
     affine, first, last = np.eye(4), kept[0], kept[-1]
     row, column = np.array(first.orientation).reshape(2, 3)

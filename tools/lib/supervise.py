@@ -103,7 +103,8 @@ def resolve(args, images, world):
     args.batch_size = args.batch_size or min(64, images // world * world)
     if args.batch_size > images:
         raise ValueError(f"--batch-size {args.batch_size} is more than the {images} images to train on; use less")
-    share = loop.divisor("the number of ranks", world, args.batch_size, "--batch-size") and args.batch_size // world
+    loop.divisor("the number of ranks", world, args.batch_size, "--batch-size")
+    share = args.batch_size // world
     fitting = max(m for m in range(1, min(share, 32) + 1) if share % m == 0)
     args.micro_batch = loop.divisor("--micro-batch", args.micro_batch or fitting, share, "the images of a rank")
     args.steps = args.steps or max(1, round(args.epochs * images / args.batch_size))
@@ -130,7 +131,7 @@ def passing(seed, step, ids, dim, rate, device):
     if not rate:
         return None
     keep = np.stack([data.rng(seed, "dropout", step, int(i)).random(dim) >= rate for i in ids])
-    return torch.from_numpy(keep).to(device)
+    return data.send(torch.from_numpy(keep), device)
 
 
 def uniform(seed, step, ids):
@@ -204,7 +205,7 @@ def log_line(log, pace, update, now, args, images, device, world):
     line |= dict(images_s=updates * args.batch_size / seconds, data_wait=pace.waited / seconds)
     line |= dict(memory_gb=loop.memory_gb(device), seconds_to_go=(args.steps - done) * seconds / updates)
     log.numbers(done, line)
-    pace.since, pace.done, pace.waited = time.perf_counter(), done, 0.0
+    pace.begin(done, line["loss"])
 
 
 # ----- the end of a run

@@ -1,8 +1,8 @@
 """The martingale over what a classifier says, kept in a file from call to call: is the guarantee still one?
 
-state = open_watch(path, reference, probabilities, policy)      # begins with the table of val_calib where it is new
-watch(state, table, probabilities, when); write_json(path, state)
-out = revoked(out, state, after)                                # decisions after the loss are left to others
+state = read_watch(path) if path.exists() else begin(reference, probabilities, policy)     # table of val_calib
+before = state["seen"]; watch(state, table, probabilities, when); write_json(path, state)
+out = revoked(out, state, before)                               # decisions after the loss are left to others
 """
 
 import numpy as np

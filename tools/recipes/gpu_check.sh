@@ -6,7 +6,8 @@
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 work=${1:-runs/gpu_check}
-rm -rf "$work"
+[ $# -gt 0 ] || rm -rf "$work"  # ours; a folder that somebody named must be new
+[ ! -e "$work" ] || { echo "$work exists; name a new folder" >&2; exit 2; }
 mkdir -p "$work"
 wrong=0
 card=$(python -c 'import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else "")')
