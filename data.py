@@ -47,7 +47,7 @@ INDEX_COLUMNS = (
     "body_y0 body_y1 body_x0 body_x1"
 ).split()
 TEXT = ("path", "sop")  # one value per row
-KEPT_ROWS = 100_000  # of an index whose columns are kept beside it: reading the CSV takes a second
+KEPT_ROWS = 100_000  # an index of so many rows gets a copy of its columns: reading its CSV takes over a second
 REPEATED = ("encoding", "dataset", "patient", "study", "series")  # few values, many rows: kept as integer codes
 NODULE = "id path z y x label group diameter_mm box_mm".split()  # a label table of CT nodules begins so
 
@@ -207,10 +207,11 @@ def add_groups(rows):
 
 def open_index(path):
     """index.csv -> (Rows, its sha256). The columns of a long one are kept beside it and mapped into memory: readers of
-    ten million rows start at once and share the pages. A copy of another size, time and hash than the CSV is made anew.
+    ten million rows start at once and share the pages. A copy counts if size and time of the CSV, or size and hash, are
+    those it was made of; else it is made anew.
     """
-    stat, folder = os.stat(regular(path)), path.parent / "columns"
-    key = [stat.st_size, stat.st_mtime_ns]
+    facts, folder = os.stat(regular(path)), path.parent / "columns"
+    key = [facts.st_size, facts.st_mtime_ns]
     try:
         known, n, sha, names = json.loads((folder / "about.json").read_text())
         if known == key or known[0] == key[0] and file_sha256(path) == sha:
@@ -875,7 +876,7 @@ def crossing_duplicates(source, splits, allowed):
     return [members for members in sets if len({split_of[g] for g in members if g in split_of}) > 1]
 
 
-NO_SCORE = "no score"  # used_by of tools/lib/asking.py
+NO_SCORE = "no score"  # as used_by: predictions are exported and nothing is scored, so no look is recorded
 USED_BY = "program weights_sha256 policy_sha256 labels_sha256 why".split()
 
 

@@ -460,10 +460,10 @@ def evaluate(run, source, w, slices=256):
     )  # fmt: skip
     terms, pairs, series = [], [], []
     student.eval()
+    w = w._replace(koleo_group=group)
     for _ in range(updates):
         read = [next(micros) for _ in range(batch // size)]
         rendered = [to_micro(b, run.device, run.gram is not None) for b in read]
-        w = w._replace(koleo_group=group)
         terms.append(ssl_update(student, teacher, run.gram, rendered, w, dict(run.centers))[0])
         for b, micro in zip(read, rendered):
             whole = themselves(held_out, b)
@@ -475,10 +475,7 @@ def evaluate(run, source, w, slices=256):
     return {key: value.item() for key, value in numbers.items()} | {"slices": sum(map(len, series))}
 
 
-# ------------------------------------------------------------------ ranks, folder, state
-
-
-# ------------------------------------------------------------------ main
+# ------------------------------------------------------------------ networks, folder, state
 
 
 def build_backbone(args, arch=None):
@@ -612,6 +609,9 @@ def refresh_gram(run, step):
         if not gram_is_given(run.args):
             checkpoint.unpack_weights(run.gram_net, checkpoint.pack_weights(run.teacher.backbone, checkpoint.full))
         run.gram = run.gram_net
+
+
+# ------------------------------------------------------------------ main
 
 
 def main(argv=None):

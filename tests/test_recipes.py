@@ -109,7 +109,7 @@ def stated(folder, name):
 
 def test_every_recipe_is_run_here():
     scripts = {path.stem for path in (ROOT / "tools" / "recipes").glob("*.sh")}
-    assert scripts - {"gpu_check"} == set(OWN) == set(STATED)  # gpu_check is run below: it measures, and trains little
+    assert scripts - {"gpu_check"} == set(OWN) == set(STATED)  # no test runs gpu_check whole: it measures
 
 
 @pytest.mark.parametrize("name", OWN)

@@ -274,7 +274,7 @@ def mix(views, targets, draws):
 
 
 class Read(NamedTuple):
-    """One micro-batch as read: its own b pictures, then those that they are mixed with where a batch is cut."""
+    """One micro-batch as read: its own b pictures, then those of other micro-batches that they are mixed with."""
 
     step: int  # updates done before it
     own: int  # b

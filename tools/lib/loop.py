@@ -529,7 +529,7 @@ class Log:
             tqdm.write(f"{self.path.parent}: the log cannot be written, which stops nothing: {error}", file=sys.stderr)
 
     def event(self, step, text, everywhere=False, **more):
-        """everywhere: what one rank alone knows, told by those too that are quiet else."""
+        """everywhere: told by ranks that are otherwise quiet too, since one rank alone knows it."""
         if everywhere or not self.quiet:
             tqdm.write(f"step {step}: {text}")
             with self.writing():

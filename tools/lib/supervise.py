@@ -45,7 +45,7 @@ def tune_kind(text):
 
 
 def adapter(rank=16, alpha=0.0, targets="all", init="zero", unfreeze=0):
-    """Options of --adapter; alpha 0: so that the scale of the low-rank part is 2."""
+    """Options of --adapter; alpha 0: chosen so that the low-rank part is scaled by 2."""
 
 
 ADAPTERS = dict.fromkeys(ADAPTER_NORMS, adapter)
