@@ -92,7 +92,7 @@ HEADER = ["id", "view", "y0", "x0", "y1", "x1", "mirrored", "kept", "weight", "a
 
 
 def drawn(classifier, facts, source, i, title, label, device="cpu"):
-    """One picture of a Source -> its part of a sheet, rows of HEADER (alone: of the last class); label: the true one."""
+    """One picture of a Source -> part of a sheet, rows of HEADER (alone: of the last class); label: the true one"""
     seen = look(classifier, facts, source, i, device)
     layout, flips = layout_of(facts["layout"])
     with data.open_photo(source.path(i)) as file:
