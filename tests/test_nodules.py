@@ -16,8 +16,8 @@ import pydicom
 import pytest
 from test_data import write_index
 
+from tools import lesion_labels, make_phantom, preprocess_dicom
 from tools import lidc_nodules as n
-from tools import make_phantom, preprocess_dicom
 
 HIDDEN = "PHANTOM-0002"  # this patient's files do not say that identity was removed: its ids are hashed
 
@@ -313,6 +313,18 @@ def test_masks_of_an_earlier_run_go(folder):
     write(folder, [nodule(cube(5, 5, 6))])
     nodules_of(folder)
     assert len(list((folder / "data" / "_labels" / "masks").glob("*.npz"))) == 1
+
+
+def test_lesions_that_would_share_a_name_cost_no_mask_of_before(tmp_path):
+    (tmp_path / "masks").mkdir()
+    (tmp_path / "masks" / "earlier.npz").write_bytes(b"")
+    one = lesion_labels.Series("a" + 40 * "x", {1: "v.npy"}, "d/p", "p", 0.0, np.ones(3), (3, 8, 8))
+    mask = np.ones((1, 2, 2), bool), np.array([1, 2, 2]), "unrated"
+    with pytest.raises(ValueError, match="two series whose names end in the same 40 letters"):
+        lesion_labels.write_labels(tmp_path, [(one, *mask), (one._replace(name="b" + 40 * "x"), *mask)])
+    assert (tmp_path / "masks" / "earlier.npz").exists()
+    lesion_labels.write_labels(tmp_path, [(one, *mask)])
+    assert [path.name for path in (tmp_path / "masks").iterdir()] == [f"{40 * 'x'}_01.npz"]
 
 
 def test_what_cannot_be_read_is_an_error_that_names_the_file(folder):
