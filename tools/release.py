@@ -535,6 +535,8 @@ def main(argv=None):
     if args.policy:
         if given := [name for name in ("probe", "data", "license", "push") if getattr(args, name)]:
             raise ValueError(f"--{given[0]} belongs to a release of a backbone, --policy makes a bundle")
+        if args.layout != "hf":
+            raise ValueError(f"--layout {args.layout} belongs to a release of a backbone; a bundle has its own")
         return bundle.write(args.out, args.ckpt, args.policy, args.force)
     if args.force:
         raise ValueError("--force is for bundles; give --policy too")
