@@ -4,7 +4,6 @@ import functools
 import re
 
 import numpy as np
-from tqdm import tqdm
 
 from checkpoint import write_text
 from tools.lib import judge, metrics, page, rules, sheet, thresholds, view_sheet
@@ -29,7 +28,7 @@ def intervals(statistics, labels, groups, repeats):
     values = {name: float(statistic(None)) for name, statistic in statistics.items()}
     if len(np.unique(groups)) < judge.FEWEST:
         return {name: {"value": value, "low": None, "high": None} for name, value in values.items()}
-    with tqdm(total=repeats, desc=f"intervals of {' and '.join(statistics)}", unit="resample", disable=None) as bar:
+    with progress(total=repeats, desc=f"intervals of {' and '.join(statistics)}", unit="resample") as bar:
 
         def drawn(weights):
             bar.update(len(weights))
