@@ -10,6 +10,7 @@ Letters: B images, V views, C channels (three neighbouring slices, or RGB), N pa
 
 import atexit
 import contextlib
+import copy
 import csv
 import datetime
 import functools
@@ -67,8 +68,6 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as relea
 STREAMS = dict(
     order=1, crops=2, masks=3, limit=4, sizes=5, rope=6, depth=7, augment=8, mix=9, view=10, dropout=11, label=12
 )
-
-
 # what numpy and pillow say of broken files; tokenize: the header of a .npy is a Python literal
 BROKEN = (OSError, ValueError, SyntaxError, EOFError, LookupError, struct.error, tokenize.TokenError)
 BROKEN += (Image.DecompressionBombError,)
@@ -217,10 +216,8 @@ def open_index(path):
         if known == key or known[0] == key[0] and file_sha256(path) == sha:
             found = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in (*INDEX_COLUMNS, "group")}
             columns = {name: np.asarray(column) for name, column in found.items()}
-            sound = all(
-                columns[name].min() >= 0 and columns[name].max() < len(names[name]) for name in ("group", "series")
-            )
-            if sound and all(len(column) == n for column in columns.values()):
+            ends = [(columns[name].min(), columns[name].max() + 1, len(names[name])) for name in ("group", "series")]
+            if all(len(c) == n for c in columns.values()) and all(0 <= low < high <= most for low, high, most in ends):
                 return Rows(columns, names), sha
     except (*BROKEN, TypeError):
         pass  # there is none, or a damaged one
@@ -344,9 +341,7 @@ def label_columns(path, header):
     names = [name.lower() if name.lower() in known else name for name in names]
     for name in [name for name in known if name not in names]:
         if near := [other for other in names if other not in known and edits(other.lower()[:99], name) < 3]:
-            raise ValueError(
-                f"{path}: column {near[0]!r} looks like {name!r}; rename it to that, or to a word less alike"
-            )
+            raise ValueError(f"{path}: column {near[0]!r} looks like {name!r}; rename it to that, or to one less alike")
     if names[: len(NODULE)] != NODULE and (nodules or not {"path", "label"} <= {*names}):
         expected = f"first {','.join(NODULE)}" if nodules else "path,label[,group][,any facts]"
         raise ValueError(f"{path}: unknown columns {','.join(header)[:200]}; expected {expected}")
@@ -550,15 +545,18 @@ def upright(image, turn):
 class Source:
     """Images of one encoding: len(source), source.read(i) -> [C, H, W], source.rows[i] -> metadata, source.groups."""
 
-    def __init__(self, root, encoding, rows, index_sha256, split_sha256=None, splits=None, crossing=0,
-                 earlier_looks=0):  # fmt: skip
-        self.root, self.encoding, self.rows = root, encoding, rows
-        self.index_sha256, self.split_sha256 = index_sha256, split_sha256
-        self.split_codes = splits  # (names, code of each row), where it was opened for a purpose
-        self.crossing = crossing  # sets of duplicates that lie in several splits, where that was allowed
-        self.earlier_looks = earlier_looks  # at val_test, by other weights or another policy, where it was opened
-        self.upto, self.weights_sha256 = None, None  # running sum of weights, and their table: see weighed
+    def __init__(self, root, encoding, rows, index_sha256):
+        self.root, self.encoding, self.index_sha256 = root, encoding, index_sha256
         self.neighbour_mm = None  # see at_distance
+        # where it was opened for a purpose: hash of the contract, and (names of splits, code of each row)
+        self.split_sha256 = self.split_codes = None
+        self.crossing = 0  # sets of duplicates that lie in several splits, where that was allowed
+        self.earlier_looks = 0  # at val_test, by other weights or another policy, where it was opened
+        self.hold(rows)
+
+    def hold(self, rows):
+        self.rows = rows
+        self.upto, self.weights_sha256 = None, None  # running sum of weights, and their table: see weighed
         codes, used = rows.columns["group"], np.zeros(len(rows.names["group"]), bool)
         for k in range(0, len(codes), 1 << 20):  # an index of 64 bits is made of each piece
             used[codes[k : k + (1 << 20)]] = True
@@ -626,11 +624,10 @@ class Source:
         return [self.rows.cell(f"body_{k}", i) for k in ("y0", "x0", "y1", "x1")]
 
     def take(self, index):
-        splits = self.split_codes and (self.split_codes[0], self.split_codes[1][index])
-        rows = self.rows.take(index)
-        part = Source(self.root, self.encoding, rows, self.index_sha256, self.split_sha256, splits, self.crossing,
-                      self.earlier_looks)  # fmt: skip
-        return part.at_distance(self.neighbour_mm)
+        part = copy.copy(self)
+        part.hold(self.rows.take(index))
+        part.split_codes = self.split_codes and (self.split_codes[0], self.split_codes[1][index])
+        return part
 
     def order(self, seed, step, batch):
         """Sample ids of one update: a new permutation each epoch; one slice per series and batch where possible.
@@ -673,9 +670,7 @@ def weighed(source, table):
     table, pieces = find_table(source.root, Path(table)), []
     header, *pieces = read_csv(table)
     if source.encoding != "photo" or header != ["path", "weight"]:
-        raise ValueError(
-            f"--weights {table}: expected columns path,weight of photographs, found {','.join(header)[:99]}"
-        )
+        raise ValueError(f"--weights {table}: expected path,weight of photographs, found {','.join(header)[:99]}")
     try:
         found = {name: float(weight) for rows in pieces for name, weight in rows}
     except ValueError as error:
@@ -773,13 +768,11 @@ def open_for(root, purpose, used_by=None, limit=None, z_stride=1, allow_duplicat
         raise ValueError(f"{path} has no image in {' or '.join(wanted)}; it has {sorted(set(splits[0]))}")
     crossing = crossing_duplicates(source, splits, allow_duplicates)
     if crossing and not allow_duplicates:
-        raise ValueError(
-            f"{len(crossing)} sets of duplicate pictures lie in several splits, first {', '.join(crossing[0][:3])}; "
-            "make the split again with --force, or go on with --allow-duplicates"
-        )
-    looks = record_look(source.root, used_by) if "test" in purposes and used_by != NO_SCORE else 0
-    everything = Source(source.root, source.encoding, source.rows, source.index_sha256, file_sha256(path), splits,
-                        len(crossing), looks).at_distance(source.neighbour_mm)  # fmt: skip
+        sets = f"{len(crossing)} sets of duplicate pictures lie in several splits, first {', '.join(crossing[0][:3])}"
+        raise ValueError(f"{sets}; make the split again with --force, or go on with --allow-duplicates")
+    everything = copy.copy(source)
+    everything.split_sha256, everything.split_codes, everything.crossing = file_sha256(path), splits, len(crossing)
+    everything.earlier_looks = record_look(source.root, used_by) if "test" in purposes and used_by != NO_SCORE else 0
     return thin(everything.take(np.flatnonzero(inside)), limit, z_stride)
 
 
@@ -837,9 +830,8 @@ def split_codes(source):
     np.maximum.at(high, source.series, split)
     if (torn := np.flatnonzero(high > low)).size:
         series = source.rows.names["series"][torn[0]]
-        raise ValueError(
-            f"{path}: series {series} lies in {known[low[torn[0]]]} and in {known[high[torn[0]]]}; {again}"
-        )
+        pair = f"{known[low[torn[0]]]} and in {known[high[torn[0]]]}"
+        raise ValueError(f"{path}: series {series} lies in {pair}; {again}")
     return known, split
 
 
@@ -854,10 +846,8 @@ def read_duplicates(source, path=None, allowed=False):
     sets, names = contract.get("groups"), set(source.rows.names["group"])
     if contract.get("index_sha256") != source.index_sha256:
         if not allowed:
-            raise ValueError(
-                f"{path} was made for another index; {again}, or delete the file, or go on without it "
-                "(--allow-duplicates, where a program has it)"
-            )
+            without = "go on without it (--allow-duplicates, where a program has it)"
+            raise ValueError(f"{path} was made for another index; {again}, or delete the file, or {without}")
         print(f"note: {path} was made for another index and is not used; {again}, or delete the file")
         return []
     whole = isinstance(sets, list) and all(isinstance(members, list) and members for members in sets)
@@ -915,21 +905,18 @@ def record_look(root, used_by, once=False):
             damaged += 1
     earlier.pop((str(used_by["weights_sha256"]), str(used_by["policy_sha256"])), None)
     if once and any(used_by["program"] in programs for programs in earlier.values()):
+        before = f"{used_by['program']} has looked at val_test with other weights or another policy before ({path})"
         raise ValueError(
-            f"{used_by['program']} has looked at val_test with other weights or another policy before ({path}), and "
-            'the best of several looks is optimistic; to look again, say why: --again "..."'
+            f'{before}, and the best of several looks is optimistic; to look again, say why: --again "..."'
         )
-    others = len(earlier)
-    if others:
-        print(
-            f"val_test was looked at before by {others} other weights or policies ({path}): the best of several looks "
-            "is optimistic"
-        )
+    if earlier:
+        before = f"val_test was looked at before by {len(earlier)} other weights or policies ({path})"
+        print(f"{before}: the best of several looks is optimistic")
     if damaged:
         print(f"{path} has {damaged} damaged lines, which count as looks by others")
     when = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     append_line(path, {"version": 1, "when": when, **used_by}, sync=True)
-    return others + damaged
+    return len(earlier) + damaged
 
 
 # The plan: every random choice about every view, drawn from (seed, step, sample id) alone.
