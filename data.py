@@ -129,8 +129,7 @@ class Taken(dict):
 class Rows:
     """Columns of the index: rows[i] is a dict, rows.column(name) an array, rows.cell(name, i) one value.
 
-    250,000 rows take about 60 MB: repeated texts are stored once, the others as bytes.
-    """
+    250,000 rows take about 60 MB: repeated texts are stored once, the others as bytes."""
 
     def __init__(self, columns, names):
         self.columns, self.names = columns, names  # names[column]: the texts behind integer codes
@@ -151,7 +150,6 @@ class Rows:
         return np.array(self.names[key])[values] if key in self.names else values
 
     def texts(self, key):
-        """A column as a list of texts."""
         return [v.decode() if isinstance(v, bytes) else str(v) for v in self.column(key).tolist()]
 
     def take(self, index):
@@ -667,7 +665,7 @@ def epoch_order(source, seed, epoch, batch):
 
 def weighed(source, table):
     """The source, whose images are drawn as often as a table path,weight says."""
-    table, pieces = find_table(source.root, Path(table)), []
+    table = find_table(source.root, Path(table))
     header, *pieces = read_csv(table)
     if source.encoding != "photo" or header != ["path", "weight"]:
         raise ValueError(f"--weights {table}: expected path,weight of photographs, found {','.join(header)[:99]}")
@@ -693,11 +691,9 @@ def read_three_slices(path, z, step=1):
     """int16 [3, H, W]: slices z-step, z, z+step of a volume, or its last ones; read, since a mapped file that is cut
     kills the process."""
     with open(regular(path), "rb") as f:
-        version = np.lib.format.read_magic(f)
-        header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
-        if header is None:
+        if (version := np.lib.format.read_magic(f)) != (1, 0):
             raise ValueError(f"version {version} of a .npy file, expected 1.0")
-        shape, fortran, dtype = header(f)
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(f)
         if dtype != np.int16 or len(shape) != 3 or fortran:
             raise ValueError(f"{dtype} {shape}, expected int16 [Z, H, W]")
         if not 1 <= z < shape[0] - 1:
@@ -713,10 +709,7 @@ def read_three_slices(path, z, step=1):
 
 
 def open_source(root):
-    """Everything in a processed CT folder (by its index) or in any folder of pictures -> Source.
-
-    For training and evaluation see open_for.
-    """
+    """Everything in a processed CT folder (by its index) or in any folder of pictures -> Source; see open_for."""
     root = Path(root)
     if not root.is_dir():
         raise FileNotFoundError(f"--data {root} is not a folder")
@@ -806,13 +799,13 @@ def read_splits(path, remedy):
 
 
 def split_names(source):
-    """Split of each row of a Source, by a contract made for this very index. No image is opened."""
+    """Split of each row of a Source; no image is opened."""
     names, codes = split_codes(source)
     return np.array(names)[codes]
 
 
 def split_codes(source):
-    """The same as names of splits and the code of each row."""
+    """Names of splits and the code of each row, by a contract made for this very index."""
     path = split_path(source.root)
     again = f"make the split of {source.root} again, with --force and the ratios and labels you want"
     contract = read_splits(path, again if path.exists() else again.replace(" again, with --force and", ", with"))
@@ -836,10 +829,8 @@ def split_codes(source):
 
 
 def read_duplicates(source, path=None, allowed=False):
-    """Lists of groups that share pictures, by _splits/duplicates.json or another file, made for this very index.
-
-    allowed: one that was made for another index is said and not used.
-    """
+    """Lists of groups that share pictures, by _splits/duplicates.json or another file, made for this very index;
+    allowed: one that was made for another index is said and not used."""
     path = path or split_path(source.root, "duplicates.json")
     again = f"look for duplicates in {source.root} again"
     contract = read_contract(path, again)
@@ -871,10 +862,8 @@ USED_BY = "program weights_sha256 policy_sha256 labels_sha256 why".split()
 
 
 def append_line(path, line, sync=False):
-    """One write of one line of JSON, so that readers never see half of it, nor lines of two programs mixed.
-
-    A line that a full disk cut is ended first. sync: returns when it is on the disk.
-    """
+    """One write of one line of JSON, so that readers never see half of it, nor lines of two programs mixed. A line that
+    a full disk cut is ended first. sync: returns when it is on the disk."""
     with open(path, "ab+") as f:
         f.seek(max(f.seek(0, os.SEEK_END) - 1, 0))
         cut = f.read(1) not in (b"", b"\n")
@@ -890,9 +879,7 @@ def append_line(path, line, sync=False):
 
 def record_look(root, used_by, once=False):
     """Add a line to _splits/test_uses.jsonl -> how many looks by other weights or another policy came before.
-
-    once: such a look by the same program is an error, and nothing is added.
-    """
+    once: such a look by the same program is an error, and nothing is added."""
     if not isinstance(used_by, dict) or sorted(used_by) != sorted(USED_BY):
         raise ValueError(f"opening val_test needs used_by with {', '.join(USED_BY)}")
     path, earlier, damaged = split_path(root, "test_uses.jsonl"), {}, 0
