@@ -893,9 +893,7 @@ def record_look(root, used_by, once=False):
     earlier.pop((str(used_by["weights_sha256"]), str(used_by["policy_sha256"])), None)
     if once and any(used_by["program"] in programs for programs in earlier.values()):
         before = f"{used_by['program']} has looked at val_test with other weights or another policy before ({path})"
-        raise ValueError(
-            f'{before}, and the best of several looks is optimistic; to look again, say why: --again "..."'
-        )
+        raise ValueError(f'{before}, and the best of several is optimistic; to look again, say why: --again "..."')
     if earlier:
         before = f"val_test was looked at before by {len(earlier)} other weights or policies ({path})"
         print(f"{before}: the best of several looks is optimistic")

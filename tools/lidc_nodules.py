@@ -33,9 +33,7 @@ from tools.lib.nodules import measure, spread, tight, write_masks
 from tools.lib.progress import progress
 
 VERSION = 1
-RATINGS = (
-    "subtlety internalStructure calcification sphericity margin lobulation spiculation texture malignancy"
-).split()
+RATINGS = "subtlety internalStructure calcification sphericity margin lobulation spiculation texture malignancy".split()
 COLUMNS = (
     "id path z y x label group diameter_mm box_mm patient series z_mm y_mm x_mm z0 z1 y0 y1 x0 x1 volume_mm3 readers "
     "sessions"

@@ -328,9 +328,8 @@ def verdict(numbers, name):
         text += f"; not by {' and '.join(stat for stat in stats if stat not in lit)}" * (lit != stats)
     elif all(own[stat]["high"] < 0.5 for stat in stats if stat != "hit"):
         text = "goes dark: nodules get less than what is around them"
-    if (
-        few := min(own[stat].get("nodules", FEW) for stat in stats)
-    ) < FEW:  # resampling one nodule gives it an interval of 0
+    few = min(own[stat].get("nodules", FEW) for stat in stats)
+    if few < FEW:  # resampling one nodule gives it an interval of 0
         text = f"is not judged: {few} nodules are too few to tell"
     compared = (
         f"{stat} {brief(own[stat])} (chance {bare(chance[stat])}, random weights {bare(random[stat])}, difference "

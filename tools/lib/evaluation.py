@@ -51,9 +51,8 @@ def evaluate(table, out, before, sets, repeats):
     decisions["coverage"] = decisions["in_set"] if sets else None
     result = {"decided": decisions.pop("decided") or {}, "decisions": decisions, "probabilities": metrics.worth(y, p)}
     result["uncalibrated"] = metrics.worth(y, before)
-    both = {
-        name: functools.partial(getattr(metrics, name), y[kept], out.decision[kept]) for name in ("accuracy", "mcc")
-    }
+    given = y[kept], out.decision[kept]
+    both = {name: functools.partial(getattr(metrics, name), *given) for name in ("accuracy", "mcc")}
     result["intervals"] = intervals(both, y[kept], groups[kept], repeats)
     if p.shape[1] == 2:
         result["intervals"] |= intervals({"auc": functools.partial(metrics.auc, y, p[:, 1])}, y, groups, repeats)
