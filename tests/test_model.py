@@ -761,7 +761,7 @@ ODD_FACTS = {
                   {"size": 0, "window": None}, {"size": 64, "window": "40"}, {"size": 64, "window": ["a", "b"]}],
     "trained_groups": ["lidc/1", 7, {"lidc/1": 1}, ["lidc/1", 7]], "split_sha256": [7], "index_sha256": [["1"]],
     "provenance": [None, [], {"known": 1, "seen": []}, {"known": True, "seen": [{"salt": "", "groups": [["x"]]}]},
-                   {"known": True, "seen": [{"salt": "", "groups": ["x"] * 10**6}] * 20}],
+                   {"known": True, "seen": [{"salt": "", "groups": ["x"] * 10**4}] * 2000}],
     "teacher": [None, [1], "w", {3: torch.ones(2)}, torch.ones(2)],
 }  # fmt: skip
 

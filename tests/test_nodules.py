@@ -6,10 +6,7 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import tracemalloc
-from pathlib import Path
 
 import numpy as np
 import pydicom
@@ -18,6 +15,7 @@ from test_data import write_index
 
 from tools import lesion_labels, make_phantom, preprocess_dicom
 from tools import lidc_nodules as n
+from tools.lib import cli
 
 HIDDEN = "PHANTOM-0002"  # this patient's files do not say that identity was removed: its ids are hashed
 
@@ -447,15 +445,16 @@ def test_a_pipe_is_refused_and_not_waited_for(folder):
     signal.alarm(0)
 
 
-def test_a_file_name_that_is_not_utf8_is_named_with_escapes(folder):
+def test_a_file_name_that_is_not_utf8_is_named_with_escapes(folder, capsys):
     name = os.fsdecode(b"\xff\x1b.xml")
     write(folder, [nodule(cube(5, 5, 6))], name=name)
     assert len(run(folder / "raw", folder / "data")[0]) == 1
     (folder / "raw" / name).write_text("<LidcReadMessage><cut")
-    program = Path(n.__file__)
-    done = subprocess.run([sys.executable, program, *flags(folder)], capture_output=True, text=True)
-    assert done.returncode == 2 and "\x1b" not in done.stderr
-    assert "/\\udcff\\x1b.xml is no XML of LIDC" in done.stderr.splitlines()[-1]
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="2"):
+        cli.run(lambda: n.main(list(map(str, flags(folder)))))
+    said = capsys.readouterr().err
+    assert "\x1b" not in said and "/\\udcff\\x1b.xml is no XML of LIDC" in said.splitlines()[-1]
 
 
 def test_ratings_that_are_no_ratings_do_not_count(folder):
