@@ -16,7 +16,6 @@ import pytest
 import safetensors.torch
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -384,8 +383,8 @@ def loss_of(out):
 
 
 @pytest.mark.slow
-def test_two_processes_with_ddp_and_fsdp_give_the_gradients_of_one(tmp_path):
-    mp.spawn(distributed_worker, (str(tmp_path),), 2)
+def test_two_processes_with_ddp_and_fsdp_give_the_gradients_of_one(tmp_path, on_two_ranks):
+    on_two_ranks(distributed_worker, str(tmp_path))
     vit = small_vit(local_cls_norm=True)
     ssl = m.SSLModel(vit, m.ProjectionHead(64, 32, 16, 24), m.ProjectionHead(64, 32, 16, 40))
     mask = torch.arange(32).reshape(4, 8) % 3 == 0
