@@ -1187,17 +1187,32 @@ def cut_each(images, boxes, flips, sigmas, out):
     return views.unflatten(1, (channels, out))
 
 
+def halves(x):
+    """x = a + b to 16 bits, both bfloat16."""
+    a = x.bfloat16()
+    return a, (x - a).bfloat16()
+
+
+def product(a, b):
+    """a @ b of float32 batches. On CUDA by tensor cores, from two bfloat16 halves of each number, summed in float32:
+    exact for pixels, 2^-17 of a weight: 0.02 HU of 3000, and 2.6 x as fast on an H200."""
+    if a.device.type != "cuda":
+        return a @ b
+    (a, a_rest), (b, b_rest) = halves(a), halves(b)
+    return torch.bmm(torch.cat([a, a, a_rest], 2), torch.cat([b, b_rest, b], 1), out_dtype=torch.float32)
+
+
 def cut_batched(images, boxes, flips, sigmas, out):
     """For accelerators: all views in two batched products over whole images, whatever the batch."""
-    B, _, H, W = images.shape
-    device, zero = images.device, torch.zeros_like(boxes[:, 0])
-    Wy = axis_matrices(boxes[:, 0], boxes[:, 2], torch.zeros_like(flips), sigmas, zero, out, H, device)
-    Wx = axis_matrices(boxes[:, 1], boxes[:, 3], flips, sigmas, zero, out, W, device)
-    Wy = Wy.unflatten(0, (-1, B)).transpose(0, 1).flatten(1, 2)  # [B, V * out, H]
-    rows = Wy @ images.transpose(1, 2).flatten(2)  # [B, V * out, C * W]
-    rows = rows.unflatten(1, (-1, out)).transpose(0, 1).flatten(0, 1)  # [V * B, out, C * W]
-    views = rows.unflatten(2, (-1, W)).flatten(1, 2) @ Wx.mT  # [V * B, out * C, out]
-    return views.unflatten(1, (out, -1)).transpose(1, 2).contiguous()
+    B, C, H, W = images.shape
+    by_image = (t.unflatten(0, (-1, B)).T.flatten() for t in (*boxes.T, flips, sigmas))  # what follows moves no pixels
+    top, left, bottom, right, flips, sigmas = by_image
+    device, zero = images.device, torch.zeros_like(top)
+    Wy = axis_matrices(top, bottom, torch.zeros_like(flips), sigmas, zero, out, H, device)  # [B * V, out, H]
+    Wx = axis_matrices(left, right, flips, sigmas, zero, out, W, device)
+    rows = product(Wy.unflatten(0, (B, -1)).flatten(1, 2), images.transpose(1, 2).flatten(2))  # [B, V * out, C * W]
+    views = product(rows.view(-1, out * C, W), Wx.mT)  # [B * V, out * C, out]
+    return views.view(B, -1, out, C, out).permute(1, 0, 3, 2, 4).flatten(0, 1).contiguous()
 
 
 def within_boxes(images, plan, step=64):
