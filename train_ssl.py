@@ -86,7 +86,7 @@ def build_parser():
     g.add_argument("--deterministic", default=False, action=switch, help="bit-identical on a GPU too; slower")
     g.add_argument("--compile", default=False, action=switch, help="torch.compile blocks and losses; update 1 takes "
                    "minutes, once: kept in $TORCHINDUCTOR_CACHE_DIR, by default ~/.cache/torchinductor. On one NVIDIA "
-                   "or AMD card with --micro-batch equal to --batch-size the update is one CUDA graph too")
+                   "card with --micro-batch equal to --batch-size the update is one CUDA graph too")
     g.add_argument("--fsdp", default=False, action=switch, help="shard weights over ranks, for what does not fit one")
     g.add_argument("--checkpointing", default=False, action=switch, help="recompute activations to save memory")
 
@@ -667,7 +667,7 @@ def build_run(args, backbone, source, recipes, rank, world, device, gram_arch=No
     nets = [m for m in (student, teacher, gram_net) if m is not None]
     # the same number of masked patches in each call, and nothing that an update hands on to the next by Python
     fixed = world == 1 == len(recipes) and args.micro_batch == args.batch_size and args.centering != "softmax"
-    fast = fixed and args.compile and device.type == "cuda"
+    fast = fixed and args.compile and device.type == "cuda" and not torch.version.hip
     net = loop.on_device(args, student, nets, world, device, whole=fast)
     groups = optim.param_groups(student, args.layer_decay, args.patch_lr)
     optimizer = loop.build_optimizer(args.optimizer, groups, settings.OWN_FLAGS)
