@@ -341,11 +341,11 @@ def ssl_update(student, teacher, gram, micro_batches, w, centers=None, clock=con
     return sums, Seen(cls_targets[-1], dino.logits, features, entropy)
 
 
-def to_micro(batch, device, with_gram):
+def to_micro(batch, device, with_gram, compiled=False):
     """A micro-batch as read -> rendered on the device, undistorted and undropped (see with_draws)."""
     plan = batch.plan if with_gram else batch.plan._replace(recipe=dataclasses.replace(batch.plan.recipe, gram_size=0))
     images, masks, at = (loop.sent(t, device) for t in (batch.images, batch.masks, batch.at))
-    return Micro(data.render(images, plan), masks, at)
+    return Micro(data.render(images, plan, compiled), masks, at)
 
 
 def with_draws(micro, args, depth, step, number):
@@ -401,7 +401,7 @@ def prepared(run, read):
     step, depth = read[0].step, run.student.backbone.depth
     with_gram = gram_snapshots(step, run.args) > 0
     return [
-        with_draws(to_micro(batch, run.device, with_gram), run.args, depth, step, number)
+        with_draws(to_micro(batch, run.device, with_gram, run.args.compile), run.args, depth, step, number)
         for number, batch in enumerate(read, run.rank * len(read))
     ]
 

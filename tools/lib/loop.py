@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
 import checkpoint
@@ -175,6 +176,7 @@ class Upcoming:
     def __init__(self, batches, micros, left, device, prepare):
         self.batches, self.micros, self.left, self.device, self.make_ready = batches, micros, left, device, prepare
         self.ready, self.reads = [], []  # reads: begin and end of each
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # beside the update, where room is
 
     def waited(self):
         """Seconds of reading since the last call, without those in which a card had still work."""
@@ -187,14 +189,21 @@ class Upcoming:
             read = [next(self.batches) for _ in range(self.micros)]
         self.reads.append((begin, moment(self.device)))
         self.left -= 1
-        with clock("render"):
+        with torch.cuda.stream(self.stream), clock("render"):
             self.ready.append((read, self.make_ready(read)))
 
     def take(self, clock=contextlib.nullcontext):
         """(micro-batches as read, the same made ready) of the next update."""
         if not self.ready:
             self.prepare(clock)
-        return self.ready.pop()
+        read, ready = self.ready.pop()
+        if self.stream:
+            now = torch.cuda.current_stream(self.device)
+            now.wait_stream(self.stream)
+            for t in pytree.tree_leaves(ready):
+                if isinstance(t, torch.Tensor):
+                    t.record_stream(now)  # its memory stays until `now` has read it
+        return read, ready
 
     def ahead(self, clock=contextlib.nullcontext):
         if self.device.type == "cuda" and self.left:

@@ -23,7 +23,7 @@ class Recorded:
 
     def __init__(self, function, parameters, device):
         self.function, self.parameters, self.device = function, list(parameters), device
-        self.stream = torch.cuda.Stream(device)
+        self.stream = torch.cuda.Stream(device, priority=-1)  # before the views of the next update
         self.forget()
 
     def forget(self, kind=None):
