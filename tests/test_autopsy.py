@@ -218,9 +218,8 @@ def test_one_image_with_most_of_the_gradient_is_named_and_its_view_where_one_has
     found, images = made([0.05] * 7 + [0.61] + [0.04] * 1)
     images[7]["view_shares"] = [0.02, 0.5, 0.05, 0.04]
     cause, guilty, words = autopsy.verdict(found, images)
-    assert (cause, guilty) == ("image", [(0, 7)]) and words.startswith(
-        "image 8 of micro-batch 1, view 2: values from 0"
-    )
+    assert (cause, guilty) == ("image", [(0, 7)])
+    assert words.startswith("image 8 of micro-batch 1, view 2: values from 0")
     assert "61% of the gradient, an even part is 11%" in words
     images[7]["view_shares"] = [0.2, 0.2, 0.1, 0.11]
     assert "view" not in autopsy.verdict(found, images)[2]

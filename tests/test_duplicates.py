@@ -110,9 +110,8 @@ def test_correlation_is_numpys():
 def test_photographs_exact_copies_near_copies_and_strangers(tmp_path):
     root = photographs(tmp_path, {f"p{i}.png": picture(i) for i in range(30)})
     rgb = np.stack([picture(i) for i in (40, 41, 42)], 2)
-    photographs(
-        root, {"rgb.png": rgb, "rgb_copy.png": rgb, "small.png": picture(7, 48), "noisy.png": noisy(picture(8), 0)}
-    )
+    pictures = {"rgb.png": rgb, "rgb_copy.png": rgb, "small.png": picture(7, 48), "noisy.png": noisy(picture(8), 0)}
+    photographs(root, pictures)
     Image.fromarray(picture(9)).save(root / "jpeg.jpg", quality=40)
     found = check(root)
     assert found["groups"] == [
@@ -210,9 +209,8 @@ def test_the_middle_slice_is_hashed(tmp_path, monkeypatch):
     np.save(tmp_path / "d" / "s.npy", volume)
     source = open_source(index(tmp_path, [("d/s.npy", "hu16-v1", "P", 3)], 64))
     monkeypatch.setattr(cd, "SOURCE", source, raising=False)
-    expected = Image.fromarray(((volume[3] + 1000) * (255 / 2000)).astype(np.uint8)).resize(
-        (32, 32), Image.Resampling.BILINEAR
-    )
+    codes = ((volume[3] + 1000) * (255 / 2000)).astype(np.uint8)
+    expected = Image.fromarray(codes).resize((32, 32), Image.Resampling.BILINEAR)
     assert abs(cd.look(0)[1] - np.asarray(expected).astype(int)).max() <= 1
 
 

@@ -460,9 +460,8 @@ def test_published_layouts_of_all_sizes_are_recognised(arch, layout):
 def test_our_checkpoint_gives_the_teacher(tmp_path, capsys):
     teacher, student = small_vit(gated=True), small_vit(gated=True)
     torch.nn.init.normal_(student.cls_token)
-    state = {f"backbone.{k}": v for k, v in teacher.state_dict().items()} | {
-        "dino_head.last_layer.weight": torch.ones(2)
-    }
+    state = {f"backbone.{k}": v for k, v in teacher.state_dict().items()}
+    state["dino_head.last_layer.weight"] = torch.ones(2)
     torch.save({"format": "dinox", "version": 1, "arch": teacher.arch, "teacher": state,
                 "student": {f"backbone.{k}": v for k, v in student.state_dict().items()}}, tmp_path / "x")  # fmt: skip
     loaded = m.load_backbone(tmp_path / "x")

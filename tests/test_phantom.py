@@ -317,9 +317,8 @@ def test_a_traced_contour_encloses_exactly_its_region(seed):
     mask = ~make_phantom.grow(~make_phantom.grow(mask))
     found = set()
     for piece in make_phantom.pieces(mask):
-        ring = make_phantom.trace(
-            piece | {(r + i, c + j) for r, c in piece for i, j in ((0, 1), (1, 0), (0, -1), (-1, 0))}
-        )
+        around = {(r + i, c + j) for r, c in piece for i, j in ((0, 1), (1, 0), (0, -1), (-1, 0))}
+        ring = make_phantom.trace(piece | around)
         found |= enclosed(ring)
     assert found == set(map(tuple, np.argwhere(mask).tolist()))
 
@@ -330,12 +329,10 @@ def refusal(argv, capsys):
     return stop.value.code, capsys.readouterr().err.strip()
 
 
-@pytest.mark.parametrize(
-    "flags", [["--patients", "0"], ["--size", "63"], ["--slices", "7"], ["--workers", "0"], ["--nope"]]
-)
+@pytest.mark.parametrize("flags", ["--patients 0", "--size 63", "--slices 7", "--workers 0", "--nope"])
 def test_bad_flags_get_one_line(flags, tmp_path, capsys):
-    code, message = refusal(["--out", str(tmp_path / "new"), *flags], capsys)
-    assert code == 2 and message.count("\n") == 0 and flags[0] in message
+    code, message = refusal(["--out", str(tmp_path / "new"), *flags.split()], capsys)
+    assert code == 2 and message.count("\n") == 0 and flags.split()[0] in message
     assert not (tmp_path / "new").exists()
 
 

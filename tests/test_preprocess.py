@@ -215,9 +215,10 @@ def test_hu16_is_exact_and_rgb_follows_the_formula(tmp_path):
         assert rgb_row["sop"] == uid(1, 1, z + 100) and float(rgb_row["z_mm"]) == -100 + 2.5 * z
 
 
-@pytest.mark.parametrize(
-    "syntax", [ImplicitVRLittleEndian, ExplicitVRBigEndian, DeflatedExplicitVRLittleEndian, RLELossless]
-)
+SYNTAXES = [ImplicitVRLittleEndian, ExplicitVRBigEndian, DeflatedExplicitVRLittleEndian, RLELossless]
+
+
+@pytest.mark.parametrize("syntax", SYNTAXES)
 def test_transfer_syntaxes_change_nothing(syntax):
     hu = truth()
     for options in ({}, {"bits": 16, "signed": True, "intercept": 0, "PixelPaddingValue": -2000}):
@@ -651,9 +652,8 @@ def test_nothing_that_identifies_leaves_the_raw_folder(tmp_path, capsys):
     for flags in ((), ("--format", "hu16")):
         out = tmp_path / f"out{len(flags)}"
         assert preprocess(raw, out, *flags) == 1
-        written = "\n".join(
-            [*tree(out), *map(str, tree(out).values()), *map(str, out.rglob("*")), capsys.readouterr().out]
-        )
+        content = [*tree(out), *map(str, tree(out).values())]
+        written = "\n".join([*content, *map(str, out.rglob("*")), capsys.readouterr().out])
         written = written.replace(str(tmp_path), "")
         for secret in ("ZZ", "19331224", "19991231", uid(1), "7" * 10):
             assert secret not in written
@@ -766,9 +766,8 @@ def test_hostile_ids_become_plain_and_stay_distinct(tmp_path):
 
 def mixed_tree(folder, seed=0):
     """Three patients, four good series, one scout, one gap, one file of another modality, one note."""
-    slices = [
-        ds for p, s in ((1, 1), (1, 2), (2, 1), (3, 1)) for ds in a_series(truth(seed=p + 3 * s), patient=p, series=s)
-    ]
+    pairs = ((1, 1), (1, 2), (2, 1), (3, 1))
+    slices = [ds for p, s in pairs for ds in a_series(truth(seed=p + 3 * s), patient=p, series=s)]
     slices += a_series(patient=3, series=5, ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])[:1]
     slices += [ds for ds in a_series(patient=3, series=6) if ds.SOPInstanceUID[-1] != "4"]
     slices.append(ct_slice(truth()[0], DEPTH, patient=2, Modality="PT"))

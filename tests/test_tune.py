@@ -422,9 +422,8 @@ def test_a_run_of_nan_ends_with_code_3_and_exports_nothing(photos, start, tmp_pa
     out = tmp_path / "run"
     assert tune(photos, start, out, "--tune", "head") == 3
     events = [line["event"] for line in lines(out, "event")]
-    assert sum(e.startswith("skipped") for e in events) == 3 and events[-1].startswith(
-        "stopped: three updates in a row"
-    )
+    assert sum(e.startswith("skipped") for e in events) == 3
+    assert events[-1].startswith("stopped: three updates in a row")
     assert not (out / "predictions").exists() and not (out / "results.json").exists()
     state, initial = checkpoint.load(out / "last.pth"), checkpoint.load(out / "best.pth")
     assert state["step"] == 0
@@ -479,9 +478,8 @@ def test_one_class_in_a_split_is_a_sentence(start, tmp_path):
     root = make_photos(tmp_path / "data")
     rows = list(csv.reader((root / "labels.csv").read_text().splitlines()))
     with open(root / "labels.csv", "w", newline="") as file:
-        csv.writer(file).writerows(
-            [p, "no" if g[1:].isdigit() and int(g[1:]) % 6 == 3 else label, g] for p, label, g in rows
-        )
+        other = [[p, "no" if g[1:].isdigit() and int(g[1:]) % 6 == 3 else label, g] for p, label, g in rows]
+        csv.writer(file).writerows(other)
     with pytest.raises(ValueError, match="one-class labels: val_select has no sample of class yes; make a split"):
         tune(root, start, tmp_path / "run", "--tune", "head")
 
