@@ -23,7 +23,7 @@ import numpy as np
 
 from checkpoint import write_text
 from data import open_source, read_csv
-from tools.lib import arms, sheet, tables
+from tools.lib import fusion, sheet, tables
 from tools.lib.cli import Parser, natural, run, shown, within
 from tools.lib.files import csv_cell, csv_text
 from tools.lib.samples import order_classes
@@ -63,7 +63,7 @@ def from_table(path):
     """The same of a prediction table, whose pictures are all of one split."""
     table = tables.read(path)
     split = np.full(len(table.ids), table.facts["split"])
-    return table.ids, split, table.labels, arms.probabilities(table.logits), table.facts["classes"]
+    return table.ids, split, table.labels, fusion.probabilities(table.logits), table.facts["classes"]
 
 
 def read(path):

@@ -36,7 +36,7 @@ from tools.lib import judge, loop, page, policies, tables
 from tools.lib.cli import Parser, finite, natural, positive, run, shown
 from tools.lib.commands import changed, program, replaced
 from tools.lib.files import read_json_file, write_json
-from tools.lib.fusion import POOLS
+from tools.lib.fusion import POOLS, probabilities
 from tools.lib.progress import progress
 
 OURS = "--out --seed --device --devices".split()  # of the command: set here
@@ -175,7 +175,7 @@ def load(folders):
 def compare(folders, args, questions=0):
     """{arm: [run of each seed]} -> rows of arms.judge, and facts."""
     loaded = load([folder for each in folders.values() for folder in each])
-    p, seeds = [arms_of.probabilities(table.logits, args.pool) for table in loaded], len([*folders.values()][0])
+    p, seeds = [probabilities(table.logits, args.pool) for table in loaded], len([*folders.values()][0])
     p = {name: p[k * seeds : (k + 1) * seeds] for k, name in enumerate(folders)}
     first, few = loaded[0], len(np.unique(loaded[0].groups)) < judge.FEWEST
     rows = arms_of.judge(first.labels, first.groups, p, args.metric, args.bootstrap, args.worth, questions, few=few)
@@ -188,7 +188,7 @@ def mean_scores(folders, args):
     found = {}
     for name, each in folders.items():
         loaded = load(each)
-        p = [arms_of.probabilities(table.logits, args.pool) for table in loaded]
+        p = [probabilities(table.logits, args.pool) for table in loaded]
         found[name] = float(np.mean([arms_of.METRICS[args.metric](loaded[0].labels, one) for one in p]))
     return found
 
@@ -216,7 +216,7 @@ def climb(args, jobs_of, trials):
 # ----- telling
 
 
-COLUMNS = ("arm", "flags", "seeds", "{}", "minus base (95%)", "p (Holm)", "time", "decision")
+COLUMNS = ("arm", "flags", "seeds", "{}", "minus base (90%)", "p (Holm)", "time", "decision")
 
 
 def table_rows(summary):
@@ -265,7 +265,7 @@ def plot(summary):
     base, ends = summary["arms"][arms_of.BASE]["scores"], [(r["low"], r["high"], np.nan) for _, r in rows]
     bars = np.ravel(ends), np.ravel([(k, k, np.nan) for k, _ in rows])
     each = [(score - zero, k) for k, r in rows for score, zero in zip(r["scores"], base)]
-    curves = {"95%": bars, "seeds": tuple(zip(*each)) or ((), ()), "mean": ([r["difference"] for _, r in rows],
+    curves = {"90%": bars, "seeds": tuple(zip(*each)) or ((), ()), "mean": ([r["difference"] for _, r in rows],
               [k for k, _ in rows])}  # fmt: skip
     name = summary["metric"].upper()
     return page.line_plot(f"{name} minus base", curves, name, "arm", [("x", 0, "base")], points=("seeds", "mean"))

@@ -94,6 +94,11 @@ POOLS = {
 }  # fmt: skip
 
 
+def probabilities(logits, pool="mean", **options):
+    """What views [N, V, C] say together, numpy to numpy: [N, C]."""
+    return torch.as_tensor(POOLS[pool](np.asarray(logits, np.float64), **options)).softmax(-1).numpy()
+
+
 def simplex_weights(probabilities, labels, rounds=500):
     """Weights [M], 0 or more with sum 1, of the mixture of M models' [M, N, C] with the lowest NLL, by EM."""
     truth = np.maximum(np.asarray(probabilities)[:, np.arange(len(labels)), labels], 1e-15)  # [M, N]
