@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 
 import numpy as np
@@ -271,17 +272,42 @@ def test_few_groups_give_no_interval(tmp_path, trainer):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_and_gone_on_with(tmp_path, trainer, number):
     """Ctrl+C ends the run in progress too; the same command makes what was not finished."""
-    trainer.write_text(trainer.read_text().replace("random, n =", "__import__('time').sleep(2)\nrandom, n =", 1))
+    wait = """
+    import time
+    while len(open(Path(__file__).parent / "calls").readlines()) == 2 and not (Path(__file__).parent / "go").exists():
+        time.sleep(0.02)
+    import numpy as np
+    """
+    trainer.write_text(trainer.read_text().replace("import numpy as np\n", textwrap.dedent(wait), 1))
     words = [sys.executable, str(ROOT / "tools" / "compare.py"), "--out", str(tmp_path / "ab"), "--seeds", "0"]
     words += ["1", "--arms", "a: --gain 0.1", "--", str(trainer)]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     while len(calls(trainer)) < 2:
         time.sleep(0.05)
     process.send_signal(number)
-    process.communicate(timeout=30)
+    process.communicate(timeout=120)
     assert process.returncode == 130 and not (tmp_path / "ab" / "summary.json").exists()
-    time.sleep(2.5)
+    (tmp_path / "go").touch()  # a run that is left would go on now
+    time.sleep(1)
     assert len(calls(trainer)) == 2 and not (tmp_path / "ab" / "base" / "seed_1" / "predictions").exists()
     done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 0 and "1 of 4 runs are there already" in done.stdout, done.stderr
     assert len(calls(trainer)) == 2 + 3
+
+
+def test_a_run_that_is_being_started_is_ended_too(tmp_path, trainer, monkeypatch):
+    """The interrupt comes when the process is there and nobody knows it yet, which a loaded machine does."""
+    children, Popen = [], subprocess.Popen
+
+    def slow(*words, **how):
+        children.append(Popen(*words, **how))
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        time.sleep(0.3)
+        return children[-1]
+
+    trainer.write_text("import time\ntime.sleep(20)\n")
+    monkeypatch.setattr(compare.subprocess, "Popen", slow)
+    begin = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        compare.main(["--out", str(tmp_path / "ab"), "--arms", "a: --gain 0.1", "--", str(trainer)])
+    assert time.monotonic() - begin < 15 and [child.returncode for child in children] == [-signal.SIGTERM]

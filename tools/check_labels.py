@@ -45,7 +45,7 @@ def build_parser():
 
 
 def from_probe(path):
-    """predictions.csv of train_probe.py -> (ids, splits, held out?, labels, probabilities [N, C], classes), by folds."""
+    """predictions.csv of train_probe.py -> (ids, splits, held out?, labels, probabilities [N, C], classes)."""
     header, *pieces = read_csv(path)
     rows = [dict(zip(header, row)) for piece in pieces for row in piece]
     if not rows or not {"id", "split", "label", "fold_cv0"} <= {*header}:

@@ -101,16 +101,13 @@ class Failed(Exception):
     """A run that ended without predictions."""
 
 
-def run_one(folder, command, device, running):
-    """Trains one arm with one seed; its output goes to <folder>.log."""
+def run_one(folder, command, device, start):
+    """Trains one arm with one seed; its output goes to <folder>.log. start: Popen, as far as runs are still wanted."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     log, begin = folder.parent / f"{folder.name}.log", time.time()
     words = [*program(command), "--out", str(folder), *([f"--device={device}"] if device else [])]
     with open(log, "ab") as file:
-        process = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
-        running.add(process)
-        code = process.wait()
-        running.discard(process)
+        code = start(words, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL).wait()
     if code:
         last = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-1:]
         raise Failed(f"exit code {code}: {shown(' '.join(last), 300)} ({log})")
@@ -124,20 +121,27 @@ def run_one(folder, command, device, running):
 
 def run_all(jobs, devices):
     """Runs what is not finished -> {folder: why it failed}. Ctrl+C ends the runs too, which save and can go on."""
-    done, failed, running, free = check_finished(jobs), {}, set(), queue.Queue()
+    done, failed, started, free = check_finished(jobs), {}, [], queue.Queue()
     waiting = [folder for folder in jobs if folder not in done]
     if done:
         print(f"{len(done)} of {len(jobs)} runs are there already")
     for device in devices or [None]:
         free.put(device)
-    stop = threading.Event()
+    stop, lock = threading.Event(), threading.Lock()
+
+    def start(words, **how):
+        with lock:  # a run is either started and known, or never started: Ctrl+C must miss none
+            if stop.is_set():
+                raise Failed("interrupted")
+            started.append(subprocess.Popen(words, **how))
+            return started[-1]
 
     def work(folder):
         if stop.is_set():
             return
         device = free.get()
         try:
-            run_one(folder, jobs[folder], device, running)
+            run_one(folder, jobs[folder], device, start)
             print(f"done: {folder}", flush=True)
         except Failed as error:
             failed[folder] = str(error)
@@ -151,9 +155,10 @@ def run_all(jobs, devices):
             for future in [pool.submit(work, folder) for folder in waiting]:
                 future.result()
         except BaseException:
-            stop.set()
-            for process in list(running):
-                process.terminate()
+            with lock:
+                stop.set()
+            for process in started:
+                process.terminate()  # nothing where it has ended
             raise
     return failed
 
