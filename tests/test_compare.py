@@ -305,9 +305,8 @@ def test_a_run_that_is_being_started_is_ended_too(tmp_path, trainer, monkeypatch
         time.sleep(0.3)
         return children[-1]
 
-    trainer.write_text("import time\ntime.sleep(20)\n")
+    trainer.write_text("import time\ntime.sleep(50)\n")
     monkeypatch.setattr(compare.subprocess, "Popen", slow)
-    begin = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         compare.main(["--out", str(tmp_path / "ab"), "--arms", "a: --gain 0.1", "--", str(trainer)])
-    assert time.monotonic() - begin < 15 and [child.returncode for child in children] == [-signal.SIGTERM]
+    assert [child.wait(timeout=60) for child in children] == [-signal.SIGTERM]
