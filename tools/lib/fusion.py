@@ -130,16 +130,21 @@ def mlp(dim, out, hidden):
 
 
 class Prune(nn.Module):
-    """Keeps the k views with the highest scores. The choice is hard, its gradient that of sigmoids."""
+    """Keeps the k views with the highest scores. The choice is hard, its gradient that of sigmoids.
+
+    Training adds Gumbel noise to the scores: a view that is never kept would never show what it is worth.
+    """
 
     def __init__(self, dim, keep, hidden=64):
         super().__init__()
         self.keep, self.scores = keep, mlp(dim, 1, hidden)
+        nn.init.normal_(self.scores[-1].weight, std=0.01)  # at first the noise chooses
 
     def forward(self, x):
         """[N, V, W] -> kept [N, k]; choice [N, V], 1 or 0; ratio: how far the mean sigmoid is from k / V, squared."""
         scores = self.scores(x)[..., 0]
-        kept, soft = scores.topk(self.keep, 1).indices.sort(1).values, scores.sigmoid()
+        tried = scores - torch.empty_like(scores).exponential_().log() if self.training else scores
+        kept, soft = tried.topk(self.keep, 1).indices.sort(1).values, scores.sigmoid()
         hard = torch.zeros_like(soft).scatter(1, kept, 1.0)
         return kept, hard + (soft - soft.detach()), (soft.mean() - self.keep / x.shape[1]) ** 2
 
