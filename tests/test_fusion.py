@@ -315,8 +315,8 @@ def test_a_cone_in_the_last_column_is_found_and_pruning_keeps_a_tile_that_shows_
     """Earlier systems never looked at the right 672 columns, and pruned by scores that had no gradient."""
     views, labels, shows = looked_at(tmp_path, 140)
     train, test = torch.arange(80), torch.arange(80, 140)
-    for switches, lr in (({}, 0.02), ({"keep": 3}, 0.02), ({"keep": 3}, 0.005)):
-        model = fit(built(5, **switches), views[train], labels[train], steps=150, lr=lr)
+    for switches, seed in (({}, 0), ({"keep": 3}, 0), ({"keep": 3}, 1), ({"keep": 3}, 4)):
+        model = fit(built(5, seed=seed, **switches), views[train], labels[train], steps=150, lr=0.005)
         with torch.no_grad():
             out = model(views[test])
         assert (out.logits.argmax(1) == labels[test]).float().mean() > 0.95, switches
@@ -325,7 +325,7 @@ def test_a_cone_in_the_last_column_is_found_and_pruning_keeps_a_tile_that_shows_
         if switches:
             kept = torch.zeros(60, 12, dtype=torch.bool).scatter(1, out.kept, True)
             kept[:, 0] = False  # a tile, not the whole picture
-            assert (kept & shows[test])[cones].any(1).all()  # by chance about half; without noise none, at lr 0.005
+            assert (kept & shows[test])[cones].any(1).all()  # by chance about half; without noise none of seed 4
 
 
 def test_twelve_views_of_a_hundred_pictures_are_those_of_a_loop():

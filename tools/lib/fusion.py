@@ -132,7 +132,8 @@ def mlp(dim, out, hidden):
 class Prune(nn.Module):
     """Keeps the k views with the highest scores. The choice is hard, its gradient that of sigmoids.
 
-    Training adds Gumbel noise to the scores: a view that is never kept would never show what it is worth.
+    A view that is never kept would never show what it is worth: training adds Gumbel noise, and scores have deviation
+    1 within a picture, so that the noise always matters and no sigmoid saturates.
     """
 
     def __init__(self, dim, keep, hidden=64):
@@ -142,7 +143,7 @@ class Prune(nn.Module):
 
     def forward(self, x):
         """[N, V, W] -> kept [N, k]; choice [N, V], 1 or 0; ratio: how far the mean sigmoid is from k / V, squared."""
-        scores = self.scores(x)[..., 0]
+        scores = F.layer_norm(self.scores(x)[..., 0], x.shape[1:2])
         tried = scores - torch.empty_like(scores).exponential_().log() if self.training else scores
         kept, soft = tried.topk(self.keep, 1).indices.sort(1).values, scores.sigmoid()
         hard = torch.zeros_like(soft).scatter(1, kept, 1.0)
