@@ -19,11 +19,10 @@ import losses
 from checkpoint import write_text
 from model import ADAPTER_NORMS, adapted_layers, add_adapters
 from tools.lib import fits, loop, metrics, page, protocols, provenance
-from tools.lib.calibrate import log_softmax
 from tools.lib.classifiers import each_view, export, facts_of, logits_of, read_classifier
 from tools.lib.cli import shown, technique
 from tools.lib.files import write_json
-from tools.lib.fusion import POOLS
+from tools.lib.fusion import POOLS, probabilities
 
 LOG_EVERY = 50  # updates
 # of --tune: peak learning rates of backbone and head, layer decay
@@ -152,7 +151,7 @@ def look(classifier, part, args, view, device, rank, world):
     logits = loop.over_ranks(ask, np.arange(len(source)), rank, world)
     if not np.isfinite(logits).all():
         return None
-    p = np.exp(log_softmax(POOLS[name](np.asarray(logits, np.float64), **options)))
+    p = probabilities(logits, name, **options)
     found = metrics.all_metrics(table.labels, p)
     said = np.unique(metrics.decisions(metrics.score_of(p)))
     return {**{k: float(found[k]) for k in ("mcc", "accuracy", "auc")}, "loss": float(metrics.nll(table.labels, p)),
@@ -226,7 +225,7 @@ def read_best(out, fields):
 def conclude(args, found, facts, labels_sha256, name):
     """Exports {split: (Source, Table, logits [N, V, C])} and writes results.json; one class everywhere is an error."""
     out, (pool, options) = Path(args.out), technique(args.pool, POOLS)
-    p = {k: np.exp(log_softmax(POOLS[pool](np.float64(logits), **options))) for k, (_, _, logits) in found.items()}
+    p = {k: probabilities(logits, pool, **options) for k, (_, _, logits) in found.items()}
     said = np.unique(p["val_select"].argmax(1))
     if len(said) == 1:
         raise ValueError(f"the chosen weights call all {len(p['val_select'])} pictures of val_select "
