@@ -394,8 +394,8 @@ def build_parser():
                    f"{inspect.signature(fuse.fusion)}")
     g.add_argument("--protocol", choices=("all", "test", "cv", "select", "refit"), help="test: fit on train, score "
                    "once on val_test; cv: 5 x 5 folds over unseen patients; all: both, the default of a frozen probe; "
-                   "select: choose on val_select and export val_select and val_calib, the default of training; refit "
-                   "(frozen): then fit once more on train and val_select")
+                   "select: choose on val_select and export val_select and val_calib (of nodules val_test too), the "
+                   "default of training; refit (frozen): then fit once more on train and val_select")
     g.add_argument("--allow-seen", action="store_true", help="also judge patients of the pretraining, titled so")
     g.add_argument("--allow-duplicates", action="store_true", help="also if some cross the splits, titled so")
     g.add_argument("--device", default="auto", help="auto (CUDA/ROCm if there, else CPU), cpu, cuda")
