@@ -302,11 +302,14 @@ def circumstances(device, world):
 
 
 def check_flags(args, saved, harmless):
-    """Refuse a continuation whose flags mean another run; returns the harmless changes."""
-    changed = {}
+    """Refuse a continuation whose flags mean another run; returns the harmless changes.
+
+    A run of before knows no newer flag: it did what that flag's default says.
+    """
+    changed, typed = {}, getattr(args, "given", dict.fromkeys(vars(args)))
     for name, value in json.loads(json.dumps(vars(args))).items():
-        old = json.loads(json.dumps(saved.get(name)))
-        if old == value:
+        old = json.loads(json.dumps(saved.get(name, typed.get(name))))
+        if old == value or name not in saved and name not in typed:
             continue
         if name not in harmless:
             hint = "use --extend N to go on" if name == "steps" else "use the old value, or another --out"
