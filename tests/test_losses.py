@@ -420,8 +420,8 @@ def on_one_rank(rank, folder):
 
 
 @pytest.mark.slow
-def test_two_processes_with_uneven_rows_equal_one(tmp_path):
-    torch.multiprocessing.spawn(on_one_rank, (str(tmp_path),), nprocs=2)
+def test_two_processes_with_uneven_rows_equal_one(tmp_path, on_two_ranks):
+    on_two_ranks(on_one_rank, str(tmp_path))
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for split in SPLITS:
         for i, logits in enumerate(two_rank_logits()):
