@@ -1190,16 +1190,19 @@ def cut_each(images, boxes, flips, sigmas, out):
 
 
 def cut_batched(images, boxes, flips, sigmas, out):
-    """For accelerators: all views in two batched products over whole images, whatever the batch."""
-    B, _, H, W = images.shape
-    device, zero = images.device, torch.zeros_like(boxes[:, 0])
-    Wy = axis_matrices(boxes[:, 0], boxes[:, 2], torch.zeros_like(flips), sigmas, zero, out, H, device)
-    Wx = axis_matrices(boxes[:, 1], boxes[:, 3], flips, sigmas, zero, out, W, device)
-    Wy = Wy.unflatten(0, (-1, B)).transpose(0, 1).flatten(1, 2)  # [B, V * out, H]
-    rows = Wy @ images.transpose(1, 2).flatten(2)  # [B, V * out, C * W]
-    rows = rows.unflatten(1, (-1, out)).transpose(0, 1).flatten(0, 1)  # [V * B, out, C * W]
-    views = rows.unflatten(2, (-1, W)).flatten(1, 2) @ Wx.mT  # [V * B, out * C, out]
-    return views.unflatten(1, (out, -1)).transpose(1, 2).contiguous()
+    """For accelerators: all views in two batched products over whole images, whatever the batch.
+
+    In float32 without tensor cores: what these save, cutting each number into two bfloat16 ones costs again (H200).
+    """
+    B, C, H, W = images.shape
+    by_image = (t.unflatten(0, (-1, B)).T.flatten() for t in (*boxes.T, flips, sigmas))  # what follows moves no pixels
+    top, left, bottom, right, flips, sigmas = by_image
+    device, zero = images.device, torch.zeros_like(top)
+    Wy = axis_matrices(top, bottom, torch.zeros_like(flips), sigmas, zero, out, H, device)  # [B * V, out, H]
+    Wx = axis_matrices(left, right, flips, sigmas, zero, out, W, device)
+    rows = Wy.unflatten(0, (B, -1)).flatten(1, 2) @ images.transpose(1, 2).flatten(2)  # [B, V * out, C * W]
+    views = rows.view(-1, out * C, W) @ Wx.mT  # [B * V, out * C, out]
+    return views.view(B, -1, out, C, out).permute(1, 0, 3, 2, 4).flatten(0, 1).contiguous()
 
 
 def within_boxes(images, plan, step=64):
@@ -1210,9 +1213,8 @@ def within_boxes(images, plan, step=64):
     low, high = np.floor(plan.boxes[..., :2].min(0)), np.ceil(plan.boxes[..., 2:].max(0))  # [B, 2]
     size = np.minimum(-(-(high - low).max(0) // step) * step, images.shape[2:]).astype(int)
     low = np.clip(low, 0, np.array(images.shape[2:]) - size).astype(int)
-    image, channel = (torch.arange(n, device=images.device) for n in images.shape[:2])
-    rows, columns = (send(torch.from_numpy(low[:, i, None] + np.arange(size[i])), images.device) for i in (0, 1))
-    part = images[image[:, None, None, None], channel[:, None, None], rows[:, None, :, None], columns[:, None, None]]
+    parts = [image[:, y : y + size[0], x : x + size[1]] for image, (y, x) in zip(images, low.tolist())]
+    part = torch.stack([p.transpose(0, 1) for p in parts]).transpose(1, 2)  # in memory as cut_batched wants it
     return part, plan._replace(boxes=plan.boxes - np.tile(low, 2))
 
 
@@ -1225,8 +1227,11 @@ class Crops(NamedTuple):
 
 
 @torch.no_grad()
-def render(images, plan):
-    """Images [B, 3, H, W] (uint8, or int16 HU) -> Crops on their device. Exact in float32, autocast or not."""
+def render(images, plan, compiled=False):
+    """Images [B, 3, H, W] (uint8, or int16 HU) -> Crops on their device. Exact in float32, autocast or not.
+
+    compiled: on an accelerator, how views of HU look as one pass over memory instead of thirty.
+    """
     recipe = plan.recipe
     if plan.boxes is None:
         plan = place(plan, [images.shape[2:]] * len(images))
@@ -1236,7 +1241,10 @@ def render(images, plan):
         groups, floats = [], images.float()
         for views, size in ((slice(0, 2), recipe.global_size), (slice(2, None), recipe.local_size)):
             x = cut(floats, plan.boxes[views], plan.flips[views], plan.sigmas[views], size)
-            groups.append(normalise(intensities(x, images.dtype, plan, views).flatten(0, 1)))
+            if compiled and images.dtype == torch.int16 and images.device.type != "cpu":
+                groups.append(compiled_look()(x, *hu_numbers(plan, views, x)).flatten(0, 1))
+            else:
+                groups.append(normalise(intensities(x, images.dtype, plan, views).flatten(0, 1)))
         gram = None
         if recipe.gram_size:
             x = cut(floats, plan.boxes[:2], plan.flips[:2], np.zeros_like(plan.sigmas[:2]), recipe.gram_size)
@@ -1265,10 +1273,8 @@ def intensities(x, dtype, plan, views):
     """
     looks = plan.looks[views]
     if dtype == torch.int16:
-        noisy = np.where(looks[..., 0] < 0.3, 30 * looks[..., 1], 0.0)  # HU, as between a soft and a sharp kernel
-        add_noise_(x, noisy, plan.noise_seeds[views])
-        window_(x, *look_windows(looks, plan.recipe.windows)).clamp_(0, 1)
-        return contrast_(x, 0.8 + 0.4 * looks[..., 5:6], 0).clamp_(0, 1)
+        add_noise_(x, noise_of(looks), plan.noise_seeds[views])
+        return window_and_contrast_(x, *look_windows(looks, plan.recipe.windows), 0.8 + 0.4 * looks[..., 5:6])
     x = x.div_(255).clamp_(0, 1)  # bicubic overshoots
     if plan.recipe.kind == "ct":
         return contrast_(x, 0.8 + 0.4 * looks[..., 6:9], 0.2 * looks[..., 9:12] - 0.1).clamp_(0, 1)
@@ -1276,9 +1282,39 @@ def intensities(x, dtype, plan, views):
     return x
 
 
+def noise_of(looks):
+    """Standard deviations in HU, as between a soft and a sharp kernel."""
+    return np.where(looks[..., 0] < 0.3, 30 * looks[..., 1], 0.0)
+
+
+def window_and_contrast_(x, levels, widths, factors):
+    return contrast_(window_(x, levels, widths).clamp_(0, 1), factors, 0).clamp_(0, 1)
+
+
+def hu_numbers(plan, views, x):
+    """What hu_look takes beside x, on its device."""
+    looks = plan.looks[views]
+    seeds = send(torch.from_numpy(plan.noise_seeds[views]), x.device)
+    arrays = (noise_of(looks), *look_windows(looks, plan.recipe.windows), 0.8 + 0.4 * looks[..., 5:6])
+    ends = (torch.tensor(t)[:, None, None] for t in (MEAN, STD))
+    return seeds, *(to_device(a, x) for a in arrays), *(to_device(t, x[0, 0]) for t in ends)
+
+
+def hu_look(x, seeds, sds, levels, widths, factors, mean, std):
+    """intensities and normalise of HU [V, B, 3, h, w], with noise of deviation 0 where there is none."""
+    noise = hashed(seeds.flatten(), x[0, 0].numel()).view(x.shape)
+    return window_and_contrast_(x + sds * noise, levels, widths, factors).sub_(mean).div_(std)
+
+
+@functools.cache
+def compiled_look():
+    return torch.compile(hu_look, dynamic=False)
+
+
 def to_device(array, like):
     """A small array as float32 on the device of `like`, shaped to broadcast against it."""
-    t = send(torch.as_tensor(array, dtype=torch.float32), like.device)
+    t = torch.as_tensor(array, dtype=torch.float32)
+    t = send(t, like.device) if t.device != like.device or t.device.type == "cpu" else t
     return t.reshape(*t.shape, *[1] * (like.ndim - t.ndim))
 
 
@@ -1308,20 +1344,24 @@ def look_windows(looks, kind):
 
 
 def add_noise_(x, sds, seeds):
-    """Noise of standard deviations [V, B] on x [V, B, 3, h, w]: a hash of (seed, pixel), the same on any device."""
+    """Noise of standard deviations [V, B] on x [V, B, 3, h, w]: a hash of (seed, pixel)."""
     noisy = np.flatnonzero(sds.reshape(-1))
     if not len(noisy):
         return
     index = send(torch.from_numpy(noisy), x.device)
-    seeds = send(torch.from_numpy(seeds.reshape(-1)[noisy]), x.device)
-    h = torch.arange(x[0, 0].numel(), device=x.device) * -7046029254386353131 + seeds[:, None]  # splitmix64
+    noise = hashed(send(torch.from_numpy(seeds.reshape(-1)[noisy]), x.device), x[0, 0].numel())
+    noise.mul_(to_device(sds.reshape(-1)[noisy], noise))
+    x.view(-1, *x.shape[2:]).index_add_(0, index, noise.view(-1, *x.shape[2:]))
+
+
+def hashed(seeds, count):
+    """Numbers of mean 0 and deviation 1, close to normal: [n] -> [n, count], the same on any device."""
+    h = torch.arange(count, device=seeds.device) * -7046029254386353131 + seeds[:, None]  # splitmix64
     h = (h >> 30).bitwise_xor_(h).mul_(-4658895280553007687)
     h = (h >> 27).bitwise_xor_(h).mul_(-7723592293110705685)
     pairs = (h >> 16).bitwise_and_(0xFFFF0000FFFF).add_(h.bitwise_and_(0xFFFF0000FFFF))
     parts = (pairs >> 32).add_(pairs).bitwise_and_(0xFFFFFFFF)  # sum of the four 16-bit numbers: close to a normal
-    noise = parts.float().div_(65536).sub_(2).mul_(3**0.5)
-    noise.mul_(to_device(sds.reshape(-1)[noisy], noise))
-    x.view(-1, *x.shape[2:]).index_add_(0, index, noise.view(-1, *x.shape[2:]))
+    return parts.float().div_(65536).sub_(2).mul_(3**0.5)
 
 
 def grey(x):

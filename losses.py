@@ -62,18 +62,28 @@ def in_chunks(tensors):
 
 @functools.cache
 def compile_once(function):
-    return torch.compile(function)
+    return torch.compile(function, dynamic=False)  # with sizes left open it ended in an error on a card (torch 2.11)
 
 
-def once(function, compiled):
-    """`function`, as one pass over memory instead of one per operation where `compiled`."""
-    return compile_once(function) if compiled else function
+def by_chunk(function, count, most, compiled):
+    """`count` rows as slices of at most `most`, each with the function for them -> [(slice, function), ...].
+
+    compiled: one pass over memory instead of one per operation. Every size is compiled on its own, so there are two of
+    them, and the last few rows are left to the plain function.
+    """
+    start, fast = 0, compile_once(function) if compiled else function
+    for size in (most, max(1, most // 8)) if compiled else (most,):
+        while count - start >= size:
+            yield slice(start, start + size), fast
+            start += size
+    if start < count or count == 0:
+        yield slice(start, count), function
 
 
 # Targets. What centres a teacher's logits is one number per prototype, its offset: the targets are
 # softmax(logits / temperature - offsets), formed where they are read, so that only the logits are ever of size [M, K].
 # Offsets are kept as [2, K], a number and what rounding left of it: near 1e5 (logits of 1e4) one float32 would be off
-# by 0.004, and the masses with it.
+# by 0.004, and the masses with it. Compiled, as [1, K]: a card reads them again for every row, and they are most of it.
 
 
 def in_parts(offsets, dtype):
@@ -82,9 +92,11 @@ def in_parts(offsets, dtype):
 
 
 def shifted(logits, temperature, offsets):
-    """logits / temperature - offsets as a new tensor, in at least float32: [..., K], [2, K] -> [..., K]."""
+    """logits / temperature - offsets as a new tensor, in at least float32: [..., K], [1 or 2, K] -> [..., K]."""
     x = logits / temperature if logits.dtype == offsets.dtype else logits.to(offsets.dtype).div_(temperature)
-    return x.sub_(offsets[0]).sub_(offsets[1])
+    for part in offsets:
+        x.sub_(part)
+    return x
 
 
 def mass_of(logits, temperature, offsets, normalised):
@@ -121,11 +133,16 @@ def sinkhorn_offsets(logits, temperature, iterations=3, group=None, compiled=Fal
     offsets = torch.zeros_like(none, dtype=torch.float64)
     with exact(offsets):
         for i in range(iterations):
-            now, each = in_parts(offsets, dtype), once(mass_of, compiled)
-            parts = [each(rows, temperature, now, i > 0) for rows in in_chunks(logits)]
+            now = in_parts(offsets, dtype)[: 1 if compiled else 2]
+            parts = [
+                each(x[rows], temperature, now, i > 0)
+                for x in logits
+                if len(x)
+                for rows, each in by_chunk(mass_of, len(x), rows_per_chunk(x), compiled)
+            ]
             log_mass, any_row = total_mass(parts or [(none, torch.zeros_like(none))], group)
             offsets = torch.where(any_row, offsets + log_mass, offsets)
-    return in_parts(offsets, dtype)
+    return in_parts(offsets, dtype)[: 1 if compiled else 2]
 
 
 @torch.no_grad()
@@ -236,7 +253,7 @@ class Targets(NamedTuple):
 
     logits: torch.Tensor  # [..., K], as the teacher gave them
     temperature: float
-    offsets: torch.Tensor  # [2, K]
+    offsets: torch.Tensor  # [1 or 2, K]
 
     def probabilities(self):
         return probabilities(*self)
@@ -247,7 +264,8 @@ def centred(logits, centering, temperature, centers=None, key="", compiled=False
 
     softmax: by centers[key] [K], zeros at first, in whose place comes the centre of the next update.
     """
-    temperature = logits[0].new_full((), temperature, dtype=torch.float32)  # a number would be compiled anew
+    if not isinstance(temperature, torch.Tensor):  # a number would be compiled anew
+        temperature = logits[0].new_full((), temperature, dtype=torch.float32)
     if centering == "sinkhorn":
         offsets = sinkhorn_offsets(logits, temperature, compiled=compiled)
     else:
@@ -303,15 +321,15 @@ class LastLayerLoss(torch.autograd.Function):
             parts, logits = [], x.new_empty(kept, x.shape[1], len(weight), dtype=dtype)
             rows, few = (max(1, size // (len(x) * len(weight))) for size in (CHUNK, chunk_size(x)))
             for start in range(0, max(1, x.shape[1]), rows):  # once, if there are no rows
-                inputs = x_low[:, start : start + rows]
+                inputs, some_targets = x_low[:, start : start + rows], targets.logits[:, start : start + rows]
                 student = inputs @ w_low.T  # [C, r, K]
                 logits[:, start : start + rows] = student[:kept]
-                for some in range(0, max(1, inputs.shape[1]), few):
-                    at, part = slice(start + some, start + min(some + few, rows)), student[:, some : some + few]
-                    chunk = targets._replace(logits=targets.logits[:, at])
-                    *values, grad = once(score_chunk, compiled)(part, temperature, *chunk, coefficients[at])
+                for at, each in by_chunk(score_chunk, inputs.shape[1], few, compiled):
+                    chunk = targets._replace(logits=some_targets[:, at])
+                    some = coefficients[start : start + rows][at]
+                    *values, grad = each(student[:, at], temperature, *chunk, some)
                     parts.append(values)
-                    part.copy_(grad)
+                    student[:, at] = grad
                 if needs_grad:
                     grad_x[:, start : start + rows] = student @ w_low
                     part = student.flatten(0, 1).T @ inputs.flatten(0, 1)

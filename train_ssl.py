@@ -46,7 +46,7 @@ from model import (
     merge_adapters,
     say_trained,
 )
-from tools.lib import broken, loop, optim, provenance, replay, settings
+from tools.lib import broken, loop, optim, provenance, recorded, replay, settings
 from tools.lib.cli import Parser, above_zero, natural, not_negative, positive, run, share, within
 from tools.lib.files import write_json
 
@@ -85,7 +85,8 @@ def build_parser():
     g.add_argument("--skip-bad", type=natural, default=0, help="broken files a rank may replace; one more ends the run")
     g.add_argument("--deterministic", default=False, action=switch, help="bit-identical on a GPU too; slower")
     g.add_argument("--compile", default=False, action=switch, help="torch.compile blocks and losses; update 1 takes "
-                   "minutes, once: kept in $TORCHINDUCTOR_CACHE_DIR, by default ~/.cache/torchinductor")
+                   "minutes, once: kept in $TORCHINDUCTOR_CACHE_DIR, by default ~/.cache/torchinductor. On one NVIDIA "
+                   "card with --micro-batch equal to --batch-size the update is one CUDA graph too")
     g.add_argument("--fsdp", default=False, action=switch, help="shard weights over ranks, for what does not fit one")
     g.add_argument("--checkpointing", default=False, action=switch, help="recompute activations to save memory")
 
@@ -340,11 +341,11 @@ def ssl_update(student, teacher, gram, micro_batches, w, centers=None, clock=con
     return sums, Seen(cls_targets[-1], dino.logits, features, entropy)
 
 
-def to_micro(batch, device, with_gram):
+def to_micro(batch, device, with_gram, compiled=False):
     """A micro-batch as read -> rendered on the device, undistorted and undropped (see with_draws)."""
     plan = batch.plan if with_gram else batch.plan._replace(recipe=dataclasses.replace(batch.plan.recipe, gram_size=0))
-    images, masks, at = (t.to(device, non_blocking=True) for t in (batch.images, batch.masks, batch.at))
-    return Micro(data.render(images, plan), masks, at)
+    images, masks, at = (loop.sent(t, device) for t in (batch.images, batch.masks, batch.at))
+    return Micro(data.render(images, plan, compiled), masks, at)
 
 
 def with_draws(micro, args, depth, step, number):
@@ -374,6 +375,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     gram_net: Any = None  # the backbone that Gram anchoring may use
     gram: Any = None  # the same once it is in use
+    update: Any = ssl_update  # or the same, recorded once and replayed
     centers: dict = dataclasses.field(default_factory=dict)  # of the targets, where they are centred by softmax
     trained: dict = dataclasses.field(default_factory=dict)  # trained_groups and provenance, for the checkpoint
 
@@ -399,7 +401,7 @@ def prepared(run, read):
     step, depth = read[0].step, run.student.backbone.depth
     with_gram = gram_snapshots(step, run.args) > 0
     return [
-        with_draws(to_micro(batch, run.device, with_gram), run.args, depth, step, number)
+        with_draws(to_micro(batch, run.device, with_gram, run.args.compile), run.args, depth, step, number)
         for number, batch in enumerate(read, run.rank * len(read))
     ]
 
@@ -412,7 +414,7 @@ def one_update(run, micro_batches, now, wish=lambda: False, ahead=lambda: None, 
     """
     args, optimizer, centers = run.args, run.optimizer, dict(run.centers)
     optimizer.zero_grad(set_to_none=True)
-    terms, seen = ssl_update(run.net, run.teacher, run.gram, micro_batches, weights_of(now, args), centers, clock)
+    terms, seen = run.update(run.net, run.teacher, run.gram, micro_batches, weights_of(now, args), centers, clock=clock)
     with clock("clip"):
         norms = optim.clip_gradients(run.student, args.clip)
         finite = torch.stack([terms["loss"], *norms.values()]).isfinite().all()
@@ -663,10 +665,15 @@ def build_run(args, backbone, source, recipes, rank, world, device, gram_arch=No
     student, teacher = build(args, backbone)
     gram_net = build_gram_net(args, teacher.backbone, gram_arch)
     nets = [m for m in (student, teacher, gram_net) if m is not None]
-    net = loop.on_device(args, student, nets, world, device)
+    # the same number of masked patches in each call, and nothing that an update hands on to the next by Python
+    fixed = world == 1 == len(recipes) and args.micro_batch == args.batch_size and args.centering != "softmax"
+    fast = fixed and args.compile and device.type == "cuda" and not torch.version.hip
+    net = loop.on_device(args, student, nets, world, device, whole=fast)
     groups = optim.param_groups(student, args.layer_decay, args.patch_lr)
     optimizer = loop.build_optimizer(args.optimizer, groups, settings.OWN_FLAGS)
-    return Run(args, rank, world, device, source, recipes, student, teacher, net, optimizer, gram_net)
+    made = Run(args, rank, world, device, source, recipes, student, teacher, net, optimizer, gram_net)
+    made.update = recorded.Recorded(ssl_update, student.parameters(), device) if fast else ssl_update
+    return made
 
 
 def train(args, rank, world, device):

@@ -13,6 +13,7 @@ from test_train import golden_step
 import data
 import losses
 import train_ssl as t
+from tools.lib import recorded
 
 NO_CARD = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here: not measured on a GPU")
 DEVICES = ["cpu", pytest.param("cuda", marks=NO_CARD)]
@@ -97,3 +98,31 @@ def test_targets_of_65536_prototypes(device, compiled):
     offsets = losses.sinkhorn_offsets(parts, torch.full((), 0.05, device=device), compiled=compiled)
     got = torch.cat([losses.Targets(part, 0.05, offsets).probabilities() for part in parts])
     torch.testing.assert_close(got.cpu().double(), expected, rtol=1e-4, atol=1e-8)
+
+
+@NO_CARD
+@pytest.mark.parametrize("precision", ["fp32", "bf16-stream"])
+def test_a_recorded_update_is_the_plain_one_to_the_bit(monkeypatch, precision):
+    """Six updates with other crops and temperatures each, of which the last four are replays of a CUDA graph."""
+    ends = []
+    for plain in (2, 100):
+        monkeypatch.setattr(recorded, "PLAIN", plain)
+        student, teacher, gram, micro, g, meta = golden_step()
+        for net in (student, teacher, gram):
+            net.to("cuda")
+            getattr(net, "backbone", net).stream = torch.bfloat16 if precision == "bf16-stream" else None
+        update, losses_seen = recorded.Recorded(t.ssl_update, student.parameters(), torch.device("cuda")), []
+        optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+        for step in range(6):
+            optimizer.zero_grad(set_to_none=True)
+            w = t.Weights(0.04 + 0.01 * step, gram=2.0 + step, koleo_group=4, precision=precision)
+            moved_on = moved(micro, "cuda")
+            crops = data.Crops(*(None if c is None else c.roll(step, 0) for c in moved_on.crops))
+            terms, seen = update(student, teacher, gram, [moved_on._replace(crops=crops)], w, {})
+            losses_seen.append(torch.stack([*terms.values(), seen.target_entropy]).clone())
+            optimizer.step()
+        assert (update.graph is not None) == (plain == 2)
+        ends.append([torch.stack(losses_seen), *(p.detach().clone() for p in student.parameters())])
+    assert len({x.item() for x in ends[0][0][:, 0]}) == 6
+    for ours, theirs in zip(*ends):
+        assert torch.equal(ours, theirs)

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import datetime
 import fcntl
+import functools
 import json
 import math
 import os
@@ -20,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
 import checkpoint
@@ -69,8 +71,11 @@ def shard(model, device):
     return fully_shard(model, reshard_after_forward=True)  # the teacher has no backward that would do it
 
 
-def on_device(args, model, nets, world, device):
-    """Compile, shard or move `nets` as the flags say -> `model`, one of them, as it is called: itself, or wrapped."""
+def on_device(args, model, nets, world, device, whole=False):
+    """Compile, shard or move `nets` as the flags say -> `model`, one of them, as it is called: itself, or wrapped.
+
+    whole: compile the last block too; elsewhere it runs on other rows each time and would be compiled anew.
+    """
     for m in nets:
         getattr(m, "backbone", m).stream = torch.bfloat16 if args.precision == "bf16-stream" else None
     if args.compile:  # every size is a shape of its own: at the usual 8 torch goes on uncompiled
@@ -78,8 +83,7 @@ def on_device(args, model, nets, world, device):
         # what is compiled outlives the run and /tmp: a resumed run, or another of the same sizes, starts in seconds
         kept = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(kept / "torchinductor"))
-        # not the last block: it runs on other rows each time and would be compiled anew
-        for block in (block for m in nets for block in getattr(m, "backbone", m).blocks[:-1]):
+        for block in (b for m in nets for b in getattr(m, "backbone", m).blocks[: None if whole else -1]):
             block.compile(dynamic=False)  # mixed --sizes: guessed dynamic shapes fail in the backward (torch 2.13, CPU)
     for m in nets:
         if args.fsdp and world > 1:
@@ -116,6 +120,23 @@ def largest_over_ranks(values, device):
         return host.tolist()
 
     return wait
+
+
+@functools.cache
+def copying(device):
+    return torch.cuda.Stream(device)
+
+
+def sent(t, device):
+    """A page-locked tensor of the host on the device, copied while a card goes on with what is queued."""
+    if device.type != "cuda":
+        return t.to(device)
+    now = torch.cuda.current_stream(device)
+    with torch.cuda.stream(copying(device)):
+        moved = t.to(device, non_blocking=True)
+    now.wait_stream(copying(device))
+    moved.record_stream(now)  # its memory is not given to the next copy before it was read
+    return moved
 
 
 def moment(device):
@@ -155,6 +176,7 @@ class Upcoming:
     def __init__(self, batches, micros, left, device, prepare):
         self.batches, self.micros, self.left, self.device, self.make_ready = batches, micros, left, device, prepare
         self.ready, self.reads = [], []  # reads: begin and end of each
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # beside the update, where room is
 
     def waited(self):
         """Seconds of reading since the last call, without those in which a card had still work."""
@@ -167,14 +189,21 @@ class Upcoming:
             read = [next(self.batches) for _ in range(self.micros)]
         self.reads.append((begin, moment(self.device)))
         self.left -= 1
-        with clock("render"):
+        with torch.cuda.stream(self.stream), clock("render"):
             self.ready.append((read, self.make_ready(read)))
 
     def take(self, clock=contextlib.nullcontext):
         """(micro-batches as read, the same made ready) of the next update."""
         if not self.ready:
             self.prepare(clock)
-        return self.ready.pop()
+        read, ready = self.ready.pop()
+        if self.stream:
+            now = torch.cuda.current_stream(self.device)
+            now.wait_stream(self.stream)
+            for t in pytree.tree_leaves(ready):
+                if isinstance(t, torch.Tensor):
+                    t.record_stream(now)  # its memory stays until `now` has read it
+        return read, ready
 
     def ahead(self, clock=contextlib.nullcontext):
         if self.device.type == "cuda" and self.left:
