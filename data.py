@@ -1288,7 +1288,8 @@ def noise_of(looks):
 
 
 def window_and_contrast_(x, levels, widths, factors):
-    return contrast_(window_(x, levels, widths).clamp_(0, 1), factors, 0).clamp_(0, 1)
+    x = window_(x, levels, widths).clamp_(0, 1)
+    return x.sub_(0.5).mul_(to_device(factors, x)).add_(0.5).clamp_(0, 1)
 
 
 def hu_numbers(plan, views, x):
@@ -1297,12 +1298,17 @@ def hu_numbers(plan, views, x):
     seeds = send(torch.from_numpy(plan.noise_seeds[views]), x.device)
     arrays = (noise_of(looks), *look_windows(looks, plan.recipe.windows), 0.8 + 0.4 * looks[..., 5:6])
     ends = (torch.tensor(t)[:, None, None] for t in (MEAN, STD))
-    return seeds, *(to_device(a, x) for a in arrays), *(to_device(t, x[0, 0]) for t in ends)
+    return seeds, positions_in(x), *(to_device(a, x) for a in arrays), *(to_device(t, x[0, 0]) for t in ends)
 
 
-def hu_look(x, seeds, sds, levels, widths, factors, mean, std):
+def positions_in(x):
+    """Of the pixels of one view."""
+    return torch.arange(x[0, 0].numel(), device=x.device)
+
+
+def hu_look(x, seeds, positions, sds, levels, widths, factors, mean, std):
     """intensities and normalise of HU [V, B, 3, h, w], with noise of deviation 0 where there is none."""
-    noise = hashed(seeds.flatten(), x[0, 0].numel()).view(x.shape)
+    noise = hashed(seeds.flatten(), positions).view(x.shape)
     return window_and_contrast_(x + sds * noise, levels, widths, factors).sub_(mean).div_(std)
 
 
@@ -1349,14 +1355,14 @@ def add_noise_(x, sds, seeds):
     if not len(noisy):
         return
     index = send(torch.from_numpy(noisy), x.device)
-    noise = hashed(send(torch.from_numpy(seeds.reshape(-1)[noisy]), x.device), x[0, 0].numel())
+    noise = hashed(send(torch.from_numpy(seeds.reshape(-1)[noisy]), x.device), positions_in(x))
     noise.mul_(to_device(sds.reshape(-1)[noisy], noise))
     x.view(-1, *x.shape[2:]).index_add_(0, index, noise.view(-1, *x.shape[2:]))
 
 
-def hashed(seeds, count):
-    """Numbers of mean 0 and deviation 1, close to normal: [n] -> [n, count], the same on any device."""
-    h = torch.arange(count, device=seeds.device) * -7046029254386353131 + seeds[:, None]  # splitmix64
+def hashed(seeds, positions):
+    """Numbers of mean 0 and deviation 1, close to normal: int64 [n], [p] -> [n, p], the same on any device."""
+    h = positions * -7046029254386353131 + seeds[:, None]  # splitmix64
     h = (h >> 30).bitwise_xor_(h).mul_(-4658895280553007687)
     h = (h >> 27).bitwise_xor_(h).mul_(-7723592293110705685)
     pairs = (h >> 16).bitwise_and_(0xFFFF0000FFFF).add_(h.bitwise_and_(0xFFFF0000FFFF))

@@ -62,8 +62,9 @@ def test_views_are_those_of_a_cpu(device, dtype, most):
     got = data.cut_batched(images.to(device).float(), *flat(boxes, flips, sigmas), 32)
     assert (got.cpu() - expected).abs().max() < most
     plan = data.place(data.plan(0, 0, range(3), data.RECIPES["ct"]), [(96, 80)] * 3)
-    for ours, theirs in zip(data.render(images.to(device), plan)[:2], data.render(images, plan)[:2]):
-        assert (ours.cpu() - theirs).abs().max() < 2e-3  # of numbers whose standard deviation is 1
+    for compiled in (False, True):
+        for ours, theirs in zip(data.render(images.to(device), plan, compiled)[:2], data.render(images, plan)[:2]):
+            assert (ours.cpu() - theirs).abs().max() < 2e-3  # of numbers whose standard deviation is 1
 
 
 @pytest.mark.parametrize("device", DEVICES)
