@@ -644,7 +644,7 @@ def epoch_order(source, seed, epoch, batch):
     """Ids [updates, batch]: slices sorted by shuffled series go to the updates in turn, so a batch holds a series once
     (or more often where the series has more slices than the epoch has updates)."""
     random = rng(seed, "order", epoch)
-    ids = np.arange(len(source), dtype=np.int32)  # 32 bits, sorts in place: ten million rows in 2 s and 160 MB
+    ids = np.arange(len(source), dtype=np.int32)  # 32 bits, sorts in place: ten million rows in 2 s and 120 MB
     random.shuffle(ids)
     if len(ids) < batch:  # fewer images than one batch holds: whole permutations after each other
         more = [random.permutation(len(ids)) for _ in range(math.ceil(batch / len(ids)) - 1)]
@@ -652,15 +652,17 @@ def epoch_order(source, seed, epoch, batch):
     updates = len(ids) // batch
     ids = ids[: updates * batch]
     place, keys = random.permutation(source.series.max() + 1), np.arange(len(ids))
-    for k in range(0, len(ids), 1 << 20):  # keys: place of the series, then number
-        some = slice(k, k + (1 << 20))
-        keys[some] |= place[source.series[ids[some]]] << 32
+    parts = [slice(k, k + (1 << 18)) for k in range(0, len(ids), 1 << 18)]
+    for part in parts:  # keys: place of the series, then number
+        keys[part] |= place[source.series[ids[part]]] << 32
     keys.sort()
-    keys &= (1 << 32) - 1
-    dealt = ids[keys].reshape(batch, updates).T  # number i goes to update i % updates
-    del keys
-    dealt = np.ascontiguousarray(dealt[random.permutation(updates)])
-    return random.permuted(dealt, axis=1, out=dealt)
+    dealt = keys.view(np.int32)[: len(ids)]  # written where keys were read before: 40 MB less of ten million
+    for part in parts:
+        dealt[part] = ids[keys[part] & ((1 << 32) - 1)]
+    order, ids = random.permutation(updates), ids.reshape(updates, batch)
+    for k in range(0, updates, 1 << 10):  # number i goes to update i % updates
+        ids[k : k + (1 << 10)] = dealt.reshape(batch, updates).T[order[k : k + (1 << 10)]]
+    return random.permuted(ids, axis=1, out=ids)
 
 
 def weighed(source, table):
