@@ -79,9 +79,6 @@ def on_device(args, model, nets, world, device, whole=False):
         getattr(m, "backbone", m).stream = torch.bfloat16 if args.precision == "bf16-stream" else None
     if args.compile:  # every size is a shape of its own: at the usual 8 torch goes on uncompiled
         torch._dynamo.config.recompile_limit = 64
-        # what is compiled outlives the run and /tmp: a resumed run, or another of the same sizes, starts in seconds
-        kept = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(kept / "torchinductor"))
         for block in (b for m in nets for b in getattr(m, "backbone", m).blocks[: None if whole else -1]):
             block.compile(dynamic=False)  # mixed --sizes: guessed dynamic shapes fail in the backward (torch 2.13, CPU)
     for m in nets:
