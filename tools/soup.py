@@ -21,7 +21,7 @@ from tools.lib import baseline
 from tools.lib.classifiers import read_classifier
 from tools.lib.cli import Parser, run, shown
 
-SHARED = "classes pool layers layout eval_view encoding split_sha256 labels_sha256 trained_groups".split()
+SHARED = "classes fusion pool layers layout eval_view encoding split_sha256 labels_sha256 trained_groups".split()
 
 
 def build_parser():

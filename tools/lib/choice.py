@@ -47,7 +47,7 @@ def choose(logits, labels, groups, slices=None, names=tuple(calibrate.METHODS), 
     """-> the method with the lowest cross-fitted NLL whose MCC drops by at most 0.02, and what each is worth."""
     logits, labels = calibrate.check(logits, labels)
     fold, slices = folds_of(labels, groups, folds), None if slices is None else np.asarray(slices)
-    table = {"none": scores(labels, np.exp(calibrate.log_softmax(logits)))}
+    table = {"none": scores(labels, calibrate.softmax(logits))}
     bar = progress(names, "calibrators", unit="method")
     table |= {name: scores(labels, cross_fit(name, logits, labels, fold, slices)) for name in bar}
     fair = [name for name in names if table["none"]["mcc"] - table[name]["mcc"] <= MCC_DROP]
@@ -97,7 +97,7 @@ def choose_pool(tables):
         if len(np.unique(labels)) < 2:
             raise ValueError(f"val_select has {len(known)} labelled samples of one class: no pool can be chosen on it")
         for name, options in pool_rows(table.facts.get("layout"), logits.shape[1], logits.shape[2]):
-            p = np.exp(calibrate.log_softmax(POOLS[name](logits, **options)))
+            p = calibrate.softmax(POOLS[name](logits, **options))
             key = f"{name}{options.get('k', '')}" + (f" of run {run + 1}" if len(tables) > 1 else "")
             worth[key] = {"mcc": float(best_mcc(labels, p)), "nll": float(nll(labels, p))}
             rows[key] = run, name, options

@@ -7,7 +7,7 @@ import numpy as np
 
 from checkpoint import write_text
 from tools.lib import judge, metrics, page, rules, sheet, thresholds, view_sheet
-from tools.lib.calibrate import log_softmax
+from tools.lib.calibrate import softmax
 from tools.lib.files import csv_text
 from tools.lib.progress import progress
 
@@ -41,7 +41,7 @@ def intervals(statistics, labels, groups, repeats):
 
 def uncalibrated(policy, logits):
     """Probabilities [N, C] without the policy's calibrator."""
-    return np.exp(log_softmax(rules.apply_step(policy["steps"][0], np.asarray(logits, np.float64), None, None)))
+    return softmax(rules.apply_step(policy["steps"][0], np.asarray(logits, np.float64), None, None))
 
 
 def evaluate(table, out, before, sets, repeats):
