@@ -139,15 +139,8 @@ def test_a_healthy_run_is_healthy_and_untouched(toy, capsys):
     assert after == before
     found = {p.relative_to(toy.out).as_posix() for p in toy.out.rglob("*.*") if p.is_file()}
     now = {f"step_00000500/{name}.png" for name in ("sheet", "image_1", "strip_1")}
-    assert found == now | {
-        "status.json",
-        "history.jsonl",
-        "report.html",
-        "metrics.prom",
-        "images.json",
-        "first.npz",
-        ".lock",
-    }
+    names = "status.json history.jsonl report.html metrics.prom images.json first.npz .lock".split()
+    assert found == {*now, *names}
 
 
 def scale(state, who, name, factor):

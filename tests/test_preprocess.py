@@ -41,18 +41,10 @@ from tools.lib import dicom, volumes
 ROOT = Path(__file__).resolve().parent.parent
 AXIAL = (1, 0, 0, 0, 1, 0)
 DEPTH, HEIGHT, WIDTH = 10, 40, 48
-IDENTIFYING = {
-    "PatientName": "ZZDOE^JOHN",
-    "PatientBirthDate": "19331224",
-    "PatientAddress": "ZZ Elm Street",
-    "InstitutionName": "ZZ General Hospital",
-    "ReferringPhysicianName": "ZZHOUSE^GREG",
-    "StudyDate": "19991231",
-    "StudyDescription": "ZZ CHEST follow-up",
-    "SeriesDescription": "ZZ LUNG 1.0",
-    "AccessionNumber": "ZZ4711",
-    "DeviceSerialNumber": "ZZ0815",
-}
+IDENTIFYING = dict(PatientName="ZZDOE^JOHN", PatientBirthDate="19331224", PatientAddress="ZZ Elm Street")
+IDENTIFYING |= dict(InstitutionName="ZZ General Hospital", ReferringPhysicianName="ZZHOUSE^GREG", StudyDate="19991231")
+IDENTIFYING |= dict(StudyDescription="ZZ CHEST follow-up", SeriesDescription="ZZ LUNG 1.0", AccessionNumber="ZZ4711")
+IDENTIFYING |= dict(DeviceSerialNumber="ZZ0815")
 
 
 def truth(depth=DEPTH, height=HEIGHT, width=WIDTH, seed=0):
@@ -507,15 +499,9 @@ ONE_SLICE = {  # change of one slice -> reason for which this file is left out
     "rescale_not_hu": [{"RescaleType": "US"}, {"RescaleType": "HU_MOD"}],
     "rescale_implausible": [{"RescaleSlope": 0}, {"RescaleSlope": -1024}, {"RescaleIntercept": "9e9"}],
     "pixel_size": [{"PixelData": None}, {"PixelData": b"\0" * 100}, {"Rows": HEIGHT - 1}, {"Columns": WIDTH + 1}],
-    "header": [
-        {"ImagePositionPatient": None},
-        {"ImagePositionPatient": [1, 2]},
-        {"ImageOrientationPatient": [1, 0, 0, 1, 0, 0]},
-        {"PixelSpacing": [0, 0.7]},
-        {"SOPInstanceUID": None},
-        {"PixelRepresentation": None},
-        {"NumberOfFrames": 3},
-    ],
+    "header": [{"ImagePositionPatient": None}, {"ImagePositionPatient": [1, 2]}, {"PixelSpacing": [0, 0.7]}]
+    + [{"ImageOrientationPatient": [1, 0, 0, 1, 0, 0]}, {"SOPInstanceUID": None}, {"PixelRepresentation": None}]
+    + [{"NumberOfFrames": 3}],
 }
 
 
@@ -876,12 +862,8 @@ def test_verify_names_what_changed_and_writing_accepts_it(tmp_path, capsys):
     capsys.readouterr()
     assert write_manifest.main(verify) == 1
     said = capsys.readouterr().out
-    for line in (
-        f"missing: {index(out)[0]['path']}",
-        f"changed: {index(out)[1]['path']}",
-        "/0099.png",
-        "extra: d/stray",
-    ):
+    missing, changed = (row["path"] for row in index(out)[:2])
+    for line in (f"missing: {missing}", f"changed: {changed}", "/0099.png", "extra: d/stray"):
         assert line in said
     for field in ("index_sha256", "rows_sha256", "counts", "raw"):
         assert f"changed: {field} is" in said
@@ -998,24 +980,18 @@ def test_pipes_and_names_with_escapes_in_the_output_are_named_and_not_waited_for
         write_manifest.main(["--data", str(out)])
 
 
-BAD_FLAGS = [
-    (["--min-slices", "2"], "at least 3"),
-    (["--dataset", "../x"], "no plain name"),
-    (["--dataset", "_index"], "no plain name"),
-    (["--workers", "0"], "at least 1"),
-    (["--raw", "nowhere"], "is not a folder"),
-    (["--raw", "empty"], "holds no file"),
-    (["--out", "raw/out"], "inside each other"),
-]
+BAD_FLAGS = {"--min-slices 2": "at least 3", "--dataset ../x": "no plain name", "--dataset _index": "no plain name"}
+BAD_FLAGS |= {"--workers 0": "at least 1", "--raw nowhere": "is not a folder", "--raw empty": "holds no file"}
+BAD_FLAGS |= {"--out raw/out": "inside each other"}
 
 
-@pytest.mark.parametrize("flags, message", BAD_FLAGS)
+@pytest.mark.parametrize("flags, message", BAD_FLAGS.items())
 def test_a_bad_flag_is_named(tmp_path, monkeypatch, capsys, flags, message):
     monkeypatch.chdir(tmp_path)
     write_tree(tmp_path / "raw", a_series()[:1])
     (tmp_path / "empty").mkdir()
     with pytest.raises((SystemExit, ValueError, OSError)) as caught:
-        preprocess("raw", "o", *flags)
+        preprocess("raw", "o", *flags.split())
     assert message in f"{caught.value} {capsys.readouterr().err}" and not (tmp_path / "o").exists()
 
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from PIL import Image
+from test_train import latest_step, lines, same
 
 import checkpoint
 import data
@@ -74,17 +75,6 @@ def weights(run):
     found = {f"{k}.{n}": v for k in ("student", "teacher") for n, v in state[k].items()}
     found |= {f"opt.{n}.{k}": v for n, s in state["optimizer"].items() for k, v in s.items()}
     return found | {key: state[key] for key in ("step", "best", "looked")}
-
-
-def same(a, b):
-    assert a.keys() == b.keys()
-    different = [k for k in a if not (torch.equal(a[k], b[k]) if isinstance(a[k], torch.Tensor) else a[k] == b[k])]
-    assert not different, different[:5]
-
-
-def lines(run, key):
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [row for row in rows if key in row]
 
 
 # one update
@@ -621,10 +611,6 @@ def survive(photos, start, tmp_path, kills, steps, seed=0):
         ours, theirs = tables.read(run, split), tables.read(tmp_path / "whole", split)
         assert np.array_equal(ours.logits, theirs.logits)
     return done
-
-
-def latest_step(run):
-    return max((checkpoint.step_of(p) for p in run.glob("step_*.pth")), default=-1)
 
 
 @pytest.mark.slow
