@@ -372,12 +372,11 @@ def label_pieces(path, root, unlabelled=False):
     names, nodules = label_columns(path, header)
     yield names, nodules
     number, said = 2, False
-    for piece in pieces:
-        lines = [line for line in piece if line]
+    for lines in filter(None, ([line for line in piece if line] for piece in pieces)):
         for k, line in enumerate(lines):
             if len(line) != len(names):
                 raise ValueError(f"{path}, row {number + k}: {len(line)} cells of {len(names)}; write it anew")
-        columns = dict(zip(names, map(list, zip(*lines)))) if lines else {name: [] for name in names}
+        columns = dict(zip(names, map(list, zip(*lines))))
         if not unlabelled and (empty := [k for k, label in enumerate(columns["label"]) if not label.strip()]):
             raise ValueError(f"{path}, row {number + empty[0]}: no label; give it one, or leave the row out")
         if ODD_PATH.search("\n".join(columns["path"])):
@@ -1620,30 +1619,25 @@ class Updates(torch.utils.data.Dataset):
 
     def read(self, ids, choices):
         """Images and their placed plan; a broken file is reported and the next good one stands in for it."""
-        images, boxes, bad = [], [], []
+        found, bad = {}, []  # found: {place in the batch: (image, boxes of its views [V, 4])}
         for j, i in enumerate(ids):
-            own = select(choices, [j])
             try:
-                if self.source.encoding == "photo":
-                    self.source.check(i)
-                    image, moved = read_photo(self.source.path(i), functools.partial(boxes_in, own), sides(own.recipe))
-                    own = own._replace(boxes=moved[:, None])
-                else:
-                    image = self.source.read(i)
-                    own = place(own, [self.source.size(i)], [self.source.body(i)])
-                images.append(image)
-                boxes.append(own.boxes[:, 0])
+                found[j] = self.read_one(i, select(choices, [j]))
             except Unreadable as error:
                 bad.append((str(self.source.path(i)), str(error)))
-                images.append(None)
-                boxes.append(None)
-        good = [j for j, image in enumerate(images) if image is not None]
-        if not good:
+        if not found:
             return None, choices, bad
-        stand_in = [min(good, key=lambda g: (g - j) % len(ids)) for j in range(len(ids))]
+        stand_in = [min(found, key=lambda g: (g - j) % len(ids)) for j in range(len(ids))]
         choices = select(choices, stand_in) if bad else choices
-        images = pad_to_one_size([images[j] for j in stand_in])
-        return images, choices._replace(boxes=np.stack([boxes[j] for j in stand_in], 1)), bad
+        images, boxes = zip(*(found[j] for j in stand_in))
+        return pad_to_one_size(images), choices._replace(boxes=np.stack(boxes, 1)), bad
+
+    def read_one(self, i, own):
+        source = self.source
+        if source.encoding == "photo":
+            source.check(i)
+            return read_photo(source.path(i), functools.partial(boxes_in, own), sides(own.recipe))
+        return source.read(i), place(own, [source.size(i)], [source.body(i)]).boxes[:, 0]
 
 
 def select(plan, index):
