@@ -7,21 +7,14 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from test_model import random_crops as crops
+from test_model import small_vit
 
 import model as m
 import monitor
 from tools.lib import optim
 
 KINDS = [(norm, init) for norm in m.ADAPTER_NORMS for init in ("zero", "pissa")]
-
-
-def small_vit(**overrides):
-    torch.manual_seed(0)
-    vit = m.build_vit("vit_test", layerscale=0.5, **overrides)  # LayerScale 1e-5 would hide the blocks from any test
-    for p in vit.parameters():
-        if p.ndim == 1:
-            torch.nn.init.normal_(p, 0.5, 0.5)
-    return vit
 
 
 def adapted(norm="doran", targets="all", init="zero", perturb=0.1, **options):
@@ -33,11 +26,6 @@ def adapted(norm="doran", targets="all", init="zero", perturb=0.1, **options):
             if name in names:
                 p.add_(perturb * torch.randn_like(p))
     return vit
-
-
-def crops(sizes=((4, 64, 32), (6, 32, 32))):
-    torch.manual_seed(1)
-    return [torch.randn(b, 3, h, w) for b, h, w in sizes]
 
 
 def everything(vit):
