@@ -54,15 +54,6 @@ OWN = {  # what else differs from the recipe
     "micro_run": LATER,
     "smoke_cpu": [],
 }
-STATED = {  # some of what the recipes state, written down a second time
-    "pretrain": dict(drop_path=0.3, schedule="constant", ema=[0.994, 0.994], gram_weight=0, compile=True),
-    "gram": dict(drop_path=0.3, schedule="constant", lr=1e-4, gram_start=0, gram_scale=2, weight_decay=[0.04, 0.04]),
-    "highres": dict(checkpointing=True, gram_scale=1, gram_weight=1.5, gram_start=0, teacher_temp=[0.07, 0.07]),
-    "explora": dict(adapter_norm="lora", adapter_rank=32, adapter_targets="qv", unfreeze=1, gram_start=0),
-    "big_run": dict(drop_path=0.1, keep_every=10000),
-    "micro_run": dict(overfit=True, limit=1000, layerscale=0.1, rope_rescale=1),
-    "smoke_cpu": dict(layerscale=1, field=[0.02, 0.1], gram_weight=0, ema=[0.99, 1], lr=1e-3),
-}
 NEEDS_WEIGHTS = ("gram", "highres", "explora")
 
 
@@ -108,7 +99,7 @@ def stated(folder, name):
 
 def test_every_recipe_is_run_here():
     scripts = {path.stem for path in (ROOT / "tools" / "recipes").glob("*.sh")}
-    assert scripts - {"gpu_check"} == set(OWN) == set(STATED)  # no test runs gpu_check whole: it measures
+    assert scripts - {"gpu_check"} == set(OWN)  # no test runs gpu_check whole: it measures
 
 
 @pytest.mark.parametrize("name", OWN)
@@ -181,11 +172,8 @@ class Shop:
         if name == "smoke_cpu":
             given = [out]
         elif name in NEEDS_WEIGHTS:
-            given = [
-                self.data,
-                self.unbroken({"gram": "pretrain", "highres": "gram", "explora": "pretrain"}[name]) / "last.pth",
-                out,
-            ]
+            before = {"gram": "pretrain", "highres": "gram", "explora": "pretrain"}[name]
+            given = [self.data, self.unbroken(before) / "last.pth", out]
         return recipe(name, *given, *TOY, *OWN[name], *more)
 
     def start(self, name, out, *more):
@@ -280,7 +268,6 @@ def test_a_recipe_killed_and_typed_again_ends_with_the_same_bits(shop, name):
     kept = options(words) - options([*TOY, *OWN[name]]) - {"data", "out", "init", "gram_teacher"}
     args = json.loads((run / "config.json").read_text())["args"]
     assert {k: args[k] for k in kept} == json.loads(json.dumps({k: asked[k] for k in kept}))
-    assert {k: args[k] for k in STATED[name]} == STATED[name]
     assert args["batch_size"] > args["micro_batch"]
 
 
