@@ -21,6 +21,7 @@ import data
 import losses
 import train_probe as t
 from model import Classifier, Head, build_vit, load_backbone
+from tools import predict
 from tools.lib import augment, fits, loop, optim, supervise, tables
 from tools.lib.classifiers import each_view, logits_of, read_classifier
 
@@ -313,6 +314,7 @@ def stopped_at(step, monkeypatch):
         "--tune all --optimizer friendlysam --views tiles:rows=1,cols=2 --lr 1e-3 1e-3",
         "--tune last:1 --optimizer sophia --layers 2 --features cls --weights weights.csv",
         "--tune all --optimizer schedulefree --head random --features mean",
+        "--tune all --fusion mil:depth=1 --views tiles:rows=1,cols=2 --lr 1e-3 1e-3",
     ],
 )
 def test_a_stopped_and_resumed_run_ends_with_the_same_bits(photos, start, tmp_path, monkeypatch, flags):
@@ -379,6 +381,50 @@ def test_exports_are_the_averaged_weights_of_the_chosen_step_one_by_one(photos, 
             assert group == f"g{int(name[2:-4]) // 2:02}"
     assert not (out / "predictions" / "val_test.npz").exists() and not (photos / "_splits" / "test_uses.jsonl").exists()
     load_backbone(out / "best.pth")
+
+
+def test_fusion_is_trained_end_to_end_and_predicts_as_it_was_judged(photos, start, tmp_path):
+    out, more = tmp_path / "run", "--tune all --fusion mil --views tiles:rows=1,cols=2 --lr 3e-3 3e-3 --ema 0.5"
+    assert tune(photos, start, out, *more.split()) == 0
+    begin, end = (read_classifier(out / f"step_{step:08}.pth")[0].state_dict() for step in (0, 12))
+    trained = [name for name in begin if not torch.equal(begin[name], end[name])]
+    assert any("backbone.blocks.0" in name for name in trained) and "head.attend.tanh.weight" in trained
+    assert "head.centre" not in trained and (end["head.centre"] != 0).any()
+    events = " ".join(line["event"] for line in lines(out, "event"))
+    assert "the head starts as a fusion of frozen views: log loss" in events
+    table = tables.read(out, "val_select")
+    assert table.logits.shape == (12, 1, 2)
+    words = ["--ckpt", str(out / "best.pth"), "--data", str(photos), "--split", "val_select", "--out"]
+    assert predict.main([*words, str(tmp_path / "said"), "--device", "cpu"]) == 0
+    said = tables.read(tmp_path / "said" / "val_select.npz")
+    place = {name: k for k, name in enumerate(said.ids)}
+    np.testing.assert_allclose(said.logits[[place[name] for name in table.ids]], table.logits, atol=2e-5)
+
+
+def test_an_update_of_fusion_is_that_of_all_views(photos):
+    """The loss of micro-batches of all views is that of pictures one by one, each with its three views."""
+    torch.manual_seed(0)
+    net = supervise.joined(toy(), "mil").train()
+    source, labels = data.open_source(photos), np.arange(72) % 2
+    pictures = augment.Pictures(source, augment.find_row("light"), "tiles:rows=1,cols=2", 32, 7, range(3, 4), 8, 4, 0,
+                                1, every=True)  # fmt: skip
+    view, found, alone = data.eval_view("photo", 32), [], []
+    for read in (pictures[0], pictures[1]):
+        assert read.own == 12 and [*read.ids] == [*np.repeat(read.ids[::3], 3)]
+        views, targets = augment.render(read, labels, 2, view, "cpu")
+        views, targets = views.unflatten(0, (-1, 3)), targets[::3]
+        found.append(t.Micro(views, targets, None, torch.zeros(4)))
+        alone += [losses.soft_cross_entropy(net(views[k : k + 1]).logits, targets[k : k + 1]) for k in range(4)]
+    torch.stack(alone).mean().backward()
+    wanted = {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
+    net.zero_grad(set_to_none=True)
+    objective = supervise.read_loss("ce", labels, 2)
+    terms, seen = t.supervised_update(net, found, t.Weights(objective))
+    torch.testing.assert_close(terms["loss"], torch.stack(alone).mean())
+    assert seen.logits.shape == (8, 2) and wanted["backbone.blocks.0.attn.proj.weight"].abs().max() > 0
+    for name, p in net.named_parameters():
+        if name in wanted:
+            torch.testing.assert_close(p.grad, wanted[name], atol=1e-6, rtol=1e-4)
 
 
 def test_the_head_starts_as_the_linear_probe(photos, start, tmp_path):
@@ -468,6 +514,11 @@ def test_a_single_bad_update_is_skipped_and_the_run_goes_on(photos, start, tmp_p
         ("--tune head --views diles", "layout 'diles'"),
         ("--tune head --aug dark", "--aug dark: no 'dark'"),
         ("--tune head --size 30", "--size 30 is not a multiple of the patch size 16"),
+        ("--tune all --fusion max", "there is no max; known are mil, mean"),
+        ("--tune all --fusion mil:keep=3", "mil has no option keep"),
+        ("--tune all --fusion mil --aug strong", "--aug strong mixes pictures"),
+        ("--tune all --fusion mil --head random", "--fusion joins the views"),
+        ("--tune fusion --fusion mil", "--fusion joins the views"),
         ("--views tiles", "--views is for training"),
     ],
 )  # fmt: skip
