@@ -64,7 +64,7 @@ def read_head(text):
     return name, options.get("dropout", 0.0)
 
 
-def views_alone(width=0, pyramid=False, depth=0, heads=4, gated=True, norm=True, hidden=0):
+def views_alone(width=0, pyramid=False, depth=0, heads=4, gated=True, hidden=0):
     """Options of --fusion: those of fuse.fusion that read views alone and add no loss."""
 
 
