@@ -307,10 +307,10 @@ class Fusion(nn.Module):
     """Views of a picture and what is known of it -> logits. By default: gated attention over the views, a linear layer.
 
     width: projection to it (0: none). keep: views left by pruning (0: all). pyramid. depth: blocks of attention
-    between views, of `heads`, with an output gate if `gated`, with `experts` (0: one plain SwiGLU). pool: mil,
-    or mean. fields: metadata. consistency: a classifier shared by all views. weather: classes
-    that are told from the picture before metadata. masks: classes told for each patch. hidden: of the heads.
-    prescore: what Prescore is made with; the caller, who has the backbone, uses it.
+    between views, of `heads`, with an output gate if `gated`, with `experts` (0: one plain SwiGLU). pool: mil
+    or mean. fields: metadata. consistency: a classifier shared by all views. weather: classes that are told from the
+    picture before metadata. masks: classes told for each patch. hidden: of the heads. prescore: what Prescore is made
+    with; the caller, who has the backbone, uses it.
     """
 
     def __init__(self, dim, classes, width=0, keep=0, pyramid=False, depth=0, heads=4, gated=True, experts=0,
