@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from PIL import Image
+from torch.nn import functional as F
 
 import checkpoint
 import data
@@ -23,7 +25,7 @@ import train_probe as t
 from model import Classifier, Head, build_vit, load_backbone
 from tools import predict
 from tools.lib import augment, fits, loop, optim, supervise, tables
-from tools.lib.classifiers import each_view, logits_of, read_classifier
+from tools.lib.classifiers import each_view, logits_of, read_classifier, views_of
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = "--labels labels.csv --size 32 --steps 12 --batch-size 8 --micro-batch 4 --eval-every 4 --workers 0 --device cpu"
@@ -405,16 +407,21 @@ def test_an_update_of_fusion_is_that_of_all_views(photos):
     """The loss of micro-batches of all views is that of pictures one by one, each with its three views."""
     torch.manual_seed(0)
     net = supervise.joined(toy(), "mil").train()
-    source, labels = data.open_source(photos), np.arange(72) % 2
-    pictures = augment.Pictures(source, augment.find_row("light"), "tiles:rows=1,cols=2", 32, 7, range(3, 4), 8, 4, 0,
-                                1, every=True)  # fmt: skip
-    view, found, alone = data.eval_view("photo", 32), [], []
-    for read in (pictures[0], pictures[1]):
-        assert read.own == 12 and [*read.ids] == [*np.repeat(read.ids[::3], 3)]
-        views, targets = augment.render(read, labels, 2, view, "cpu")
-        views, targets = views.unflatten(0, (-1, 3)), targets[::3]
-        found.append(t.Micro(views, targets, None, torch.zeros(4)))
-        alone += [losses.soft_cross_entropy(net(views[k : k + 1]).logits, targets[k : k + 1]) for k in range(4)]
+    source, labels, layout = data.open_source(photos), np.arange(72) % 2, "tiles:rows=1,cols=2"
+    how = layout, 32, 7, range(3, 4), 8, 4, 0, 1
+    view, plain = data.eval_view("photo", 32), augment.Pictures(source, augment.find_row("none"), *how, every=True)[0]
+    wanted = views_of(source, plain.ids[::3], layout, view, "cpu").flatten(0, 1)
+    torch.testing.assert_close(augment.render(plain, labels, 2, view, "cpu")[0], wanted, atol=0.02, rtol=0)
+    pictures = augment.Pictures(source, augment.find_row("light"), *how, every=True)
+    args = SimpleNamespace(head="probe", fusion="mil", micro_batch=4, seed=7)
+    train = source, SimpleNamespace(labels=labels, classes=["no", "yes"])
+    run = SimpleNamespace(args=args, train=train, student=net, device="cpu", facts={"eval_view": view})
+    reads, alone = [pictures[0], pictures[1]], []
+    found = t.make_ready(run, reads)
+    for read, micro in zip(reads, found):
+        assert read.own == 12 and micro.views.shape[:2] == (4, 3) and len(micro.u) == 4
+        targets = F.one_hot(torch.tensor(labels[read.ids[::3]]), 2).float()
+        alone += [losses.soft_cross_entropy(net(micro.views[k : k + 1]).logits, targets[k : k + 1]) for k in range(4)]
     torch.stack(alone).mean().backward()
     wanted = {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
     net.zero_grad(set_to_none=True)
