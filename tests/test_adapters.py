@@ -311,9 +311,8 @@ def test_the_optimizer_holds_exactly_what_is_trained():
     assert set(names) == expected
     groups = optim.param_groups(net, 0.9, 0.2)
     held = [p for group in groups for p in group["params"]]
-    assert len(held) == len(trained) and {id(p) for p in held} == {
-        id(p) for name, p in net.named_parameters() if name in trained
-    }
+    kept = {id(p) for name, p in net.named_parameters() if name in trained}
+    assert len(held) == len(trained) and {id(p) for p in held} == kept
     plain = {id(p) for group in groups if group["wd_factor"] == 0 for p in group["params"]}
     layer = vit.blocks[0].attn.qkv
     assert {id(layer.magnitude), id(layer.tau)} <= plain and not {id(layer.lora_a), id(layer.lora_b)} & plain
@@ -477,9 +476,8 @@ def test_features_leave_registers_out():
         assert torch.equal(net(images), F.linear(expected, net.head.last_layer.weight, net.head.last_layer.bias))
     first, last = vit.intermediate(images, 2)
     net = m.Classifier(vit, m.Head(256, 3), "both", layers=2)
-    assert torch.equal(
-        net.features(images), torch.cat([first.cls, first.patches.mean(1), last.cls, last.patches.mean(1)], 1)
-    )
+    parts = [first.cls, first.patches.mean(1), last.cls, last.patches.mean(1)]
+    assert torch.equal(net.features(images), torch.cat(parts, 1))
     for pool, dim in (("max", 64), ("cls", 63), ("both", 64)):
         with pytest.raises(ValueError, match=f"pool '{pool}' of 1 layers: known are cls, mean and both"):
             m.Classifier(vit, m.Head(dim, 3), pool)

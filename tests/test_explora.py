@@ -262,9 +262,8 @@ def test_every_program_reads_a_run_with_adapters(tmp_path, capsys):
     merged = m.load_backbone(tmp_path / "out" / "x", quiet=True)
     assert apart(everything(merged), everything(rebuilt(read(run), "teacher"))) < 1e-6
     card = (tmp_path / "out" / "x" / "README.md").read_text()
-    assert (
-        "| adapter_norm | doran |" in card and "| adapter_targets | all |" in card and "| optimizer | adamw |" in card
-    )
+    for row in ("| adapter_norm | doran |", "| adapter_targets | all |", "| optimizer | adamw |"):
+        assert row in card
     assert "lora_a" not in (tmp_path / "out" / "x" / "model.safetensors").read_bytes()[:20000].decode(errors="replace")
 
     assert monitor.main(["--ckpt", str(last), "--threads", "1", "--images", "1", "--sysfs", str(tmp_path)]) in (0, 1, 2)
@@ -309,9 +308,8 @@ def test_muon_walks_by_layer_decay_and_leaves_the_prototypes_to_adamw():
     first, last = (sizes[f"backbone.blocks.{i}.mlp.fc1.weight"] for i in (0, 1))
     assert last / first == pytest.approx(2, rel=0.1)  # one block apart: a factor of 0.5
     p = after["backbone.blocks.1.mlp.fc1.weight"] - before["backbone.blocks.1.mlp.fc1.weight"]
-    values = torch.linalg.svdvals(p.detach()) / (
-        0.1 * 0.5 * 2**0.5
-    )  # the rate of that block, and Muon's factor of shape
+    rate = 0.1 * 0.5 * 2**0.5  # of that block, with Muon's factor of shape
+    values = torch.linalg.svdvals(p.detach()) / rate
     assert values.min() > 0.6 and values.max() < 1.3
     for name in ("dino_head.last_layer.weight", "backbone.mask_token", "backbone.norm.weight"):
         p, factor = after[name] - before[name], 0.1 * 0.015

@@ -139,15 +139,8 @@ def test_a_healthy_run_is_healthy_and_untouched(toy, capsys):
     assert after == before
     found = {p.relative_to(toy.out).as_posix() for p in toy.out.rglob("*.*") if p.is_file()}
     now = {f"step_00000500/{name}.png" for name in ("sheet", "image_1", "strip_1")}
-    assert found == now | {
-        "status.json",
-        "history.jsonl",
-        "report.html",
-        "metrics.prom",
-        "images.json",
-        "first.npz",
-        ".lock",
-    }
+    names = "status.json history.jsonl report.html metrics.prom images.json first.npz .lock".split()
+    assert found == {*now, *names}
 
 
 def scale(state, who, name, factor):
@@ -315,9 +308,8 @@ def test_dense_features_are_judged_against_the_best_look(toy, undrawn):
     toy.write().look()
     rank = toy.status()["numbers"]["patch_rank"]
     for factor, code in ((1.9, 0), (2.1, 1)):
-        (toy.out / "history.jsonl").write_text(
-            json.dumps(past(factor * rank)) + "\n" + '{"step": 4'
-        )  # cut by a full disk
+        cut = json.dumps(past(factor * rank)) + '\n{"step": 4'  # by a full disk
+        (toy.out / "history.jsonl").write_text(cut)
         assert toy.look() == code
         assert toy.status()["verdict"] == ("healthy", "dense features decaying")[code]
     assert len((toy.out / "history.jsonl").read_text().splitlines()) == 2
@@ -618,9 +610,8 @@ def test_pictures_of_earlier_looks_that_are_damaged_are_left_out_of_the_strips(l
     (looked.out / "step_other").mkdir()
     shutil.copy(looked.out / "step_00000500" / "sheet.png", looked.out / "step_other" / "image_1.png")
     (looked.out / "step_00000400").mkdir()
-    shutil.copy(
-        looked.out / "step_00000500" / "sheet.png", looked.out / "step_00000400" / "image_1.png"
-    )  # of another size
+    now = looked.out / "step_00000500" / "sheet.png"  # of another size than image_1
+    shutil.copy(now, looked.out / "step_00000400" / "image_1.png")
     looked.state["step"] = 600
     looked.write()
     capsys.readouterr()
@@ -705,9 +696,8 @@ def test_a_first_report_has_no_empty_parts_and_explains_each_number(looked):
     assert (looked.out / "step_00000500" / "sheet.png").is_file()
     cells = re.findall(r"<tr><td>(\w+)</td><td>[^<]*</td><td>([^<]*)</td></tr>", page)
     assert len(cells) > 40 and all(len(words.split()) > 1 for _, words in cells), cells
-    assert {key for key, _ in cells} == (looked.status()["numbers"].keys() | looked.status()["pulse"].keys()) - {
-        "view_slices"
-    }
+    told = looked.status()["numbers"].keys() | looked.status()["pulse"].keys()
+    assert {key for key, _ in cells} == told - {"view_slices"}
     assert "DINO loss" in page and "How to read the pictures" in page  # the log has many points
 
 

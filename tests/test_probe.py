@@ -118,9 +118,8 @@ def test_the_cache_holds_until_weights_images_or_recipe_change(tmp_path):
 
     assert ask() == 1 and ask() == 1
     assert ask(weights="other") == 2
-    assert (
-        ask(framing=framing._replace(crop_mm=(13.0,))) == 3 and ask(framing=framing._replace(batch=9, workers=3)) == 1
-    )
+    assert ask(framing=framing._replace(crop_mm=(13.0,))) == 3
+    assert ask(framing=framing._replace(batch=9, workers=3)) == 1
     assert ask(table=table_of((30, 31), 5.0)) == 4
     for path in (tmp_path / "cache").glob("*.npz"):
         path.write_bytes(path.read_bytes()[:-30])
@@ -529,9 +528,8 @@ def test_labels_that_cannot_be_judged_are_refused(study, tmp_path, message):
     before = looks(root)
     with pytest.raises(ValueError, match=message) as error:
         probe(root, tmp_path / "probe", labels=tmp_path / "l" / "labels.csv")
-    assert (
-        str(error.value).startswith((f"{tmp_path / 'l' / 'labels.csv'}", "one-class")) and len(str(error.value)) < 400
-    )
+    said = str(error.value)
+    assert said.startswith((f"{tmp_path / 'l' / 'labels.csv'}", "one-class")) and len(said) < 400
     assert not (tmp_path / "probe").exists() and looks(root) == before
 
 

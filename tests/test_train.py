@@ -92,9 +92,8 @@ def test_schedules_match_the_reference():
     assert len(cases) == 9
     for name, arguments in cases.items():
         ours = [loop.schedule(step, *arguments) for step in range(len(golden[name]))]
-        torch.testing.assert_close(
-            torch.tensor(ours, dtype=torch.float64), golden[name].double(), rtol=1e-9, atol=1e-12
-        )
+        ours = torch.tensor(ours, dtype=torch.float64)
+        torch.testing.assert_close(ours, golden[name].double(), rtol=1e-9, atol=1e-12)
     frozen = [0.0 if s < 10 else loop.schedule(s, *cases["v2.lr"]) for s in range(120)]
     torch.testing.assert_close(torch.tensor(frozen, dtype=torch.float64), golden["v2.last_layer_lr"].double())
     hold = [loop.schedule(s, 0, 1.0, 0.1, 2, 5, 4) for s in range(13)]
@@ -106,9 +105,8 @@ def test_parameter_groups_match_the_reference():
     for part, key in (("backbone", "backbone_swiglu_depth3"), ("dino_head", "dino_head")):
         for name, expected in golden[key].items():
             ours = name.replace("storage_tokens", "register_tokens")
-            lr, wd, last = optim.multipliers(
-                f"{part}.{ours}", 3, golden["lr_decay_rate"], golden["patch_embed_lr_mult"]
-            )
+            how = 3, golden["lr_decay_rate"], golden["patch_embed_lr_mult"]
+            lr, wd, last = optim.multipliers(f"{part}.{ours}", *how)
             assert lr == pytest.approx(expected["lr_multiplier"]) and last == expected["is_last_layer"], name
             assert wd == expected["wd_multiplier"], name
     model = toy()
@@ -134,9 +132,8 @@ def golden_step():
     )
     load(student, "student.")
     load(teacher, "teacher.").eval()
-    prefix = (
-        "gram_teacher.backbone." if any(k.startswith("gram_teacher.backbone.") for k in stored) else "gram_teacher."
-    )
+    long = "gram_teacher.backbone."
+    prefix = long if any(k.startswith(long) for k in stored) else "gram_teacher."
     gram = load(vit(), prefix).eval()
     crops = data.Crops(*((g[f"batch.{k}_crops_u8"].float() - 128) / 32 for k in ("global", "local", "gram")))
     return student, teacher, gram, t.Micro(crops, g["batch.masks"], g["batch.masks"].flatten().nonzero()[:, 0]), g, meta

@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from PIL import Image
+from test_train import latest_step, lines, same
 from torch.nn import functional as F
 
 import checkpoint
@@ -77,17 +78,6 @@ def weights(run):
     found = {f"{k}.{n}": v for k in ("student", "teacher") for n, v in state[k].items()}
     found |= {f"opt.{n}.{k}": v for n, s in state["optimizer"].items() for k, v in s.items()}
     return found | {key: state[key] for key in ("step", "best", "looked")}
-
-
-def same(a, b):
-    assert a.keys() == b.keys()
-    different = [k for k in a if not (torch.equal(a[k], b[k]) if isinstance(a[k], torch.Tensor) else a[k] == b[k])]
-    assert not different, different[:5]
-
-
-def lines(run, key):
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [row for row in rows if key in row]
 
 
 # one update
@@ -475,9 +465,8 @@ def test_a_run_of_nan_ends_with_code_3_and_exports_nothing(photos, start, tmp_pa
     out = tmp_path / "run"
     assert tune(photos, start, out, "--tune", "head") == 3
     events = [line["event"] for line in lines(out, "event")]
-    assert sum(e.startswith("skipped") for e in events) == 3 and events[-1].startswith(
-        "stopped: three updates in a row"
-    )
+    assert sum(e.startswith("skipped") for e in events) == 3
+    assert events[-1].startswith("stopped: three updates in a row")
     assert not (out / "predictions").exists() and not (out / "results.json").exists()
     state, initial = checkpoint.load(out / "last.pth"), checkpoint.load(out / "best.pth")
     assert state["step"] == 0
@@ -538,9 +527,8 @@ def test_one_class_in_a_split_is_a_sentence(start, tmp_path):
     root = make_photos(tmp_path / "data")
     rows = list(csv.reader((root / "labels.csv").read_text().splitlines()))
     with open(root / "labels.csv", "w", newline="") as file:
-        csv.writer(file).writerows(
-            [p, "no" if g[1:].isdigit() and int(g[1:]) % 6 == 3 else label, g] for p, label, g in rows
-        )
+        other = [[p, "no" if g[1:].isdigit() and int(g[1:]) % 6 == 3 else label, g] for p, label, g in rows]
+        csv.writer(file).writerows(other)
     with pytest.raises(ValueError, match="one-class labels: val_select has no sample of class yes; make a split"):
         tune(root, start, tmp_path / "run", "--tune", "head")
 
@@ -681,10 +669,6 @@ def survive(photos, start, tmp_path, kills, steps, seed=0):
         ours, theirs = tables.read(run, split), tables.read(tmp_path / "whole", split)
         assert np.array_equal(ours.logits, theirs.logits)
     return done
-
-
-def latest_step(run):
-    return max((checkpoint.step_of(p) for p in run.glob("step_*.pth")), default=-1)
 
 
 @pytest.mark.slow
