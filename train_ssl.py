@@ -414,7 +414,7 @@ def one_update(run, micro_batches, now, wish=lambda: False, ahead=lambda: None, 
     """
     args, optimizer, centers = run.args, run.optimizer, dict(run.centers)
     optimizer.zero_grad(set_to_none=True)
-    terms, seen = run.update(run.net, run.teacher, run.gram, micro_batches, weights_of(now, args), centers, clock=clock)
+    terms, seen = run.update(run.net, run.teacher, run.gram, micro_batches, weights_of(now, args), centers, clock)
     with clock("clip"):
         norms = optim.clip_gradients(run.student, args.clip)
         finite = torch.stack([terms["loss"], *norms.values()]).isfinite().all()

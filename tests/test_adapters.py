@@ -6,7 +6,6 @@ import gc
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 
 import model as m
@@ -450,11 +449,11 @@ def gradients_of_a_rank(rank, world, folder):
 
 
 @pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_ddp_and_fsdp_give_the_gradients_of_one_process(world, tmp_path):
+def test_ddp_and_fsdp_give_the_gradients_of_one_process(world, tmp_path, on_two_ranks):
     if world == 1:
         gradients_of_a_rank(0, 1, tmp_path)
     else:
-        mp.spawn(gradients_of_a_rank, (world, tmp_path), world)
+        on_two_ranks(gradients_of_a_rank, world, tmp_path)
     net = classifier()
     for rank in range(world):
         (net(crops()[0][rank::world]).square().sum() / world).backward()

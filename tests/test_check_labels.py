@@ -81,7 +81,7 @@ def test_cross_validation_of_the_probe(folder, classes):
         cells = [f"{v:.3f}" for v in (p[1:] if C == 2 else p)] + ["0"]
         split = "val_test" if k == 7 else "train"
         lines.append([f"p{k:02d}.png", f"p{k:02d}.png", split, classes[k % C], *cells, *cells])
-    path = folder.parent / "probe" / "predictions.csv"
+    path = folder.parent / "probe.npz" / "predictions.csv"  # the name of a folder says nothing
     path.parent.mkdir()
     path.write_text("\n".join(",".join(line) for line in lines))
     code, out = check(folder, path.parent)

@@ -135,10 +135,11 @@ def notice(path):
     return None
 
 
-def test_a_file_cut_at_any_length_is_noticed(tmp_path):
+@pytest.mark.parametrize("step", [7, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_file_cut_at_any_length_is_noticed(tmp_path, step):
     path = save(tmp_path / "a.pth", small())
     content = path.read_bytes()
-    for length in range(len(content)):
+    for length in {*range(0, len(content), step), *range(len(content) - 100, len(content))}:
         path.write_bytes(content[:length])
         assert notice(path), length
     path.write_bytes(content)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 
 import numpy as np
@@ -203,12 +204,25 @@ def test_better_by_two_points_is_kept_and_equal_is_not():
 
 @pytest.mark.proof
 def test_how_often_equal_arms_are_kept():
-    """False alarms of 400 pairs: no noise of training, half of what groups scatter, twice that (the worst)."""
-    for noise, most in ((0.0, 0.04), (0.005, 0.05), (0.02, 0.11)):
+    """Of 400 pairs each: no noise of training, half of what groups scatter, twice, eight times that."""
+    for noise in (0.0, 0.005, 0.02, 0.08):
         rows = [arms.judge(*simulate(seed, 0.0, 1000, noise=noise), repeats=200)["arm"] for seed in range(400)]
         kept = np.mean([row["decision"] == "keep" for row in rows])
-        print(f"noise {noise}: kept {kept:.3f}, p < 0.05 in {np.mean([row['p'] < 0.05 for row in rows]):.3f}")
-        assert kept < most
+        print(f"noise {noise}: kept {kept:.3f}")
+        assert kept <= 0.05
+
+
+def test_gain_errs_as_rarely_as_promised():
+    """Equal arms, three seeds, 400 draws each; groups scatter a run's score by 1, and 4 is 2 points of 4,000 groups."""
+    of_groups, random = np.random.default_rng(1).normal(size=(300, 3)), np.random.default_rng(2)
+
+    def kept(gain, noise):
+        points = gain + random.normal(size=(400, 3)) * math.hypot(1, noise)
+        return np.mean([arms.gain(p, p + of_groups, random, 2000)["p"] < arms.SURE for p in points])
+
+    for noise in (0.0, 2.0, 8.0):
+        assert kept(0.0, noise) < 0.05 + 2 * 0.011  # two deviations of 400 draws
+    assert kept(4.0, 0.0) > 0.95
 
 
 def test_the_gain_is_that_of_the_metric_and_the_scatter_that_of_both_sources():
@@ -221,17 +235,19 @@ def test_the_gain_is_that_of_the_metric_and_the_scatter_that_of_both_sources():
     assert rows["arm"]["scores"][0] == pytest.approx(metrics.auc(labels, runs["arm"][0][:, 1]))
     random, drawn = np.random.default_rng(0), np.random.default_rng(1).normal(0.1, 0.01, (4000, 3))
     calm = arms.gain(np.full(3, 0.1), drawn, random)
-    width = 2 * 1.96 * 0.01 / math.sqrt(3)  # seeds that agree: that of three independent means
+    width = 2 * 1.645 * 0.01 / math.sqrt(3)  # seeds that agree: that of three independent means
     assert calm["high"] - calm["low"] == pytest.approx(width, rel=0.05) and calm["p"] < 0.001
-    even = arms.gain(np.array([0.09, 0.1, 0.11]), drawn, random)  # they differ as much as so few groups explain
-    assert even["high"] - even["low"] == pytest.approx(width, rel=0.05)
+    even = arms.gain(np.array([0.09, 0.1, 0.11]), drawn, random)  # as much as so few groups explain: or is it luck?
+    assert 1.2 * width < even["high"] - even["low"] < 2 * width
     wild = arms.gain(np.array([0.0, 0.1, 0.2]), drawn, random)
-    spread = 2 * 4.30 * 0.1 / math.sqrt(3)  # t of two degrees of freedom, 97.5%
-    assert wild["high"] - wild["low"] == pytest.approx(spread, rel=0.06) and wild["p"] > 0.1
+    spread = 2 * 2.92 * 0.1 / math.sqrt(3)  # t of two degrees of freedom, 95%
+    assert wild["high"] - wild["low"] == pytest.approx(spread, rel=0.06) and wild["p"] > 0.05
+    lost = arms.gain(np.full(3, -0.1), drawn, random)
+    assert lost["p"] > 0.999 and lost["high"] < 0
 
 
 def test_holm_counts_all_arms():
-    labels, groups, runs = simulate(3, 0.02, groups=900)
+    labels, groups, runs = simulate(3, 0.02, groups=2000)
     more = {"base": runs["base"], **{f"arm{k}": runs["arm"] for k in range(4)}}
     one, four = (arms.judge(labels, groups, r, repeats=300) for r in (runs, more))
     assert four["arm0"]["p_holm"] == pytest.approx(4 * four["arm0"]["p"]) and one["arm"]["p_holm"] == one["arm"]["p"]
@@ -256,17 +272,41 @@ def test_few_groups_give_no_interval(tmp_path, trainer):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_and_gone_on_with(tmp_path, trainer, number):
     """Ctrl+C ends the run in progress too; the same command makes what was not finished."""
-    trainer.write_text(trainer.read_text().replace("random, n =", "__import__('time').sleep(2)\nrandom, n =", 1))
+    wait = """
+    import time
+    while len(open(Path(__file__).parent / "calls").readlines()) == 2 and not (Path(__file__).parent / "go").exists():
+        time.sleep(0.02)
+    import numpy as np
+    """
+    trainer.write_text(trainer.read_text().replace("import numpy as np\n", textwrap.dedent(wait), 1))
     words = [sys.executable, str(ROOT / "tools" / "compare.py"), "--out", str(tmp_path / "ab"), "--seeds", "0"]
     words += ["1", "--arms", "a: --gain 0.1", "--", str(trainer)]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     while len(calls(trainer)) < 2:
         time.sleep(0.05)
     process.send_signal(number)
-    process.communicate(timeout=30)
+    process.communicate(timeout=120)
     assert process.returncode == 130 and not (tmp_path / "ab" / "summary.json").exists()
-    time.sleep(2.5)
+    (tmp_path / "go").touch()  # a run that is left would go on now
+    time.sleep(1)
     assert len(calls(trainer)) == 2 and not (tmp_path / "ab" / "base" / "seed_1" / "predictions").exists()
     done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 0 and "1 of 4 runs are there already" in done.stdout, done.stderr
     assert len(calls(trainer)) == 2 + 3
+
+
+def test_a_run_that_is_being_started_is_ended_too(tmp_path, trainer, monkeypatch):
+    """The interrupt comes when the process is there and nobody knows it yet, which a loaded machine does."""
+    children, Popen = [], subprocess.Popen
+
+    def slow(*words, **how):
+        children.append(Popen(*words, **how))
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        time.sleep(0.3)
+        return children[-1]
+
+    trainer.write_text("import time\ntime.sleep(50)\n")
+    monkeypatch.setattr(compare.subprocess, "Popen", slow)
+    with pytest.raises(KeyboardInterrupt):
+        compare.main(["--out", str(tmp_path / "ab"), "--arms", "a: --gain 0.1", "--", str(trainer)])
+    assert [child.wait(timeout=60) for child in children] == [-signal.SIGTERM]

@@ -462,6 +462,16 @@ def test_noise_is_normal_alike_and_new_for_every_pixel():
     assert torch.equal(other[0, 0], noise[0, 2])
 
 
+@pytest.mark.parametrize("windows", ["wide", "any"])
+def test_the_one_pass_for_accelerators_gives_the_looks_of_a_cpu(windows):
+    """hu_look is what torch compiles on a card; here it runs as it is, with noise of deviation 0 on quiet views."""
+    plan = d.plan(3, 1, range(5), replace(d.RECIPES["ct"], windows=windows))
+    for views in (slice(0, 2), slice(2, None)):
+        x = 500 * torch.randn(*plan.flips[views].shape, 3, 12, 12)
+        one_pass = d.hu_look(x.clone(), *d.hu_numbers(plan, views, x))
+        assert torch.equal(one_pass, d.normalise(d.intensities(x, torch.int16, plan, views)))
+
+
 def test_photo_colour_against_colorsys_and_plain_formulas():
     x = torch.rand(5, 3, 6, 6)
     turned = d.shift_hue(x, torch.full((5,), 0.07))

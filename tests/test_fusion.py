@@ -103,7 +103,7 @@ def test_the_order_of_views_does_not_matter():
     torch.testing.assert_close(moved.weights, out.weights[:, order], atol=1e-5, rtol=1e-5)
 
 
-def test_keeping_all_views_is_no_pruning_and_k_is_kept_for_each_picture():
+def test_keeping_all_views_is_no_pruning_and_k_is_kept_for_each_picture(monkeypatch):
     views, _ = inputs()
     pruned, plain = built(keep=6, depth=1), built(depth=1)
     plain.load_state_dict({k: v for k, v in pruned.state_dict().items() if not k.startswith("prune.")})
@@ -114,7 +114,8 @@ def test_keeping_all_views_is_no_pruning_and_k_is_kept_for_each_picture():
         assert out.kept.shape == (12, 4) and (out.kept.diff(dim=1) > 0).all()
         assert torch.equal((out.weights > 0).sum(1), torch.full((12,), 4))
         scores = model.prune.scores(views)[..., 0]
-        assert torch.equal(out.kept, scores.topk(4, 1).indices.sort(1).values)
+        assert torch.equal(out.kept, scores.topk(4, 1).indices.sort(1).values) != mode
+    monkeypatch.setattr(torch.Tensor, "exponential_", lambda x: x.fill_(1.0))  # no noise
     train, still = model.train()(views).logits, model.eval()(views).logits
     torch.testing.assert_close(train, still)  # straight through: only the gradient differs
 
@@ -314,8 +315,8 @@ def test_a_cone_in_the_last_column_is_found_and_pruning_keeps_a_tile_that_shows_
     """Earlier systems never looked at the right 672 columns, and pruned by scores that had no gradient."""
     views, labels, shows = looked_at(tmp_path, 140)
     train, test = torch.arange(80), torch.arange(80, 140)
-    for switches in ({}, {"keep": 3}):
-        model = fit(built(5, **switches), views[train], labels[train], steps=150)
+    for switches, seed in (({}, 0), ({"keep": 3}, 0), ({"keep": 3}, 1), ({"keep": 3}, 4)):
+        model = fit(built(5, seed=seed, **switches), views[train], labels[train], steps=150, lr=0.005)
         with torch.no_grad():
             out = model(views[test])
         assert (out.logits.argmax(1) == labels[test]).float().mean() > 0.95, switches
@@ -324,7 +325,7 @@ def test_a_cone_in_the_last_column_is_found_and_pruning_keeps_a_tile_that_shows_
         if switches:
             kept = torch.zeros(60, 12, dtype=torch.bool).scatter(1, out.kept, True)
             kept[:, 0] = False  # a tile, not the whole picture
-            assert (kept & shows[test])[cones].any(1).float().mean() > 0.9  # by chance about half
+            assert (kept & shows[test])[cones].any(1).all()  # by chance about half; without noise none of seed 4
 
 
 def test_twelve_views_of_a_hundred_pictures_are_those_of_a_loop():

@@ -1020,12 +1020,6 @@ def test_a_bad_flag_is_named(tmp_path, monkeypatch, capsys, flags, message):
     assert message in f"{caught.value} {capsys.readouterr().err}" and not (tmp_path / "o").exists()
 
 
-def test_a_mistake_is_one_line_and_code_2(tmp_path):
-    argv = [sys.executable, ROOT / "tools/preprocess_dicom.py", "--raw", "nowhere", "--out", "o", "--dataset", "d"]
-    done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
-
-
 # the body box
 
 

@@ -39,14 +39,22 @@ def test_a_soup_is_the_mean_of_its_runs(tmp_path, adapters):
         soup.main(["--ckpt", *map(str, paths), "--out", str(tmp_path / "soup")])
 
 
-def test_what_does_not_mix_is_refused(tmp_path):
+def test_what_does_not_mix_is_refused(tmp_path, monkeypatch):
     make_classifier(tmp_path / "a.pth")
     make_classifier(tmp_path / "b.pth", layout="whole")
     make_classifier(tmp_path / "c.pth", split_sha256="s" * 64)
     make_classifier(tmp_path / "d.pth", pool="cls")
+
+    def of_other_facts(path):
+        net, facts = read_classifier(tmp_path / "a.pth")
+        return net, facts | {"fusion": {"fields": {"weather": [path.stem]}}}
+
     for name, words in (("b", "differ in layout"), ("c", "differ in split_sha256"), ("d", "differ in pool")):
         with pytest.raises(ValueError, match=words):
             soup.main(["--ckpt", str(tmp_path / "a.pth"), str(tmp_path / f"{name}.pth"), "--out", str(tmp_path / "s")])
+    with pytest.raises(ValueError, match="differ in fusion"), monkeypatch.context() as patched:
+        patched.setattr(soup, "read_classifier", of_other_facts)
+        soup.mean_state([tmp_path / "a.pth", tmp_path / "e.pth"])
     with pytest.raises(ValueError, match="two different checkpoints"):
         soup.main(["--ckpt", str(tmp_path / "a.pth"), str(tmp_path / "a.pth"), "--out", str(tmp_path / "s")])
     assert not (tmp_path / "s").exists()

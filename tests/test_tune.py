@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from PIL import Image
 
 import checkpoint
@@ -134,20 +133,19 @@ def two_ranks(rank, folder, root):
     dist.destroy_process_group()
 
 
-def test_any_cut_of_the_batch_gives_the_same_losses_and_gradients(photos, tmp_path):
+def test_any_cut_of_the_batch_gives_the_same_losses_and_gradients(photos, tmp_path, on_two_ranks):
     """With pictures mixed across micro-batches and ranks, dropout, and views of a layout."""
     terms, grads = update(photos, 0, 1, 1)
     assert len(grads) > 30 and max(g.abs().max() for g in grads.values()) > 1e-3
-    mp.spawn(two_ranks, (str(tmp_path), str(photos)), 2)
+    on_two_ranks(two_ranks, str(tmp_path), str(photos))
     others = {"2 x 4": update(photos, 0, 1, 2), "8 x 1": update(photos, 0, 1, 8)}
     others |= {f"2 ranks, {m} each": torch.load(tmp_path / f"{m}.pth", weights_only=True) for m in (1, 2)}
     for name, (other_terms, other_grads) in others.items():
         for ours, theirs in ((terms, other_terms), (grads, other_grads)):
             assert ours.keys() == theirs.keys()
             for key in ours:
-                torch.testing.assert_close(
-                    theirs[key], ours[key], rtol=1e-4, atol=1e-6, msg=lambda s, name=name, key=key: f"{name} {key} {s}"
-                )
+                told = f"{name} {key} {{}}".format
+                torch.testing.assert_close(theirs[key], ours[key], rtol=1e-4, atol=1e-6, msg=told)
 
 
 def test_the_loss_of_an_update_is_that_of_its_pictures_one_by_one(photos):
@@ -468,7 +466,8 @@ def test_a_single_bad_update_is_skipped_and_the_run_goes_on(photos, start, tmp_p
         ("--tune head --views diles", "layout 'diles'"),
         ("--tune head --aug dark", "--aug dark: no 'dark'"),
         ("--tune head --size 30", "--size 30 is not a multiple of the patch size 16"),
-        ("--views tiles", "--views is for training"),
+        ("--tune none --steps 3", "--steps is not read with --tune none: leave it out, or give --tune too"),
+        ("--tune head --folds f.csv", "--folds is not read with --tune head: leave it out, or give --tune none too"),
     ],
 )  # fmt: skip
 def test_bad_flags_say_what_to_do(photos, start, tmp_path, flags, sentence):
@@ -532,6 +531,32 @@ def test_val_test_is_looked_at_on_request_and_recorded(start, tmp_path):
 def test_a_dry_run_writes_nothing(photos, start, tmp_path, capsys):
     assert tune(photos, start, tmp_path / "run", "--tune", "all", "--dry-run") == 0
     assert "dry run: loss " in capsys.readouterr().out and not (tmp_path / "run").exists()
+
+
+def test_a_flag_that_is_newer_than_the_run_counts_as_its_default(photos, start, tmp_path):
+    out, flags = tmp_path / "run", ["--tune", "head", "--steps", "2", "--eval-every", "1"]
+    assert tune(photos, start, out, *flags) == 0
+    path = out / "step_00000002.pth"
+    state = torch.load(path, weights_only=True)
+    del state["args"]["warmup"], state["args"]["pool"]
+    torch.save(state, path)
+    assert tune(photos, start, out, *flags) == 0
+    assert tune(photos, start, out, *flags, "--warmup", "0.1", "--pool", "mean") == 0
+    with pytest.raises(ValueError, match="--warmup was 0.1 in this run and is now 0.2"):
+        tune(photos, start, out, *flags, "--warmup", "0.2")
+    config = json.loads((out / "config.json").read_text())
+    assert "given" not in config["args"] and config["args"]["warmup"] == 0.1
+
+
+def test_val_calib_without_a_labelled_picture_is_said(photos, start, tmp_path, capsys):
+    splits = json.loads(data.split_path(photos).read_text())["groups"]
+    kept = [s for s in (photos / "labels.csv").read_text().split() if splits.get(s.split(",")[2]) != "val_calib"]
+    (tmp_path / "some.csv").write_text("\n".join(kept))
+    words = ["--tune", "head", "--steps", "1", "--labels", str(tmp_path / "some.csv")]
+    assert tune(photos, start, tmp_path / "a", *words) == 0
+    assert "val_calib has no labelled sample" in capsys.readouterr().out
+    assert tune(photos, start, tmp_path / "b", *words[:4]) == 0
+    assert "val_calib has no labelled sample" not in capsys.readouterr().out
 
 
 def test_another_run_is_not_continued(photos, start, tmp_path):

@@ -23,7 +23,7 @@ import numpy as np
 
 from checkpoint import write_text
 from data import open_source, read_csv
-from tools.lib import arms, sheet, tables
+from tools.lib import fusion, sheet, tables
 from tools.lib.cli import Parser, natural, run, shown, within
 from tools.lib.files import csv_cell, csv_text
 from tools.lib.samples import order_classes
@@ -45,7 +45,7 @@ def build_parser():
 
 
 def from_probe(path):
-    """predictions.csv of train_probe.py -> (ids, splits, labels, probabilities [N, C], classes) of cross-validation."""
+    """predictions.csv of train_probe.py -> (ids, splits, held out?, labels, probabilities [N, C], classes)."""
     header, *pieces = read_csv(path)
     rows = [dict(zip(header, row)) for piece in pieces for row in piece]
     if not rows or not {"id", "split", "label", "fold_cv0"} <= {*header}:
@@ -56,14 +56,16 @@ def from_probe(path):
     p = np.array([[np.mean([float(row[f"{n}{r}"]) for r in range(repeats)]) for n in names] for row in rows])
     p = np.concatenate([1 - p, p], 1) if len(classes) == 2 else p
     labels = np.array([classes.index(row["label"]) for row in rows])
-    return np.array([row["id"] for row in rows]), np.array([row["split"] for row in rows]), labels, p, classes
+    ids, splits = (np.array([row[name] for row in rows]) for name in ("id", "split"))
+    return ids, splits, np.full(len(ids), True), labels, p, classes
 
 
 def from_table(path):
     """The same of a prediction table, whose pictures are all of one split."""
     table = tables.read(path)
     split = np.full(len(table.ids), table.facts["split"])
-    return table.ids, split, table.labels, arms.probabilities(table.logits), table.facts["classes"]
+    held_out = ~np.isin(split, ("train", "all", "images"))
+    return table.ids, split, held_out, table.labels, fusion.probabilities(table.logits), table.facts["classes"]
 
 
 def read(path):
@@ -73,8 +75,7 @@ def read(path):
 
 def judge(path, sure):
     """-> rows (probability, id, split, label, said) of suspects, rows (id, said, probability) without a label."""
-    ids, splits, labels, p, classes = read(path)
-    held_out = np.full(len(ids), path.suffix != ".npz") | ~np.isin(splits, ("train", "all", "images"))
+    ids, splits, held_out, labels, p, classes = read(path)
     said, at = p.argmax(1), np.arange(len(p))
     odd = held_out & (splits != "val_test") & (labels >= 0) & (said != labels) & (p[at, said] >= sure)
     new = (labels < 0) & (splits != "val_test") & (p[at, said] >= sure)

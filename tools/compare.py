@@ -36,7 +36,7 @@ from tools.lib import judge, loop, page, policies, tables
 from tools.lib.cli import Parser, finite, natural, positive, run, shown
 from tools.lib.commands import changed, program, replaced
 from tools.lib.files import read_json_file, write_json
-from tools.lib.fusion import POOLS
+from tools.lib.fusion import POOLS, probabilities
 from tools.lib.progress import progress
 
 OURS = "--out --seed --device --devices".split()  # of the command: set here
@@ -101,16 +101,13 @@ class Failed(Exception):
     """A run that ended without predictions."""
 
 
-def run_one(folder, command, device, running):
-    """Trains one arm with one seed; its output goes to <folder>.log."""
+def run_one(folder, command, device, start):
+    """Trains one arm with one seed; its output goes to <folder>.log. start: Popen, as far as runs are still wanted."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     log, begin = folder.parent / f"{folder.name}.log", time.time()
     words = [*program(command), "--out", str(folder), *([f"--device={device}"] if device else [])]
     with open(log, "ab") as file:
-        process = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
-        running.add(process)
-        code = process.wait()
-        running.discard(process)
+        code = start(words, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL).wait()
     if code:
         last = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-1:]
         raise Failed(f"exit code {code}: {shown(' '.join(last), 300)} ({log})")
@@ -124,20 +121,27 @@ def run_one(folder, command, device, running):
 
 def run_all(jobs, devices):
     """Runs what is not finished -> {folder: why it failed}. Ctrl+C ends the runs too, which save and can go on."""
-    done, failed, running, free = check_finished(jobs), {}, set(), queue.Queue()
+    done, failed, started, free = check_finished(jobs), {}, [], queue.Queue()
     waiting = [folder for folder in jobs if folder not in done]
     if done:
         print(f"{len(done)} of {len(jobs)} runs are there already")
     for device in devices or [None]:
         free.put(device)
-    stop = threading.Event()
+    stop, lock = threading.Event(), threading.Lock()
+
+    def start(words, **how):
+        with lock:  # a run is either started and known, or never started: Ctrl+C must miss none
+            if stop.is_set():
+                raise Failed("interrupted")
+            started.append(subprocess.Popen(words, **how))
+            return started[-1]
 
     def work(folder):
         if stop.is_set():
             return
         device = free.get()
         try:
-            run_one(folder, jobs[folder], device, running)
+            run_one(folder, jobs[folder], device, start)
             print(f"done: {folder}", flush=True)
         except Failed as error:
             failed[folder] = str(error)
@@ -151,9 +155,10 @@ def run_all(jobs, devices):
             for future in [pool.submit(work, folder) for folder in waiting]:
                 future.result()
         except BaseException:
-            stop.set()
-            for process in list(running):
-                process.terminate()
+            with lock:
+                stop.set()
+            for process in started:
+                process.terminate()  # nothing where it has ended
             raise
     return failed
 
@@ -175,7 +180,7 @@ def load(folders):
 def compare(folders, args, questions=0):
     """{arm: [run of each seed]} -> rows of arms.judge, and facts."""
     loaded = load([folder for each in folders.values() for folder in each])
-    p, seeds = [arms_of.probabilities(table.logits, args.pool) for table in loaded], len([*folders.values()][0])
+    p, seeds = [probabilities(table.logits, args.pool) for table in loaded], len([*folders.values()][0])
     p = {name: p[k * seeds : (k + 1) * seeds] for k, name in enumerate(folders)}
     first, few = loaded[0], len(np.unique(loaded[0].groups)) < judge.FEWEST
     rows = arms_of.judge(first.labels, first.groups, p, args.metric, args.bootstrap, args.worth, questions, few=few)
@@ -188,7 +193,7 @@ def mean_scores(folders, args):
     found = {}
     for name, each in folders.items():
         loaded = load(each)
-        p = [arms_of.probabilities(table.logits, args.pool) for table in loaded]
+        p = [probabilities(table.logits, args.pool) for table in loaded]
         found[name] = float(np.mean([arms_of.METRICS[args.metric](loaded[0].labels, one) for one in p]))
     return found
 
@@ -216,7 +221,7 @@ def climb(args, jobs_of, trials):
 # ----- telling
 
 
-COLUMNS = ("arm", "flags", "seeds", "{}", "minus base (95%)", "p (Holm)", "time", "decision")
+COLUMNS = ("arm", "flags", "seeds", "{}", "minus base (90%)", "p (Holm)", "time", "decision")
 
 
 def table_rows(summary):
@@ -265,7 +270,7 @@ def plot(summary):
     base, ends = summary["arms"][arms_of.BASE]["scores"], [(r["low"], r["high"], np.nan) for _, r in rows]
     bars = np.ravel(ends), np.ravel([(k, k, np.nan) for k, _ in rows])
     each = [(score - zero, k) for k, r in rows for score, zero in zip(r["scores"], base)]
-    curves = {"95%": bars, "seeds": tuple(zip(*each)) or ((), ()), "mean": ([r["difference"] for _, r in rows],
+    curves = {"90%": bars, "seeds": tuple(zip(*each)) or ((), ()), "mean": ([r["difference"] for _, r in rows],
               [k for k, _ in rows])}  # fmt: skip
     name = summary["metric"].upper()
     return page.line_plot(f"{name} minus base", curves, name, "arm", [("x", 0, "base")], points=("seeds", "mean"))

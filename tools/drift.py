@@ -22,7 +22,7 @@ import torch
 
 import data
 from checkpoint import write_text
-from tools.lib import asking, bundle, classifiers, page, policies, rules, shift, tables, watch
+from tools.lib import asking, bundle, classifiers, fusion, page, policies, rules, shift, tables, watch
 from tools.lib.cli import Parser, above_zero, natural, pick_device, positive, run, shown, unforeseen, within
 from tools.lib.files import write_json
 from tools.lib.slices import slice_name
@@ -115,7 +115,7 @@ def together(all_tables, where):
 def decided(policy, table):
     """Probabilities [N, C] and decision [N] (-1: left to others, None without a policy)."""
     if policy is None:
-        return classifiers.mean_probabilities(table.logits), None
+        return fusion.probabilities(table.logits), None
     if policy["column"]:
         raise ValueError(f"the policy has fits for each {shown(policy['column'])}, which pictures without labels lack")
     out = rules.decide(policy, table.logits, table.ids)
@@ -124,7 +124,7 @@ def decided(policy, table):
 
 def columns_of(table, p, decision):
     """{name: values [N]} that are compared one by one."""
-    ordered, views = np.sort(p, 1), classifiers.mean_probabilities
+    ordered, views = np.sort(p, 1), fusion.probabilities
     found = {"largest probability": ordered[:, -1]}
     if p.shape[1] > 2:  # of two classes the largest probability says both
         found["margin"] = ordered[:, -1] - ordered[:, -2]

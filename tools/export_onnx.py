@@ -29,7 +29,7 @@ import torch
 
 import model
 from model import load_backbone, read_facts
-from tools.lib import asking, bundle, classifiers, fused, judge, metrics
+from tools.lib import asking, bundle, classifiers, fused, fusion, judge, metrics
 from tools.lib.cli import Parser, natural, run, shown
 from tools.lib.files import write_json
 
@@ -161,7 +161,7 @@ def quantise(args, facts):
         ask, rows = session(path), asked.rows[known]
         logits = classifiers.each_view(lambda views: torch.from_numpy(ask(views.numpy())[0]), source, rows,  # noqa: B023
                                        facts["layout"], facts["eval_view"], "cpu", 32, 2, name)  # fmt: skip
-        said = classifiers.mean_probabilities(logits).argmax(1)
+        said = fusion.probabilities(logits).argmax(1)
         mcc[name] = float(metrics.mcc(asked.labels[known], said))
     kept = mcc["float32"] - mcc["int8"] <= MCC_DROP
     if not kept:
@@ -200,9 +200,8 @@ def main(argv=None):
         raise ValueError(f"--images are photographs, these weights are for {facts['encoding']}; leave --images away")
     size = args.size or facts["eval_view"]["size"]
     if size % getattr(net, "backbone", net).patch_size:
-        raise ValueError(
-            f"--size {size} is not a multiple of the patch size {getattr(net, 'backbone', net).patch_size}"
-        )
+        patch = getattr(net, "backbone", net).patch_size
+        raise ValueError(f"--size {size} is not a multiple of the patch size {patch}")
     facts["eval_view"] = {**facts["eval_view"], "size": size}
     source = asking.of_files(args.images) if args.images else None
     some = range(min(REAL, len(source))) if source else []

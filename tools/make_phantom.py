@@ -898,9 +898,7 @@ def build_parser():
     parser.add_argument("--out", type=Path, default=Path("data/raw"), help="folder to write to; must be new or empty")
     parser.add_argument("--patients", type=positive, default=40, help="number of patients")
     parser.add_argument("--slices", type=within("[8, 1e18]", int), default=32, help="slices per series, at least 8")
-    parser.add_argument(
-        "--size", type=within("[64, 1e18]", int), default=256, help="pixels per side of a slice, at least 64"
-    )
+    parser.add_argument("--size", type=within("[64, 1e18]", int), default=256, help="pixels per side of a slice")
     parser.add_argument("--seed", type=natural, default=0, help="one seed, one phantom, to the byte")
     parser.add_argument("--workers", type=positive, default=os.cpu_count(), help="processes; the files stay the same")
     parser.add_argument("--force", action="store_true", help="first remove PHANTOM-* and truth.csv from --out")

@@ -21,14 +21,12 @@ from tools.lib import baseline
 from tools.lib.classifiers import read_classifier
 from tools.lib.cli import Parser, run, shown
 
-SHARED = "classes pool layers layout eval_view encoding split_sha256 labels_sha256 trained_groups".split()
+SHARED = "classes fusion pool layers layout eval_view encoding split_sha256 labels_sha256 trained_groups".split()
 
 
 def build_parser():
     parser = Parser(__doc__)
-    parser.add_argument(
-        "--ckpt", required=True, nargs="+", type=Path, help="best.pth of two or more runs from one start"
-    )
+    parser.add_argument("--ckpt", required=True, nargs="+", type=Path, help="best.pth of several runs from one start")
     parser.add_argument("--out", required=True, type=Path, help="folder for best.pth")
     return parser
 

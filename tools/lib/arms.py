@@ -13,10 +13,10 @@ import numpy as np
 
 from tools.lib import commands, metrics
 from tools.lib.cli import shown
-from tools.lib.fusion import POOLS
 
 BASE = "base"
-SURE = 0.05  # of all arms together (Holm)
+SURE = 0.05  # of all arms together (Holm): how often an equal one is kept
+LEVEL = 1 - 2 * SURE  # of intervals
 
 
 # ----- arms and spaces as a person writes them
@@ -89,40 +89,29 @@ METRICS = {
 }
 
 
-def probabilities(logits, pool="mean"):
-    """[N, V, C] -> [N, C]"""
-    z = POOLS[pool](logits)
-    return np.exp(z - np.logaddexp.reduce(z, 1)[:, None])
-
-
-def gain(points, drawn, random):
+def gain(points, drawn, random, draws=20_000):
     """Is a mean over S seeds above 0? points [S], drawn [R, S] of resampled groups -> {difference, low, high, p}.
 
-    Two chances: another draw of groups (the scatter of the resampled means), and other seeds (what the seeds differ by
-    beyond what so few groups explain: t with Satterthwaite's degrees of freedom, S - 1 where seeds are all the noise).
-    Equal arms of three seeds are kept in 2% of simulations, in 8% at worst (seeds scatter twice as far as groups). One
-    seed says nothing of others: p is 1.
+    p is the chance of such a gain where there is none, one-sided; low and high leave 5% on each side, so p < 0.05 where
+    low is above 0. Two chances meet: another draw of groups (the scatter of the resampled means), and other seeds. How
+    far those scatter is known badly from S of them, so their variance is drawn too: from all that could have given the
+    one seen (chi-squared with S - 1), less what so few groups explain. One seed says nothing of others: p is 1.
     """
     S, mean = len(points), float(np.mean(points))
     if S < 2 or not np.isfinite(drawn).all():
-        low, high = metrics.interval(drawn.mean(1))
+        low, high = metrics.interval(drawn.mean(1), LEVEL)
         return {"difference": mean, "low": float(low), "high": float(high), "p": 1.0, "spread": None}
-    of_groups = drawn.mean(1).var()
-    explained = (drawn - drawn.mean(0)).var(1, ddof=1).mean()
-    of_seeds = max(0.0, np.var(points, ddof=1) - explained) / S
-    total = of_groups + of_seeds
-    freedom = (S - 1) * (total / of_seeds) ** 2 if of_seeds > 0 else np.inf
-    chance = random.standard_t(min(freedom, 1e6), 20_000) * np.sqrt(total)
-    low, high = metrics.interval(mean + chance)
-    found = {"difference": mean, "low": float(low), "high": float(high), "p": metrics.p_value(mean + chance)}
-    return found | {"spread": float(np.std(points, ddof=1))}
+    seen, explained = np.var(points, ddof=1), (drawn - drawn.mean(0)).var(1, ddof=1).mean()
+    of_seeds = np.maximum(0, seen * (S - 1) / random.chisquare(S - 1, draws) - explained) / S
+    likely = mean + random.normal(size=draws) * np.sqrt(drawn.mean(1).var() + of_seeds)
+    low, high = metrics.interval(likely, LEVEL)
+    p = (1 + np.sum(likely <= 0)) / (1 + draws)
+    return {"difference": mean, "low": float(low), "high": float(high), "p": float(p), "spread": float(np.sqrt(seen))}
 
 
 def decide(row, worth):
-    """keep: proven better, with all arms in mind; reject: proven worse, or no gain above `worth` is left possible."""
-    if row["p_holm"] < SURE:
-        return "keep" if row["difference"] > 0 else "reject"
-    return "reject" if row["high"] < worth else "inconclusive"
+    """keep: proven better, with all arms in mind; reject: no gain above `worth` is left possible."""
+    return "keep" if row["p_holm"] < SURE else "reject" if row["high"] < worth else "inconclusive"
 
 
 def judge(labels, groups, arms, metric="mcc", repeats=1000, worth=0.0, questions=0, seed=0, few=False):
@@ -137,9 +126,8 @@ def judge(labels, groups, arms, metric="mcc", repeats=1000, worth=0.0, questions
     drawn = metrics.resample(lambda w: np.stack([score(p, w) for p in runs], 1), groups, repeats, seed, strata=labels)
     drawn = np.full((repeats, *values.shape), np.nan) if few else drawn.reshape(len(drawn), *values.shape)
     rows = {name: {"scores": own.tolist(), "mean": float(own.mean())} for name, own in zip(arms, values)}
-    random = np.random.default_rng(seed)
     for k, name in enumerate([*arms][1:], 1):
-        rows[name] |= gain(values[k] - values[0], drawn[:, k] - drawn[:, 0], random)
+        rows[name] |= gain(values[k] - values[0], drawn[:, k] - drawn[:, 0], np.random.default_rng(seed))
     others = [*arms][1:]
     p = [rows[name]["p"] for name in others] + [1.0] * max(0, questions - len(others))
     for name, raised in zip(others, metrics.holm(p)):

@@ -25,7 +25,7 @@ import torch
 import data
 from checkpoint import atomic_write, write_text
 from model import is_view, load_backbone, read_facts, read_tensors
-from tools.lib import classifiers, export, fused, metrics, policies, provenance, rules, tables
+from tools.lib import classifiers, export, fused, fusion, metrics, policies, provenance, rules, tables
 from tools.lib.cli import shown
 from tools.lib.files import created_utc, read_json_file, write_json
 
@@ -136,7 +136,7 @@ def judged(ckpt, sha, policy):
     table = table.take(np.flatnonzero(table.labels >= 0))
     if not len(table.ids):
         raise ValueError(f"{tables.find(run, split)} has no labels, so nothing says what these weights are worth")
-    said = classifiers.mean_probabilities(table.logits).argmax(1)
+    said = fusion.probabilities(table.logits).argmax(1)
     if policy["column"] is None:
         said = rules.decide(policy, table.logits, table.ids).probabilities.argmax(1)
     values = {"n": len(said), "split": split, "accuracy": float((said == table.labels).mean())}
@@ -213,7 +213,6 @@ def write(out, ckpt, policy_path, forced=None):
         if not difference <= TOLERANCE:
             raise ValueError(f"read again, the bundle differs by {difference:.2e} from {ckpt}: nothing written")
         provenance.refuse_change(ckpt, before)
-    print(
-        "\n".join([*(f"forced against: {text}" for text in against), f"read again: logits differ by {difference:.1e}"])
-    )
+    lines = [f"forced against: {text}" for text in against]
+    print("\n".join([*lines, f"read again: logits differ by {difference:.1e}"]))
     return 0

@@ -48,7 +48,12 @@ def minimise(loss, start):
 
 
 def log_softmax(z):
-    return z - np.logaddexp.reduce(z, 1)[:, None]
+    """Over the last axis."""
+    return z - np.logaddexp.reduce(z, -1)[..., None]
+
+
+def softmax(z):
+    return np.exp(log_softmax(z))
 
 
 def sigmoid(s):
@@ -198,7 +203,7 @@ def fit_one(name, logits, labels):
 
 def apply_one(name, found, logits):
     if name in WHOLE:
-        return np.exp(log_softmax(WHOLE[name][1](found, logits)))
+        return softmax(WHOLE[name][1](found, logits))
     p = np.stack([ONE[name][1](one, s) for one, s in zip(found["classes"], against_rest(logits).T)], 1)
     return np.concatenate([1 - p, p], 1) if p.shape[1] == 1 else p / p.sum(1, keepdims=True)
 

@@ -8,12 +8,12 @@ run, pool, options, table = choose_pool([table_of_val_select, ...])
 import hashlib
 
 import numpy as np
-from tqdm import tqdm
 
 import data
 from tools.lib import calibrate, thresholds
 from tools.lib.fusion import POOLS
 from tools.lib.metrics import calibration_errors, decisions, mcc, nll, score_of
+from tools.lib.progress import progress
 
 MCC_DROP = 0.02  # a calibrator may not cost more
 KS = (1, 2, 3, 5, 7)  # how many views a pool may keep
@@ -47,8 +47,8 @@ def choose(logits, labels, groups, slices=None, names=tuple(calibrate.METHODS), 
     """-> the method with the lowest cross-fitted NLL whose MCC drops by at most 0.02, and what each is worth."""
     logits, labels = calibrate.check(logits, labels)
     fold, slices = folds_of(labels, groups, folds), None if slices is None else np.asarray(slices)
-    table = {"none": scores(labels, np.exp(calibrate.log_softmax(logits)))}
-    bar = tqdm(names, "calibrators", unit="method", disable=None)
+    table = {"none": scores(labels, calibrate.softmax(logits))}
+    bar = progress(names, "calibrators", unit="method")
     table |= {name: scores(labels, cross_fit(name, logits, labels, fold, slices)) for name in bar}
     fair = [name for name in names if table["none"]["mcc"] - table[name]["mcc"] <= MCC_DROP]
     return min(fair or ["temperature"], key=lambda name: table[name]["nll"]), table
@@ -97,7 +97,7 @@ def choose_pool(tables):
         if len(np.unique(labels)) < 2:
             raise ValueError(f"val_select has {len(known)} labelled samples of one class: no pool can be chosen on it")
         for name, options in pool_rows(table.facts.get("layout"), logits.shape[1], logits.shape[2]):
-            p = np.exp(calibrate.log_softmax(POOLS[name](logits, **options)))
+            p = calibrate.softmax(POOLS[name](logits, **options))
             key = f"{name}{options.get('k', '')}" + (f" of run {run + 1}" if len(tables) > 1 else "")
             worth[key] = {"mcc": float(best_mcc(labels, p)), "nll": float(nll(labels, p))}
             rows[key] = run, name, options

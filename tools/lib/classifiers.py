@@ -16,11 +16,10 @@ import checkpoint
 import data
 from model import Classifier, Head, load_backbone
 from tools.lib import fused, provenance, tables
-from tools.lib.calibrate import log_softmax
 from tools.lib.cli import shown
 from tools.lib.features import CPU_VIEWS, VALUES, ahead
 from tools.lib.files import wrong_field
-from tools.lib.fusion import POOLS
+from tools.lib.fusion import probabilities
 from tools.lib.progress import progress
 
 FIELDS = {"classes": list, "pool": str, "layers": int, "layout": tables.TEXT, "eval_view": dict, "encoding": str}
@@ -171,11 +170,6 @@ def refuse_constant(ids, logits):
                          "tell nothing apart, so nothing is exported; train longer, or with another --lr")  # fmt: skip
 
 
-def mean_probabilities(logits):
-    """[N, V, C] -> [N, C]: softmax of the mean logits over views, as without a policy."""
-    return np.exp(log_softmax(POOLS["mean"](np.asarray(logits, np.float64))))
-
-
 def export(folder, ids, groups, labels, logits, facts, decided=None):
     """Writes folder/<split>.npz, .json and .csv -> path of the npz; refuses NaN, one class, constant logits.
 
@@ -184,6 +178,6 @@ def export(folder, ids, groups, labels, logits, facts, decided=None):
     table = tables.checked(f"the table of {facts['split']}", ids, groups, labels, logits, facts)
     refuse_constant(table.ids, table.logits)
     path = tables.write(folder, table)
-    p, sets, decision = decided or (mean_probabilities(table.logits), None, None)
+    p, sets, decision = decided or (probabilities(table.logits), None, None)
     tables.write_csv(path.with_suffix(".csv"), table, p, decision, sets)
     return path

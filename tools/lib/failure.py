@@ -7,7 +7,7 @@ print(compare(logits, labels, groups))   # is that better than the largest proba
 
 import numpy as np
 
-from tools.lib.calibrate import log_softmax, logistic, sigmoid
+from tools.lib.calibrate import logistic, sigmoid, softmax
 from tools.lib.choice import folds_of
 from tools.lib.metrics import auc
 
@@ -22,8 +22,8 @@ def entropy(p):
 def features(logits):
     """[N, V, C] -> [N, 6], in the order of NAMES; with one view three of them are 0."""
     z = np.asarray(logits, np.float64)
-    views = np.exp(log_softmax(z.reshape(-1, z.shape[2]))).reshape(z.shape)
-    mean = np.exp(log_softmax(z.mean(1)))
+    views = softmax(z)
+    mean = softmax(z.mean(1))
     own = np.take_along_axis(views, mean.argmax(1)[:, None, None], 2)[..., 0]  # [N, V] of the class that is said
     return np.stack([mean.max(1), views.max(2).var(1), entropy(mean), own.max(1) - own.mean(1), own.std(1),
                      entropy(views).mean(1)], 1)  # fmt: skip

@@ -149,7 +149,7 @@ def fit(model, train, select, objective, seed, steps=400, batch=64, lr=1e-3, dec
     """AdamW, warmed up over a tenth of the updates, then a cosine to 0 -> (model, [(step, log loss, mcc), ...]).
 
     The weights with the lowest log loss on val_select are kept: on some hundred pictures MCC takes few values. Rows
-    (order(step), or drawn here) and what is left out of metadata are functions of (seed, step).
+    (order(step), or drawn here), what is left out of metadata and what pruning tries are functions of (seed, step).
     """
     model.standardise(train.views)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -161,6 +161,7 @@ def fit(model, train, select, objective, seed, steps=400, batch=64, lr=1e-3, dec
         part = train.take(torch.from_numpy(rows))
         known = torch.from_numpy(random.random((len(rows), fields)) >= drop).to(part.labels.device) if fields else None
         optimizer.param_groups[0]["lr"] = lr * min((step + 1) / rises, (1 + math.cos(math.pi * step / steps)) / 2)
+        torch.manual_seed(int(random.integers(2**62)))  # for the noise of pruning
         out = model.train()(part.views, part.facts, known, part.patches)
         targets = F.one_hot(part.labels, out.logits.shape[1]).float()
         loss, _ = combined_loss(objective(out.logits, targets, step / steps), out, part.weather, part.masks)

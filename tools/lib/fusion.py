@@ -94,6 +94,11 @@ POOLS = {
 }  # fmt: skip
 
 
+def probabilities(logits, pool="mean", **options):
+    """What views [N, V, C] say together, numpy to numpy: [N, C]."""
+    return torch.as_tensor(POOLS[pool](np.asarray(logits, np.float64), **options)).softmax(-1).numpy()
+
+
 def simplex_weights(probabilities, labels, rounds=500):
     """Weights [M], 0 or more with sum 1, of the mixture of M models' [M, N, C] with the lowest NLL, by EM."""
     truth = np.maximum(np.asarray(probabilities)[:, np.arange(len(labels)), labels], 1e-15)  # [M, N]
@@ -125,16 +130,22 @@ def mlp(dim, out, hidden):
 
 
 class Prune(nn.Module):
-    """Keeps the k views with the highest scores. The choice is hard, its gradient that of sigmoids."""
+    """Keeps the k views with the highest scores. The choice is hard, its gradient that of sigmoids.
+
+    A view that is never kept would never show what it is worth: training adds Gumbel noise, and scores have deviation
+    1 within a picture, so that the noise always matters and no sigmoid saturates.
+    """
 
     def __init__(self, dim, keep, hidden=64):
         super().__init__()
         self.keep, self.scores = keep, mlp(dim, 1, hidden)
+        nn.init.normal_(self.scores[-1].weight, std=0.01)  # at first the noise chooses
 
     def forward(self, x):
         """[N, V, W] -> kept [N, k]; choice [N, V], 1 or 0; ratio: how far the mean sigmoid is from k / V, squared."""
-        scores = self.scores(x)[..., 0]
-        kept, soft = scores.topk(self.keep, 1).indices.sort(1).values, scores.sigmoid()
+        scores = F.layer_norm(self.scores(x)[..., 0], x.shape[1:2])
+        tried = scores - torch.empty_like(scores).exponential_().log() if self.training else scores
+        kept, soft = tried.topk(self.keep, 1).indices.sort(1).values, scores.sigmoid()
         hard = torch.zeros_like(soft).scatter(1, kept, 1.0)
         return kept, hard + (soft - soft.detach()), (soft.mean() - self.keep / x.shape[1]) ** 2
 

@@ -69,12 +69,12 @@ def part_of(groups, count):
 
 def mixture(logits, weights):
     """Log of the weighted mean probability over views: [N, V, C] -> [N, C]."""
-    p = np.exp(logits - np.logaddexp.reduce(logits, 2)[..., None])
+    p = calibrate.softmax(logits)
     return np.log(np.maximum(np.einsum("nvc,v->nc", p, weights), 1e-300))
 
 
 def fit_mixture(logits, labels):
-    p = np.exp(logits - np.logaddexp.reduce(logits, 2)[..., None])
+    p = calibrate.softmax(logits)
     return {"weights": simplex_weights(p.swapaxes(0, 1), labels).tolist()}
 
 
@@ -125,7 +125,7 @@ def apply_step(step, x, ids, slices):
 
 def before_last(kinds, x):
     """Without a calibrator the softmax is believed."""
-    return x if "calibrate" in kinds else np.exp(calibrate.log_softmax(x))
+    return x if "calibrate" in kinds else calibrate.softmax(x)
 
 
 # ----- all steps

@@ -19,11 +19,10 @@ import losses
 from checkpoint import write_text
 from model import ADAPTER_NORMS, adapted_layers, add_adapters
 from tools.lib import fits, loop, metrics, page, protocols, provenance
-from tools.lib.calibrate import log_softmax
 from tools.lib.classifiers import each_view, export, facts_of, logits_of, read_classifier
 from tools.lib.cli import shown, technique
 from tools.lib.files import write_json
-from tools.lib.fusion import POOLS
+from tools.lib.fusion import POOLS, probabilities
 
 LOG_EVERY = 50  # updates
 # of --tune: peak learning rates of backbone and head, layer decay
@@ -42,6 +41,16 @@ def tune_kind(text):
     if kind not in ("none", "head", "adapters", "last", "all") or (kind == "last") != count.isdecimal():
         raise ValueError(f"--tune {shown(text)}: use none, head, adapters, last:N (the last N blocks), all or fusion")
     return kind, int(count or 0)
+
+
+def refuse_unread(parser, args, kind):
+    """Refuse flags that this run would not read; a seed is given to all runs of a comparison."""
+    title, other = ("training (--tune)", "--tune") if kind == "none" else ("frozen probe", "--tune none")
+    (group,) = (g for g in parser._action_groups if g.title == title)
+    for action in group._group_actions:
+        if action.dest in args.given and action.dest not in ("seed", "bootstrap"):
+            raise ValueError(f"{action.option_strings[0]} is not read with --tune {args.tune}: leave it out, or give "
+                             f"{other} too")  # fmt: skip
 
 
 def adapter(rank=16, alpha=0.0, targets="all", init="zero", unfreeze=0):
@@ -152,7 +161,7 @@ def look(classifier, part, args, view, device, rank, world):
     logits = loop.over_ranks(ask, np.arange(len(source)), rank, world)
     if not np.isfinite(logits).all():
         return None
-    p = np.exp(log_softmax(POOLS[name](np.asarray(logits, np.float64), **options)))
+    p = probabilities(logits, name, **options)
     found = metrics.all_metrics(table.labels, p)
     said = np.unique(metrics.decisions(metrics.score_of(p)))
     return {**{k: float(found[k]) for k in ("mcc", "accuracy", "auc")}, "loss": float(metrics.nll(table.labels, p)),
@@ -226,7 +235,7 @@ def read_best(out, fields):
 def conclude(args, found, facts, labels_sha256, name):
     """Exports {split: (Source, Table, logits [N, V, C])} and writes results.json; one class everywhere is an error."""
     out, (pool, options) = Path(args.out), technique(args.pool, POOLS)
-    p = {k: np.exp(log_softmax(POOLS[pool](np.float64(logits), **options))) for k, (_, _, logits) in found.items()}
+    p = {k: probabilities(logits, pool, **options) for k, (_, _, logits) in found.items()}
     said = np.unique(p["val_select"].argmax(1))
     if len(said) == 1:
         raise ValueError(f"the chosen weights call all {len(p['val_select'])} pictures of val_select "

@@ -235,9 +235,7 @@ def common_flags(parser, raw):
     parser.add_argument("--dataset", required=True, type=dataset_name, help="its name; groups are dataset/patient")
     parser.add_argument("--format", choices=ENCODINGS, default="rgb", help="PNGs, or exact HU in one .npy a series")
     parser.add_argument("--workers", type=positive, default=os.cpu_count(), help="processes")
-    parser.add_argument(
-        "--min-slices", type=within("[3, 1e18]", int), default=8, help="shorter series are rejected; at least 3"
-    )
+    parser.add_argument("--min-slices", type=within("[3, 1e18]", int), default=8, help="shorter series are rejected")
     parser.add_argument("--list-rejects", action="store_true", help="print the path of every rejected file")
     parser.add_argument("--shard", type=shard, help="K/N: do only the K-th of N parts of the series, for job arrays; "
                         "the same command with --merge N comes after all of them")  # fmt: skip
