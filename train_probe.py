@@ -63,7 +63,7 @@ from tools.lib.cli import (
     within,
 )
 from tools.lib.files import csv_text, json_text, write_json
-from tools.lib.fusion import POOLS
+from tools.lib.fusion import POOLS, Fused
 from tools.lib.samples import leave_out, open_samples, read_table
 
 # ----- splits
@@ -86,7 +86,7 @@ def split_of(source, table, protocol):
 class Micro(NamedTuple):
     """One micro-batch on the device."""
 
-    views: torch.Tensor  # [b, 3, size, size]
+    views: torch.Tensor  # [b, 3, size, size], with --fusion [b, V, 3, size, size]
     targets: torch.Tensor  # [b, K] rows of probabilities
     keep: torch.Tensor | None  # [b, D] features that pass the head's dropout
     u: torch.Tensor  # [b] in 0..1, to draw a label with
@@ -119,7 +119,8 @@ def supervised_update(model, micro_batches, w):
             if i < n - 1 and hasattr(model, "no_sync"):
                 stack.enter_context(model.no_sync())  # ranks average once, with the last micro-batch
             with autocast:
-                logits = model(m.views, m.keep).float()  # [b, K]
+                said = model(m.views, m.keep)
+                logits = (said.logits if isinstance(said, Fused) else said).float()  # [b, K]
             terms = {"loss": w.objective(logits, m.targets, w.progress)}  # <- change the objective here
             if torch.is_grad_enabled():
                 (terms["loss"] / n).backward()
@@ -255,7 +256,7 @@ def build_classifier(args, vit, classes):
     _, dropout = supervise.read_head(args.head)
     pool = {"all": "both"}.get(args.features, args.features)
     head = Head(vit.dim * args.layers * (2 if pool == "both" else 1), classes, dropout)
-    return Classifier(vit, head, pool, args.layers)
+    return supervise.joined(Classifier(vit, head, pool, args.layers), args.fusion)
 
 
 def build_run(args, rank, world, device, train, select, vit, facts):
@@ -314,10 +315,14 @@ def patience_is_over(best, done, args):
 def make_ready(run, reads):
     """Micro-batches as read -> the same on the device, with all that is drawn for them."""
     args, (_, table), out = run.args, run.train, []
-    dim, rate = run.student.head.last_layer.in_features, run.student.head.dropout
+    rate = supervise.read_head(args.head)[1]
+    dim = run.student.head.last_layer.in_features if rate else 0
     for read in reads:
-        ids = read.ids[: read.own]
+        times = read.own // args.micro_batch
+        ids = read.ids[: read.own : times]
         views, targets = augment.render(read, table.labels, len(table.classes), run.facts["eval_view"], run.device)
+        if args.fusion:
+            views, targets = views.unflatten(0, (-1, times)), targets[::times]
         keep = supervise.passing(args.seed, read.step, ids, dim, rate, run.device)
         u = data.send(torch.from_numpy(supervise.uniform(args.seed, read.step, ids)), run.device)
         out.append(Micro(views, targets, keep, u))
@@ -430,6 +435,8 @@ def build_parser():
                    "light:rotate=10")
     g.add_argument("--adapter", default="lora", help="lora (arXiv:2106.09685), rslora, dora, doran, with options as in "
                    "dora:rank=16,alpha=32,targets=qkv,init=pissa,unfreeze=1")
+    g.add_argument("--fusion", help="mil or mean, with numbers as in mil:depth=1: an update sees all --views (default: "
+                   "tiles) of each picture, joined by tools/lib/fusion.py; its fit on frozen features is the start")
     g.add_argument("--layers", type=positive, default=1, help="last blocks whose features the head reads")
     g.add_argument("--head", default="probe", help="where it starts, and its dropout as in probe:dropout=0.1. probe: "
                    "logistic regression on the frozen features (LP-FT, arXiv:2202.10054); random")
@@ -626,10 +633,11 @@ def train(args, rank, world, device):
             row = augment.find_row(args.aug)
             batches = augment.start_reading(parts[0][0], row, args.views, view["size"], args.seed,
                                             range(start, args.steps), args.batch_size, args.micro_batch, rank, world,
-                                            args.workers, device.type == "cuda")  # fmt: skip
+                                            args.workers, device.type == "cuda", bool(args.fusion))  # fmt: skip
             run = build_run(args, rank, world, device, *parts, vit, {})
             run.facts = {key: known[key] for key in RUN_FACTS} if path else describe(
                 args, source, table, splits, parts[0][0], labels, view, run.student.pool)  # fmt: skip
+            run.facts |= supervise.read_fusion(args.fusion)
             code = dry_run(run, batches) if args.dry_run else updates(run, batches, path, changed, start, stop)
         if code is None and rank == 0:
             code = finish(args, source, table, splits, labels, device)

@@ -24,7 +24,7 @@ import losses
 import model
 import train_ssl as t
 from tools import bench
-from tools.lib import optim, parts, timing
+from tools.lib import optim, parts, settings, timing
 from tools.lib.cli import ROOT
 
 CPU = torch.device("cpu")
@@ -330,7 +330,7 @@ def test_a_sweep_doubles_until_it_does_not_fit_and_names_the_best_flags(monkeypa
     assert flags == "--arch vit_test --micro-batch 8 --koleo-group 8 --checkpointing" and rest.startswith("8 images/s")
     assert line.endswith("in 5 days")
     words = ["--data", "x", "--batch-size", "128", *flags.split()]
-    assert t.resolve(t.build_parser().parse_args(words), 1).micro_batch == 8  # training takes what is advised
+    assert settings.resolve(t.build_parser().parse_args(words), 1).micro_batch == 8  # training takes what is advised
 
 
 def test_bf16_is_measured_only_where_the_cpu_has_it(tmp_path):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tools.lib import calibrate as c
-from tools.lib import fusion, metrics
+from tools.lib import fusion, metrics, rules
 
 
 def planted(seed, n, C, bend):
@@ -227,7 +227,7 @@ def test_mixture_weights_are_the_best_of_the_simplex():
     z, y = planted(11, 2000, 3, lambda z: z)
     random = np.random.default_rng(0)
     p = np.exp(np.stack([c.log_softmax(z + random.normal(size=z.shape) * noise) for noise in (0.5, 1.0, 4.0)]))
-    w = fusion.simplex_weights(p, y)
+    w = np.array(rules.fit_mixture(np.log(p).swapaxes(0, 1), y)["weights"])
     assert w.sum() == pytest.approx(1) and w.min() >= 0
     score = lambda w: metrics.nll(y, np.einsum("m,mnc->nc", w, p))  # noqa: E731
     grid = [np.array([a, b, 1 - a - b]) for a in np.linspace(0, 1, 21) for b in np.linspace(0, 1 - a, 21)]

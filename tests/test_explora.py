@@ -101,7 +101,7 @@ def test_a_frozen_weight_costs_no_pass_backward(folder, init):  # noqa: F811
     words = ["--data", str(folder), "--init", init, "--arch", "vit_test", "--batch-size", "8", "--local-crops", "2"]
     counts = []
     for more in ([], ADAPTERS, [*ADAPTERS, "--unfreeze", "0"]):
-        args = t.resolve(t.build_parser().parse_args([*words, *more]), 1)
+        args = settings.resolve(t.build_parser().parse_args([*words, *more]), 1)
         student, _ = t.build(args)
         recipe = settings.make_recipes(args, "hu16-v1")[0]
         counts.append(loop.flops_per_image(student, recipe, args, False))
@@ -295,7 +295,7 @@ def test_muon_walks_by_layer_decay_and_leaves_the_prototypes_to_adamw():
     student = m.SSLModel(m.build_vit("vit_test"), *(m.ProjectionHead(64, 32, 16, 24) for _ in range(2)))
     groups = optim.param_groups(student, 0.5, 0.2)
     words = "--data x --optimizer muon --batch-size 8 --steps 9".split()
-    args = t.resolve(t.build_parser().parse_args(words), 1)
+    args = settings.resolve(t.build_parser().parse_args(words), 1)
     assert args.lr == 0.02 and args.optimizer == "muon"
     optimizer = loop.build_optimizer(args.optimizer, groups, settings.OWN_FLAGS)
     optim.set_rates(optimizer, t.Now(0.1, 0.1, 0.0, 0.9, 0.06, 0.0))

@@ -265,7 +265,7 @@ def test_what_does_not_fit_is_a_sentence(run, tmp_path):
         ("fusion:metadata=dayime", [], "no column dayime"),
         ("fusion:metadata=weather,weather=weather", [], "trivial"),
         ("fusion:masks=2", [], "use --features mean"),
-        ("fusion:pool=max", [], "known are mil, gates, mean"),
+        ("fusion:pool=max", [], "known are mil, mean"),
         ("fusion:kep=2", [], "no option kep"),
         ("fusion", ["--dry-run"], "takes seconds"),
     ):
@@ -286,7 +286,7 @@ def test_a_damaged_fusion_is_refused(run, tmp_path):
 def test_every_arm_of_the_ablation_can_be_run(run):
     """tools/recipes/fusion_arms.txt: flags that train_probe.py knows, switches that Fusion has."""
     found = arms.read_arms([str(Path(__file__).parent.parent / "tools" / "recipes" / "fusion_arms.txt")])
-    assert len(found) == 17
+    assert len(found) == 16
     for name, flags in found.items():
         words = ["--ckpt", "w", "--data", "d", "--labels", "l", "--out", "o", *flags]
         args = train_probe.build_parser().parse_args(words)

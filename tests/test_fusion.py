@@ -46,15 +46,14 @@ def test_the_gradient_reaches_every_parameter_of_every_component():
     views, patches = inputs()
     facts, labels = facts_of(12), torch.arange(12) % 2
     facts["gps"][3], facts["weather"][4], facts["text"][5] = torch.nan, -1, 0  # each has a missing one
-    for pool in ("mil", "gates"):
-        model = built(**ALL, pool=pool).train()
-        loss, terms = whole_loss(model, views, facts, patches, labels)
-        assert set(terms) == {"main", "views", "weather", "masks", "ratio", "balance"}
-        assert all(term.isfinite() and term >= -1e-6 for term in terms.values())
-        loss.backward()
-        without = [name for name, p in model.named_parameters()
-                   if p.requires_grad and (p.grad is None or not (p.grad != 0).any())]  # fmt: skip
-        assert not without
+    model = built(**ALL).train()
+    loss, terms = whole_loss(model, views, facts, patches, labels)
+    assert set(terms) == {"main", "views", "weather", "masks", "ratio", "balance"}
+    assert all(term.isfinite() and term >= -1e-6 for term in terms.values())
+    loss.backward()
+    without = [name for name, p in model.named_parameters()
+               if p.requires_grad and (p.grad is None or not (p.grad != 0).any())]  # fmt: skip
+    assert not without
 
 
 def test_the_scores_of_pruning_learn_from_the_label_alone():
@@ -65,7 +64,7 @@ def test_the_scores_of_pruning_learn_from_the_label_alone():
 
 
 @pytest.mark.parametrize("switch", [{}, {"width": 16}, {"keep": 4}, {"pyramid": True}, {"depth": 1},
-    {"depth": 1, "gated": False}, {"depth": 1, "experts": 3}, {"pool": "gates"}, {"pool": "mean"}, {"norm": False},
+    {"depth": 1, "gated": False}, {"depth": 1, "experts": 3}, {"pool": "mean"},
     {"fields": FIELDS}, {"consistency": True}, {"weather": 5}, {"masks": 3}, {"hidden": 8}])  # fmt: skip
 def test_each_switch_alone_works_and_off_has_no_weights(switch):
     views, patches = inputs()
@@ -160,17 +159,14 @@ def test_experts_are_what_a_loop_says_and_all_of_them_are_used():
 
 def test_gated_attention_by_hand():
     views, _ = inputs(3)
-    layer = fusion.Attend(24, "mil", 8)
+    layer = fusion.Attend(24, 8)
     want = []
     for picture in views:
         scores = [layer.out(torch.tanh(layer.tanh(h)) * torch.sigmoid(layer.sigmoid(h))) for h in picture]
         want.append(torch.cat(scores).softmax(0))
     torch.testing.assert_close(layer(views).softmax(1), torch.stack(want))
-    gates = fusion.Attend(24, "gates")
-    open_ = gates.out(views)[..., 0].sigmoid()
-    torch.testing.assert_close(gates(views).softmax(1), open_ / open_.sum(1, keepdim=True))
-    with pytest.raises(ValueError, match="known are mil, gates, mean"):
-        fusion.Attend(24, "max")
+    with pytest.raises(ValueError, match="known are mil, mean"):
+        built(pool="max")
 
 
 # ----- metadata

@@ -33,7 +33,7 @@ import losses
 import monitor as m
 import train_ssl as t
 from model import build_vit
-from tools.lib import cli, loop, machine, optim, provenance, runs, settings, sheet
+from tools.lib import cli, held_out, loop, machine, optim, provenance, runs, settings, sheet
 from tools.lib.files import read_lines
 
 torch.set_num_threads(1)
@@ -56,7 +56,7 @@ def healthy(tmp_path_factory):
     """State of a run whose targets and features are spread, on 24 val_select slices of 6 patients."""
     root = make_ct(tmp_path_factory.mktemp("data"), series=12, size=64)
     make_split(root, {f"toy/P{i}": "train" if i < 5 else "val_select" for i in range(11)})
-    args = t.resolve(t.build_parser().parse_args(["--data", str(root), "--out", str(root), *FLAGS]), 1)
+    args = settings.resolve(t.build_parser().parse_args(["--data", str(root), "--out", str(root), *FLAGS]), 1)
     student, teacher = t.build(args)
     for model in (student, teacher):
         model.dino_head.last_layer.weight.data *= 30  # sharp enough to be neither uniform nor one-hot
@@ -1008,7 +1008,7 @@ def test_retrieval_is_that_of_the_training_log(healthy):
     found = losses.retrieval(*rows["pairs"].unbind(1), rows["series"])
     pairs, series = [], []
     for batch in data.make_loader(source, recipe, 0, range(3), 8):
-        pairs.append(t.view_pairs(models(healthy)[1], data.render(batch.images, batch.plan).globals).detach())
+        pairs.append(held_out.view_pairs(models(healthy)[1], data.render(batch.images, batch.plan).globals).detach())
         series.append(torch.from_numpy(source.series[batch.ids]))
     assert found == losses.retrieval(*torch.cat(pairs, 1), torch.cat(series))
     many = F.normalize(noise(30, 2, 4), dim=-1)

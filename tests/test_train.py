@@ -28,7 +28,7 @@ import data
 import train_ssl as t
 from model import Block, ProjectionHead, SSLModel, SSLOutput, build_vit, draw_rope, state_from_original
 from tools import make_phantom, make_splits, preprocess_dicom, release
-from tools.lib import loop, optim
+from tools.lib import held_out, loop, optim, settings
 from tools.lib.runs import read_recipes
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -626,11 +626,11 @@ def test_out_of_memory_names_a_command_that_goes_on(folder, tmp_path, monkeypatc
     a, b = (weights(tmp_path / name) for name in ("whole", "run"))
     assert max((a[k] - b[k]).abs().max().item() for k in a if k.startswith("teacher")) < 1e-5
     args = t.build_parser().parse_args(["--data", "x", "--batch-size", "48", "--micro-batch", "16"])
-    assert loop.smaller_micro_batch(t.resolve(args, 1), 1) is None  # 8 would not divide into KoLeo's groups of 16
+    assert loop.smaller_micro_batch(settings.resolve(args, 1), 1) is None  # KoLeo groups are 16
 
 
 def test_the_default_micro_batch_holds_whole_koleo_groups():
-    args = t.resolve(t.build_parser().parse_args(["--data", "x", "--batch-size", "80"]), 1)
+    args = settings.resolve(t.build_parser().parse_args(["--data", "x", "--batch-size", "80"]), 1)
     assert (args.micro_batch, args.koleo_group) == (16, 16)
 
 
@@ -850,14 +850,14 @@ def test_ranks_wait_for_a_slow_disk_in_a_group_of_their_own(tmp_path, monkeypatc
 
 def test_gram_snapshots_are_a_function_of_the_step():
     args = t.build_parser().parse_args(["--data", "x", "--steps", "100", "--gram-start", "50", "--gram-refresh", "10"])
-    t.resolve(args, 1)
+    settings.resolve(args, 1)
     found = [t.gram_snapshots(s, args) for s in (0, 49, 50, 59, 60, 70, 80, 99)]
     assert found == [0, 0, 1, 1, 2, 3, 4, 4]
     assert t.values_at(49, args).gram == 0 and t.values_at(60, args).gram == 2.0
     args.gram_weight = 0
     assert t.gram_snapshots(80, args) == 0
     never = t.build_parser().parse_args(["--data", "x", "--steps", "100", "--gram-start", "1", "--extend", "50"])
-    assert t.gram_snapshots(149, t.resolve(never, 1)) == 0 and t.values_at(149, never).gram == 0
+    assert t.gram_snapshots(149, settings.resolve(never, 1)) == 0 and t.values_at(149, never).gram == 0
 
 
 def test_retrieval_against_a_loop():
@@ -869,7 +869,7 @@ def test_retrieval_against_a_loop():
     recipe = t.dataclasses.replace(data.RECIPES["ct"], global_size=16, local_size=16, local_crops=1)
     plan = data.plan(0, 0, range(12), recipe)
     series = np.arange(12) // 3
-    pairs = t.view_pairs(fake, data.render(images, plan).globals)
+    pairs = held_out.view_pairs(fake, data.render(images, plan).globals)
     found = t.losses.retrieval(*pairs, torch.from_numpy(series))
     a, b = torch.nn.functional.normalize(data.render(images, plan).globals.flatten(1)[:, :7], dim=-1).chunk(2)
     for suffix, excluded in (("", True), ("_with_series", False)):
@@ -1046,7 +1046,7 @@ def test_a_thousand_slices_are_learned_by_heart(tmp_path_factory):
         pairs = {name: torch.cat([x.unflatten(0, (2, -1)) for x in f.split(1000)], 1) for name, f in spaces.items()}
         return {name: t.losses.retrieval(*views, series)["top1"].item() for name, views in pairs.items()}
 
-    args = t.resolve(t.build_parser().parse_args(["--data", "x", *flags.split()]), 1)
+    args = settings.resolve(t.build_parser().parse_args(["--data", "x", *flags.split()]), 1)
     random, trained = t.build(args)
     checkpoint.unpack_weights(trained, checkpoint.load(out / "last.pth")["teacher"])
     print(excess, last, found(trained), found(random), sep="\n")

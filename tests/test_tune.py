@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,14 +16,16 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 from test_train import latest_step, lines, same
+from torch.nn import functional as F
 
 import checkpoint
 import data
 import losses
 import train_probe as t
 from model import Classifier, Head, build_vit, load_backbone
+from tools import predict
 from tools.lib import augment, fits, loop, optim, supervise, tables
-from tools.lib.classifiers import each_view, logits_of, read_classifier
+from tools.lib.classifiers import each_view, logits_of, read_classifier, views_of
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = "--labels labels.csv --size 32 --steps 12 --batch-size 8 --micro-batch 4 --eval-every 4 --workers 0 --device cpu"
@@ -301,6 +304,7 @@ def stopped_at(step, monkeypatch):
         "--tune all --optimizer friendlysam --views tiles:rows=1,cols=2 --lr 1e-3 1e-3",
         "--tune last:1 --optimizer sophia --layers 2 --features cls --weights weights.csv",
         "--tune all --optimizer schedulefree --head random --features mean",
+        "--tune all --fusion mil:depth=1 --views tiles:rows=1,cols=2 --lr 1e-3 1e-3",
     ],
 )
 def test_a_stopped_and_resumed_run_ends_with_the_same_bits(photos, start, tmp_path, monkeypatch, flags):
@@ -367,6 +371,55 @@ def test_exports_are_the_averaged_weights_of_the_chosen_step_one_by_one(photos, 
             assert group == f"g{int(name[2:-4]) // 2:02}"
     assert not (out / "predictions" / "val_test.npz").exists() and not (photos / "_splits" / "test_uses.jsonl").exists()
     load_backbone(out / "best.pth")
+
+
+def test_fusion_is_trained_end_to_end_and_predicts_as_it_was_judged(photos, start, tmp_path):
+    out, more = tmp_path / "run", "--tune all --fusion mil --views tiles:rows=1,cols=2 --lr 3e-3 3e-3 --ema 0.5"
+    assert tune(photos, start, out, *more.split()) == 0
+    begin, end = (read_classifier(out / f"step_{step:08}.pth")[0].state_dict() for step in (0, 12))
+    trained = [name for name in begin if not torch.equal(begin[name], end[name])]
+    assert any("backbone.blocks.0" in name for name in trained) and "head.attend.tanh.weight" in trained
+    assert "head.centre" not in trained and (end["head.centre"] != 0).any()
+    events = " ".join(line["event"] for line in lines(out, "event"))
+    assert "the head starts as a fusion of frozen views: log loss" in events
+    table = tables.read(out, "val_select")
+    assert table.logits.shape == (12, 1, 2)
+    words = ["--ckpt", str(out / "best.pth"), "--data", str(photos), "--split", "val_select", "--out"]
+    assert predict.main([*words, str(tmp_path / "said"), "--device", "cpu"]) == 0
+    said = tables.read(tmp_path / "said" / "val_select.npz")
+    place = {name: k for k, name in enumerate(said.ids)}
+    np.testing.assert_allclose(said.logits[[place[name] for name in table.ids]], table.logits, atol=2e-5)
+
+
+def test_an_update_of_fusion_is_that_of_all_views(photos):
+    """The loss of micro-batches of all views is that of pictures one by one, each with its three views."""
+    torch.manual_seed(0)
+    net = supervise.joined(toy(), "mil").train()
+    source, labels, layout = data.open_source(photos), np.arange(72) % 2, "tiles:rows=1,cols=2"
+    how = layout, 32, 7, range(3, 4), 8, 4, 0, 1
+    view, plain = data.eval_view("photo", 32), augment.Pictures(source, augment.find_row("none"), *how, every=True)[0]
+    wanted = views_of(source, plain.ids[::3], layout, view, "cpu").flatten(0, 1)
+    torch.testing.assert_close(augment.render(plain, labels, 2, view, "cpu")[0], wanted, atol=0.02, rtol=0)
+    pictures = augment.Pictures(source, augment.find_row("light"), *how, every=True)
+    args = SimpleNamespace(head="probe", fusion="mil", micro_batch=4, seed=7)
+    train = source, SimpleNamespace(labels=labels, classes=["no", "yes"])
+    run = SimpleNamespace(args=args, train=train, student=net, device="cpu", facts={"eval_view": view})
+    reads, alone = [pictures[0], pictures[1]], []
+    found = t.make_ready(run, reads)
+    for read, micro in zip(reads, found):
+        assert read.own == 12 and micro.views.shape[:2] == (4, 3) and len(micro.u) == 4
+        targets = F.one_hot(torch.tensor(labels[read.ids[::3]]), 2).float()
+        alone += [losses.soft_cross_entropy(net(micro.views[k : k + 1]).logits, targets[k : k + 1]) for k in range(4)]
+    torch.stack(alone).mean().backward()
+    wanted = {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
+    net.zero_grad(set_to_none=True)
+    objective = supervise.read_loss("ce", labels, 2)
+    terms, seen = t.supervised_update(net, found, t.Weights(objective))
+    torch.testing.assert_close(terms["loss"], torch.stack(alone).mean())
+    assert seen.logits.shape == (8, 2) and wanted["backbone.blocks.0.attn.proj.weight"].abs().max() > 0
+    for name, p in net.named_parameters():
+        if name in wanted:
+            torch.testing.assert_close(p.grad, wanted[name], atol=1e-6, rtol=1e-4)
 
 
 def test_the_head_starts_as_the_linear_probe(photos, start, tmp_path):
@@ -457,6 +510,11 @@ def test_a_single_bad_update_is_skipped_and_the_run_goes_on(photos, start, tmp_p
         ("--tune head --size 30", "--size 30 is not a multiple of the patch size 16"),
         ("--tune none --steps 3", "--steps is not read with --tune none: leave it out, or give --tune too"),
         ("--tune head --folds f.csv", "--folds is not read with --tune head: leave it out, or give --tune none too"),
+        ("--tune all --fusion max", "there is no max; known are mil, mean"),
+        ("--tune all --fusion mil:keep=3", "mil has no option keep"),
+        ("--tune all --fusion mil --aug strong", "--aug strong mixes pictures"),
+        ("--tune all --fusion mil --head random", "--fusion joins the views"),
+        ("--tune fusion --fusion mil", "--fusion joins the views"),
     ],
 )  # fmt: skip
 def test_bad_flags_say_what_to_do(photos, start, tmp_path, flags, sentence):

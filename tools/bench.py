@@ -81,7 +81,7 @@ def train_args(point, name):
     flags |= {"gram-start": 0} if point.get("gram") else {"gram-weight": 0}
     words = [f"--{k}={v}" for k, v in (point["flags"] | flags).items()] + ["--no-split"]
     words += [f"--{word}" for word in name.split() if word in ("compile", "checkpointing")]
-    return train_ssl.resolve(train_ssl.build_parser().parse_args(words + shlex.split(point.get("more", ""))), 1)
+    return settings.resolve(train_ssl.build_parser().parse_args(words + shlex.split(point.get("more", ""))), 1)
 
 
 def make_run(args, device):

@@ -177,25 +177,16 @@ def load(folders):
     return [table.take(known) for table in every]
 
 
-def compare(folders, args, questions=0):
-    """{arm: [run of each seed]} -> rows of arms.judge, and facts."""
+def compare(folders, args, questions=0, repeats=None):
+    """{arm: [run of each seed]} -> rows of arms.judge, and facts; repeats: instead of --bootstrap."""
     loaded = load([folder for each in folders.values() for folder in each])
     p, seeds = [probabilities(table.logits, args.pool) for table in loaded], len([*folders.values()][0])
     p = {name: p[k * seeds : (k + 1) * seeds] for k, name in enumerate(folders)}
     first, few = loaded[0], len(np.unique(loaded[0].groups)) < judge.FEWEST
-    rows = arms_of.judge(first.labels, first.groups, p, args.metric, args.bootstrap, args.worth, questions, few=few)
+    repeats = repeats or args.bootstrap
+    rows = arms_of.judge(first.labels, first.groups, p, args.metric, repeats, args.worth, questions, few=few)
     facts = {"n": len(first.labels), "groups": len(np.unique(first.groups)), "classes": first.facts["classes"]}
     return rows, facts | {"split_sha256": first.facts["split_sha256"]}
-
-
-def mean_scores(folders, args):
-    """{arm: mean score over its seeds} of val_select; each table read is a look."""
-    found = {}
-    for name, each in folders.items():
-        loaded = load(each)
-        p = [probabilities(table.logits, args.pool) for table in loaded]
-        found[name] = float(np.mean([arms_of.METRICS[args.metric](loaded[0].labels, one) for one in p]))
-    return found
 
 
 def climb(args, jobs_of, trials):
@@ -210,7 +201,7 @@ def climb(args, jobs_of, trials):
         failed |= {name: f"failed: {ends[f]}" for name, each in jobs.items() for f in each if f in ends}
         if not whole:
             raise ValueError(f"all arms failed at {steps} steps, first: {shown([*ends.values()][0], 300)}")
-        scores = mean_scores(whole, args)
+        scores = {name: row["mean"] for name, row in compare(whole, args, repeats=1)[0].items()}
         looks += sum(map(len, whole.values()))
         best = sorted(scores, key=lambda name: -scores[name])[: max(1, (len(trials) + 1) // 2)]
         print(f"{steps} steps: {len(best)} of {len(trials)} arms go on; best {best[0]} with {scores[best[0]]:.4f}")

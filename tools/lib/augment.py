@@ -306,12 +306,15 @@ def read_cut(source, i, one, layout, view, size):
 
 
 class Pictures(torch.utils.data.Dataset):
-    """Item k is micro-batch k % micros of update steps[k // micros], this rank's contiguous part of the batch."""
+    """Item k is micro-batch k % micros of update steps[k // micros], this rank's contiguous part of the batch.
 
-    def __init__(self, source, row, layout, size, seed, steps, batch, micro_batch, rank, world):
+    every: all views of a picture one after the other, which are augmented alike, instead of one of them that is drawn.
+    """
+
+    def __init__(self, source, row, layout, size, seed, steps, batch, micro_batch, rank, world, every=False):
         self.source, self.row, self.layout, self.size, self.seed = source, row, data.find_layout(layout), size, seed
         self.steps, self.batch, self.micro_batch, self.rank = steps, batch, micro_batch, rank
-        self.micros = batch // (world * micro_batch)
+        self.micros, self.every = batch // (world * micro_batch), every
         self.views = len(data.view_boxes(np.ones((1, 2)), self.layout)[1])
 
     def __len__(self):
@@ -332,18 +335,20 @@ class Pictures(torch.utils.data.Dataset):
         return self.read(step, b, ids[here], draws)
 
     def read(self, step, own, ids, draws):
-        parts, bad = [], []
+        parts, bad, times = [], [], self.views if self.every else 1
+        ids, draws = np.repeat(ids, times), draws._replace(u=np.repeat(draws.u, times, 0))
         for j, i in enumerate(ids):
-            view = int(rng(self.seed, "view", step, int(i)).integers(self.views))
+            view = j % times if self.every else int(rng(self.seed, "view", step, int(i)).integers(self.views))
             one = draws._replace(u=draws.u[j : j + 1])
             try:
                 parts.append(read_cut(self.source, i, one, self.layout, view, self.size))
             except data.Unreadable as error:
                 bad.append((str(self.source.path(i)), str(error)))
         if bad:
-            return Read(step, own, ids, None, None, None, draws, bad)
+            return Read(step, own * times, ids, None, None, None, draws, bad)
         images, boxes, margins = zip(*parts)
-        return Read(step, own, ids, data.pad_to_one_size(images), np.stack(boxes), np.stack(margins), draws, bad)
+        images = data.pad_to_one_size(images)
+        return Read(step, own * times, ids, images, np.stack(boxes), np.stack(margins), draws, bad)
 
 
 def render(read, labels, classes, view, device):
@@ -358,7 +363,8 @@ def render(read, labels, classes, view, device):
         return data.normalise(views[: read.own]), targets[: read.own]
 
 
-def start_reading(source, row, layout, size, seed, steps, batch, micro_batch, rank, world, workers, pin_memory):
+def start_reading(source, row, layout, size, seed, steps, batch, micro_batch, rank, world, workers, pin_memory,
+                  every=False):  # fmt: skip
     """The micro-batches of these updates in order, read ahead by processes; a broken file is an error."""
-    pictures = Pictures(source, row, layout, size, seed, steps, batch, micro_batch, rank, world)
+    pictures = Pictures(source, row, layout, size, seed, steps, batch, micro_batch, rank, world, every)
     return data.read_ahead(pictures, workers, pin_memory, skip_bad=0)

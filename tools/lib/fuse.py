@@ -31,9 +31,9 @@ from tools.lib.progress import progress
 PATCH_BYTES = 2**31  # of patch features that training on masks may hold in memory
 
 
-def fusion(width=0, keep=0, pyramid=False, depth=0, heads=4, gated=True, experts=0, pool="mil", norm=True, hidden=0,
+def fusion(width=0, keep=0, pyramid=False, depth=0, heads=4, gated=True, experts=0, pool="mil", hidden=0,
            consistency=False, metadata="", weather="", masks=0, drop=0.3, prescore=0):  # fmt: skip
-    """Options of --tune fusion. The first ten and consistency: see fusion.Fusion. metadata: facts such as
+    """Options of --tune fusion. The first nine and consistency: see fusion.Fusion. metadata: facts such as
     gps+weather+text, each left out with probability `drop` while training; weather: a column that an auxiliary head
     tells; masks: kinds of objects in _labels/masks that another tells patch by patch; prescore: so many views pass the
     backbone beside the whole one, which chooses them."""

@@ -99,15 +99,6 @@ def probabilities(logits, pool="mean", **options):
     return torch.as_tensor(POOLS[pool](np.asarray(logits, np.float64), **options)).softmax(-1).numpy()
 
 
-def simplex_weights(probabilities, labels, rounds=500):
-    """Weights [M], 0 or more with sum 1, of the mixture of M models' [M, N, C] with the lowest NLL, by EM."""
-    truth = np.maximum(np.asarray(probabilities)[:, np.arange(len(labels)), labels], 1e-15)  # [M, N]
-    weights = np.full(len(truth), 1 / len(truth))
-    for _ in range(rounds):
-        weights = weights * (truth / (weights @ truth)).mean(1)
-    return weights
-
-
 # ----- the trained way: twelve components, each of which can be off
 
 
@@ -208,10 +199,7 @@ class Experts(nn.Module):
         p = self.router(x).softmax(-1)  # [N, k, E]
         top, index = p.topk(self.active, -1)
         weights = torch.zeros_like(p).scatter(-1, index, top / top.sum(-1, keepdim=True))
-        out = torch.zeros_like(x)
-        for e, expert in enumerate(self.experts):
-            rows = (weights[..., e] > 0).nonzero(as_tuple=True)
-            out = out.index_put(rows, expert(x[rows]) * weights[..., e][rows][:, None], accumulate=True)
+        out = sum(weights[..., e, None] * expert(x) for e, expert in enumerate(self.experts))
         share = (weights > 0).to(p).mean((0, 1)) / self.active
         return out, len(self.experts) * (share * p.mean((0, 1))).sum()
 
@@ -244,27 +232,16 @@ class ViewBlock(nn.Module):
 
 
 class Attend(nn.Module):
-    """Logarithms of weights [N, k]. mil: gated attention (Ilse, arXiv:1802.04712). gates: a sigmoid for each view,
-    which their sum then divides. mean: all alike."""
+    """Gated attention (Ilse, arXiv:1802.04712): views [N, k, W] -> logarithms of their weights [N, k]."""
 
-    def __init__(self, dim, kind, hidden=64):
+    def __init__(self, dim, hidden=64):
         super().__init__()
-        if kind not in ("mil", "gates", "mean"):
-            raise ValueError(f"pool {kind!r} of Fusion: known are mil, gates, mean")
-        self.kind = kind
-        if kind == "mil":
-            self.tanh, self.sigmoid = nn.Linear(dim, hidden), nn.Linear(dim, hidden)
-            self.out = nn.Linear(hidden, 1, bias=False)  # a bias would be the same for all views
-            nn.init.normal_(self.out.weight, std=0.01)  # near the mean at first, so that no view is chosen by chance
-        elif kind == "gates":
-            self.out = mlp(dim, 1, hidden)
+        self.tanh, self.sigmoid = nn.Linear(dim, hidden), nn.Linear(dim, hidden)
+        self.out = nn.Linear(hidden, 1, bias=False)  # a bias would be the same for all views
+        nn.init.normal_(self.out.weight, std=0.01)  # near the mean at first, so that no view is chosen by chance
 
     def forward(self, x):
-        if self.kind == "mean":
-            return x.new_zeros(x.shape[:2])
-        if self.kind == "mil":
-            return self.out(self.tanh(x).tanh() * self.sigmoid(x).sigmoid())[..., 0]
-        return F.logsigmoid(self.out(x)[..., 0])
+        return self.out(self.tanh(x).tanh() * self.sigmoid(x).sigmoid())[..., 0]
 
 
 # ----- facts of a picture beside its pixels
@@ -330,14 +307,14 @@ class Fusion(nn.Module):
     """Views of a picture and what is known of it -> logits. By default: gated attention over the views, a linear layer.
 
     width: projection to it (0: none). keep: views left by pruning (0: all). pyramid. depth: blocks of attention
-    between views, of `heads`, with an output gate if `gated`, with `experts` (0: one plain SwiGLU). pool: mil, gates,
-    mean. norm: RMSNorm before it. fields: metadata. consistency: a classifier shared by all views. weather: classes
-    that are told from the picture before metadata. masks: classes told for each patch. hidden: of the heads.
-    prescore: what Prescore is made with; the caller, who has the backbone, uses it.
+    between views, of `heads`, with an output gate if `gated`, with `experts` (0: one plain SwiGLU). pool: mil
+    or mean. fields: metadata. consistency: a classifier shared by all views. weather: classes that are told from the
+    picture before metadata. masks: classes told for each patch. hidden: of the heads. prescore: what Prescore is made
+    with; the caller, who has the backbone, uses it.
     """
 
     def __init__(self, dim, classes, width=0, keep=0, pyramid=False, depth=0, heads=4, gated=True, experts=0,
-                 pool="mil", norm=True, fields=None, consistency=False, weather=0, masks=0, hidden=0,
+                 pool="mil", fields=None, consistency=False, weather=0, masks=0, hidden=0,
                  prescore=()):  # fmt: skip
         super().__init__()
         W = width or dim
@@ -347,8 +324,9 @@ class Fusion(nn.Module):
         self.prune = Prune(W, keep) if keep else None
         self.pyramid = Pyramid(W) if pyramid else nn.Identity()
         self.blocks = nn.ModuleList(ViewBlock(W, heads, gated, experts) for _ in range(depth))
-        self.norm = nn.RMSNorm(W, 1e-6) if norm else nn.Identity()
-        self.attend = Attend(W, pool)
+        if pool not in ("mil", "mean"):
+            raise ValueError(f"pool {pool!r} of Fusion: known are mil, mean")
+        self.norm, self.attend = nn.RMSNorm(W, 1e-6), Attend(W) if pool == "mil" else None
         self.metadata = Metadata(fields) if fields else None
         self.join = nn.Linear(W + self.metadata.size, W) if fields else None
         self.head = mlp(W, classes, hidden)
@@ -381,7 +359,8 @@ class Fusion(nn.Module):
             x, balance = block(x, seen)
             more["balance"] = more.get("balance", 0.0) + balance / len(self.blocks)
         x = self.norm(x)
-        weights = self.attend(x).softmax(1)
+        scores = x.new_zeros(x.shape[:2]) if self.attend is None else self.attend(x)
+        weights = scores.softmax(1)
         if choice is not None:
             weights = weights * choice
             weights = weights / weights.sum(1, keepdim=True)

@@ -16,7 +16,7 @@ import numpy as np
 from tools.lib import calibrate, conformal, thresholds
 from tools.lib.choice import areas_of, choose
 from tools.lib.cli import read_options, shown
-from tools.lib.fusion import POOLS, simplex_weights
+from tools.lib.fusion import POOLS
 from tools.lib.metrics import rates
 
 VERSION = 1
@@ -73,9 +73,13 @@ def mixture(logits, weights):
     return np.log(np.maximum(np.einsum("nvc,v->nc", p, weights), 1e-300))
 
 
-def fit_mixture(logits, labels):
-    p = calibrate.softmax(logits)
-    return {"weights": simplex_weights(p.swapaxes(0, 1), labels).tolist()}
+def fit_mixture(logits, labels, rounds=500):
+    """Weights of 0 or more with sum 1 that give the lowest NLL, by EM."""
+    truth = np.maximum(calibrate.softmax(logits)[np.arange(len(labels)), :, labels].T, 1e-15)  # [V, N]
+    weights = np.full(len(truth), 1 / len(truth))
+    for _ in range(rounds):
+        weights = weights * (truth / (weights @ truth)).mean(1)
+    return {"weights": weights.tolist()}
 
 
 def call(method, fit, *given, **options):

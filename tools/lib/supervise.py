@@ -18,7 +18,7 @@ import data
 import losses
 from checkpoint import write_text
 from model import ADAPTER_NORMS, adapted_layers, add_adapters
-from tools.lib import fits, loop, metrics, page, protocols, provenance
+from tools.lib import augment, fits, fuse, fused, loop, metrics, page, protocols, provenance
 from tools.lib.classifiers import each_view, export, facts_of, logits_of, read_classifier
 from tools.lib.cli import shown, technique
 from tools.lib.files import write_json
@@ -74,6 +74,28 @@ def read_head(text):
     return name, options.get("dropout", 0.0)
 
 
+def views_alone(width=0, pyramid=False, depth=0, heads=4, gated=True, hidden=0):
+    """Options of --fusion: those of fuse.fusion that read views alone and add no loss."""
+
+
+def read_fusion(text):
+    """mil:depth=1 -> {"fusion": what fused.build takes, as checkpoints say it}; nothing without --fusion"""
+    if not text:
+        return {}
+    technique(text, {"mil": views_alone, "mean": views_alone})
+    switches, _ = fuse.read_options(f"fusion:pool={text.replace(':', ',')}")
+    return {"fusion": {"switches": switches | {"weather": 0}, "fields": {}}}
+
+
+def joined(classifier, text):
+    """A Classifier as it is, or with --fusion one whose head reads all views of a picture."""
+    if not text:
+        return classifier
+    net, width, classes = classifier, classifier.head.last_layer.in_features, classifier.head.last_layer.out_features
+    return fused.FusedClassifier(net.backbone, fused.build(width, classes, **read_fusion(text)["fusion"]), net.pool,
+                                 net.layers)  # fmt: skip
+
+
 def read_loss(text, labels, classes):
     """focal:gamma=1,weights=balanced -> function(logits, targets, progress); balanced: classes count alike."""
     name, options = technique(text, losses.OBJECTIVES)
@@ -121,7 +143,13 @@ def resolve(args, images, world):
     *rates, decay = RATES[kind]
     args.lr = list(args.lr or rates)
     args.layer_decay = args.layer_decay or decay
-    args.views, args.protocol = args.views or ("tiles" if kind == "fusion" else "whole"), args.protocol or "select"
+    several = kind == "fusion" or args.fusion
+    args.views, args.protocol = args.views or ("tiles" if several else "whole"), args.protocol or "select"
+    if args.fusion and (kind == "fusion" or world > 1 or read_head(args.head) != ("probe", 0.0)):
+        raise ValueError("--fusion joins the views of each picture: use one process, --tune head, last:N, adapters or "
+                         "all, and no --head")  # fmt: skip
+    if args.fusion and ((row := augment.find_row(args.aug)).mixup or row.cutmix):
+        raise ValueError(f"--aug {args.aug} mixes pictures, of which --fusion shows all views; use light or none")
     if kind == "fusion" and (world > 1 or args.dry_run):
         raise ValueError("--tune fusion takes seconds: leave out --dry-run, and use one process")
     if args.protocol not in ("select", "test"):
@@ -181,8 +209,15 @@ def start_head(classifier, parts, args, view, device, rank, world):
             return each_view(classifier.features, source, rows, *look)
 
         features = loop.over_ranks(ask, np.arange(len(source)), rank, world)  # [N, V, D]
-        found.append(features.reshape(-1, features.shape[-1]))
-        labels.append(np.repeat(table.labels, features.shape[1]))
+        found.append(features)
+        labels.append(table.labels)
+    if args.fusion:
+        sets = [fuse.Set(torch.from_numpy(x).to(device), torch.from_numpy(y).to(device)) for x, y in zip(found, labels)]
+        objective = read_loss("ce", labels[0], len(parts[0][1].classes))
+        _, story = fuse.fit(classifier.head, *sets, objective, args.seed)
+        return f"the head starts as a fusion of frozen views: log loss on val_select {min(s[1] for s in story):.4f}"
+    labels = [np.repeat(y, x.shape[1]) for x, y in zip(found, labels)]
+    found = [x.reshape(-1, x.shape[-1]) for x in found]
     X, labels, train = np.concatenate(found), np.concatenate(labels), np.arange(sum(map(len, found))) < len(found[0])
     if not np.isfinite(X).all():
         raise ValueError(f"features of {(~np.isfinite(X)).any(1).sum()} views are NaN or infinite; broken weights?")
