@@ -214,7 +214,6 @@ HARMLESS = (
     "data labels out protocol workers device micro_batch save_every time_limit patience skip_bad allow_seen "
     "allow_duplicates deterministic dry_run crop_mm scales seeds bootstrap cache folds"
 ).split()
-KEEP = 2  # checkpoints, beside the best
 RUN_FACTS = """encoding eval_view classes pool layers layout labels_sha256 index_sha256 split_sha256 weights_sha256
 trained_groups provenance""".split()
 FIELDS = "step args arch student teacher optimizer classes best looked index_sha256 split_sha256 labels_sha256".split()
@@ -471,8 +470,8 @@ def read_labels(args, source):
     """-> (path of the table, Table, split of each sample)"""
     path = data.find_table(args.data, Path(args.labels))
     table = leave_out(read_table(path, source), source, args.skip_bad)
-    samples = f"{len(table.ids)} samples of {len(set(table.groups))} {table.unit}"
-    print(f"{path}: {samples}, by class {shown(judge.balance(table), 400)}")
+    print(f"{path}: {len(table.ids)} samples of {len(set(table.groups))} {table.unit}, by class "
+          f"{shown(judge.balance(table), 400)}")  # fmt: skip
     splits = split_of(source, table, args.protocol)
     if "val_calib" not in splits and (args.tune != "none" or args.protocol in ("select", "refit")):
         print("val_calib has no labelled sample: tools/fit_policy.py will have nothing to fit on")
@@ -480,10 +479,9 @@ def read_labels(args, source):
 
 
 def main(argv=None):
-    parser = build_parser()
-    args = parser.parse_args(argv)
+    args = build_parser().parse_args(argv)
     kind, _ = supervise.tune_kind(args.tune)
-    supervise.refuse_unread(parser, args, kind)
+    supervise.refuse_unread(build_parser(), args, kind)
     if args.out.exists() and not args.out.is_dir():  # now, not after all is computed
         raise ValueError(f"--out {args.out} is a file; name a folder")
     if kind == "none" and args.protocol in ("select", "refit"):
@@ -673,7 +671,7 @@ def updates(run, batches, path, changed, start, stop):
                                               run.device, run.rank, run.world))  # fmt: skip
         checkpoint.unpack_weights(run.teacher, checkpoint.pack_weights(run.student))
     run.student.train()
-    saver = checkpoint.Saver(out, KEEP, 0)
+    saver = checkpoint.Saver(out, 2, 0)  # two checkpoints, beside the best
     try:
         code = run_updates(run, batches, start, log, saver, stop)
     finally:
