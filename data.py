@@ -10,6 +10,7 @@ Letters: B images, V views, C channels (three neighbouring slices, or RGB), N pa
 
 import atexit
 import contextlib
+import copy
 import csv
 import datetime
 import functools
@@ -67,8 +68,6 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as relea
 STREAMS = dict(
     order=1, crops=2, masks=3, limit=4, sizes=5, rope=6, depth=7, augment=8, mix=9, view=10, dropout=11, label=12
 )
-
-
 # what numpy and pillow say of broken files; tokenize: the header of a .npy is a Python literal
 BROKEN = (OSError, ValueError, SyntaxError, EOFError, LookupError, struct.error, tokenize.TokenError)
 BROKEN += (Image.DecompressionBombError,)
@@ -130,8 +129,7 @@ class Taken(dict):
 class Rows:
     """Columns of the index: rows[i] is a dict, rows.column(name) an array, rows.cell(name, i) one value.
 
-    250,000 rows take about 60 MB: repeated texts are stored once, the others as bytes.
-    """
+    250,000 rows take about 60 MB: repeated texts are stored once, the others as bytes."""
 
     def __init__(self, columns, names):
         self.columns, self.names = columns, names  # names[column]: the texts behind integer codes
@@ -152,7 +150,6 @@ class Rows:
         return np.array(self.names[key])[values] if key in self.names else values
 
     def texts(self, key):
-        """A column as a list of texts."""
         return [v.decode() if isinstance(v, bytes) else str(v) for v in self.column(key).tolist()]
 
     def take(self, index):
@@ -217,10 +214,8 @@ def open_index(path):
         if known == key or known[0] == key[0] and file_sha256(path) == sha:
             found = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in (*INDEX_COLUMNS, "group")}
             columns = {name: np.asarray(column) for name, column in found.items()}
-            sound = all(
-                columns[name].min() >= 0 and columns[name].max() < len(names[name]) for name in ("group", "series")
-            )
-            if sound and all(len(column) == n for column in columns.values()):
+            ends = [(columns[name].min(), columns[name].max() + 1, len(names[name])) for name in ("group", "series")]
+            if all(len(c) == n for c in columns.values()) and all(0 <= low < high <= most for low, high, most in ends):
                 return Rows(columns, names), sha
     except (*BROKEN, TypeError):
         pass  # there is none, or a damaged one
@@ -344,9 +339,7 @@ def label_columns(path, header):
     names = [name.lower() if name.lower() in known else name for name in names]
     for name in [name for name in known if name not in names]:
         if near := [other for other in names if other not in known and edits(other.lower()[:99], name) < 3]:
-            raise ValueError(
-                f"{path}: column {near[0]!r} looks like {name!r}; rename it to that, or to a word less alike"
-            )
+            raise ValueError(f"{path}: column {near[0]!r} looks like {name!r}; rename it to that, or to one less alike")
     if names[: len(NODULE)] != NODULE and (nodules or not {"path", "label"} <= {*names}):
         expected = f"first {','.join(NODULE)}" if nodules else "path,label[,group][,any facts]"
         raise ValueError(f"{path}: unknown columns {','.join(header)[:200]}; expected {expected}")
@@ -379,12 +372,11 @@ def label_pieces(path, root, unlabelled=False):
     names, nodules = label_columns(path, header)
     yield names, nodules
     number, said = 2, False
-    for piece in pieces:
-        lines = [line for line in piece if line]
+    for lines in filter(None, ([line for line in piece if line] for piece in pieces)):
         for k, line in enumerate(lines):
             if len(line) != len(names):
                 raise ValueError(f"{path}, row {number + k}: {len(line)} cells of {len(names)}; write it anew")
-        columns = dict(zip(names, map(list, zip(*lines)))) if lines else {name: [] for name in names}
+        columns = dict(zip(names, map(list, zip(*lines))))
         if not unlabelled and (empty := [k for k, label in enumerate(columns["label"]) if not label.strip()]):
             raise ValueError(f"{path}, row {number + empty[0]}: no label; give it one, or leave the row out")
         if ODD_PATH.search("\n".join(columns["path"])):
@@ -550,15 +542,18 @@ def upright(image, turn):
 class Source:
     """Images of one encoding: len(source), source.read(i) -> [C, H, W], source.rows[i] -> metadata, source.groups."""
 
-    def __init__(self, root, encoding, rows, index_sha256, split_sha256=None, splits=None, crossing=0,
-                 earlier_looks=0):  # fmt: skip
-        self.root, self.encoding, self.rows = root, encoding, rows
-        self.index_sha256, self.split_sha256 = index_sha256, split_sha256
-        self.split_codes = splits  # (names, code of each row), where it was opened for a purpose
-        self.crossing = crossing  # sets of duplicates that lie in several splits, where that was allowed
-        self.earlier_looks = earlier_looks  # at val_test, by other weights or another policy, where it was opened
-        self.upto, self.weights_sha256 = None, None  # running sum of weights, and their table: see weighed
+    def __init__(self, root, encoding, rows, index_sha256):
+        self.root, self.encoding, self.index_sha256 = root, encoding, index_sha256
         self.neighbour_mm = None  # see at_distance
+        # where it was opened for a purpose: hash of the contract, and (names of splits, code of each row)
+        self.split_sha256 = self.split_codes = None
+        self.crossing = 0  # sets of duplicates that lie in several splits, where that was allowed
+        self.earlier_looks = 0  # at val_test, by other weights or another policy, where it was opened
+        self.hold(rows)
+
+    def hold(self, rows):
+        self.rows = rows
+        self.upto, self.weights_sha256 = None, None  # running sum of weights, and their table: see weighed
         codes, used = rows.columns["group"], np.zeros(len(rows.names["group"]), bool)
         for k in range(0, len(codes), 1 << 20):  # an index of 64 bits is made of each piece
             used[codes[k : k + (1 << 20)]] = True
@@ -626,11 +621,10 @@ class Source:
         return [self.rows.cell(f"body_{k}", i) for k in ("y0", "x0", "y1", "x1")]
 
     def take(self, index):
-        splits = self.split_codes and (self.split_codes[0], self.split_codes[1][index])
-        rows = self.rows.take(index)
-        part = Source(self.root, self.encoding, rows, self.index_sha256, self.split_sha256, splits, self.crossing,
-                      self.earlier_looks)  # fmt: skip
-        return part.at_distance(self.neighbour_mm)
+        part = copy.copy(self)
+        part.hold(self.rows.take(index))
+        part.split_codes = self.split_codes and (self.split_codes[0], self.split_codes[1][index])
+        return part
 
     def order(self, seed, step, batch):
         """Sample ids of one update: a new permutation each epoch; one slice per series and batch where possible.
@@ -649,7 +643,7 @@ def epoch_order(source, seed, epoch, batch):
     """Ids [updates, batch]: slices sorted by shuffled series go to the updates in turn, so a batch holds a series once
     (or more often where the series has more slices than the epoch has updates)."""
     random = rng(seed, "order", epoch)
-    ids = np.arange(len(source), dtype=np.int32)  # 32 bits, sorts in place: ten million rows in 2 s and 160 MB
+    ids = np.arange(len(source), dtype=np.int32)  # 32 bits, sorts in place: ten million rows in 2 s and 120 MB
     random.shuffle(ids)
     if len(ids) < batch:  # fewer images than one batch holds: whole permutations after each other
         more = [random.permutation(len(ids)) for _ in range(math.ceil(batch / len(ids)) - 1)]
@@ -657,25 +651,25 @@ def epoch_order(source, seed, epoch, batch):
     updates = len(ids) // batch
     ids = ids[: updates * batch]
     place, keys = random.permutation(source.series.max() + 1), np.arange(len(ids))
-    for k in range(0, len(ids), 1 << 20):  # keys: place of the series, then number
-        some = slice(k, k + (1 << 20))
-        keys[some] |= place[source.series[ids[some]]] << 32
+    parts = [slice(k, k + (1 << 18)) for k in range(0, len(ids), 1 << 18)]
+    for part in parts:  # keys: place of the series, then number
+        keys[part] |= place[source.series[ids[part]]] << 32
     keys.sort()
-    keys &= (1 << 32) - 1
-    dealt = ids[keys].reshape(batch, updates).T  # number i goes to update i % updates
-    del keys
-    dealt = np.ascontiguousarray(dealt[random.permutation(updates)])
-    return random.permuted(dealt, axis=1, out=dealt)
+    dealt = keys.view(np.int32)[: len(ids)]  # written where keys were read before: 40 MB less of ten million
+    for part in parts:
+        dealt[part] = ids[keys[part] & ((1 << 32) - 1)]
+    order, ids = random.permutation(updates), ids.reshape(updates, batch)
+    for k in range(0, updates, 1 << 10):  # number i goes to update i % updates
+        ids[k : k + (1 << 10)] = dealt.reshape(batch, updates).T[order[k : k + (1 << 10)]]
+    return random.permuted(ids, axis=1, out=ids)
 
 
 def weighed(source, table):
     """The source, whose images are drawn as often as a table path,weight says."""
-    table, pieces = find_table(source.root, Path(table)), []
+    table = find_table(source.root, Path(table))
     header, *pieces = read_csv(table)
     if source.encoding != "photo" or header != ["path", "weight"]:
-        raise ValueError(
-            f"--weights {table}: expected columns path,weight of photographs, found {','.join(header)[:99]}"
-        )
+        raise ValueError(f"--weights {table}: expected path,weight of photographs, found {','.join(header)[:99]}")
     try:
         found = {name: float(weight) for rows in pieces for name, weight in rows}
     except ValueError as error:
@@ -698,11 +692,9 @@ def read_three_slices(path, z, step=1):
     """int16 [3, H, W]: slices z-step, z, z+step of a volume, or its last ones; read, since a mapped file that is cut
     kills the process."""
     with open(regular(path), "rb") as f:
-        version = np.lib.format.read_magic(f)
-        header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
-        if header is None:
+        if (version := np.lib.format.read_magic(f)) != (1, 0):
             raise ValueError(f"version {version} of a .npy file, expected 1.0")
-        shape, fortran, dtype = header(f)
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(f)
         if dtype != np.int16 or len(shape) != 3 or fortran:
             raise ValueError(f"{dtype} {shape}, expected int16 [Z, H, W]")
         if not 1 <= z < shape[0] - 1:
@@ -718,10 +710,7 @@ def read_three_slices(path, z, step=1):
 
 
 def open_source(root):
-    """Everything in a processed CT folder (by its index) or in any folder of pictures -> Source.
-
-    For training and evaluation see open_for.
-    """
+    """Everything in a processed CT folder (by its index) or in any folder of pictures -> Source; see open_for."""
     root = Path(root)
     if not root.is_dir():
         raise FileNotFoundError(f"--data {root} is not a folder")
@@ -773,13 +762,11 @@ def open_for(root, purpose, used_by=None, limit=None, z_stride=1, allow_duplicat
         raise ValueError(f"{path} has no image in {' or '.join(wanted)}; it has {sorted(set(splits[0]))}")
     crossing = crossing_duplicates(source, splits, allow_duplicates)
     if crossing and not allow_duplicates:
-        raise ValueError(
-            f"{len(crossing)} sets of duplicate pictures lie in several splits, first {', '.join(crossing[0][:3])}; "
-            "make the split again with --force, or go on with --allow-duplicates"
-        )
-    looks = record_look(source.root, used_by) if "test" in purposes and used_by != NO_SCORE else 0
-    everything = Source(source.root, source.encoding, source.rows, source.index_sha256, file_sha256(path), splits,
-                        len(crossing), looks).at_distance(source.neighbour_mm)  # fmt: skip
+        sets = f"{len(crossing)} sets of duplicate pictures lie in several splits, first {', '.join(crossing[0][:3])}"
+        raise ValueError(f"{sets}; make the split again with --force, or go on with --allow-duplicates")
+    everything = copy.copy(source)
+    everything.split_sha256, everything.split_codes, everything.crossing = file_sha256(path), splits, len(crossing)
+    everything.earlier_looks = record_look(source.root, used_by) if "test" in purposes and used_by != NO_SCORE else 0
     return thin(everything.take(np.flatnonzero(inside)), limit, z_stride)
 
 
@@ -813,13 +800,13 @@ def read_splits(path, remedy):
 
 
 def split_names(source):
-    """Split of each row of a Source, by a contract made for this very index. No image is opened."""
+    """Split of each row of a Source; no image is opened."""
     names, codes = split_codes(source)
     return np.array(names)[codes]
 
 
 def split_codes(source):
-    """The same as names of splits and the code of each row."""
+    """Names of splits and the code of each row, by a contract made for this very index."""
     path = split_path(source.root)
     again = f"make the split of {source.root} again, with --force and the ratios and labels you want"
     contract = read_splits(path, again if path.exists() else again.replace(" again, with --force and", ", with"))
@@ -837,27 +824,22 @@ def split_codes(source):
     np.maximum.at(high, source.series, split)
     if (torn := np.flatnonzero(high > low)).size:
         series = source.rows.names["series"][torn[0]]
-        raise ValueError(
-            f"{path}: series {series} lies in {known[low[torn[0]]]} and in {known[high[torn[0]]]}; {again}"
-        )
+        pair = f"{known[low[torn[0]]]} and in {known[high[torn[0]]]}"
+        raise ValueError(f"{path}: series {series} lies in {pair}; {again}")
     return known, split
 
 
 def read_duplicates(source, path=None, allowed=False):
-    """Lists of groups that share pictures, by _splits/duplicates.json or another file, made for this very index.
-
-    allowed: one that was made for another index is said and not used.
-    """
+    """Lists of groups that share pictures, by _splits/duplicates.json or another file, made for this very index;
+    allowed: one that was made for another index is said and not used."""
     path = path or split_path(source.root, "duplicates.json")
     again = f"look for duplicates in {source.root} again"
     contract = read_contract(path, again)
     sets, names = contract.get("groups"), set(source.rows.names["group"])
     if contract.get("index_sha256") != source.index_sha256:
         if not allowed:
-            raise ValueError(
-                f"{path} was made for another index; {again}, or delete the file, or go on without it "
-                "(--allow-duplicates, where a program has it)"
-            )
+            without = "go on without it (--allow-duplicates, where a program has it)"
+            raise ValueError(f"{path} was made for another index; {again}, or delete the file, or {without}")
         print(f"note: {path} was made for another index and is not used; {again}, or delete the file")
         return []
     whole = isinstance(sets, list) and all(isinstance(members, list) and members for members in sets)
@@ -881,10 +863,8 @@ USED_BY = "program weights_sha256 policy_sha256 labels_sha256 why".split()
 
 
 def append_line(path, line, sync=False):
-    """One write of one line of JSON, so that readers never see half of it, nor lines of two programs mixed.
-
-    A line that a full disk cut is ended first. sync: returns when it is on the disk.
-    """
+    """One write of one line of JSON, so that readers never see half of it, nor lines of two programs mixed. A line that
+    a full disk cut is ended first. sync: returns when it is on the disk."""
     with open(path, "ab+") as f:
         f.seek(max(f.seek(0, os.SEEK_END) - 1, 0))
         cut = f.read(1) not in (b"", b"\n")
@@ -900,9 +880,7 @@ def append_line(path, line, sync=False):
 
 def record_look(root, used_by, once=False):
     """Add a line to _splits/test_uses.jsonl -> how many looks by other weights or another policy came before.
-
-    once: such a look by the same program is an error, and nothing is added.
-    """
+    once: such a look by the same program is an error, and nothing is added."""
     if not isinstance(used_by, dict) or sorted(used_by) != sorted(USED_BY):
         raise ValueError(f"opening val_test needs used_by with {', '.join(USED_BY)}")
     path, earlier, damaged = split_path(root, "test_uses.jsonl"), {}, 0
@@ -915,21 +893,16 @@ def record_look(root, used_by, once=False):
             damaged += 1
     earlier.pop((str(used_by["weights_sha256"]), str(used_by["policy_sha256"])), None)
     if once and any(used_by["program"] in programs for programs in earlier.values()):
-        raise ValueError(
-            f"{used_by['program']} has looked at val_test with other weights or another policy before ({path}), and "
-            'the best of several looks is optimistic; to look again, say why: --again "..."'
-        )
-    others = len(earlier)
-    if others:
-        print(
-            f"val_test was looked at before by {others} other weights or policies ({path}): the best of several looks "
-            "is optimistic"
-        )
+        before = f"{used_by['program']} has looked at val_test with other weights or another policy before ({path})"
+        raise ValueError(f'{before}, and the best of several is optimistic; to look again, say why: --again "..."')
+    if earlier:
+        before = f"val_test was looked at before by {len(earlier)} other weights or policies ({path})"
+        print(f"{before}: the best of several looks is optimistic")
     if damaged:
         print(f"{path} has {damaged} damaged lines, which count as looks by others")
     when = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     append_line(path, {"version": 1, "when": when, **used_by}, sync=True)
-    return others + damaged
+    return len(earlier) + damaged
 
 
 # The plan: every random choice about every view, drawn from (seed, step, sample id) alone.
@@ -1190,17 +1163,18 @@ def cut_each(images, boxes, flips, sigmas, out):
 def cut_batched(images, boxes, flips, sigmas, out):
     """For accelerators: all views in two batched products over whole images, whatever the batch.
 
-    In float32 without tensor cores: what these save, cutting each number into two bfloat16 ones costs again (H200).
+    In float32 without tensor cores: what these save (4 of 6 ms on an H200), making two bfloat16 numbers of each costs.
+    Image by image, which saves the copies between the products, their kernels were slower (10 ms).
     """
-    B, C, H, W = images.shape
-    by_image = (t.unflatten(0, (-1, B)).T.flatten() for t in (*boxes.T, flips, sigmas))  # what follows moves no pixels
-    top, left, bottom, right, flips, sigmas = by_image
-    device, zero = images.device, torch.zeros_like(top)
-    Wy = axis_matrices(top, bottom, torch.zeros_like(flips), sigmas, zero, out, H, device)  # [B * V, out, H]
-    Wx = axis_matrices(left, right, flips, sigmas, zero, out, W, device)
-    rows = Wy.unflatten(0, (B, -1)).flatten(1, 2) @ images.transpose(1, 2).flatten(2)  # [B, V * out, C * W]
-    views = rows.view(-1, out * C, W) @ Wx.mT  # [B * V, out * C, out]
-    return views.view(B, -1, out, C, out).permute(1, 0, 3, 2, 4).flatten(0, 1).contiguous()
+    B, _, H, W = images.shape
+    device, zero = images.device, torch.zeros_like(boxes[:, 0])
+    Wy = axis_matrices(boxes[:, 0], boxes[:, 2], torch.zeros_like(flips), sigmas, zero, out, H, device)
+    Wx = axis_matrices(boxes[:, 1], boxes[:, 3], flips, sigmas, zero, out, W, device)
+    Wy = Wy.unflatten(0, (-1, B)).transpose(0, 1).flatten(1, 2)  # [B, V * out, H]
+    rows = Wy @ images.transpose(1, 2).flatten(2)  # [B, V * out, C * W]
+    rows = rows.unflatten(1, (-1, out)).transpose(0, 1).flatten(0, 1)  # [V * B, out, C * W]
+    views = rows.unflatten(2, (-1, W)).flatten(1, 2) @ Wx.mT  # [V * B, out * C, out]
+    return views.unflatten(1, (out, -1)).transpose(1, 2).contiguous()
 
 
 def within_boxes(images, plan, step=64):
@@ -1645,30 +1619,25 @@ class Updates(torch.utils.data.Dataset):
 
     def read(self, ids, choices):
         """Images and their placed plan; a broken file is reported and the next good one stands in for it."""
-        images, boxes, bad = [], [], []
+        found, bad = {}, []  # found: {place in the batch: (image, boxes of its views [V, 4])}
         for j, i in enumerate(ids):
-            own = select(choices, [j])
             try:
-                if self.source.encoding == "photo":
-                    self.source.check(i)
-                    image, moved = read_photo(self.source.path(i), functools.partial(boxes_in, own), sides(own.recipe))
-                    own = own._replace(boxes=moved[:, None])
-                else:
-                    image = self.source.read(i)
-                    own = place(own, [self.source.size(i)], [self.source.body(i)])
-                images.append(image)
-                boxes.append(own.boxes[:, 0])
+                found[j] = self.read_one(i, select(choices, [j]))
             except Unreadable as error:
                 bad.append((str(self.source.path(i)), str(error)))
-                images.append(None)
-                boxes.append(None)
-        good = [j for j, image in enumerate(images) if image is not None]
-        if not good:
+        if not found:
             return None, choices, bad
-        stand_in = [min(good, key=lambda g: (g - j) % len(ids)) for j in range(len(ids))]
+        stand_in = [min(found, key=lambda g: (g - j) % len(ids)) for j in range(len(ids))]
         choices = select(choices, stand_in) if bad else choices
-        images = pad_to_one_size([images[j] for j in stand_in])
-        return images, choices._replace(boxes=np.stack([boxes[j] for j in stand_in], 1)), bad
+        images, boxes = zip(*(found[j] for j in stand_in))
+        return pad_to_one_size(images), choices._replace(boxes=np.stack(boxes, 1)), bad
+
+    def read_one(self, i, own):
+        source = self.source
+        if source.encoding == "photo":
+            source.check(i)
+            return read_photo(source.path(i), functools.partial(boxes_in, own), sides(own.recipe))
+        return source.read(i), place(own, [source.size(i)], [source.body(i)]).boxes[:, 0]
 
 
 def select(plan, index):

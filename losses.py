@@ -83,7 +83,7 @@ def by_chunk(function, count, most, compiled):
 # Targets. What centres a teacher's logits is one number per prototype, its offset: the targets are
 # softmax(logits / temperature - offsets), formed where they are read, so that only the logits are ever of size [M, K].
 # Offsets are kept as [2, K], a number and what rounding left of it: near 1e5 (logits of 1e4) one float32 would be off
-# by 0.004, and the masses with it. Compiled, as [1, K]: a card reads them again for every row, and they are most of it.
+# by 0.004, and the masses with it.
 
 
 def in_parts(offsets, dtype):
@@ -92,11 +92,9 @@ def in_parts(offsets, dtype):
 
 
 def shifted(logits, temperature, offsets):
-    """logits / temperature - offsets as a new tensor, in at least float32: [..., K], [1 or 2, K] -> [..., K]."""
+    """logits / temperature - offsets as a new tensor, in at least float32: [..., K], [2, K] -> [..., K]."""
     x = logits / temperature if logits.dtype == offsets.dtype else logits.to(offsets.dtype).div_(temperature)
-    for part in offsets:
-        x.sub_(part)
-    return x
+    return x.sub_(offsets[0]).sub_(offsets[1])
 
 
 def mass_of(logits, temperature, offsets, normalised):
@@ -133,7 +131,7 @@ def sinkhorn_offsets(logits, temperature, iterations=3, group=None, compiled=Fal
     offsets = torch.zeros_like(none, dtype=torch.float64)
     with exact(offsets):
         for i in range(iterations):
-            now = in_parts(offsets, dtype)[: 1 if compiled else 2]
+            now = in_parts(offsets, dtype)
             parts = [
                 each(x[rows], temperature, now, i > 0)
                 for x in logits
@@ -142,7 +140,7 @@ def sinkhorn_offsets(logits, temperature, iterations=3, group=None, compiled=Fal
             ]
             log_mass, any_row = total_mass(parts or [(none, torch.zeros_like(none))], group)
             offsets = torch.where(any_row, offsets + log_mass, offsets)
-    return in_parts(offsets, dtype)[: 1 if compiled else 2]
+    return in_parts(offsets, dtype)
 
 
 @torch.no_grad()
@@ -253,7 +251,7 @@ class Targets(NamedTuple):
 
     logits: torch.Tensor  # [..., K], as the teacher gave them
     temperature: float
-    offsets: torch.Tensor  # [1 or 2, K]
+    offsets: torch.Tensor  # [2, K]
 
     def probabilities(self):
         return probabilities(*self)

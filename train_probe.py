@@ -399,8 +399,8 @@ def build_parser():
                    f"{inspect.signature(fuse.fusion)}")
     g.add_argument("--protocol", choices=("all", "test", "cv", "select", "refit"), help="test: fit on train, score "
                    "once on val_test; cv: 5 x 5 folds over unseen patients; all: both, the default of a frozen probe; "
-                   "select: choose on val_select and export val_select and val_calib, the default of training; refit "
-                   "(frozen): then fit once more on train and val_select")
+                   "select: choose on val_select and export val_select and val_calib (of nodules val_test too), the "
+                   "default of training; refit (frozen): then fit once more on train and val_select")
     g.add_argument("--allow-seen", action="store_true", help="also judge patients of the pretraining, titled so")
     g.add_argument("--allow-duplicates", action="store_true", help="also if some cross the splits, titled so")
     g.add_argument("--device", default="auto", help="auto (CUDA/ROCm if there, else CPU), cpu, cuda")
@@ -473,12 +473,17 @@ def read_labels(args, source):
     table = leave_out(read_table(path, source), source, args.skip_bad)
     samples = f"{len(table.ids)} samples of {len(set(table.groups))} {table.unit}"
     print(f"{path}: {samples}, by class {shown(judge.balance(table), 400)}")
-    return path, table, split_of(source, table, args.protocol)
+    splits = split_of(source, table, args.protocol)
+    if "val_calib" not in splits and (args.tune != "none" or args.protocol in ("select", "refit")):
+        print("val_calib has no labelled sample: tools/fit_policy.py will have nothing to fit on")
+    return path, table, splits
 
 
 def main(argv=None):
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args = parser.parse_args(argv)
     kind, _ = supervise.tune_kind(args.tune)
+    supervise.refuse_unread(parser, args, kind)
     if args.out.exists() and not args.out.is_dir():  # now, not after all is computed
         raise ValueError(f"--out {args.out} is a file; name a folder")
     if kind == "none" and args.protocol in ("select", "refit"):
@@ -587,7 +592,7 @@ def describe(args, source, table, splits, train, path, view, pool):
 
 
 def train(args, rank, world, device):
-    args = argparse.Namespace(**{k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()})
+    vars(args).update({k: str(v) for k, v in vars(args).items() if isinstance(v, Path)})
     out, stop, (kind, _) = Path(args.out), loop.Stop(args.time_limit), supervise.tune_kind(args.tune)
     loop.set_precision(args, device)
 

@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 import tools.lib.threads  # noqa: F401 - before torch
 
 # isort: split
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn import functional as F
@@ -49,6 +48,7 @@ from model import (
 from tools.lib import broken, loop, optim, provenance, recorded, replay, settings
 from tools.lib.cli import Parser, above_zero, natural, not_negative, positive, run, share, within
 from tools.lib.files import write_json
+from tools.lib.held_out import evaluate as held_out_numbers
 
 # ------------------------------------------------------------------ flags
 
@@ -171,43 +171,6 @@ def build_parser():
     g.add_argument("--ema", type=share, nargs=2, default=(0.992, 1.0), help="first and final momentum of the teacher")
     return p
 # fmt: on
-
-
-SHARES = "warmup teacher_temp_warmup gram_start gram_refresh gram_ramp freeze_last grace".split()
-
-
-def check_together(args):
-    """Checks between flags; the range of each alone is its argparse type."""
-    for name in ("mask_ratio", "ema", "field", "global_scale", "local_scale"):
-        low, high = getattr(args, name) or (0, 1)
-        if low > high:
-            raise ValueError(f"--{name.replace('_', '-')} {low:g} {high:g}: the smaller comes first")
-    if args.koleo_group == 1 < args.micro_batch:
-        raise ValueError("--koleo-group 1: a sample alone has no neighbour; use 2 or more")
-    if not (args.w_dino or args.w_ibot or args.w_koleo or args.gram_weight):
-        raise ValueError("--w-dino, --w-ibot, --w-koleo and --gram-weight are all 0: nothing would be learned")
-
-
-def resolve(args, world):
-    """Turn shares into updates and fill in what depends on the batch, once and for the whole run."""
-    loop.divisor("the number of ranks", world, args.batch_size, "--batch-size")
-    images = args.batch_size // world
-    group = args.koleo_group or min(16, args.batch_size)
-    sizes = [m for m in range(1, min(images, 64) + 1) if images % m == 0]
-    fits = max([m for m in sizes if m % group == 0] or sizes)
-    args.micro_batch = loop.divisor("--micro-batch", args.micro_batch or fits, images, "the images of a rank")
-    args.koleo_group = loop.divisor("--koleo-group", group, args.micro_batch, "--micro-batch")
-    args.grace = args.warmup if args.grace is None else args.grace
-    for name in SHARES:
-        value = getattr(args, name)
-        setattr(args, name, int(value) if value > 1 else round(value * args.steps))
-    if args.warmup > args.steps:
-        raise ValueError(f"--warmup {args.warmup} is more than --steps {args.steps}: --lr would never be reached")
-    args.gram_weight = 0.0 if args.gram_start >= args.steps else args.gram_weight  # never, --extend included
-    check_together(args)
-    settings.fill_adapters(args)
-    args.lr = settings.peak_rate(args)
-    return args
 
 
 # ------------------------------------------------------------------ schedules
@@ -414,7 +377,7 @@ def one_update(run, micro_batches, now, wish=lambda: False, ahead=lambda: None, 
     """
     args, optimizer, centers = run.args, run.optimizer, dict(run.centers)
     optimizer.zero_grad(set_to_none=True)
-    terms, seen = run.update(run.net, run.teacher, run.gram, micro_batches, weights_of(now, args), centers, clock=clock)
+    terms, seen = run.update(run.net, run.teacher, run.gram, micro_batches, weights_of(now, args), centers, clock)
     with clock("clip"):
         norms = optim.clip_gradients(run.student, args.clip)
         finite = torch.stack([terms["loss"], *norms.values()]).isfinite().all()
@@ -430,51 +393,6 @@ def one_update(run, micro_batches, now, wish=lambda: False, ahead=lambda: None, 
         with clock("ema"):
             optim.update_teacher(run.teacher, run.student, now.ema)
     return Update(terms, seen, norms, bool(bad), bool(halt), micro_batches[0].crops)
-
-
-# ------------------------------------------------------------------ held-out numbers
-
-
-def themselves(source, batch):
-    """Which images [b] of a micro-batch are what their ids say, and no stand-ins for broken files."""
-    broken = {path for path, _ in batch.bad}
-    return np.array([str(source.path(i)) not in broken for i in batch.ids])
-
-
-def view_pairs(teacher, globals_):
-    """The teacher's unit cls features of both global crops of each image: [2b, 3, G, G] -> [2, b, D]."""
-    (cls,) = teacher([globals_]).cls  # by its own forward: under --fsdp the backbone alone has no whole weights
-    return F.normalize(cls.float(), dim=-1).unflatten(0, (2, -1))
-
-
-@torch.no_grad()
-def evaluate(run, source, w, slices=256):
-    """The training losses and view retrieval on held-out slices: the same slices, views and batches on any machine."""
-    args, student, teacher = run.args, run.student, run.teacher
-    group = min(args.koleo_group, len(source))
-    batch = min(max(64, group), len(source)) // group * group
-    updates = max(min(slices, len(source)) // batch, 1)
-    size = max(m for m in range(group, max(args.micro_batch, group) + 1, group) if batch % m == 0)
-    held_out = source.take(np.sort(data.rng(0, "limit").permutation(len(source))[: updates * batch]))
-    micros = data.make_loader(
-        held_out, run.recipes[0], 0, range(updates), batch, size, masking=settings.masking(args),
-        patch_size=student.backbone.patch_size, skip_bad=args.skip_bad,
-    )  # fmt: skip
-    terms, pairs, series = [], [], []
-    student.eval()
-    w = w._replace(koleo_group=group)
-    for _ in range(updates):
-        read = [next(micros) for _ in range(batch // size)]
-        rendered = [to_micro(b, run.device, run.gram is not None) for b in read]
-        terms.append(ssl_update(student, teacher, run.gram, rendered, w, dict(run.centers))[0])
-        for b, micro in zip(read, rendered):
-            whole = themselves(held_out, b)
-            pairs.append(view_pairs(teacher, micro.crops.globals)[:, whole])
-            series.append(torch.from_numpy(held_out.series[b.ids[whole]]).to(run.device))
-    student.train()
-    numbers = {key: torch.stack([t[key] for t in terms]).mean() for key in terms[0]}
-    numbers |= losses.retrieval(*torch.cat(pairs, 1), torch.cat(series))  # does one view of a slice find the other?
-    return {key: value.item() for key, value in numbers.items()} | {"slices": sum(map(len, series))}
 
 
 # ------------------------------------------------------------------ networks, folder, state
@@ -601,7 +519,7 @@ def log_line(run, log, update, now, pace):
 
 
 def log_evaluation(run, held_out, now, log):
-    numbers = evaluate(run, held_out, weights_of(now, run.args))
+    numbers = held_out_numbers(run, held_out, weights_of(now, run.args), ssl_update, to_micro)
     log.numbers(log.done, {f"val_{key}": value for key, value in numbers.items()})
 
 
@@ -622,7 +540,7 @@ def main(argv=None):
     try:
         if args.why:
             return replay.replay(sys.modules[__name__], args, device)
-        return train(resolve(args, world), rank, world, device)
+        return train(settings.resolve(args, world), rank, world, device)
     finally:
         if dist.is_initialized():
             gc.collect()  # DDP sits in reference cycles; alive at exit, its threads abort the process

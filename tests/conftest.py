@@ -1,6 +1,10 @@
-"""What several slow tests share: one phantom collection, and one short healthy run on it."""
+"""What several tests share: processes that have imported torch, one phantom collection, a short healthy run on it."""
 
 import json
+import multiprocessing
+import sys
+from multiprocessing import forkserver
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +17,37 @@ HEALTHY = (
     "--head-bottleneck 64 --layerscale 1 --batch-size 64 --lr 1e-3 --layer-decay 1 --patch-lr 1 --freeze-last 0 "
     "--ema 0.99 1 --teacher-temp 0.04 0.04 --rope-rescale 1 --gram-weight 0 --device cpu --workers 1 --log-every 10"
 ).split()
+
+
+@pytest.fixture(scope="session")
+def forked():
+    """A context whose processes are forked from one that has imported torch: that takes longer than a toy run."""
+    root, context = Path(__file__).parent.parent, multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["train_ssl", "train_probe", "torch._dynamo", "torch.utils.tensorboard", "torch.distributed.fsdp"]
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        patch.setenv("PATH", f"{Path(sys.executable).parent}", prepend=":")
+        patch.setenv("PYTHONPATH", f"{root}:{root / 'tests'}")
+        forkserver.ensure_running()
+    return context
+
+
+@pytest.fixture
+def on_two_ranks(forked):
+    """Runs function(rank, *arguments) in two processes."""
+
+    def run(function, *arguments):
+        ranks = [forked.Process(target=function, args=(rank, *arguments)) for rank in range(2)]
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join()
+        assert [process.exitcode for process in ranks] == [0, 0]
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -6,23 +6,15 @@ import gc
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
+from test_model import random_crops as crops
+from test_model import small_vit
 
 import model as m
 import monitor
 from tools.lib import optim
 
 KINDS = [(norm, init) for norm in m.ADAPTER_NORMS for init in ("zero", "pissa")]
-
-
-def small_vit(**overrides):
-    torch.manual_seed(0)
-    vit = m.build_vit("vit_test", layerscale=0.5, **overrides)  # LayerScale 1e-5 would hide the blocks from any test
-    for p in vit.parameters():
-        if p.ndim == 1:
-            torch.nn.init.normal_(p, 0.5, 0.5)
-    return vit
 
 
 def adapted(norm="doran", targets="all", init="zero", perturb=0.1, **options):
@@ -34,11 +26,6 @@ def adapted(norm="doran", targets="all", init="zero", perturb=0.1, **options):
             if name in names:
                 p.add_(perturb * torch.randn_like(p))
     return vit
-
-
-def crops(sizes=((4, 64, 32), (6, 32, 32))):
-    torch.manual_seed(1)
-    return [torch.randn(b, 3, h, w) for b, h, w in sizes]
 
 
 def everything(vit):
@@ -312,9 +299,8 @@ def test_the_optimizer_holds_exactly_what_is_trained():
     assert set(names) == expected
     groups = optim.param_groups(net, 0.9, 0.2)
     held = [p for group in groups for p in group["params"]]
-    assert len(held) == len(trained) and {id(p) for p in held} == {
-        id(p) for name, p in net.named_parameters() if name in trained
-    }
+    kept = {id(p) for name, p in net.named_parameters() if name in trained}
+    assert len(held) == len(trained) and {id(p) for p in held} == kept
     plain = {id(p) for group in groups if group["wd_factor"] == 0 for p in group["params"]}
     layer = vit.blocks[0].attn.qkv
     assert {id(layer.magnitude), id(layer.tau)} <= plain and not {id(layer.lora_a), id(layer.lora_b)} & plain
@@ -450,11 +436,11 @@ def gradients_of_a_rank(rank, world, folder):
 
 
 @pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_ddp_and_fsdp_give_the_gradients_of_one_process(world, tmp_path):
+def test_ddp_and_fsdp_give_the_gradients_of_one_process(world, tmp_path, on_two_ranks):
     if world == 1:
         gradients_of_a_rank(0, 1, tmp_path)
     else:
-        mp.spawn(gradients_of_a_rank, (world, tmp_path), world)
+        on_two_ranks(gradients_of_a_rank, world, tmp_path)
     net = classifier()
     for rank in range(world):
         (net(crops()[0][rank::world]).square().sum() / world).backward()
@@ -478,9 +464,8 @@ def test_features_leave_registers_out():
         assert torch.equal(net(images), F.linear(expected, net.head.last_layer.weight, net.head.last_layer.bias))
     first, last = vit.intermediate(images, 2)
     net = m.Classifier(vit, m.Head(256, 3), "both", layers=2)
-    assert torch.equal(
-        net.features(images), torch.cat([first.cls, first.patches.mean(1), last.cls, last.patches.mean(1)], 1)
-    )
+    parts = [first.cls, first.patches.mean(1), last.cls, last.patches.mean(1)]
+    assert torch.equal(net.features(images), torch.cat(parts, 1))
     for pool, dim in (("max", 64), ("cls", 63), ("both", 64)):
         with pytest.raises(ValueError, match=f"pool '{pool}' of 1 layers: known are cls, mean and both"):
             m.Classifier(vit, m.Head(dim, 3), pool)

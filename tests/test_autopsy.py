@@ -198,18 +198,8 @@ def test_pixels_that_are_not_finite_name_image_and_view(run_of, folder, capsys, 
 
 def made(shares, **more):
     """What examine() knows of a batch whose images have these shares of the gradient."""
-    images = [
-        {
-            "micro": 0,
-            "at": j,
-            "share": s,
-            "norm": abs(s),
-            "flat": False,
-            "words": "values from 0 to 9 HU",
-            "name": f"p#{j}",
-        }
-        for j, s in enumerate(shares)
-    ]
+    same = dict(micro=0, flat=False, words="values from 0 to 9 HU")
+    images = [same | dict(at=j, share=s, norm=abs(s), name=f"p#{j}") for j, s in enumerate(shares)]
     usual = dict(weights=[], first=None, temperature=0.07, finite=True, copies=[], by_term={"koleo": 0.1})
     return {**usual, **more, "images": sorted(images, key=lambda i: -i["norm"])}, images
 
@@ -218,9 +208,8 @@ def test_one_image_with_most_of_the_gradient_is_named_and_its_view_where_one_has
     found, images = made([0.05] * 7 + [0.61] + [0.04] * 1)
     images[7]["view_shares"] = [0.02, 0.5, 0.05, 0.04]
     cause, guilty, words = autopsy.verdict(found, images)
-    assert (cause, guilty) == ("image", [(0, 7)]) and words.startswith(
-        "image 8 of micro-batch 1, view 2: values from 0"
-    )
+    assert (cause, guilty) == ("image", [(0, 7)])
+    assert words.startswith("image 8 of micro-batch 1, view 2: values from 0")
     assert "61% of the gradient, an even part is 11%" in words
     images[7]["view_shares"] = [0.2, 0.2, 0.1, 0.11]
     assert "view" not in autopsy.verdict(found, images)[2]
@@ -268,18 +257,7 @@ def test_every_cause_is_drawn(run_of, folder, capsys, monkeypatch, tmp_path, kin
         for i in (i for batch in batches for i in batch.ids):
             plant(source, i, 77)
     monkeypatch.setattr(inspect_step, "ask", lambda args, config: why(folder, run, args.why, capsys))
-    flags = [
-        "--run",
-        str(run),
-        "--why",
-        "5",
-        "--images",
-        "2",
-        "--device",
-        "cpu",
-        "--out",
-        str(tmp_path / f"{kind}.png"),
-    ]
+    flags = ["--run", str(run), "--out", str(tmp_path / f"{kind}.png"), *"--why 5 --images 2 --device cpu".split()]
     assert inspect_step.main(flags) == 1
     said = capsys.readouterr().out
     assert "not finite" in said or kind == "copies"

@@ -89,15 +89,15 @@ def test_a_refit_has_seen_val_select_and_says_nothing_of_it(photos, vit, tmp_pat
     assert predict.main(["--ckpt", str(tmp_path / "once" / "best.pth"), *words]) == 0
 
 
-def test_nodules_and_weights_that_saw_what_is_held_out_are_refused(photos, vit, tmp_path):
+def test_tiles_of_nodules_and_weights_that_saw_what_is_held_out_are_refused(photos, vit, tmp_path):
     of = json.loads(data.split_path(photos).read_text())["groups"]
     seen = next(name for name, split in of.items() if split == "val_calib")
     make_classifier(tmp_path / "seen.pth", trained_groups=[seen])
     with pytest.raises(ValueError, match="leak: 1 groups of the held-out splits"):
         fitted(photos, (tmp_path / "seen.pth", None), tmp_path / "run")
-    table = SimpleNamespace(centres=1)
-    with pytest.raises(ValueError, match="names nodules"):
-        baseline.choose(SimpleNamespace(ckpt=vit[0], protocol="select"), None, "nodules.csv", table, None)
+    args = SimpleNamespace(ckpt=vit[0], protocol="select", views="tiles")
+    with pytest.raises(ValueError, match="--views tiles: nodules.csv names nodules, which are cropped"):
+        baseline.choose(args, None, "nodules.csv", SimpleNamespace(centres=1), None)
 
 
 def test_neighbours_are_chosen_by_the_loss_on_val_select():

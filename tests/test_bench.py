@@ -4,6 +4,8 @@ import contextlib
 import functools
 import json
 import os
+import subprocess
+import sys
 import time
 import types
 from pathlib import Path
@@ -11,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from test_classifiers import pictures
 from test_data import make_ct
 from test_train import golden_step, same, weights
@@ -21,7 +24,8 @@ import losses
 import model
 import train_ssl as t
 from tools import bench
-from tools.lib import optim
+from tools.lib import optim, parts, settings, timing
+from tools.lib.cli import ROOT
 
 CPU = torch.device("cpu")
 TOY = {
@@ -93,7 +97,7 @@ def test_quick_calls_are_repeated_until_a_sample_is_long_enough(clock):
 
     times, _ = bench.alternate({"": work}, CPU, 0, least=0.5)
     assert times[""] == pytest.approx([0.01] * 3) and clock.now == pytest.approx(0.01 * (2 + 3 * 50))
-    rate = bench.sampled(work, 3.0, CPU)
+    rate = timing.sampled(work, 3.0, CPU)
     start = clock.now
     assert rate() == pytest.approx(300) and clock.now - start == pytest.approx(0.1)
 
@@ -160,12 +164,17 @@ def test_the_update_is_that_of_train_ssl_to_the_bit(folder, tmp_path, gram):
     assert any(not torch.equal(v, ours[f"student.{k}"]) for k, v in before.items())
 
 
+def test_what_is_compiled_outlives_the_run_and_tmp(tmp_path):
+    """In a process of its own: torch sets the variable itself as soon as its compiler is imported."""
+    code = "import train_ssl, torch._dynamo, os; print(os.environ['TORCHINDUCTOR_CACHE_DIR'])"
+    env = {k: v for k, v in os.environ.items() if k != "TORCHINDUCTOR_CACHE_DIR"} | {"XDG_CACHE_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == str(tmp_path / "torchinductor"), done.stderr
+
+
 def test_a_way_is_what_its_name_says(folder, monkeypatch, tmp_path):
     compiled = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda block, **_: compiled.append(block))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
-    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
     monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)  # beyond which torch goes on uncompiled
     plain = bench.make_run(bench.train_args(toy_point(folder), ""), CPU)
     assert plain.args.micro_batch == 4 and not plain.student.backbone.checkpointing and not compiled
@@ -173,7 +182,6 @@ def test_a_way_is_what_its_name_says(folder, monkeypatch, tmp_path):
     assert args.micro_batch == args.koleo_group == 1 and args.batch_size == 4
     fast = bench.make_run(bench.train_args(toy_point(folder), "compile checkpointing"), CPU)
     assert fast.student.backbone.checkpointing and {*compiled} >= {*fast.student.backbone.blocks[:-1]}
-    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "torchinductor")
     assert torch._dynamo.config.recompile_limit >= 64  # four --sizes, three networks, with and without gradients
 
 
@@ -252,7 +260,7 @@ def test_a_card_is_idle_where_no_kernel_of_any_stream_runs(monkeypatch):
     monkeypatch.setattr(torch.profiler, "profile", card.profile)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     assert bench.idle_share(lambda: calls.append(1), 1.1, 2) == pytest.approx(1 - 1.1 / 2.2) and len(calls) == 2
-    assert bench.busy_seconds([]) == 0
+    assert timing.busy_seconds([]) == 0
 
 
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
@@ -322,7 +330,7 @@ def test_a_sweep_doubles_until_it_does_not_fit_and_names_the_best_flags(monkeypa
     assert flags == "--arch vit_test --micro-batch 8 --koleo-group 8 --checkpointing" and rest.startswith("8 images/s")
     assert line.endswith("in 5 days")
     words = ["--data", "x", "--batch-size", "128", *flags.split()]
-    assert t.resolve(t.build_parser().parse_args(words), 1).micro_batch == 8  # training takes what is advised
+    assert settings.resolve(t.build_parser().parse_args(words), 1).micro_batch == 8  # training takes what is advised
 
 
 def test_bf16_is_measured_only_where_the_cpu_has_it(tmp_path):
@@ -377,10 +385,10 @@ def test_pillow_does_the_same_job(tmp_path, encoding):
     recipe = data.Recipe("ct", global_size=32, local_size=16, local_crops=2, blur=(0, 0, 0))
     plan = data.place(data.plan(0, 0, range(2), recipe), [(64, 64)] * 2)
     if encoding == "rgb-v1":
-        pictures = [[bench.Image.fromarray(x.permute(1, 2, 0).contiguous().numpy())] for x in images]
+        pictures = [[Image.fromarray(x.permute(1, 2, 0).contiguous().numpy())] for x in images]
     else:
-        pictures = [[bench.Image.fromarray(c) for c in x.float().numpy()] for x in images]
-    ours, theirs = data.render(images, plan), bench.pillow_render(pictures, images.dtype, plan)
+        pictures = [[Image.fromarray(c) for c in x.float().numpy()] for x in images]
+    ours, theirs = data.render(images, plan), parts.pillow_render(pictures, images.dtype, plan)
     for a, b in zip(ours[:2], theirs[:2]):  # 8 bits: Pillow rounds each of two passes to a code; contrast up to 1.2
         limit = 1.3 / 255 / min(data.STD) if encoding == "rgb-v1" else 1e-4
         assert (a - b).abs().max() < limit and a.std() > 0.1
@@ -388,14 +396,14 @@ def test_pillow_does_the_same_job(tmp_path, encoding):
 
 @pytest.mark.slow
 def test_every_other_part_runs_on_a_toy_and_gives_numbers(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(bench, "gemm", lambda device: lambda: 0.05)
-    monkeypatch.setattr(bench, "copying", lambda: lambda: 10.0)
-    monkeypatch.setattr(bench, "alternate", functools.partial(bench.alternate, least=0))
+    monkeypatch.setattr(parts, "gemm", lambda device: lambda: 0.05)
+    monkeypatch.setattr(parts, "copying", lambda: lambda: 10.0)
+    monkeypatch.setattr(parts, "alternate", functools.partial(timing.alternate, least=0))
     point = dict(setting="toy", data=str(folder), seconds=0)
-    (render,) = bench.measure_render(point, CPU)
+    (render,) = parts.measure_render(point, CPU)
     assert 0 < render["share"] < 5 and "x Pillow" in render["note"]
     assert render["value"] == pytest.approx(8 / np.median(render["seconds"]["ours"]))
-    (read,) = bench.measure_read(point | {"workers": 1}, CPU)
+    (read,) = parts.measure_read(point | {"workers": 1}, CPU)
     gb_s = 16 * 2 * 3 * 48 * 48 * 2 / 1e9 / np.median(read["seconds"])
     assert read["share"] == pytest.approx(gb_s / 10) and read["value"] == pytest.approx(16 / np.median(read["seconds"]))
     (save,) = bench.measure_save(toy_point(folder), CPU)
@@ -404,9 +412,9 @@ def test_every_other_part_runs_on_a_toy_and_gives_numbers(folder, tmp_path, monk
 
 
 def test_adapters_take_turns_with_lora_as_two_thin_products(monkeypatch):
-    monkeypatch.setattr(bench, "alternate", functools.partial(bench.alternate, least=0))
+    monkeypatch.setattr(parts, "alternate", functools.partial(timing.alternate, least=0))
     point = dict(setting="toy", arch="vit_test", batch=2, size=32, rank=4, targets="all", seconds=0)
-    rows = bench.measure_adapters(json.loads(json.dumps(point)), CPU)
+    rows = parts.measure_adapters(json.loads(json.dumps(point)), CPU)
     assert [row["way"] for row in rows] == ["thin", *model.ADAPTER_NORMS] and rows[0]["factor"] == 1
     assert all(f"{row['factor']:.3f} x the time of LoRA" in row["note"] for row in rows[1:])
     json.dumps(rows)
@@ -416,16 +424,16 @@ def test_adapters_take_turns_with_lora_as_two_thin_products(monkeypatch):
         torch.nn.init.normal_(layer.lora_b)
         x = torch.randn(5, layer.in_features)
         found = [torch.autograd.grad(y.square().sum(), [layer.lora_a, layer.lora_b])
-                 for y in (layer(x), bench.thin_products(layer, x))]  # fmt: skip
-        torch.testing.assert_close(layer(x), bench.thin_products(layer, x))
+                 for y in (layer(x), parts.thin_products(layer, x))]  # fmt: skip
+        torch.testing.assert_close(layer(x), parts.thin_products(layer, x))
         torch.testing.assert_close(*found, rtol=1e-4, atol=1e-3)
 
 
 def test_pruning_after_the_backbone_saves_nothing_of_it_and_choosing_before_it_does(monkeypatch):
-    monkeypatch.setattr(bench, "alternate", functools.partial(bench.alternate, least=0))
+    monkeypatch.setattr(parts, "alternate", functools.partial(timing.alternate, least=0))
     point = dict(setting="toy", arch="vit_test", batch=2, size=32, seconds=0)
-    rows = {row["way"]: row for row in bench.measure_fusion(json.loads(json.dumps(point)), CPU)}
-    assert list(rows) == list(bench.FUSED) and all(row["value"] > 0 for row in rows.values())
+    rows = {row["way"]: row for row in parts.measure_fusion(json.loads(json.dumps(point)), CPU)}
+    assert list(rows) == list(parts.FUSED) and all(row["value"] > 0 for row in rows.values())
     one, ten, twelve, after, before = (row["flops"] / rows["1 view"]["flops"] for row in rows.values())
     assert one == 1 and ten == pytest.approx(10, rel=0.01) and twelve == pytest.approx(12, rel=0.01)
     assert after >= twelve and before == pytest.approx(8, rel=0.02)
@@ -440,8 +448,8 @@ def test_slices_per_second_are_those_of_reading_not_of_what_was_read_ahead(folde
             yield
 
     monkeypatch.setattr(bench.data, "make_loader", make_loader)
-    monkeypatch.setattr(bench, "copying", lambda: lambda: 10.0)
-    (read,) = bench.measure_read(dict(setting="toy", data=str(folder), seconds=0, workers=workers), CPU)
+    monkeypatch.setattr(parts, "copying", lambda: lambda: 10.0)
+    (read,) = parts.measure_read(dict(setting="toy", data=str(folder), seconds=0, workers=workers), CPU)
     assert read["value"] == pytest.approx(16 / 0.1)
 
 
@@ -459,10 +467,10 @@ def test_slices_per_second_of_preprocessing_leave_out_what_starting_takes(tmp_pa
         def pixel_array(self):
             clock.now += 0.05
 
-    monkeypatch.setattr(bench, "preprocess", preprocess)
-    monkeypatch.setattr(bench.pydicom, "dcmread", lambda file: Slice())
+    monkeypatch.setattr(parts, "preprocess", preprocess)
+    monkeypatch.setattr(parts.pydicom, "dcmread", lambda file: Slice())
     point = dict(setting="toy", few=str(tmp_path / "few"), many=str(tmp_path / "many"), seconds=0)
-    rgb, hu16 = bench.measure_dicom(point, CPU)
+    rgb, hu16 = parts.measure_dicom(point, CPU)
     assert rgb["value"] == pytest.approx(2) and hu16["value"] == pytest.approx(4)
     assert rgb["share"] == pytest.approx(0.1) and hu16["share"] == pytest.approx(0.2)
 
@@ -470,7 +478,7 @@ def test_slices_per_second_of_preprocessing_leave_out_what_starting_takes(tmp_pa
 @pytest.mark.slow
 def test_preprocessing_that_fails_is_an_error_with_its_words(tmp_path):
     with pytest.raises(ValueError, match="exit code 2: .*nowhere"):
-        bench.preprocess(str(tmp_path / "nowhere"), "rgb")
+        parts.preprocess(str(tmp_path / "nowhere"), "rgb")
 
 
 # points and tables
@@ -567,7 +575,7 @@ def test_the_real_thing_end_to_end(tmp_path, capsys):
 @pytest.mark.slow
 def test_the_index_of_the_bench_opens_from_its_columns(monkeypatch):
     """From the second time on faster than from the CSV; memory is that of the process itself."""
-    (row,) = bench.measure_index({"rows": 100_000, "setting": "open"}, CPU)
+    (row,) = parts.measure_index({"rows": 100_000, "setting": "open"}, CPU)
     (first, *_), *later = row["all"]
     assert len(later) == 3 and max(opened for opened, *_ in later) < first / 3
     assert row["value"] == pytest.approx(1e3 * sorted(opened for opened, *_ in later)[1])
@@ -578,7 +586,7 @@ def test_the_index_of_the_bench_opens_from_its_columns(monkeypatch):
 def test_predict_tells_latency_and_rate_of_each_layout(tmp_path):
     pictures(tmp_path / "photos", 3)
     point = dict(arch="vit_test", size=32, data=str(tmp_path / "photos"), seconds=0.2, setting="s")
-    rows = bench.measure_predict(json.loads(json.dumps(point)), CPU)
+    rows = parts.measure_predict(json.loads(json.dumps(point)), CPU)
     assert [row["setting"] for row in rows] == ["s, 1 views", "s, 10 views", "s, 12 views"]
     for row in rows:
         assert 0 < row["value"] <= row["p95"] and row["unit"] == "ms" and len(row["seconds"]["one"]) >= 3

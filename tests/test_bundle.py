@@ -254,7 +254,10 @@ def mutate(folder, random):
 
 
 def try_mutants(made, photos, tmp_path, count, seed):  # noqa: F811
-    """Sums made anew in half of them: then what is read must be refused in a sentence, or say the very same."""
+    """-> how many of `count` damaged bundles are refused in a sentence; all others must say what the sound one says.
+
+    Every second one has its sums made anew, so that only its content can give it away.
+    """
     words = ["--images", str(photos / "0.png"), str(photos / "1.png"), "--out", str(tmp_path / "said")]
     ask(made, tmp_path / "right", *words[:3])
     right, refusals = tables.read(tmp_path / "right" / "images.npz"), 0
@@ -344,6 +347,7 @@ def test_a_run_that_did_not_end_and_strangers_make_no_bundle(other, tmp_path):
     make(other, tmp_path / "calib")  # a refit has only val_calib
     assert json.loads((tmp_path / "calib" / "bundle.json").read_text())["worth"]["split"] == "val_calib"
     no_bundle(other, tmp_path / "calib2", "--probe belongs to a release", "--probe", "x")
+    no_bundle(other, tmp_path / "calib2", "--layout timm belongs to a release", "--layout", "timm")
 
 
 def filled(folder, classifier, facts):

@@ -1,5 +1,6 @@
 """Calibrators: planted miscalibration is undone, calibrated data stays, what cannot be fitted is one sentence."""
 
+import itertools
 import json
 
 import numpy as np
@@ -190,9 +191,8 @@ def test_beta_without_negative_weights_is_the_best_of_a_grid():
     loss = lambda w: np.mean(np.logaddexp(0, x @ w) - y * (x @ w))  # noqa: E731
     best = loss(np.array([one[k] for k in "abc"]))
     assert min(one["a"], one["b"]) >= 0
-    grid = [
-        np.array([a, b, d]) for a in np.linspace(0, 2, 9) for b in np.linspace(0, 2, 9) for d in np.linspace(-3, 3, 25)
-    ]
+    axes = np.linspace(0, 2, 9), np.linspace(0, 2, 9), np.linspace(-3, 3, 25)
+    grid = [np.array(point) for point in itertools.product(*axes)]
     assert best <= min(map(loss, grid)) + 1e-6
 
 
@@ -256,9 +256,8 @@ def test_pools_by_hand():
     z = np.array([[[0.0, 4.0], [3.0, 0.0], [0.0, 1.0]]])
     pools, p = fusion.POOLS, np.exp(c.log_softmax(z[0]))
     assert pools["topk"](z, k=3) == pytest.approx(z.mean(1)) == pools["mean"](z)
-    assert pools["topk"](z) == pytest.approx(z[:, :2].mean(1)) and pools["topk_positive"](z) == pytest.approx(
-        z[:, [0, 2]].mean(1)
-    )
+    assert pools["topk"](z) == pytest.approx(z[:, :2].mean(1))
+    assert pools["topk_positive"](z) == pytest.approx(z[:, [0, 2]].mean(1))
     assert pools["whole_topk"](z, k=1) == pytest.approx((z[:, 0] + z[:, 2]) / 2)
     assert pools["area"](z, areas=[4, 1, 1]) == pytest.approx(np.array([4, 1, 1]) / 6 @ z[0][None])
     with pytest.raises(ValueError, match="2 areas for 3 views"):

@@ -36,9 +36,8 @@ def make_classifier(path, classes=("no", "yes"), pool="both", layers=1, adapters
         vit = model.build_vit("vit_test", layerscale=0.5)
         if adapters:
             model.add_adapters(vit, **adapters)
-        net = model.Classifier(
-            vit, model.Head(vit.dim * layers * (2 if pool == "both" else 1), len(classes)), pool, layers
-        )
+        head = model.Head(vit.dim * layers * (2 if pool == "both" else 1), len(classes))
+        net = model.Classifier(vit, head, pool, layers)
         for p in net.parameters():
             torch.nn.init.normal_(p, 0.0, 0.2) if p.ndim == 1 else p.data.add_(torch.randn_like(p) * 0.1)
         nets.append(net)
@@ -62,9 +61,8 @@ def test_the_ema_weights_are_read_and_merged(tmp_path, pool, layers, adapters):
     images = torch.randn(3, 3, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(found(images), net(images), rtol=0, atol=1e-5)
-    assert (
-        not model.adapted_layers(found) and not found.training and not any(p.requires_grad for p in found.parameters())
-    )
+    assert not model.adapted_layers(found) and not found.training
+    assert not any(p.requires_grad for p in found.parameters())
     assert facts["classes"] == ["a", "b", "c"] and facts["best"] == {"step": 5, "value": 0.4}
     assert facts["sha256"] == data.file_sha256(tmp_path / "best.pth") and "teacher" not in facts
 

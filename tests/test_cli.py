@@ -92,9 +92,8 @@ def test_a_second_program_on_a_folder_says_at_once_for_whom_it_waits(tmp_path, m
     monkeypatch.setattr("tools.lib.loop.time.sleep", lambda s: None)
     with pytest.raises(ValueError, match=f"in use by process {os.getpid()}"):
         loop.lock(tmp_path)
-    assert (
-        capsys.readouterr().err == f"{tmp_path} is in use by process {os.getpid()}; waiting up to 60 s for it to end\n"
-    )
+    said = f"{tmp_path} is in use by process {os.getpid()}; waiting up to 60 s for it to end\n"
+    assert capsys.readouterr().err == said
     holder.close()
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 import train_ssl
 from tools import demo
-from tools.lib import judge, sheet
+from tools.lib import judge, settings, sheet
 
 ROOT = Path(__file__).resolve().parent.parent
 TOY_LEARN = (
@@ -55,7 +55,7 @@ def test_the_trial_run_and_the_run_differ_in_length_alone():
     trial, real = (vars(parse(stages[name].commands[0])[1]) for name in ("speed", "train"))
     may = "out steps time_limit log_every save_every eval_every".split()
     assert {key for key in real if real[key] != trial[key]} <= set(may)
-    assert real["steps"] == 400 and train_ssl.resolve(train_ssl.argparse.Namespace(**real), 1).micro_batch == 64
+    assert real["steps"] == 400 and settings.resolve(train_ssl.argparse.Namespace(**real), 1).micro_batch == 64
 
 
 def write_lines(folder, rows):

@@ -91,9 +91,8 @@ def test_a_series_in_two_splits_is_refused(four):
 
 def duplicates(root, groups, **more):
     sha = d.open_source(root).index_sha256
-    (root / "_splits" / "duplicates.json").write_text(
-        json.dumps({"version": 1, "index_sha256": sha, "groups": groups} | more)
-    )
+    content = {"version": 1, "index_sha256": sha, "groups": groups} | more
+    (root / "_splits" / "duplicates.json").write_text(json.dumps(content))
 
 
 def test_duplicates_across_splits_are_refused_or_counted(four, capsys):
@@ -197,9 +196,8 @@ def test_only_named_formats_are_opened_by_content(tmp_path):
     for kind, content in cases.items():
         (tmp_path / "a.png").write_bytes(content)
         source = d.open_source(tmp_path)
-        with pytest.raises(
-            OSError, match=rf"a\.png cannot be read: its content is {kind}, expected PNG, JPEG, WEBP, BMP, TIFF"
-        ):
+        said = rf"a\.png cannot be read: its content is {kind}, expected PNG, JPEG, WEBP, BMP, TIFF"
+        with pytest.raises(OSError, match=said):
             source.read(0)
         with pytest.raises(OSError, match=rf"content is {kind}"):
             d.read_view(source, 0)

@@ -107,9 +107,8 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(206 if start else 200)
         if start:
             self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
-        self.send_header(
-            *(("Transfer-Encoding", "chunked") if archive.chunked else ("Content-Length", str(len(body) - start)))
-        )
+        length = ("Content-Length", str(len(body) - start))
+        self.send_header(*(("Transfer-Encoding", "chunked") if archive.chunked else length))
         self.end_headers()
         cuts = archive.cut.get(uid) or []
         end = cuts.pop(0) if cuts else len(body)

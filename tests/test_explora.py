@@ -101,7 +101,7 @@ def test_a_frozen_weight_costs_no_pass_backward(folder, init):  # noqa: F811
     words = ["--data", str(folder), "--init", init, "--arch", "vit_test", "--batch-size", "8", "--local-crops", "2"]
     counts = []
     for more in ([], ADAPTERS, [*ADAPTERS, "--unfreeze", "0"]):
-        args = t.resolve(t.build_parser().parse_args([*words, *more]), 1)
+        args = settings.resolve(t.build_parser().parse_args([*words, *more]), 1)
         student, _ = t.build(args)
         recipe = settings.make_recipes(args, "hu16-v1")[0]
         counts.append(loop.flops_per_image(student, recipe, args, False))
@@ -262,9 +262,8 @@ def test_every_program_reads_a_run_with_adapters(tmp_path, capsys):
     merged = m.load_backbone(tmp_path / "out" / "x", quiet=True)
     assert apart(everything(merged), everything(rebuilt(read(run), "teacher"))) < 1e-6
     card = (tmp_path / "out" / "x" / "README.md").read_text()
-    assert (
-        "| adapter_norm | doran |" in card and "| adapter_targets | all |" in card and "| optimizer | adamw |" in card
-    )
+    for row in ("| adapter_norm | doran |", "| adapter_targets | all |", "| optimizer | adamw |"):
+        assert row in card
     assert "lora_a" not in (tmp_path / "out" / "x" / "model.safetensors").read_bytes()[:20000].decode(errors="replace")
 
     assert monitor.main(["--ckpt", str(last), "--threads", "1", "--images", "1", "--sysfs", str(tmp_path)]) in (0, 1, 2)
@@ -296,7 +295,7 @@ def test_muon_walks_by_layer_decay_and_leaves_the_prototypes_to_adamw():
     student = m.SSLModel(m.build_vit("vit_test"), *(m.ProjectionHead(64, 32, 16, 24) for _ in range(2)))
     groups = optim.param_groups(student, 0.5, 0.2)
     words = "--data x --optimizer muon --batch-size 8 --steps 9".split()
-    args = t.resolve(t.build_parser().parse_args(words), 1)
+    args = settings.resolve(t.build_parser().parse_args(words), 1)
     assert args.lr == 0.02 and args.optimizer == "muon"
     optimizer = loop.build_optimizer(args.optimizer, groups, settings.OWN_FLAGS)
     optim.set_rates(optimizer, t.Now(0.1, 0.1, 0.0, 0.9, 0.06, 0.0))
@@ -309,9 +308,8 @@ def test_muon_walks_by_layer_decay_and_leaves_the_prototypes_to_adamw():
     first, last = (sizes[f"backbone.blocks.{i}.mlp.fc1.weight"] for i in (0, 1))
     assert last / first == pytest.approx(2, rel=0.1)  # one block apart: a factor of 0.5
     p = after["backbone.blocks.1.mlp.fc1.weight"] - before["backbone.blocks.1.mlp.fc1.weight"]
-    values = torch.linalg.svdvals(p.detach()) / (
-        0.1 * 0.5 * 2**0.5
-    )  # the rate of that block, and Muon's factor of shape
+    rate = 0.1 * 0.5 * 2**0.5  # of that block, with Muon's factor of shape
+    values = torch.linalg.svdvals(p.detach()) / rate
     assert values.min() > 0.6 and values.max() < 1.3
     for name in ("dino_head.last_layer.weight", "backbone.mask_token", "backbone.norm.weight"):
         p, factor = after[name] - before[name], 0.1 * 0.015

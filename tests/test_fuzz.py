@@ -186,12 +186,8 @@ def rezipped(raw, random):
 def mutant(raw, kind, random):
     """-> (bytes, what was done, whether what is left may pass for a whole file)."""
     ways = ["flip", "cut", "empty", "rubbish", "insert"]
-    ways += {
-        "json": ["swap"] * 6 + ["bom"],
-        "lines": ["swap line"] * 4,
-        "text": ["cell"] * 4,
-        "zip": ["rezip"] * 3,
-    }.get(kind, [])
+    more = {"json": ["swap"] * 6 + ["bom"], "lines": ["swap line"] * 4, "text": ["cell"] * 4, "zip": ["rezip"] * 3}
+    ways += more.get(kind, [])
     way = ways[random.integers(len(ways))]
     at = int(random.integers(len(raw)))
     if way == "cut":

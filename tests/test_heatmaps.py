@@ -13,7 +13,7 @@ import data as d
 from model import build_vit
 from tools import lidc_nodules, make_phantom, preprocess_dicom
 from tools import nodule_heatmaps as h
-from tools.lib import judge, provenance
+from tools.lib import files, judge, provenance
 from tools.lib.sheet import BAD
 
 torch.set_num_threads(1)
@@ -258,9 +258,8 @@ YES, EVEN, NO = (0.7, 0.2, 0.1), (0.7, 0.2, 0.0), (0.57, 0.02, 0.04)  # lights u
 ])  # fmt: skip
 def test_a_sentence_needs_all_of_its_statistics_or_names_those_that_agree(share, auroc, hit, said):
     """The first line is what happened: hit 1 of 12, AUROC 0.573, and "lights up" for the sake of share alone."""
-    assert h.verdict(planted_numbers(dict(share=share, auroc=auroc, hit=hit)), "mean").startswith(
-        f"Attention (mean of heads) {said}"
-    )
+    numbers = planted_numbers(dict(share=share, auroc=auroc, hit=hit))
+    assert h.verdict(numbers, "mean").startswith(f"Attention (mean of heads) {said}")
 
 
 def test_intervals_resample_patients_not_nodules():
@@ -360,9 +359,8 @@ def test_a_backbone_that_looks_at_bright_patches_is_said_to(tmp_path, capsys, en
     assert report["patients"] == 3 and len(report["nodules"]) == 6 and not report["warning"]
     for name in ("head 0", "mean", "similarity"):
         assert own[name]["hit"]["value"] == own[name]["auroc"]["value"] == 1
-    assert (
-        own["head 0"]["share"]["value"] > 0.9 and own["head 0"]["inside"]["value"] > 10 * own["head 0"]["ring"]["value"]
-    )
+    share, inside, ring = (own["head 0"][name]["value"] for name in ("share", "inside", "ring"))
+    assert share > 0.9 and inside > 10 * ring
     assert own["head 1"]["auroc"]["value"] == pytest.approx(0.5, abs=1e-6)  # uniform, and so at chance
     assert own["head 1"]["share"]["value"] == pytest.approx(0.5, abs=1e-4)
     assert own["head 1"]["hit"]["value"] == pytest.approx(chance["head 1"]["hit"]["value"])
@@ -439,19 +437,17 @@ def test_seen_patients_are_refused_or_said_in_red(root, tmp_path, capsys):
     assert report["verdict"][-2:] == [f"{judge.UNKNOWN.capitalize()}.", f"{looked}."]
 
 
-def test_an_interval_that_does_not_exist_is_null(root, tmp_path, monkeypatch):
-    ckpt = save(tmp_path / "run.pth", bright_vit())
+def test_an_interval_that_does_not_exist_is_null(monkeypatch):
     monkeypatch.setattr(h, "interval", lambda values: (np.full(values.shape[1:], np.nan),) * 2)
-    report, _ = look(root, ckpt)
-    one = report["numbers"]["trained"]["own"]["mean"]["share"]
+    values = np.ones((4, 1, len(h.STATS)))
+    one = files.plain(h.as_numbers(values, np.arange(4), ["mean"], 0))["mean"]["share"]
     assert one["low"] is None and one["high"] is None and one["value"] > 0
 
 
 def test_a_series_is_recognised_under_another_name_of_its_patient(root, tmp_path):
     source = d.open_source(root)
-    entry = provenance.provenance_of(source.take(np.flatnonzero(source.rows.column("group") == "toy/P4"))) | {
-        "groups": []
-    }
+    renamed = source.take(np.flatnonzero(source.rows.column("group") == "toy/P4"))
+    entry = provenance.provenance_of(renamed) | {"groups": []}
     ckpt = save(tmp_path / "run.pth", bright_vit(), trained=["other/A"], provenance={"known": True, "seen": [entry]})
     with pytest.raises(ValueError, match="leak: 1 groups of split val_test .*toy/P4"):
         look(root, ckpt)

@@ -150,9 +150,8 @@ def test_published_parts_are_never_pooled_without_a_word(tmp_path):
     for part, n in (("train", 3), ("Test", 2), ("validation", 1)):
         for k in range(n):
             picture(tmp_path / "raw" / part / "roadwork" / f"{k}.jpg")
-    with pytest.raises(
-        ValueError, match=r"has parts \(test 2, train 3, val 1\).*name some; --parts test,train,val keeps all"
-    ):
+    said = r"has parts \(test 2, train 3, val 1\).*name some; --parts test,train,val keeps all"
+    with pytest.raises(ValueError, match=said):
         bring(tmp_path / "raw", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert len(bring(tmp_path / "raw", tmp_path / "out", "--parts", "train")) == 3
@@ -160,9 +159,8 @@ def test_published_parts_are_never_pooled_without_a_word(tmp_path):
     assert sorted(row["part"] for row in found) == ["test", "test", "train", "train", "train"]
     with pytest.raises(ValueError, match="--parts dev: the source has test 2, train 3, val 1"):
         bring(tmp_path / "raw", tmp_path / "out", "--parts", "dev")
-    write_csv(
-        tmp_path / "raw" / "labels.csv", [("path", "label", "Split"), ("a.jpg", 1, "train"), ("b.jpg", 0, "test")]
-    )
+    rows = [("path", "label", "Split"), ("a.jpg", 1, "train"), ("b.jpg", 0, "test")]
+    write_csv(tmp_path / "raw" / "labels.csv", rows)
     with pytest.raises(ValueError, match="has parts"):
         bring(tmp_path / "raw", tmp_path / "out")
 
@@ -170,9 +168,7 @@ def test_published_parts_are_never_pooled_without_a_word(tmp_path):
 def test_an_unknown_label_is_an_error_that_names_it(tmp_path):
     rows = pictures(tmp_path / "raw", ["a.jpg", "b.jpg", "c.jpg"])
     write_csv(tmp_path / "raw" / "labels.csv", [*rows[:2], ("c.jpg", "roadwrok")])
-    with pytest.raises(
-        ValueError, match=r"unknown labels 'roadwrok' \(1\), first in labels.csv, row 3; known are no_road"
-    ):
+    with pytest.raises(ValueError, match=r"unknown labels 'roadwrok' \(1\), first in labels.csv, row 3; known are"):
         bring(tmp_path / "raw", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     found = bring(tmp_path / "raw", tmp_path / "out", "--classes", "as-is")

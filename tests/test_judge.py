@@ -78,9 +78,8 @@ def test_judgement_pairs_what_it_compares_and_says_it_in_words():
     result = m.judge(labels, groups, predictions, folds, sizes, repeats=300)
     probe = result["predictors"]["probe"]
     aucs = [slow_auc(labels, p[:, 1]) for p in predictions["probe"]]
-    assert probe["auc"]["value"] == pytest.approx(np.mean(aucs)) and probe["auc"]["spread"] == pytest.approx(
-        np.std(aucs)
-    )
+    assert probe["auc"]["value"] == pytest.approx(np.mean(aucs))
+    assert probe["auc"]["spread"] == pytest.approx(np.std(aucs))
     assert set(probe) == {"auc", "average_precision", "sensitivity_at_90", "accuracy", "mcc", "brier", "ece"}
     for item in probe.values():
         assert item["low"] <= item["value"] + 0.05 and item["high"] >= item["value"] - 0.05
@@ -91,18 +90,16 @@ def test_judgement_pairs_what_it_compares_and_says_it_in_words():
 
     low, high = metrics.bootstrap(both, groups, 300)
     gain = result["differences"]["probe - size"]
-    assert (gain["low"], gain["high"]) == pytest.approx((low, high)) and gain["value"] == pytest.approx(
-        both(np.arange(200))
-    )
+    assert (gain["low"], gain["high"]) == pytest.approx((low, high))
+    assert gain["value"] == pytest.approx(both(np.arange(200)))
     assert gain["p"] < 0.01 and m.tone(result) == "good"
     text = m.verdict(result)
     assert "the backbone tells more than a ruler" in text and "pretraining helps" in text and "100 patients" in text
     assert m.compared(result, "probe", "size") in text and m.standing(result, "probe", "size") == 1
     assert sum(line["samples"] for line in result["terciles"]) == 200 and result["matched"]["pairs"] > 500
     for line, part in zip(result["terciles"], np.array_split(np.argsort(sizes), 3)):
-        assert line["probe"]["value"] == pytest.approx(
-            np.mean([slow_auc(labels[part], p[part, 1]) for p in predictions["probe"]]), abs=0.02
-        )
+        slow = np.mean([slow_auc(labels[part], p[part, 1]) for p in predictions["probe"]])
+        assert line["probe"]["value"] == pytest.approx(slow, abs=0.02)
 
 
 def test_a_probe_that_is_no_better_is_not_called_better():

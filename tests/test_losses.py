@@ -294,6 +294,20 @@ def plain_losses(inputs, logits, mask_weights, images=3, weights=(1.0, 1.0)):
     return (dino, own, others, ibot, *entropies), grads
 
 
+@pytest.mark.parametrize("count, most", [(0, 8), (1, 8), (7, 8), (8, 8), (45, 16), (100, 51), (3, 1)])
+def test_compiled_chunks_hold_every_row_once_and_have_two_sizes(monkeypatch, count, most):
+    """What is compiled for one size is compiled anew for every other: rows that vary are left to the plain function."""
+    monkeypatch.setattr(losses, "compile_once", lambda function: "fast")
+    for compiled in (False, True):
+        parts = list(losses.by_chunk("plain", count, most, compiled))
+        rows = [row for at, _ in parts for row in range(count)[at]]
+        assert rows == list(range(count)) and parts
+        sizes = {at.stop - at.start for at, function in parts if function == "fast"}
+        assert sizes <= ({most, max(1, most // 8)} if compiled else set())
+        left = sum(at.stop - at.start for at, function in parts if function == "plain")
+        assert left < (max(1, most // 8) if compiled else count + 1)
+
+
 def scored_losses(inputs, logits, mask_weights, images=3, weights=(1.0, 1.0), compiled=False):
     cls, patches, weight = inputs
     cls_targets, patch_targets = (
@@ -406,8 +420,8 @@ def on_one_rank(rank, folder):
 
 
 @pytest.mark.slow
-def test_two_processes_with_uneven_rows_equal_one(tmp_path):
-    torch.multiprocessing.spawn(on_one_rank, (str(tmp_path),), nprocs=2)
+def test_two_processes_with_uneven_rows_equal_one(tmp_path, on_two_ranks):
+    on_two_ranks(on_one_rank, str(tmp_path))
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for split in SPLITS:
         for i, logits in enumerate(two_rank_logits()):

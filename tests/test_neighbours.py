@@ -40,9 +40,8 @@ def test_the_distance_is_recorded_resumed_and_found_again(tmp_path):
     root, out = thin_ct(tmp_path / "ct"), tmp_path / "run"
     assert run(root, out, "--neighbour-mm", "3") == 0
     state = checkpoint.load(out / "last.pth")
-    assert (
-        state["eval_view"]["neighbour_mm"] == 3 and model.read_facts(out / "last.pth")["eval_view"]["neighbour_mm"] == 3
-    )
+    for view in (state["eval_view"], model.read_facts(out / "last.pth")["eval_view"]):
+        assert view["neighbour_mm"] == 3
     with pytest.raises(ValueError, match="--neighbour-mm was 3.0 in this run and is now 0"):
         run(root, out)
     config = read_json_file(out / "config.json", {"args": dict}, "")

@@ -6,18 +6,16 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import tracemalloc
-from pathlib import Path
 
 import numpy as np
 import pydicom
 import pytest
 from test_data import write_index
 
+from tools import lesion_labels, make_phantom, preprocess_dicom
 from tools import lidc_nodules as n
-from tools import make_phantom, preprocess_dicom
+from tools.lib import cli
 
 HIDDEN = "PHANTOM-0002"  # this patient's files do not say that identity was removed: its ids are hashed
 
@@ -315,6 +313,18 @@ def test_masks_of_an_earlier_run_go(folder):
     assert len(list((folder / "data" / "_labels" / "masks").glob("*.npz"))) == 1
 
 
+def test_lesions_that_would_share_a_name_cost_no_mask_of_before(tmp_path):
+    (tmp_path / "masks").mkdir()
+    (tmp_path / "masks" / "earlier.npz").write_bytes(b"")
+    one = lesion_labels.Series("a" + 40 * "x", {1: "v.npy"}, "d/p", "p", 0.0, np.ones(3), (3, 8, 8))
+    mask = np.ones((1, 2, 2), bool), np.array([1, 2, 2]), "unrated"
+    with pytest.raises(ValueError, match="two series whose names end in the same 40 letters"):
+        lesion_labels.write_labels(tmp_path, [(one, *mask), (one._replace(name="b" + 40 * "x"), *mask)])
+    assert (tmp_path / "masks" / "earlier.npz").exists()
+    lesion_labels.write_labels(tmp_path, [(one, *mask)])
+    assert [path.name for path in (tmp_path / "masks").iterdir()] == [f"{40 * 'x'}_01.npz"]
+
+
 def test_what_cannot_be_read_is_an_error_that_names_the_file(folder):
     raw, data = ["--raw", str(folder / "raw")], ["--data", str(folder / "data")]
     with pytest.raises(FileNotFoundError, match="no .xml file"):
@@ -435,15 +445,16 @@ def test_a_pipe_is_refused_and_not_waited_for(folder):
     signal.alarm(0)
 
 
-def test_a_file_name_that_is_not_utf8_is_named_with_escapes(folder):
+def test_a_file_name_that_is_not_utf8_is_named_with_escapes(folder, capsys):
     name = os.fsdecode(b"\xff\x1b.xml")
     write(folder, [nodule(cube(5, 5, 6))], name=name)
     assert len(run(folder / "raw", folder / "data")[0]) == 1
     (folder / "raw" / name).write_text("<LidcReadMessage><cut")
-    program = Path(n.__file__)
-    done = subprocess.run([sys.executable, program, *flags(folder)], capture_output=True, text=True)
-    assert done.returncode == 2 and "\x1b" not in done.stderr
-    assert "/\\udcff\\x1b.xml is no XML of LIDC" in done.stderr.splitlines()[-1]
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="2"):
+        cli.run(lambda: n.main(list(map(str, flags(folder)))))
+    said = capsys.readouterr().err
+    assert "\x1b" not in said and "/\\udcff\\x1b.xml is no XML of LIDC" in said.splitlines()[-1]
 
 
 def test_ratings_that_are_no_ratings_do_not_count(folder):

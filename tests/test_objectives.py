@@ -189,9 +189,8 @@ def test_cascade():
     assert sure.grad[0, 0] < -1 and sure.grad.isfinite().all()
     # the best order costs least
     best = positive.double() - 0.1 * torch.rand(6)
-    costs = [
-        losses.cascade_loss(torch.stack([s, s]), positive, budgets, torch.zeros(3), tau=0.5) for s in (best, -best)
-    ]
+    given = positive, budgets, torch.zeros(3)
+    costs = [losses.cascade_loss(torch.stack([s, s]), *given, tau=0.5) for s in (best, -best)]
     assert costs[0] < costs[1]
     # trained, the positives survive
     learned = torch.zeros(2, 6).normal_().requires_grad_()
@@ -266,9 +265,8 @@ def test_curriculum():
         assert_close(found.item(), mean(each[:count]))
     assert_close(losses.curriculum_loss(logits, targets, smoothing=0.1),
                  losses.soft_cross_entropy(logits, targets, smoothing=0.1))  # fmt: skip
-    assert_close(
-        losses.curriculum_loss(logits, targets, until=0.0, progress=0.0), losses.soft_cross_entropy(logits, targets)
-    )
+    whole = losses.soft_cross_entropy(logits, targets)
+    assert_close(losses.curriculum_loss(logits, targets, until=0.0, progress=0.0), whole)
     x = logits.clone().requires_grad_()
     slope = torch.autograd.grad(losses.curriculum_loss(x, targets, share=0.4, progress=0.0), x)[0]
     assert (slope.abs().sum(1) > 0).sum() == 3  # what is hard does not pull yet
@@ -341,9 +339,8 @@ def test_gradients_by_finite_differences():
     def terms(s, survive_detached=False):
         return losses.soft_ranks(s[0], 0.5).square().sum()
 
-    assert gradcheck(
-        terms, (stages,)
-    )  # the whole cascade loss divides by a detached sum, so only its parts are checked
+    # the whole cascade loss divides by a detached sum, so only its parts are checked
+    assert gradcheck(terms, (stages,))
     assert gradcheck(lambda g: losses.cascade_loss(stages.detach(), positive, (4, 2), g), (sigma,))
 
 

@@ -149,9 +149,8 @@ def test_muon_by_hand():
     bias, last = parameter(), torch.nn.Parameter(w.detach().clone())
     groups = [{"params": [w, bias]}, {"params": [last], "last": True}]
     optimizer = optim.Muon(groups, lr=0.1, momentum=0.9, adam=0.5, weight_decay=0.02)
-    adamw = torch.optim.AdamW(
-        [parameter(), torch.nn.Parameter(w.detach().clone())], 0.05, (0.9, 0.95), weight_decay=0.02
-    )
+    both = [parameter(), torch.nn.Parameter(w.detach().clone())]
+    adamw = torch.optim.AdamW(both, 0.05, (0.9, 0.95), weight_decay=0.02)
     expected, m = w.detach().clone(), torch.zeros(6, 3, dtype=torch.float64)
     for g in (g1, g2):
         m = 0.9 * m + 0.1 * g
@@ -285,9 +284,8 @@ def fit(net, optimizer, steps, start=0):
             return loss
 
         if isinstance(optimizer, optim.Sophia) and t % 10 == 0:
-            drawn = torch.multinomial(
-                net(x[pick]).softmax(1), 1, generator=torch.Generator().manual_seed(t)
-            )[:, 0]  # fmt: skip
+            seeded = torch.Generator().manual_seed(t)
+            drawn = torch.multinomial(net(x[pick]).softmax(1), 1, generator=seeded)[:, 0]
             optimizer.zero_grad()
             F.cross_entropy(net(x[pick]), drawn).backward()
             optimizer.observe(optim.gauss_newton(net.parameters(), len(pick)))

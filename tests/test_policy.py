@@ -63,9 +63,8 @@ def test_fit_and_evaluate_leave_what_they_say(tmp_path, capsys, method):
     lines = [line.rsplit(",", 4) for line in (folder / "errors.csv").read_text().splitlines()[1:]]
     false_alarms = np.flatnonzero((out.decision == 1) & (test.labels == 0))
     worst = false_alarms[np.argsort(-out.probabilities[false_alarms, 1])][:100]
-    assert [cells[0].rsplit(",", 1)[1] for cells in lines if cells[0].startswith('"c0, said c1"')] == test.ids[
-        worst
-    ].tolist()
+    found = [cells[0].rsplit(",", 1)[1] for cells in lines if cells[0].startswith('"c0, said c1"')]
+    assert found == test.ids[worst].tolist()
     page = (folder / "report.html").read_text()
     assert "<svg" in page and "Targets" in page and 'src="http' not in page
     assert result["probabilities"]["nll"] < result["uncalibrated"]["nll"] or "exit" in method or "gate" in method

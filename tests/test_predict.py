@@ -126,9 +126,8 @@ def test_weights_that_have_seen_a_sample_do_not_speak_of_its_split(photos, ckpt,
 
 
 def test_weights_of_ct_are_not_shown_photographs(photos, ckpt, tmp_path):
-    make_classifier(
-        tmp_path / "ct.pth", encoding="hu16-v1", eval_view={"size": 32, "window": [-150, 1500]}, layout=None
-    )
+    view = {"size": 32, "window": [-150, 1500]}
+    make_classifier(tmp_path / "ct.pth", encoding="hu16-v1", eval_view=view, layout=None)
     refused(tmp_path / "ct.pth", tmp_path / "out", ["--images", photos], "trained on hu16-v1, the images are photo")
 
 

@@ -41,18 +41,10 @@ from tools.lib import dicom, volumes
 ROOT = Path(__file__).resolve().parent.parent
 AXIAL = (1, 0, 0, 0, 1, 0)
 DEPTH, HEIGHT, WIDTH = 10, 40, 48
-IDENTIFYING = {
-    "PatientName": "ZZDOE^JOHN",
-    "PatientBirthDate": "19331224",
-    "PatientAddress": "ZZ Elm Street",
-    "InstitutionName": "ZZ General Hospital",
-    "ReferringPhysicianName": "ZZHOUSE^GREG",
-    "StudyDate": "19991231",
-    "StudyDescription": "ZZ CHEST follow-up",
-    "SeriesDescription": "ZZ LUNG 1.0",
-    "AccessionNumber": "ZZ4711",
-    "DeviceSerialNumber": "ZZ0815",
-}
+IDENTIFYING = dict(PatientName="ZZDOE^JOHN", PatientBirthDate="19331224", PatientAddress="ZZ Elm Street")
+IDENTIFYING |= dict(InstitutionName="ZZ General Hospital", ReferringPhysicianName="ZZHOUSE^GREG", StudyDate="19991231")
+IDENTIFYING |= dict(StudyDescription="ZZ CHEST follow-up", SeriesDescription="ZZ LUNG 1.0", AccessionNumber="ZZ4711")
+IDENTIFYING |= dict(DeviceSerialNumber="ZZ0815")
 
 
 def truth(depth=DEPTH, height=HEIGHT, width=WIDTH, seed=0):
@@ -215,9 +207,10 @@ def test_hu16_is_exact_and_rgb_follows_the_formula(tmp_path):
         assert rgb_row["sop"] == uid(1, 1, z + 100) and float(rgb_row["z_mm"]) == -100 + 2.5 * z
 
 
-@pytest.mark.parametrize(
-    "syntax", [ImplicitVRLittleEndian, ExplicitVRBigEndian, DeflatedExplicitVRLittleEndian, RLELossless]
-)
+SYNTAXES = [ImplicitVRLittleEndian, ExplicitVRBigEndian, DeflatedExplicitVRLittleEndian, RLELossless]
+
+
+@pytest.mark.parametrize("syntax", SYNTAXES)
 def test_transfer_syntaxes_change_nothing(syntax):
     hu = truth()
     for options in ({}, {"bits": 16, "signed": True, "intercept": 0, "PixelPaddingValue": -2000}):
@@ -506,15 +499,9 @@ ONE_SLICE = {  # change of one slice -> reason for which this file is left out
     "rescale_not_hu": [{"RescaleType": "US"}, {"RescaleType": "HU_MOD"}],
     "rescale_implausible": [{"RescaleSlope": 0}, {"RescaleSlope": -1024}, {"RescaleIntercept": "9e9"}],
     "pixel_size": [{"PixelData": None}, {"PixelData": b"\0" * 100}, {"Rows": HEIGHT - 1}, {"Columns": WIDTH + 1}],
-    "header": [
-        {"ImagePositionPatient": None},
-        {"ImagePositionPatient": [1, 2]},
-        {"ImageOrientationPatient": [1, 0, 0, 1, 0, 0]},
-        {"PixelSpacing": [0, 0.7]},
-        {"SOPInstanceUID": None},
-        {"PixelRepresentation": None},
-        {"NumberOfFrames": 3},
-    ],
+    "header": [{"ImagePositionPatient": None}, {"ImagePositionPatient": [1, 2]}, {"PixelSpacing": [0, 0.7]}]
+    + [{"ImageOrientationPatient": [1, 0, 0, 1, 0, 0]}, {"SOPInstanceUID": None}, {"PixelRepresentation": None}]
+    + [{"NumberOfFrames": 3}],
 }
 
 
@@ -651,9 +638,8 @@ def test_nothing_that_identifies_leaves_the_raw_folder(tmp_path, capsys):
     for flags in ((), ("--format", "hu16")):
         out = tmp_path / f"out{len(flags)}"
         assert preprocess(raw, out, *flags) == 1
-        written = "\n".join(
-            [*tree(out), *map(str, tree(out).values()), *map(str, out.rglob("*")), capsys.readouterr().out]
-        )
+        content = [*tree(out), *map(str, tree(out).values())]
+        written = "\n".join([*content, *map(str, out.rglob("*")), capsys.readouterr().out])
         written = written.replace(str(tmp_path), "")
         for secret in ("ZZ", "19331224", "19991231", uid(1), "7" * 10):
             assert secret not in written
@@ -766,9 +752,8 @@ def test_hostile_ids_become_plain_and_stay_distinct(tmp_path):
 
 def mixed_tree(folder, seed=0):
     """Three patients, four good series, one scout, one gap, one file of another modality, one note."""
-    slices = [
-        ds for p, s in ((1, 1), (1, 2), (2, 1), (3, 1)) for ds in a_series(truth(seed=p + 3 * s), patient=p, series=s)
-    ]
+    pairs = ((1, 1), (1, 2), (2, 1), (3, 1))
+    slices = [ds for p, s in pairs for ds in a_series(truth(seed=p + 3 * s), patient=p, series=s)]
     slices += a_series(patient=3, series=5, ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])[:1]
     slices += [ds for ds in a_series(patient=3, series=6) if ds.SOPInstanceUID[-1] != "4"]
     slices.append(ct_slice(truth()[0], DEPTH, patient=2, Modality="PT"))
@@ -877,12 +862,8 @@ def test_verify_names_what_changed_and_writing_accepts_it(tmp_path, capsys):
     capsys.readouterr()
     assert write_manifest.main(verify) == 1
     said = capsys.readouterr().out
-    for line in (
-        f"missing: {index(out)[0]['path']}",
-        f"changed: {index(out)[1]['path']}",
-        "/0099.png",
-        "extra: d/stray",
-    ):
+    missing, changed = (row["path"] for row in index(out)[:2])
+    for line in (f"missing: {missing}", f"changed: {changed}", "/0099.png", "extra: d/stray"):
         assert line in said
     for field in ("index_sha256", "rows_sha256", "counts", "raw"):
         assert f"changed: {field} is" in said
@@ -999,31 +980,19 @@ def test_pipes_and_names_with_escapes_in_the_output_are_named_and_not_waited_for
         write_manifest.main(["--data", str(out)])
 
 
-BAD_FLAGS = [
-    (["--min-slices", "2"], "at least 3"),
-    (["--dataset", "../x"], "no plain name"),
-    (["--dataset", "_index"], "no plain name"),
-    (["--workers", "0"], "at least 1"),
-    (["--raw", "nowhere"], "is not a folder"),
-    (["--raw", "empty"], "holds no file"),
-    (["--out", "raw/out"], "inside each other"),
-]
+BAD_FLAGS = {"--min-slices 2": "at least 3", "--dataset ../x": "no plain name", "--dataset _index": "no plain name"}
+BAD_FLAGS |= {"--workers 0": "at least 1", "--raw nowhere": "is not a folder", "--raw empty": "holds no file"}
+BAD_FLAGS |= {"--out raw/out": "inside each other"}
 
 
-@pytest.mark.parametrize("flags, message", BAD_FLAGS)
+@pytest.mark.parametrize("flags, message", BAD_FLAGS.items())
 def test_a_bad_flag_is_named(tmp_path, monkeypatch, capsys, flags, message):
     monkeypatch.chdir(tmp_path)
     write_tree(tmp_path / "raw", a_series()[:1])
     (tmp_path / "empty").mkdir()
     with pytest.raises((SystemExit, ValueError, OSError)) as caught:
-        preprocess("raw", "o", *flags)
+        preprocess("raw", "o", *flags.split())
     assert message in f"{caught.value} {capsys.readouterr().err}" and not (tmp_path / "o").exists()
-
-
-def test_a_mistake_is_one_line_and_code_2(tmp_path):
-    argv = [sys.executable, ROOT / "tools/preprocess_dicom.py", "--raw", "nowhere", "--out", "o", "--dataset", "d"]
-    done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
 
 
 # the body box

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -19,7 +20,8 @@ import data
 import train_probe as t
 from data import NODULE
 from model import build_vit
-from tools.lib import features, fits, judge, metrics, protocols, provenance, samples
+from tools import evaluate, fit_policy
+from tools.lib import features, fits, judge, metrics, protocols, provenance, samples, tables
 
 torch.set_num_threads(1)
 
@@ -116,9 +118,8 @@ def test_the_cache_holds_until_weights_images_or_recipe_change(tmp_path):
 
     assert ask() == 1 and ask() == 1
     assert ask(weights="other") == 2
-    assert (
-        ask(framing=framing._replace(crop_mm=(13.0,))) == 3 and ask(framing=framing._replace(batch=9, workers=3)) == 1
-    )
+    assert ask(framing=framing._replace(crop_mm=(13.0,))) == 3
+    assert ask(framing=framing._replace(batch=9, workers=3)) == 1
     assert ask(table=table_of((30, 31), 5.0)) == 4
     for path in (tmp_path / "cache").glob("*.npz"):
         path.write_bytes(path.read_bytes()[:-30])
@@ -326,6 +327,34 @@ def test_the_whole_report(study, tmp_path, capsys):
     assert again["test"]["predictors"] == result["test"]["predictors"]
 
 
+def test_nodules_of_a_four_way_split_reach_a_decision(study, tmp_path):
+    """Tables of the chosen probe, from which a policy and its evaluation follow; without a score no look."""
+    root, out = tmp_path / "four", tmp_path / "run"
+    shutil.copytree(study[0], root)
+    names = {f"toy/P{p}": "train" if p < 14 else ("val_select", "val_calib", "val_test")[p % 3] for p in range(36)}
+    make_split(root / "data", names)
+    before = len(looks(root))
+    flags = "--crop-mm 16,24 --workers 1 --device cpu --protocol select".split()
+    words = ["--ckpt", str(root / "w.pth"), "--data", str(root / "data"), "--labels", "_labels/malignancy.csv"]
+    assert t.main([*words, "--out", str(out), *flags]) == 0
+    rows, result = {r[0]: r for r in study[1]}, json.loads((out / "results.json").read_text())
+    with np.load(out / "probe.npz") as file:
+        weight, bias = file["weight"], file["bias"]
+    for split in ("val_select", "val_calib", "val_test"):
+        table = tables.read(out, split)
+        assert {*table.ids.tolist()} == {name for name, r in rows.items() if names[r[6]] == split}
+        assert all(rows[name][5] == label for name, label in zip(table.ids.tolist(), table.labels.tolist()))
+        assert table.logits.shape[1:] == (1, 2) and table.facts["weights_sha256"] == result["weights"]["sha256"]
+        assert metrics.auc(table.labels, table.logits[:, 0, 1]) > 0.85  # the bright ones
+    assert len(looks(root)) == before and weight.shape == (2, 3 * 64) and len(bias) == 2
+    policy = out / "policy.json"
+    words = ["--predictions", str(out), "--out", str(policy), "--method", "temperature", "mcc"]
+    assert fit_policy.main(words) == 0
+    assert evaluate.main(["--predictions", str(out), "--policy", str(policy), "--out", str(out / "final")]) == 0
+    assert len(looks(root)) == before + 1
+    assert json.loads((out / "final" / "results.json").read_text())["decided"]["accuracy"] > 0.6
+
+
 def looks(root):
     path = root / "data" / "_splits" / "test_uses.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
@@ -499,9 +528,8 @@ def test_labels_that_cannot_be_judged_are_refused(study, tmp_path, message):
     before = looks(root)
     with pytest.raises(ValueError, match=message) as error:
         probe(root, tmp_path / "probe", labels=tmp_path / "l" / "labels.csv")
-    assert (
-        str(error.value).startswith((f"{tmp_path / 'l' / 'labels.csv'}", "one-class")) and len(str(error.value)) < 400
-    )
+    said = str(error.value)
+    assert said.startswith((f"{tmp_path / 'l' / 'labels.csv'}", "one-class")) and len(said) < 400
     assert not (tmp_path / "probe").exists() and looks(root) == before
 
 

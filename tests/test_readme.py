@@ -78,9 +78,8 @@ COMMANDS = [(command, needs) for line, needs in LINES for command in ours(line)]
 def test_there_is_something_to_check():
     assert len(COMMANDS) > 40 and sum(not needs for _, needs in COMMANDS) > 20
     assert {parse(command)[0] for command, _ in COMMANDS} >= {"train_ssl.py", "train_probe.py", "monitor.py"}
-    programs = {
-        p.relative_to(ROOT).as_posix() for p in (ROOT / "tools").glob("*.py") if "def build_parser" in p.read_text()
-    }
+    tools = [p for p in (ROOT / "tools").glob("*.py") if "def build_parser" in p.read_text()]
+    programs = {p.relative_to(ROOT).as_posix() for p in tools}
     assert sorted(name for name in programs if name not in README) == []
 
 
@@ -119,9 +118,7 @@ def test_every_flag_in_the_text_exists():
 
 
 def test_every_file_in_the_text_exists():
-    named = set(re.findall(r"`((?:tools|tests)/[\w./-]*|\w+\.py)`", README)) | set(
-        re.findall(r"\]\(([\w/.]+)\)", README)
-    )
+    named = {*re.findall(r"`((?:tools|tests)/[\w./-]*|\w+\.py)`", README), *re.findall(r"\]\(([\w/.]+)\)", README)}
     assert len(named) > 20
     assert sorted(name for name in named if not (ROOT / name).exists() and not (ROOT / "tools" / name).exists()) == []
     for line, _ in LINES:

@@ -57,9 +57,8 @@ def save_results(path, ckpt, seen=(), **more):
     judged = dict(title="Fit on train, scored once on val_test", samples=40, patients=22, predictors=predictors)
     judged |= dict(differences={"probe - size": gain}, seen_in_pretraining=list(seen), verdict="Not above a ruler.")
     sha = d.file_sha256(ckpt)
-    results = dict(
-        version=1, verdict="all", test=judged, notes=[PATHS["data"]], weights=dict(file=str(ckpt), sha256=sha)
-    )
+    weights = dict(file=str(ckpt), sha256=sha)
+    results = dict(version=1, verdict="all", test=judged, notes=[PATHS["data"]], weights=weights)
     results |= dict(index_sha256="1" * 64, split_sha256="5" * 64)
     path.write_text(json.dumps(results | dict(labels=dict(file="/home/anna/m.csv", sha256="a" * 64)) | more))
     return path

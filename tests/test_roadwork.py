@@ -66,9 +66,8 @@ def test_masks_hold_what_the_table_says(streets):
         assert mask.exists() == (row["truth"] == "roadwork") == (float(row["object_share"]) > 0)
         if mask.exists():
             codes = np.asarray(Image.open(mask))
-            assert (
-                codes.shape == (96, 128) and set(np.unique(codes)) <= {0, 1, 2, 3} and int(row["objects"]) in (1, 2, 3)
-            )
+            assert codes.shape == (96, 128) and set(np.unique(codes)) <= {0, 1, 2, 3}
+            assert int(row["objects"]) in (1, 2, 3)
             assert (codes > 0).mean() == pytest.approx(float(row["object_share"]), rel=0.4)
             sizes.append((codes > 0).mean())
             shares.append(float(row["object_share"]))
@@ -131,9 +130,8 @@ def auc(positive, negative):
 def test_no_statistic_of_a_whole_picture_tells_the_label(streets):
     rows, statistics = rows_of(streets), []
     for row in rows:
-        hue, saturation, value = (
-            np.asarray(Image.open(streets / row["path"]).convert("HSV")).astype(int).transpose(2, 0, 1)
-        )
+        picture = np.asarray(Image.open(streets / row["path"]).convert("HSV")).astype(int)
+        hue, saturation, value = picture.transpose(2, 0, 1)
         orange = (abs(hue - 16) < 9) & (saturation > 150) & (value > 90)
         statistics.append((orange.mean(), saturation.mean(), value.mean(), value.std()))
     real = np.array([row["truth"] == "roadwork" for row in rows])
@@ -143,9 +141,8 @@ def test_no_statistic_of_a_whole_picture_tells_the_label(streets):
 
 def test_frames_of_a_scene_are_alike_and_scenes_are_not(streets):
     rows = rows_of(streets)
-    small = [
-        np.asarray(Image.open(streets / row["path"]).convert("L").resize((32, 32), 2), float).ravel() for row in rows
-    ]
+    pictures = [Image.open(streets / row["path"]).convert("L").resize((32, 32), 2) for row in rows]
+    small = [np.asarray(picture, float).ravel() for picture in pictures]
     r = np.corrcoef(small)
     same = np.array([[a["group"] == b["group"] for a in rows] for b in rows])
     np.fill_diagonal(r, np.nan)
@@ -165,9 +162,8 @@ def test_a_camera_notes_place_and_time_as_the_table_does(streets):
             assert gps[1] == "N"
             placed += 1
             lat, lon = (sum(float(n) / 60**k for k, n in enumerate(gps[key])) for key in (2, 4))
-            assert (lat, lon * (-1 if gps[3] == "W" else 1)) == pytest.approx(
-                (float(row["lat"]), float(row["lon"])), abs=1e-6
-            )
+            place = float(row["lat"]), float(row["lon"])
+            assert (lat, lon * (-1 if gps[3] == "W" else 1)) == pytest.approx(place, abs=1e-6)
     assert placed
 
 

@@ -190,9 +190,8 @@ def test_a_policy_is_a_plain_list_that_decides_alike_after_a_round_trip(spec):
     t, new = table(0, 1500, V=3), table(1, 300, V=3)
     policy = rules.fit_steps(t, spec)
     fitted = [step["fitted_on"] for step in policy["steps"] if "fitted_on" in step]
-    assert len(fitted) == SPECS[spec] and [f["part"] for f in fitted] == [
-        [k + 1, len(fitted)] for k in range(len(fitted))
-    ]
+    assert len(fitted) == SPECS[spec]
+    assert [f["part"] for f in fitted] == [[k + 1, len(fitted)] for k in range(len(fitted))]
     assert sum(f["n"] for f in fitted) == 1500 and fitted[0]["predictions_sha256"] == "ab"
     assert sum(map(sum, (f["n_per_class"] for f in fitted))) == 1500
     again = json.loads(json.dumps(policy, sort_keys=True, allow_nan=False))
@@ -411,9 +410,8 @@ def test_the_failure_predictor_sees_what_the_largest_probability_cannot():
         slow = [mean.max(), p.max(1).var(), -(mean * np.log(mean)).sum(), own.max() - own.mean(), own.std()]
         assert row == pytest.approx([*slow, -(p * np.log(p)).sum(1).mean()])
     single = logits[:, :1]
-    assert failure.features(single)[:, [1, 3, 4]].max() < 1e-12 and np.isfinite(
-        failure.compare(single, labels, t.groups)["predictor"]
-    )
+    assert failure.features(single)[:, [1, 3, 4]].max() < 1e-12
+    assert np.isfinite(failure.compare(single, labels, t.groups)["predictor"])
     with pytest.raises(ValueError, match="0 of 3000 decisions are wrong"):
         failure.fit(logits, logits.mean(1).argmax(1))
 

@@ -53,9 +53,8 @@ def weigh(folder, tmp_path, *columns):
     out = tmp_path / "weights.csv"
     argv = ["--data", folder, "--out", out, "--by", *columns]
     assert sample_weights.main(list(map(str, argv))) == 0
-    return {row["path"]: float(row["weight"]) for row in table(out)}, {
-        row["path"]: row for row in table(folder / "labels.csv")
-    }
+    labels = {row["path"]: row for row in table(folder / "labels.csv")}
+    return {row["path"]: float(row["weight"]) for row in table(out)}, labels
 
 
 def share(weights, chosen):
@@ -74,9 +73,8 @@ def test_classes_and_sources_get_their_shares_and_only_train_is_written(folder, 
     product, _ = weigh(folder, tmp_path, "class", "source:natix=0.7,extra=0.3")
     first = next(iter(weights))
     for path in weights:
-        assert product[path] / product[first] == pytest.approx(
-            weights[path] * mixed[path] / (weights[first] * mixed[first]), rel=1e-6
-        )
+        ratio = weights[path] * mixed[path] / (weights[first] * mixed[first])
+        assert product[path] / product[first] == pytest.approx(ratio, rel=1e-6)
 
 
 def great_circle_km(a, b):
@@ -112,9 +110,8 @@ def test_pictures_near_the_region_are_drawn_more_often(folder, tmp_path, capsys)
     mean = np.mean(list(expected.values()))
     assert weights == pytest.approx({path: w / mean for path, w in expected.items()}, rel=1e-6)
     said = capsys.readouterr().out
-    drawn = {
-        line.split(":")[0]: float(line.split("%")[0].split()[-1]) for line in said.splitlines() if "within" in line
-    }
+    told = [line for line in said.splitlines() if "within" in line]
+    drawn = {line.split(":")[0]: float(line.split("%")[0].split()[-1]) for line in told}
     assert drawn["drawn"] > drawn["train"] + 10
 
 

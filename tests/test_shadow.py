@@ -82,3 +82,7 @@ def test_what_cannot_be_compared_is_a_sentence(tmp_path):
     (tmp_path / "b.csv").write_text((tmp_path / "b.csv").read_text().replace("p_no", "p_maybe"))
     with pytest.raises(ValueError, match="is about classes"):
         compare(tmp_path)
+    write(tmp_path / "b.csv", ["yes", "no"])
+    write(tmp_path / "a.csv", ["yes", "no"], ["yes", "perhaps"])
+    with pytest.raises(ValueError, match="label perhaps of 1.jpg is none of the classes"):
+        compare(tmp_path)

@@ -220,14 +220,12 @@ def test_photographs_are_groups_by_file_or_by_the_group_column(tmp_path):
     names = [f"{'cat' if i % 2 else 'dog'}/_{i}.{'JPG' if i % 3 else 'png'}" for i in range(40)]
     root = photographs(tmp_path, [*names, "_labels/x.png", ".thumbs/y.png", "cat/._z.png"])
     assert set(split(root)["groups"]) == set(names)
-    labels = table(
-        root / "labels.csv", [f"{n},{n[:3]},scene{i // 4}" for i, n in enumerate(names[:20])], "path,label,group"
-    )
+    lines = [f"{n},{n[:3]},scene{i // 4}" for i, n in enumerate(names[:20])]
+    labels = table(root / "labels.csv", lines, "path,label,group")
     found = split(root, "--force", "--min-per-class", 0)
     assert set(found["groups"]) == {f"scene{i}" for i in range(5)} | set(names[20:])
-    assert sum(c["slices"] for c in found["counts"].values()) == 40 and found["stratify"]["sha256"] == file_sha256(
-        labels
-    )
+    assert sum(c["slices"] for c in found["counts"].values()) == 40
+    assert found["stratify"]["sha256"] == file_sha256(labels)
 
 
 def test_the_photograph_hash_follows_names_and_not_the_listing(tmp_path, monkeypatch):

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from PIL import Image
+from test_train import latest_step, lines, same
 from torch.nn import functional as F
 
 import checkpoint
@@ -80,17 +80,6 @@ def weights(run):
     return found | {key: state[key] for key in ("step", "best", "looked")}
 
 
-def same(a, b):
-    assert a.keys() == b.keys()
-    different = [k for k in a if not (torch.equal(a[k], b[k]) if isinstance(a[k], torch.Tensor) else a[k] == b[k])]
-    assert not different, different[:5]
-
-
-def lines(run, key):
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [row for row in rows if key in row]
-
-
 # one update
 
 
@@ -137,20 +126,19 @@ def two_ranks(rank, folder, root):
     dist.destroy_process_group()
 
 
-def test_any_cut_of_the_batch_gives_the_same_losses_and_gradients(photos, tmp_path):
+def test_any_cut_of_the_batch_gives_the_same_losses_and_gradients(photos, tmp_path, on_two_ranks):
     """With pictures mixed across micro-batches and ranks, dropout, and views of a layout."""
     terms, grads = update(photos, 0, 1, 1)
     assert len(grads) > 30 and max(g.abs().max() for g in grads.values()) > 1e-3
-    mp.spawn(two_ranks, (str(tmp_path), str(photos)), 2)
+    on_two_ranks(two_ranks, str(tmp_path), str(photos))
     others = {"2 x 4": update(photos, 0, 1, 2), "8 x 1": update(photos, 0, 1, 8)}
     others |= {f"2 ranks, {m} each": torch.load(tmp_path / f"{m}.pth", weights_only=True) for m in (1, 2)}
     for name, (other_terms, other_grads) in others.items():
         for ours, theirs in ((terms, other_terms), (grads, other_grads)):
             assert ours.keys() == theirs.keys()
             for key in ours:
-                torch.testing.assert_close(
-                    theirs[key], ours[key], rtol=1e-4, atol=1e-6, msg=lambda s, name=name, key=key: f"{name} {key} {s}"
-                )
+                told = f"{name} {key} {{}}".format
+                torch.testing.assert_close(theirs[key], ours[key], rtol=1e-4, atol=1e-6, msg=told)
 
 
 def test_the_loss_of_an_update_is_that_of_its_pictures_one_by_one(photos):
@@ -477,9 +465,8 @@ def test_a_run_of_nan_ends_with_code_3_and_exports_nothing(photos, start, tmp_pa
     out = tmp_path / "run"
     assert tune(photos, start, out, "--tune", "head") == 3
     events = [line["event"] for line in lines(out, "event")]
-    assert sum(e.startswith("skipped") for e in events) == 3 and events[-1].startswith(
-        "stopped: three updates in a row"
-    )
+    assert sum(e.startswith("skipped") for e in events) == 3
+    assert events[-1].startswith("stopped: three updates in a row")
     assert not (out / "predictions").exists() and not (out / "results.json").exists()
     state, initial = checkpoint.load(out / "last.pth"), checkpoint.load(out / "best.pth")
     assert state["step"] == 0
@@ -521,12 +508,13 @@ def test_a_single_bad_update_is_skipped_and_the_run_goes_on(photos, start, tmp_p
         ("--tune head --views diles", "layout 'diles'"),
         ("--tune head --aug dark", "--aug dark: no 'dark'"),
         ("--tune head --size 30", "--size 30 is not a multiple of the patch size 16"),
+        ("--tune none --steps 3", "--steps is not read with --tune none: leave it out, or give --tune too"),
+        ("--tune head --folds f.csv", "--folds is not read with --tune head: leave it out, or give --tune none too"),
         ("--tune all --fusion max", "there is no max; known are mil, mean"),
         ("--tune all --fusion mil:keep=3", "mil has no option keep"),
         ("--tune all --fusion mil --aug strong", "--aug strong mixes pictures"),
         ("--tune all --fusion mil --head random", "--fusion joins the views"),
         ("--tune fusion --fusion mil", "--fusion joins the views"),
-        ("--views tiles", "--views is for training"),
     ],
 )  # fmt: skip
 def test_bad_flags_say_what_to_do(photos, start, tmp_path, flags, sentence):
@@ -539,9 +527,8 @@ def test_one_class_in_a_split_is_a_sentence(start, tmp_path):
     root = make_photos(tmp_path / "data")
     rows = list(csv.reader((root / "labels.csv").read_text().splitlines()))
     with open(root / "labels.csv", "w", newline="") as file:
-        csv.writer(file).writerows(
-            [p, "no" if g[1:].isdigit() and int(g[1:]) % 6 == 3 else label, g] for p, label, g in rows
-        )
+        other = [[p, "no" if g[1:].isdigit() and int(g[1:]) % 6 == 3 else label, g] for p, label, g in rows]
+        csv.writer(file).writerows(other)
     with pytest.raises(ValueError, match="one-class labels: val_select has no sample of class yes; make a split"):
         tune(root, start, tmp_path / "run", "--tune", "head")
 
@@ -590,6 +577,32 @@ def test_val_test_is_looked_at_on_request_and_recorded(start, tmp_path):
 def test_a_dry_run_writes_nothing(photos, start, tmp_path, capsys):
     assert tune(photos, start, tmp_path / "run", "--tune", "all", "--dry-run") == 0
     assert "dry run: loss " in capsys.readouterr().out and not (tmp_path / "run").exists()
+
+
+def test_a_flag_that_is_newer_than_the_run_counts_as_its_default(photos, start, tmp_path):
+    out, flags = tmp_path / "run", ["--tune", "head", "--steps", "2", "--eval-every", "1"]
+    assert tune(photos, start, out, *flags) == 0
+    path = out / "step_00000002.pth"
+    state = torch.load(path, weights_only=True)
+    del state["args"]["warmup"], state["args"]["pool"]
+    torch.save(state, path)
+    assert tune(photos, start, out, *flags) == 0
+    assert tune(photos, start, out, *flags, "--warmup", "0.1", "--pool", "mean") == 0
+    with pytest.raises(ValueError, match="--warmup was 0.1 in this run and is now 0.2"):
+        tune(photos, start, out, *flags, "--warmup", "0.2")
+    config = json.loads((out / "config.json").read_text())
+    assert "given" not in config["args"] and config["args"]["warmup"] == 0.1
+
+
+def test_val_calib_without_a_labelled_picture_is_said(photos, start, tmp_path, capsys):
+    splits = json.loads(data.split_path(photos).read_text())["groups"]
+    kept = [s for s in (photos / "labels.csv").read_text().split() if splits.get(s.split(",")[2]) != "val_calib"]
+    (tmp_path / "some.csv").write_text("\n".join(kept))
+    words = ["--tune", "head", "--steps", "1", "--labels", str(tmp_path / "some.csv")]
+    assert tune(photos, start, tmp_path / "a", *words) == 0
+    assert "val_calib has no labelled sample" in capsys.readouterr().out
+    assert tune(photos, start, tmp_path / "b", *words[:4]) == 0
+    assert "val_calib has no labelled sample" not in capsys.readouterr().out
 
 
 def test_another_run_is_not_continued(photos, start, tmp_path):
@@ -656,10 +669,6 @@ def survive(photos, start, tmp_path, kills, steps, seed=0):
         ours, theirs = tables.read(run, split), tables.read(tmp_path / "whole", split)
         assert np.array_equal(ours.logits, theirs.logits)
     return done
-
-
-def latest_step(run):
-    return max((checkpoint.step_of(p) for p in run.glob("step_*.pth")), default=-1)
 
 
 @pytest.mark.slow

@@ -319,9 +319,8 @@ def test_lidc_readings_find_volumes_by_series_and_position(by_dicom, tmp_path):
     for out in (raw.parent / "p", tmp_path / "p"):
         assert lidc_nodules.main(["--raw", str(raw), "--data", str(out)]) == 0
         with open(out / "_labels" / "nodules.csv", newline="") as f:
-            tables.append(
-                {(row["series"], row["z0"], row["volume_mm3"], row["texture"]): row for row in csv.DictReader(f)}
-            )
+            keys = ("series", "z0", "volume_mm3", "texture")
+            tables.append({tuple(row[key] for key in keys): row for row in csv.DictReader(f)})
     assert len(tables[0]) > 5 and tables[0].keys() == tables[1].keys()
     assert {row["series"] for row in tables[0].values()} & prone
     for key, row in tables[0].items():
@@ -340,9 +339,8 @@ def test_shards_of_volumes_write_the_bytes_of_one_process(tmp_path):
         write_mhd(raw / f"scan{k}.mhd", phantom_hu(seed=k))
     write_mhd(raw / "mask.mhd", (phantom_hu() > 0).astype(np.uint8), element="MET_UCHAR")
     (raw / "readme.txt").write_text("hello")
-    (tmp_path / "patients.csv").write_text(
-        "Series UID,Subject ID\n" + "".join(f"scan{k},P{k // 2}\n" for k in range(5))
-    )
+    lines = ["Series UID,Subject ID\n", *(f"scan{k},P{k // 2}\n" for k in range(5))]
+    (tmp_path / "patients.csv").write_text("".join(lines))
     flags = ("--patients", tmp_path / "patients.csv")
     assert preprocess(raw, tmp_path / "one", *flags) == 1
     for k in (2, 3, 1):

@@ -160,9 +160,7 @@ def say(title, members):
 def build_parser():
     p = Parser(__doc__)
     p.add_argument("--data", type=Path, required=True, help="processed CT folder, or folder tree of photographs")
-    p.add_argument(
-        "--distance", type=within("[0, 8]", int), default=3, help="hash bits that may differ; at 9 strangers match"
-    )
+    p.add_argument("--distance", type=within("[0, 8]", int), default=3, help="bits of a hash; 9 would match strangers")
     p.add_argument("--workers", type=positive, default=os.cpu_count(), help="reading processes")
     broken.add_flag(p)
     p.add_argument("--max-pairs", type=positive, default=1000, help="pairs listed in the file; all count and join")

@@ -44,9 +44,7 @@ def build_parser():
     parser = Parser(__doc__)
     parser.add_argument("--device", default="auto", help="auto (CUDA/ROCm if there, else CPU), cpu, cuda, cuda:1")
     parser.add_argument("--json", metavar="PATH", help="also write everything here")
-    parser.add_argument(
-        "--child", type=int, metavar="N", help="internal: run checks from number N on, one JSON line each"
-    )
+    parser.add_argument("--child", type=int, metavar="N", help="internal: run checks from number N on, as JSON lines")
     return parser
 
 
@@ -131,9 +129,8 @@ def run_checks(command):
     results = {}
     while len(results) < len(CHECKS):
         with tempfile.TemporaryFile("w+") as complaints:
-            process = subprocess.Popen(
-                [*command, str(len(results))], stdout=subprocess.PIPE, stderr=complaints, text=True
-            )
+            words = [*command, str(len(results))]
+            process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=complaints, text=True)
             for line in process.stdout:
                 result = json.loads(line)
                 results[result.pop("name")] = result
@@ -164,9 +161,8 @@ def advice(facts, results):
     if rocm and not fast and os.environ.get("TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL") != "1":
         lines.append("only math attention works: export TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL=1 and run this again")
     if 0 < bf16 < fp32:
-        lines.append(
-            f"bf16 is slower than fp32 here ({bf16:.2f} against {fp32:.2f} TFLOP/s): train with --precision fp32"
-        )
+        rates = f"{bf16:.2f} against {fp32:.2f} TFLOP/s"
+        lines.append(f"bf16 is slower than fp32 here ({rates}): train with --precision fp32")
     if facts["free_disk_gb"] < 20:
         lines.append(f"{facts['free_disk_gb']:.0f} GB of disk are free; LIDC-IDRI alone takes 125 GB as DICOM")
     return lines

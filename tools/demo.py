@@ -457,9 +457,7 @@ def build_parser():
     parser.add_argument("--keep", action="store_true", help="go on where an earlier demo stopped; default: start anew")
     parser.add_argument("--photos", action="store_true", help="photographs instead: to a bundle, in about 4 minutes")
     parser.add_argument("--real", type=Path, help="folder of tools/get_data.py ct-samples: real CTs for the pictures")
-    parser.add_argument(
-        "--stage", nargs="+", choices=[*NAMES, "real"], help="only these, on what is there", metavar="NAME"
-    )
+    parser.add_argument("--stage", nargs="+", choices=[*NAMES, "real"], metavar="NAME", help="only these stages")
     return parser
 
 
@@ -535,9 +533,8 @@ def main(argv=None):
     folder = os.path.relpath(out, ROOT) if out.is_relative_to(ROOT) else shlex.quote(str(out))
     real = shlex.quote(str(args.real.resolve())) if args.real else None
     if args.real and not (args.real / "masks").is_dir():
-        raise FileNotFoundError(
-            f"--real {args.real} has no masks; python tools/get_data.py ct-samples --out {args.real}"
-        )
+        again = f"python tools/get_data.py ct-samples --out {args.real}"
+        raise FileNotFoundError(f"--real {args.real} has no masks; {again}")
     if "real" in (args.stage or ()) and not args.real:
         raise ValueError("--stage real needs --real FOLDER, of tools/get_data.py ct-samples")
     names = [stage.name for stage in plan("", "", 0, 0, real)]

@@ -117,9 +117,8 @@ def retried(service, attempt, sign=""):
             reason = shown(getattr(error, "reason", "") or error, 200) or type(error).__name__
             if isinstance(error, URLError):
                 reason = f"no connection to {service.base_url} ({reason}), is there a network?"
-        backoff = min(
-            60.0, service.backoff_s * 2**n * random.uniform(0.5, 1)
-        )  # random, so that threads do not retry at the same moment
+        # random, so that threads do not retry at the same moment
+        backoff = min(60.0, service.backoff_s * 2**n * random.uniform(0.5, 1))
         what = f"{sign}{reason}; Ctrl+C stops; try {n + 2} of {service.retries + 1}"
         if n < service.retries and wait(service, asked or backoff, what, sign):
             raise Failed("stopped")
@@ -320,9 +319,7 @@ def build_parser():
     p.add_argument("--workers", type=positive, default=4, help="series at once")
     p.add_argument("--retries", type=natural, default=6, help="further tries of a request after a network error")
     p.add_argument("--backoff", type=not_negative, default=2.0, help="seconds before the first retry; doubles up to 60")
-    p.add_argument(
-        "--timeout", type=above_zero, default=60.0, help="seconds without a byte until a request is tried again"
-    )
+    p.add_argument("--timeout", type=above_zero, default=60.0, help="seconds without a byte until another try")
     p.add_argument("--free-gb", type=not_negative, default=10.0, help="disk space that must stay free, in GB")
     return p
 
@@ -343,9 +340,8 @@ def main(argv=None):
         raise ValueError(f"cannot list {args.collection}: {error}") from None
     wanted = [series for series in listed if series.images >= args.min_images][: args.max_series or None]
     if not wanted:
-        raise ValueError(
-            f"{args.collection}: {len(listed)} CT series, none of {args.min_images} images; check the name"
-        )
+        few = f"{len(listed)} CT series, none of {args.min_images} images"
+        raise ValueError(f"{args.collection}: {few}; check the name")
 
     folder, failed = args.out / args.collection, {}
     (folder / ".partial").mkdir(parents=True, exist_ok=True)
@@ -363,9 +359,7 @@ def main(argv=None):
         counts = {"wanted": len(wanted), "done": len(done), "failed": dict(sorted(failed.items()))}
         record = {"version": VERSION, "base_url": url, "collection": args.collection, **counts}
         write_json(folder / "_download.json", record)
-    print(
-        f"{len(done)} of {len(wanted)} series are in {folder}; MD5s were offered and right in {checked} of the new ones"
-    )
+    print(f"{len(done)} of {len(wanted)} series are in {folder}; MD5s were offered and right in {checked} new ones")
     if failed:
         print(f"{len(failed)} failed, see {folder / '_download.json'}; the same command tries them again")
     return 0 if not failed else 1 if done else 2

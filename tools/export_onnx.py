@@ -200,9 +200,8 @@ def main(argv=None):
         raise ValueError(f"--images are photographs, these weights are for {facts['encoding']}; leave --images away")
     size = args.size or facts["eval_view"]["size"]
     if size % getattr(net, "backbone", net).patch_size:
-        raise ValueError(
-            f"--size {size} is not a multiple of the patch size {getattr(net, 'backbone', net).patch_size}"
-        )
+        patch = getattr(net, "backbone", net).patch_size
+        raise ValueError(f"--size {size} is not a multiple of the patch size {patch}")
     facts["eval_view"] = {**facts["eval_view"], "size": size}
     source = asking.of_files(args.images) if args.images else None
     some = range(min(REAL, len(source))) if source else []

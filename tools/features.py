@@ -135,9 +135,8 @@ def main(argv=None):
     if encoding == "photo":
         print("note: these weights were trained on photographs; they see the wide window of three slices")
         encoding = "hu16-v1"
-    view = judge.choose_view(
-        facts if encoding == facts.get("encoding") else {}, encoding, vit.patch_size, vit.patch_size
-    )
+    known = facts if encoding == facts.get("encoding") else {}
+    view = judge.choose_view(known, encoding, vit.patch_size, vit.patch_size)
     provenance.refuse_change(args.ckpt, stamp)
     volume = space.read(args.volume)
     if volume.note:

@@ -28,9 +28,8 @@ from tools.lib.files import csv_text, walk_files
 from tools.lib.progress import progress
 from tools.lib.volumes import largest_region
 
-VIEWS = {
-    name: k for k, names in enumerate(("axial ax xy", "coronal cor xz", "sagittal sag yz")) for name in names.split()
-}
+NAMES_OF_VIEWS = ("axial ax xy", "coronal cor xz", "sagittal sag yz")
+VIEWS = {name: k for k, names in enumerate(NAMES_OF_VIEWS) for name in names.split()}
 WORD = re.compile(rf"(|.*[ _.-])({'|'.join(VIEWS)})", re.IGNORECASE)
 DIGIT = re.compile(r"(|.*[ _.-])(?:view|plane)?[ _-]?([0-3])", re.IGNORECASE)
 NAMED = re.compile(r"(?:rating|malignancy|label|class|score)[ _=-]*([0-5])(?![0-9])", re.IGNORECASE)
@@ -105,9 +104,8 @@ def stack_views(paths):
         return f"cannot be read: {str(error)[:120]}"
     views = [view[0] for view in views]
     side = np.max([view.shape for view in views], 0)
-    return np.stack(
-        [np.pad(view, [(a := (n - m) // 2, n - m - a) for n, m in zip(side, view.shape)]) for view in views]
-    )
+    margins = [[(a := (n - m) // 2, n - m - a) for n, m in zip(side, view.shape)] for view in views]
+    return np.stack([np.pad(view, margin) for view, margin in zip(views, margins)])
 
 
 def read_ratings(path):
@@ -202,9 +200,8 @@ def main(argv=None):
     for reason, n in skipped.most_common():
         print(f"{n:7} left out: {reason}")
     if len({label for _, _, label, *_ in kept}) < 2:
-        raise ValueError(
-            f"--from {args.source}: {len(kept)} rated crops, not of both classes; see --help for the forms"
-        )
+        few = f"{len(kept)} rated crops, not of both classes"
+        raise ValueError(f"--from {args.source}: {few}; see --help for the forms")
     in_mm = all(size for *_, size in kept)
     rows = []
     (args.out / "crops").mkdir(parents=True)

@@ -124,9 +124,8 @@ def read_source(source, out):
     root, files = (source, []) if source.is_dir() else (source.parent, [source])
     for pattern in ("labels.json", "metadata.csv", "metadata.jsonl", "*.parquet", "labels.csv"):
         files = files or sorted([*root.glob(pattern), *root.glob(f"*/{pattern}")])
-    readers = {".parquet": read_shards, "": read_class_folders} | dict.fromkeys(
-        (".json", ".jsonl", ".csv"), read_tables
-    )
+    readers = {".parquet": read_shards, "": read_class_folders}
+    readers |= dict.fromkeys((".json", ".jsonl", ".csv"), read_tables)
     if (kind := files[0].suffix if files else "") not in readers:
         raise ValueError(f"--from {source}: expected a folder, or a .json, .jsonl, .csv or .parquet file")
     return files[0].name if files else "class folders", list(readers[kind](root, files, out))
@@ -275,9 +274,7 @@ def build_parser():
     p.add_argument("--facts", choices=("exif",), help="exif: columns lat, lon, time, where the source has none")
     p.add_argument("--copy", action="store_true", help="copy pictures instead of linking them")
     p.add_argument("--min-side", type=positive, default=224, help="pixels; a smaller picture is refused")
-    p.add_argument(
-        "--max-aspect", type=within("[1, 1000]"), default=3.0, help="long side over short side; above it is refused"
-    )
+    p.add_argument("--max-aspect", type=within("[1, 1000]"), default=3.0, help="largest long side over short side")
     p.add_argument("--workers", type=positive, default=os.cpu_count(), help="reading processes")
     return p
 
@@ -304,9 +301,8 @@ def main(argv=None):
     own = (out / name).resolve()
     if inside := [f for f in {file.parent for _, _, file in rows.values()} if f.resolve().is_relative_to(own)]:
         # a later import would remove there what is no longer fit: the originals
-        raise ValueError(
-            f"{own} would hold the import and holds originals in {inside[0]}: give another --name or --out"
-        )
+        found = f"holds originals in {inside[0]}"
+        raise ValueError(f"{own} would hold the import and {found}: give another --name or --out")
     facts = dict.fromkeys(key for _, row, _ in rows.values() for key in row)
     label_columns(labels, ["path", *facts])  # would open_source take them?
     if taken := sorted({*facts} & {*INDEX_COLUMNS}):

@@ -81,9 +81,8 @@ def slice_tile(source, batch, j):
         values = values.mean(0)
     factor = SIDE / max(height, width)
     picture = sheet.fit(sheet.picture(0.8 * values.clamp(0, 1)), SIDE)  # dimmed, for the boxes
-    named = [
-        (box * factor, colour_of(v), f"g{v + 1}" if v < 2 else str(v - 1), 3 - (v > 1)) for v, box in enumerate(boxes)
-    ]
+    names = ["g1", "g2", *(str(v) for v in range(1, len(boxes) - 1))]
+    named = [(box * factor, colour_of(v), name, 3 - (v > 1)) for v, (box, name) in enumerate(zip(boxes, names))]
     titles = ["BROKEN FILE: the stand-in" if replaced else "as read, with the boxes of all views"]
     if source.encoding != "photo":
         picture = sheet.scale_bar(picture, source.rows[batch.ids[j]]["spacing_x"] / factor)

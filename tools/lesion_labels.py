@@ -9,7 +9,6 @@ has a class, gives a table _labels/candidates.csv; all its diameters are --candi
 class. --raw holds the volumes: the index does not know where left begins. nodule_heatmaps.py reads the result.
 """
 
-import io
 import math
 import re
 import sys
@@ -20,13 +19,14 @@ from typing import NamedTuple
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from checkpoint import atomic_write, write_text
+from checkpoint import write_text
 from data import read_csv, read_index
 from tools.lib import itk
 from tools.lib.cli import Parser, above_zero, run, shown
 from tools.lib.dicom import Reject
 from tools.lib.files import csv_text, walk_files
 from tools.lib.manifest import index_path
+from tools.lib.nodules import measure, spread, tight, write_masks
 from tools.lib.progress import progress
 
 COLUMNS = "id path z y x label group diameter_mm box_mm patient series z0 z1 y0 y1 x0 x1 volume_mm3".split()
@@ -67,28 +67,6 @@ def read_series(data):
 # Masks.
 
 
-def spread(seed, mask):
-    """The piece of a mask [z, y, x] that hangs together with `seed`, by faces."""
-    while True:
-        grown = seed.copy()
-        for axis in range(3):
-            low, high = ([slice(None)] * 3 for _ in range(2))
-            low[axis], high[axis] = slice(None, -1), slice(1, None)
-            grown[tuple(high)] |= seed[tuple(low)]
-            grown[tuple(low)] |= seed[tuple(high)]
-        grown &= mask
-        if grown.sum() == seed.sum():
-            return grown
-        seed = grown
-
-
-def tight(mask):
-    """-> without empty borders, and the first voxel of that."""
-    at = np.argwhere(mask)
-    low, high = at.min(0), at.max(0) + 1
-    return mask[tuple(map(slice, low, high))], low
-
-
 def pieces(mask):
     """[(bool [z, y, x], origin)] of the pieces of a mask that do not touch."""
     rest, corner = tight(mask)
@@ -98,8 +76,7 @@ def pieces(mask):
         seed[tuple(np.argwhere(rest)[0])] = True
         piece = spread(seed, rest)
         rest &= ~piece
-        piece, origin = tight(piece)
-        found.append((piece, origin + corner))
+        found.append(tight(piece, corner))
     return found
 
 
@@ -174,24 +151,10 @@ def sphere(centre, diameter, series):
     axes = [(np.arange(a, b) - c) * mm for a, b, c, mm in zip(low, high, centre, series.voxel)]
     mask = sum(np.meshgrid(*(axis**2 for axis in axes), indexing="ij")) <= (diameter / 2) ** 2
     mask[tuple(np.clip(np.rint(centre).astype(int) - low, 0, np.array(mask.shape) - 1))] = True
-    mask, corner = tight(mask)
-    return mask, low + corner
+    return tight(mask, low)
 
 
 # The table.
-
-
-def describe(series, mask, origin, label):
-    """-> row of nodules.csv without id."""
-    at = np.argwhere(mask)
-    centre, low, high = at.mean(0) + origin, origin, origin + mask.shape
-    volume = len(at) * series.voxel.prod()
-    z = int(np.clip(round(centre[0]), min(series.paths), max(series.paths)))
-    row = {"path": series.paths[z], "z": z, "y": f"{centre[1]:.3f}", "x": f"{centre[2]:.3f}", "label": label}
-    row |= {"group": series.group, "patient": series.patient, "series": series.name}
-    row |= {"diameter_mm": f"{(6 * volume / np.pi) ** (1 / 3):.3f}", "volume_mm3": f"{volume:.2f}"}  # of a sphere
-    row |= {"box_mm": f"{((high - low) * series.voxel)[1:].max():.3f}"}
-    return row | {f"{axis}{end}": int(side[k]) for k, axis in enumerate("zyx") for end, side in enumerate((low, high))}
 
 
 def from_masks(folder, known, counts):
@@ -233,23 +196,19 @@ def write_candidates(path, table, places, known, counts, diameter):
 
 
 def write_labels(folder, found):
-    """nodules.csv and masks/<id>.npz; masks of an earlier run go."""
-    found = sorted(found, key=lambda item: (item[0].name, *item[2].tolist()))
-    number, rows, masks = Counter(), [], folder / "masks"
-    masks.mkdir(parents=True, exist_ok=True)
-    for old in masks.glob("*.npz"):
-        old.unlink()
-    for series, mask, origin, label in progress(found, "write", unit="lesion"):
+    """nodules.csv and masks/<id>.npz of [(Series, mask, origin, label)]."""
+    number, rows, masks = Counter(), [], {}
+    for series, mask, origin, label in sorted(found, key=lambda item: (item[0].name, *item[2].tolist())):
         number[series.name] += 1
-        row = {"id": f"{re.sub('[^A-Za-z0-9_.-]', '_', series.name[-40:])}_{number[series.name]:02d}"}
-        rows.append(row | describe(series, mask, origin, label))
-        content = io.BytesIO()
-        np.savez_compressed(content, union=mask, majority=mask, origin=origin)
-        atomic_write(masks / f"{row['id']}.npz", lambda f, content=content: f.write(content.getvalue()))
-    if len({row["id"] for row in rows}) < len(rows):
+        name = f"{re.sub('[^A-Za-z0-9_.-]', '_', series.name[-40:])}_{number[series.name]:02d}"
+        row = {"id": name, "label": label, "group": series.group, "patient": series.patient, "series": series.name}
+        rows.append(row | measure(mask, origin, series.voxel, series.paths)[0])
+        masks[name] = {"union": mask, "majority": mask, "origin": origin}
+    if len(masks) < len(rows):
         raise ValueError(f"{folder}: two series whose names end in the same 40 letters; rename one of them")
+    write_masks(folder / "masks", masks)
     write_text(folder / "nodules.csv", csv_text([COLUMNS, *([row[name] for name in COLUMNS] for row in rows)]))
-    print(f"{folder / 'nodules.csv'}: {len(rows)} lesions of {len(number)} series, masks in {masks}")
+    print(f"{folder / 'nodules.csv'}: {len(rows)} lesions of {len(number)} series, masks in {folder / 'masks'}")
 
 
 def build_parser():

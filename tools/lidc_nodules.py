@@ -9,7 +9,6 @@ box and size are those of its majority mask (at least half of its readers). Mark
 3 mm, non-nodules) are counted and left out, as is every file and mark that does not fit, with its reason.
 """
 
-import io
 import json
 import os
 import re
@@ -24,18 +23,17 @@ import numpy as np
 from pydicom import dcmread
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from checkpoint import atomic_write, write_text
+from checkpoint import write_text
 from data import file_sha256, read_index, regular
 from tools.lib.cli import Parser, positive, run, shown
 from tools.lib.dicom import MAX_PIXELS, Reject, default_key_file, load_key, parsing, public_id, scan_file, value_of
 from tools.lib.files import csv_text, walk_files, write_json
 from tools.lib.manifest import index_path, read_manifest
+from tools.lib.nodules import measure, spread, tight, write_masks
 from tools.lib.progress import progress
 
 VERSION = 1
-RATINGS = (
-    "subtlety internalStructure calcification sphericity margin lobulation spiculation texture malignancy"
-).split()
+RATINGS = "subtlety internalStructure calcification sphericity margin lobulation spiculation texture malignancy".split()
 COLUMNS = (
     "id path z y x label group diameter_mm box_mm patient series z_mm y_mm x_mm z0 z1 y0 y1 x0 x1 volume_mm3 readers "
     "sessions"
@@ -171,20 +169,6 @@ def connect(path):
     return np.concatenate(pieces)
 
 
-def spread(water, wall):
-    """Four-connected water flows until it stands."""
-    while True:
-        wet = water.copy()
-        wet[1:] |= water[:-1]
-        wet[:-1] |= water[1:]
-        wet[:, 1:] |= water[:, :-1]
-        wet[:, :-1] |= water[:, 1:]
-        wet &= ~wall
-        if wet.sum() == water.sum():
-            return wet
-        water = wet
-
-
 def enclosed(path):
     """-> first pixel (row, column), bool [h, w] of the contour, bool [h, w] of what it encloses."""
     path = connect(path)
@@ -193,16 +177,7 @@ def enclosed(path):
     wall[tuple((path - low).T)] = True
     rim = np.ones_like(wall)
     rim[1:-1, 1:-1] = False
-    return low, wall, ~spread(rim, wall) & ~wall
-
-
-def tight(mask, origin):
-    """Without empty borders; None if all is empty."""
-    at = np.argwhere(mask)
-    if not len(at):
-        return None
-    low, high = at.min(0), at.max(0) + 1
-    return mask[tuple(map(slice, low, high))], np.asarray(origin) + low
+    return low, wall, ~spread(rim, ~wall) & ~wall
 
 
 def make_mask(rois, slices):
@@ -389,22 +364,14 @@ def combine(marks):
 def describe(marks, series, affine):
     """-> (row of nodules.csv without id, masks). affine(voxel) -> mm of the patient, or None."""
     union, majority, origin = combine(marks)
-    at = np.argwhere(majority)
-    centre = at.mean(0) + origin
-    low, high = at.min(0) + origin, at.max(0) + 1 + origin
     voxel = np.array([series.row[f"spacing_{axis}"] for axis in "zyx"])
-    volume = len(at) * voxel.prod()
+    row, centre = measure(majority, origin, voxel, series.paths)
     rated = [m.ratings["malignancy"] for m in marks if m.ratings["malignancy"] is not None]
-    z = int(np.clip(round(centre[0]), min(series.z_mm), max(series.z_mm)))  # outermost slices have no neighbours
     mm = [f"{value:.3f}" for value in affine(centre)] if affine else [""] * 3
-    row = {"path": series.paths[z], "z": z, "y": f"{centre[1]:.3f}", "x": f"{centre[2]:.3f}"}
     row |= {"label": f"{np.median(rated):g}" if rated else "unrated"}
     row |= {"group": f"{series.row['dataset']}/{series.row['patient']}"}
-    row |= {"diameter_mm": f"{(6 * volume / np.pi) ** (1 / 3):.3f}", "volume_mm3": f"{volume:.2f}"}  # of a sphere
-    row |= {"box_mm": f"{((high - low) * voxel)[1:].max():.3f}"}
     row |= {key: series.row[key] for key in ("patient", "series")}
     row |= dict(zip(("z_mm", "y_mm", "x_mm"), mm))
-    row |= {f"{axis}{end}": int(side[k]) for k, axis in enumerate("zyx") for end, side in enumerate((low, high))}
     row |= {"readers": len(marks), "sessions": " ".join(str(m.session) for m in marks)}
     row |= {name: " ".join(str(m.ratings[name] or UNRATED) for m in marks) for name in RATINGS}
     row |= {"mean_malignancy": f"{np.mean(rated):.4g}", "median_malignancy": f"{np.median(rated):g}"} if rated else {}
@@ -489,18 +456,6 @@ def binary(rows, readers, rule, indeterminate):
 def write_table(path, columns, rows):
     text = csv_text([columns, *([row.get(name, "") for name in columns] for row in rows)])
     return write_text(path, text)
-
-
-def write_masks(folder, masks):
-    """One npz per nodule; those of an earlier run that are not among them go."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob("*.npz"):
-        if old.stem not in masks:
-            old.unlink()
-    for name, arrays in progress(masks.items(), "masks", unit="nodule"):
-        content = io.BytesIO()
-        np.savez_compressed(content, **arrays)
-        atomic_write(folder / f"{name}.npz", lambda f, content=content: f.write(content.getvalue()))
 
 
 def read_all(paths, places, counts):

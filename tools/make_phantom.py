@@ -5,7 +5,7 @@ OUT/truth.csv, one row per nodule and series (TRUTH_COLUMNS; `reader_masks` deco
 --seed, --slices, --size and its own number alone: the same bytes for any --workers and --patients. Malignant and
 benign nodules have one size distribution; margin, texture and the pull on nearby vessels tell them apart.
 
-    python tools/make_phantom.py --out data/raw --patients 40 --preview phantom.png     # 75 slices/s on one core
+    python tools/make_phantom.py --out data/raw --patients 40     # 75 slices/s on one core
 """
 
 import base64
@@ -18,7 +18,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-from pydicom import dcmread
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
@@ -829,55 +828,6 @@ def write_readings(p, g, folder):
     return rows
 
 
-# The contact sheet, drawn from the files as written.
-
-
-def read_volume(folder):
-    """HU [Z, H, W] of the CT slices in a folder, ordered by position, and the voxel size (z, y, x) in mm."""
-    slices = [ds for ds in map(dcmread, sorted(folder.glob("*.dcm"))) if ds.ImageType[2] == "AXIAL"]
-    slices.sort(key=lambda ds: ds.ImagePositionPatient[2])
-    planes = [ds.pixel_array.astype(np.float32) + float(ds.RescaleIntercept) for ds in slices]
-    step = slices[1].ImagePositionPatient[2] - slices[0].ImagePositionPatient[2]
-    return np.stack(planes).clip(-1024), (float(step), *map(float, slices[0].PixelSpacing))
-
-
-def preview_patient(out, rows):
-    """One band of the sheet: lung and soft tissue, a frontal cut and both ends of the scan, every nodule in 48 mm."""
-    from data import WINDOWS_HU, window_codes  # here and not above: they import torch, which takes seconds
-    from tools.lib import sheet
-
-    def view(hu, window, width, height=None):
-        return sheet.picture(window_codes(hu, *WINDOWS_HU[window])).resize((width, height or width))
-
-    side, colours = 330, ("#40c0ff", "#ff6040")  # benign, malignant
-    rows = [row for row in rows if row["kind"] == "nodule" and row["series"] == rows[0]["series"]]
-    hu, (step, px, _) = read_volume(out / rows[0]["patient"] / rows[0]["study"] / rows[0]["series"])
-    centres = [[round(float(row[axis])) for axis in "zyx"] for row in rows]
-    widths = [float(row["diameter_mm"]) for row in rows]
-    z, y, _ = centres[int(np.argmax(widths))]
-    boxes, crops = [], []
-    for row, (nz, ny, nx), width in zip(rows, centres, widths):
-        edge, colour, half = (width / 2 + 4) / px, colours[row["malignant"]], round(24 / px)
-        if abs(nz - z) * step < width / 2:
-            corners = np.array([ny - edge, nx - edge, ny + edge, nx + edge]) * side / hu.shape[1]
-            boxes.append((corners, colour, "", 1))
-        crop = np.pad(hu[nz], half, constant_values=AIR)[ny : ny + 2 * half + 1, nx : nx + 2 * half + 1]
-        title = [f"{width:.0f} mm {row['margin']}", f"{row['texture']}; rated {row['malignancy']}"]
-        pair = sheet.stack([view(crop, window, side // 2 - 9) for window in ("lung", "soft")], 2)
-        crops.append(sheet.titled(pair, title, colour))
-    ends = sheet.row([view(hu[k], "lung", side // 2 - 2) for k in (1, len(hu) - 2)], 4)
-    tall = min(side // 2, round(side * step * len(hu) / (px * hu.shape[2])))
-    front = view(hu[::-1, y], "lung", side, tall)
-    return sheet.row(
-        [
-            sheet.titled(sheet.outline(view(hu[z], "lung", side), boxes), [f"{rows[0]['patient']}, slice {z}: lung"]),
-            sheet.titled(view(hu[z], "soft", side), [f"soft tissue; {px:.2f} x {step:g} mm"]),
-            sheet.titled(sheet.stack([ends, front], 4), ["lowest, highest; frontal cut"]),
-            *crops,
-        ]
-    )
-
-
 # The program.
 
 
@@ -898,13 +848,10 @@ def build_parser():
     parser.add_argument("--out", type=Path, default=Path("data/raw"), help="folder to write to; must be new or empty")
     parser.add_argument("--patients", type=positive, default=40, help="number of patients")
     parser.add_argument("--slices", type=within("[8, 1e18]", int), default=32, help="slices per series, at least 8")
-    parser.add_argument(
-        "--size", type=within("[64, 1e18]", int), default=256, help="pixels per side of a slice, at least 64"
-    )
+    parser.add_argument("--size", type=within("[64, 1e18]", int), default=256, help="pixels per side of a slice")
     parser.add_argument("--seed", type=natural, default=0, help="one seed, one phantom, to the byte")
     parser.add_argument("--workers", type=positive, default=os.cpu_count(), help="processes; the files stay the same")
     parser.add_argument("--force", action="store_true", help="first remove PHANTOM-* and truth.csv from --out")
-    parser.add_argument("--preview", type=Path, help="draw the first six patients on this PNG")
     return parser
 
 
@@ -914,7 +861,7 @@ def main(argv=None):
     numbers = range(1, args.patients + 1)
     jobs = ((args.seed, number, args.out, args.slices, args.size) for number in numbers)
     total = args.slices * sum(map(series_of, numbers))
-    shown, nodules, malignant = [], 0, 0
+    nodules = malignant = 0
     unfinished = args.out / ".truth.csv.tmp"  # renamed last: a truth.csv is always whole
     with open(unfinished, "w", newline="") as f, progress(total=total, unit="slice", desc="phantom") as bar_of_slices:
         table = csv.DictWriter(f, TRUTH_COLUMNS)
@@ -922,16 +869,10 @@ def main(argv=None):
         for slices, rows in parallel(write_patient, jobs, args.workers):
             table.writerows(rows)
             bar_of_slices.update(slices)
-            shown += [rows] * (args.preview is not None and len(shown) < 6)
             nodules += sum(row["kind"] == "nodule" for row in rows)
             malignant += sum(row["malignant"] for row in rows)
     os.replace(unfinished, args.out / "truth.csv")
     print(f"{args.out}: {args.patients} patients, {total} slices, {nodules} nodules, {malignant} of them malignant")
-    if args.preview:
-        from tools.lib import sheet
-
-        sheet.save(args.preview, sheet.stack([preview_patient(args.out, rows) for rows in shown]))
-        print(args.preview)
     return 0
 
 

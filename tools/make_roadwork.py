@@ -376,12 +376,8 @@ def build_parser():
     p.add_argument("--size", type=size, default=(3024, 4032), help="height x width of a picture, at least 64x64")
     p.add_argument("--object-share", type=within("(0, 0.1]"), nargs=2, default=(0.0005, 0.01), metavar=("LOW", "HIGH"),
                    help="share of a picture that its objects cover together, uniform in the logarithm")  # fmt: skip
-    p.add_argument(
-        "--flip", type=within("[0, 0.5)"), default=0.0, help="share of pictures with a wrong label; truth stays right"
-    )
-    p.add_argument(
-        "--easy", action="store_true", help="without lookalikes: what is orange is roadwork; for smoke tests"
-    )
+    p.add_argument("--flip", type=within("[0, 0.5)"), default=0.0, help="share of wrong labels; truth stays right")
+    p.add_argument("--easy", action="store_true", help="no lookalikes: what is orange is roadwork; for smoke tests")
     p.add_argument("--seed", type=natural, default=0, help="one seed, the same pictures to the byte")
     p.add_argument("--workers", type=positive, default=os.cpu_count(), help="processes; the files stay the same")
     return p

@@ -274,12 +274,8 @@ def build_parser():
     shares = p.add_mutually_exclusive_group()
     shares.add_argument("--ratios", help=f"shares of patients, default {THREE_WAY}, or of pictures, default {FOUR_WAY}")
     shares.add_argument("--four-way", action="store_true", help=f"the same as --ratios {FOUR_WAY}")
-    p.add_argument(
-        "--labels", type=Path, help="label table to stratify by, also sought in --data; photographs: labels.csv there"
-    )
-    p.add_argument(
-        "--duplicates", type=Path, help="file of tools/check_duplicates.py; default: _splits/duplicates.json, if there"
-    )
+    p.add_argument("--labels", type=Path, help="table to stratify by, sought in --data too; photographs: labels.csv")
+    p.add_argument("--duplicates", type=Path, help="of tools/check_duplicates.py; default: _splits/duplicates.json")
     p.add_argument("--group-by", choices=("patient", "dataset"), default="patient", help="what never straddles")
     p.add_argument("--seed", type=natural, default=0, help="another seed, another division")
     p.add_argument(

@@ -31,7 +31,6 @@ import numpy as np
 import torch
 from PIL import Image, ImageColor
 from torch.nn import functional as F
-from tqdm import tqdm
 
 import data
 from model import load_backbone, read_facts
@@ -39,6 +38,7 @@ from tools.lib import judge, provenance, sheet
 from tools.lib.cli import Parser, above_zero, natural, pick_device, positive, run, shown
 from tools.lib.files import write_json
 from tools.lib.metrics import auc, interval, ratio, resample
+from tools.lib.progress import progress
 from tools.lib.slices import find_slice
 
 STATS = ("hit", "auroc", "inside", "ring", "share")
@@ -209,7 +209,7 @@ def look_at_all(nets, source, targets, view, layer, device, batch=8):
     """Maps [nets, n, heads + 2, P, P]."""
     maps = [[] for _ in nets]
     starts = range(0, len(targets), batch)
-    with torch.no_grad(), tqdm(total=len(targets) * len(nets), unit="crop", desc="look", disable=None) as bar:
+    with torch.no_grad(), progress(total=len(targets) * len(nets), unit="crop", desc="look") as bar:
         for some in (targets[start : start + batch] for start in starts):
             images = crops_of(source, some, view).to(device)
             for own, vit in zip(maps, nets):
@@ -246,7 +246,7 @@ def score_all(maps, targets):
     """
     n, count = maps.shape[:2]
     own, dealt = np.full((2, n, count, len(STATS)), np.nan)
-    for i, target in enumerate(tqdm(targets, "score", unit="nodule", disable=None, leave=False)):
+    for i, target in enumerate(progress(targets, "score", unit="nodule", leave=False)):
         own[i, :-1] = [score(heat, target) for heat in maps[i, :-1]]
         own[i, -1] = score(maps[i, -1], target, anchored=True)
         others = [(i + k) % n for k in range(1, min(DEALS, n - 1) + 1)]
@@ -328,9 +328,8 @@ def verdict(numbers, name):
         text += f"; not by {' and '.join(stat for stat in stats if stat not in lit)}" * (lit != stats)
     elif all(own[stat]["high"] < 0.5 for stat in stats if stat != "hit"):
         text = "goes dark: nodules get less than what is around them"
-    if (
-        few := min(own[stat].get("nodules", FEW) for stat in stats)
-    ) < FEW:  # resampling one nodule gives it an interval of 0
+    few = min(own[stat].get("nodules", FEW) for stat in stats)
+    if few < FEW:  # resampling one nodule gives it an interval of 0
         text = f"is not judged: {few} nodules are too few to tell"
     compared = (
         f"{stat} {brief(own[stat])} (chance {bare(chance[stat])}, random weights {bare(random[stat])}, difference "
@@ -519,7 +518,7 @@ def main(argv=None):
                   nodules=list_nodules(targets, own))  # fmt: skip
     out = args.out or args.ckpt.parent / "heatmaps"
     write_json(out / "heatmaps.json", report)
-    drawn = tqdm(zip(targets, maps.swapaxes(0, 1), own), "draw", len(targets), unit="nodule", disable=None)
+    drawn = progress(zip(targets, maps.swapaxes(0, 1), own), "draw", len(targets), unit="nodule")
     pictures = [draw(source, target, some, values, args.crop_mm) for target, some, values in drawn]
     for old in out.glob("nodule_*.png"):
         old.unlink()

@@ -98,9 +98,8 @@ def with_flags(table, texts, smoke):
     for text in texts:
         name, flags = named("--flags", text)
         if name not in {stage.name for stage in table}:
-            raise ValueError(
-                f"--flags {shown(name)}: there is no such stage; there are {' '.join(s.name for s in table)}"
-            )
+            stages = " ".join(stage.name for stage in table)
+            raise ValueError(f"--flags {shown(name)}: there is no such stage; there are {stages}")
         given[name] = replaced(given.get(name, []), flags)
     return [s._replace(words=replaced([*map(str, s.words)], given.get(s.name, []))) for s in table]
 
@@ -142,10 +141,10 @@ def why_run(args, stage):
     found = read_json_file(path, FIELDS, "delete it, and the stage is run again", 1)
     if found["command"] != stage.words:
         return changed(found["command"], stage.words)
-    for kind, items in (("reads", stage.inputs), ("made", stage.outputs)):
+    for does, before, items in (("reads", found["inputs"], stage.inputs), ("made", found["outputs"], stage.outputs)):
         now = hashes(items, args.data)
-        if odd := [name for name in now if now[name] != found[f"{'in' if kind == 'reads' else 'out'}puts"].get(name)]:
-            return f"{odd[0]}, which it {kind}, is another file than it was"
+        if odd := [name for name in now if now[name] != before.get(name)]:
+            return f"{odd[0]}, which it {does}, is another file than it was"
     return None
 
 
@@ -167,9 +166,9 @@ def work(args, stage):
     if path.exists():
         put_aside(stage)
         path.unlink()
-    if lacking := [name for name, sha in hashes(stage.inputs, args.data).items() if sha is None]:
-        raise FileNotFoundError(f"stage {stage.name} reads {lacking[0]}, which is not there")
     before = hashes(stage.inputs, args.data)
+    if lacking := [name for name, sha in before.items() if sha is None]:
+        raise FileNotFoundError(f"stage {stage.name} reads {lacking[0]}, which is not there")
     with open(path.with_name("log.txt"), "ab") as log:
         process = subprocess.Popen(program(stage.words), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         try:
@@ -184,10 +183,8 @@ def work(args, stage):
     if code == 1 and stage.name in args.accept:
         print(f"{stage.name}: exit code 1 (something deserves a look) is accepted")
     elif code:
-        look = "; look at it, then go on with --accept " + stage.name if code == 1 else ""
-        raise ValueError(
-            f"stage {stage.name} ended with exit code {code}{look}; its words: {path.with_name('log.txt')}"
-        )
+        look = f"; look at it, then go on with --accept {stage.name}" if code == 1 else ""
+        raise ValueError(f"stage {stage.name} ended with exit code {code}{look}; its words: {log.name}")
     made = hashes(stage.outputs, args.data)
     if lacking := [name for name, sha in made.items() if sha is None]:
         raise ValueError(f"stage {stage.name} ended well and did not write {lacking[0]}")
@@ -204,9 +201,7 @@ def chosen(args, table):
     for stage in table:
         needed = stage.name not in some and any(stage.name in s.after for s in table if s.name in some)
         if needed and not place_of(args, stage).exists():
-            raise ValueError(
-                f"stage {stage.name} has not been done, and what follows reads what it makes; run it first"
-            )
+            raise ValueError(f"stage {stage.name} has not been done, and what follows reads its files; run it first")
     return [stage for stage in table if stage.name in some]
 
 
@@ -241,21 +236,17 @@ def main(argv=None):
         raise FileNotFoundError(f"{args.data / 'labels.csv'} does not exist; tools/import_photos.py writes it")
     table = chosen(args, in_order(with_flags(stages(args), args.flags, args.smoke)))
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl+C: the stage ends too
-    done = 0
     for stage in table:
+        command = f"python {' '.join(stage.words)}"
         if args.dry_run:
-            print(f"python {' '.join(stage.words)}")
-            continue
-        why = why_run(args, stage)
-        if why is None:
-            done += 1
+            print(command)
+        elif why := why_run(args, stage):
+            print(f"{stage.name}: {why}\n  {command}", flush=True)
+            work(args, stage)
+        else:
             print(f"{stage.name}: done before", flush=True)
-            continue
-        print(f"{stage.name}: {why}\n  python {' '.join(stage.words)}", flush=True)
-        work(args, stage)
-        done += 1
     if not args.dry_run:
-        print(f"{done} of {len(table)} stages are done: {args.out}")
+        print(f"{len(table)} of {len(table)} stages are done: {args.out}")
     return 0
 
 

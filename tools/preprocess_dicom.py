@@ -271,7 +271,7 @@ def build_parser():
 def main(argv=None):
     parser = build_parser()
     args = parser.parse_args(argv)
-    target = volumes.Target(str(args.out.resolve()), args.dataset, volumes.ENCODINGS[args.format])
+    target = volumes.Target(args.out.resolve(), args.dataset, volumes.ENCODINGS[args.format])
     key_file = args.key_file or default_key_file(target.root)
     if key_file.resolve().is_relative_to(target.root):
         parser.error(f"--key-file {key_file} lies inside --out, which may be shared: keep it elsewhere")

@@ -46,43 +46,39 @@ class Job(NamedTuple):
 
 
 def inputs_hash(job):
+    """Of all that the pixels and the rows depend on; refuses what is known to be unusable."""
+    if job.reason:
+        raise Reject(job.reason, job.detail)
+    if not job.patient:
+        raise Reject("no_patient_id", "not in --patients")
     digests = [file_sha256(path) for path in dict.fromkeys((job.header.path, job.header.data))]
     recipe = [VERSION, job.target.encoding, job.min_slices, job.patient, digests]
     return hashlib.sha256(json.dumps(recipe).encode()).hexdigest()
 
 
-def process_series(job):
-    """Write one series and its record -> (job, reason or "" if kept, detail)."""
+def attempt(read, *inputs):
+    """-> (what is read or None, reason why not or "", detail)"""
     try:
-        if job.reason:
-            raise Reject(job.reason, job.detail)
-        if not job.patient:
-            raise Reject("no_patient_id", "not in --patients")
-        inputs = inputs_hash(job)
-        record = volumes.find_record(job.target, job.series)
-        if record and record["inputs"] == inputs:
-            return job, "", ""
-        volumes.discard(job.target, job.series)
-        volume = itk.read_volume(job.header, job.patient, job.min_slices)
-    except Reject as reject:
-        volumes.discard(job.target, job.series)
-        return job, reject.reason, reject.detail
-    except OSError:
-        volumes.discard(job.target, job.series)
-        return job, "unreadable", ""
-    ids = volumes.Ids(job.series, job.patient, "", volume.sops)
-    volumes.write_series(job.target, ids, volume, inputs, [])
-    return job, "", ""
-
-
-def scan(path):
-    """-> (header or None, reason, detail) of one file."""
-    try:
-        return itk.read_header(path), "", ""
+        return read(*inputs), "", ""
     except Reject as reject:
         return None, reject.reason, reject.detail
     except OSError:
         return None, "unreadable", ""
+
+
+def process_series(job):
+    """Write one series and its record -> (job, reason or "" if kept, detail)."""
+    inputs, reason, detail = attempt(inputs_hash, job)
+    record = volumes.find_record(job.target, job.series)
+    if inputs and record and record["inputs"] == inputs:
+        return job, "", ""
+    volumes.discard(job.target, job.series)
+    if inputs:
+        volume, reason, detail = attempt(itk.read_volume, job.header, job.patient, job.min_slices)
+    if not reason:
+        ids = volumes.Ids(job.series, job.patient, "", volume.sops)
+        volumes.write_series(job.target, ids, volume, inputs, [])
+    return job, reason, detail
 
 
 def series_names(found, raw):
@@ -120,7 +116,7 @@ def read_patients(path):
 def plan_jobs(files, raw, patients, target, min_slices):
     """[paths] -> (jobs, paths of other files)."""
     candidates = [path for path in files if itk.ending(path)]
-    found = {path: scan(path) for path in progress(candidates, "headers", unit="file")}
+    found = {path: attempt(itk.read_header, path) for path in progress(candidates, "headers", unit="file")}
     pixels = {str(header.data) for header, *_ in found.values() if header}
     names, jobs = series_names(found, raw), []
     for path, (header, reason, detail) in found.items():
@@ -148,7 +144,7 @@ def build_parser():
 
 def main(argv=None):
     args = build_parser().parse_args(argv)
-    target = volumes.Target(str(args.out.resolve()), args.dataset, volumes.ENCODINGS[args.format])
+    target = volumes.Target(args.out.resolve(), args.dataset, volumes.ENCODINGS[args.format])
     if args.merge:
         return volumes.merge(target, args.merge)
     volumes.check_folders(args.raw, args.out, args.dataset)
@@ -170,8 +166,9 @@ def main(argv=None):
     facts = {
         "encoding": target.encoding,
         "options": {"min_slices": args.min_slices, "patients": args.patients and file_sha256(args.patients)},
-        "tool": {"preprocess_volumes": VERSION, "numpy": np.__version__, "pil": PIL.__version__}
-        | {"simpleitk": simple.__version__},
+        "tool": dict(
+            preprocess_volumes=VERSION, numpy=np.__version__, pil=PIL.__version__, simpleitk=simple.__version__
+        ),
         "raw": {"files": len(files), "bytes": sum(size for _, size in files)},
         "series": len(jobs),
     }

@@ -238,9 +238,8 @@ def lineage(provenance):
 
 def secrets_of(facts, *paths):
     """Texts that must not be in the folder: ids of the training patients, and every path that is known here."""
-    ids = {
-        text for group in facts["trained_groups"] or () for text in (group, group.partition("/")[2]) if len(text) > 5
-    }
+    ids = {text for group in facts["trained_groups"] or () for text in (group, group.partition("/")[2])}
+    ids = {text for text in ids if len(text) > 5}
     # a group of photographs may be called "training": words of our own texts are in every release, and tell nothing
     ours = (Path(__file__), Path(export.__file__), ROOT / "LICENSE")
     ids -= set(re.findall(r"\w[\w-]*", "".join(path.read_text() for path in ours)))
@@ -260,9 +259,8 @@ def refuse_secrets(folder, secrets):
             content = f.read(int.from_bytes(f.read(8), "little")) if path.suffix == ".safetensors" else f.read()
         for text in sorted(secrets, key=len, reverse=True):  # no one pattern: 500,000 names take 4 s
             if text.encode() in content and re.search(rf"(?<![\w.-]){re.escape(text)}(?![\w-])".encode(), content):
-                raise ValueError(
-                    f"{path.name} would say {shown(repr(text))}, a patient id or a path: rename its source"
-                )
+                secret = f"{shown(repr(text))}, a patient id or a path"
+                raise ValueError(f"{path.name} would say {secret}: rename its source")
 
 
 def public_flags(args):
@@ -313,9 +311,8 @@ def licence_of(facts, path):
     """Text of the licence; weights that began as somebody else's need theirs."""
     begun = [f"--{name.replace('_', '-')}" for name in BORROWED if facts["args"].get(name)]
     if begun and path is None:
-        raise ValueError(
-            f"the run was given other weights ({', '.join(begun)}): name their licence with --license FILE"
-        )
+        given = ", ".join(begun)
+        raise ValueError(f"the run was given other weights ({given}): name their licence with --license FILE")
     path = path or ROOT / "LICENSE"
     if not path.is_file():
         raise FileNotFoundError(f"licence {path} does not exist; name a text with --license")
@@ -398,9 +395,8 @@ def fill(folder, ckpt, facts, name, texts, provenance, layout):
 def check_number(where, item, least, most):
     """{value, low, high} inside what the metric can be; low and high may be null together (too few patients)."""
     optional = (float, type(None))
-    if wrong := "is no object" if not isinstance(item, dict) else wrong_field(
-        item, dict(value=float, low=optional, high=optional)
-    ):  # fmt: skip
+    wrong = "is no object" if not isinstance(item, dict) else None
+    if wrong := wrong or wrong_field(item, dict(value=float, low=optional, high=optional)):
         raise ValueError(f"{where} {wrong}")
     values = [item[key] for key in ("value", "low", "high") if item[key] is not None]
     if len(values) == 2 or not all(least - 1e-6 <= v <= most + 1e-6 for v in values):
@@ -443,9 +439,8 @@ def protocol_numbers(judged, known):
     """One protocol of results.json as Markdown: numbers, names of predictors, sentences; no list of patients."""
     found = [name for name in METRICS if name in judged["predictors"]["probe"]]
     rows = [[name, *(in_words(of[key]) for key in found)] for name, of in judged["predictors"].items()]
-    gains = [
-        [name, in_words(d), "-" if d["p"] is None else f"{d['p']:.2g}"] for name, d in judged["differences"].items()
-    ]
+    p_of = {name: "-" if d["p"] is None else f"{d['p']:.2g}" for name, d in judged["differences"].items()}
+    gains = [[name, in_words(d), p_of[name]] for name, d in judged["differences"].items()]
     unit = "groups" if judged.get("unit") == "groups" else "patients"
     parts = [f"**{judged['title']}.** {judged['samples']} samples of {judged['patients']} {unit}."]
     if seen := len(judged["seen_in_pretraining"]):
@@ -524,9 +519,7 @@ def build_parser():
     parser.add_argument("--probe", type=Path, help="results.json of train_probe.py about this checkpoint")
     parser.add_argument("--data", type=Path, help="what it was trained on: adds counts of series and slices")
     parser.add_argument("--license", type=Path, help="text for the weights; default: LICENSE of this repository")
-    parser.add_argument(
-        "--push", metavar="REPO", help="also upload to OWNER/NAME, new or private; needs huggingface_hub"
-    )
+    parser.add_argument("--push", metavar="REPO", help="also upload to OWNER/NAME, private; needs huggingface_hub")
     return parser
 
 
@@ -535,6 +528,8 @@ def main(argv=None):
     if args.policy:
         if given := [name for name in ("probe", "data", "license", "push") if getattr(args, name)]:
             raise ValueError(f"--{given[0]} belongs to a release of a backbone, --policy makes a bundle")
+        if args.layout != "hf":
+            raise ValueError(f"--layout {args.layout} belongs to a release of a backbone; a bundle has its own")
         return bundle.write(args.out, args.ckpt, args.policy, args.force)
     if args.force:
         raise ValueError("--force is for bundles; give --policy too")

@@ -107,6 +107,8 @@ def main(argv=None):
         many, name = len(strangers), shown(strangers[0])
         raise ValueError(f"{many} pictures are in one file alone, first {name}; ask both about the same pictures")
     truth, names = read_truth(args, first), list(first)
+    if odd := [name for name in names if truth.get(name, classes[0]) not in classes]:
+        raise ValueError(f"label {shown(truth[odd[0]])} of {shown(odd[0])} is none of the classes {shown(classes)}")
     a, b = ([said[name][1] for name in names] for said in (first, second))
     same, known = np.array(a) == np.array(b), [k for k, name in enumerate(names) if name in truth]
     apart = [abs(first[name][2] - second[name][2]) for name, equal in zip(names, same) if equal]

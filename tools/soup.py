@@ -26,9 +26,7 @@ SHARED = "classes fusion pool layers layout eval_view encoding split_sha256 labe
 
 def build_parser():
     parser = Parser(__doc__)
-    parser.add_argument(
-        "--ckpt", required=True, nargs="+", type=Path, help="best.pth of two or more runs from one start"
-    )
+    parser.add_argument("--ckpt", required=True, nargs="+", type=Path, help="best.pth of several runs from one start")
     parser.add_argument("--out", required=True, type=Path, help="folder for best.pth")
     return parser
 

@@ -212,9 +212,8 @@ def inspect_sample(source, i):
         name += f", patient {source.rows[i]['group']}"
     try:
         image = source.read(i).numpy()
-        reasons, line, numbers, tiles = (
-            inspect_photo(image) if source.encoding == "photo" else inspect_ct(image, source, i)
-        )
+        look = inspect_photo(image) if source.encoding == "photo" else inspect_ct(image, source, i)
+        reasons, line, numbers, tiles = look
     except OSError as error:
         reasons, line, numbers, tiles = [str(error)], "", [], []
     verdict, colour = ("FAIL", sheet.BAD) if reasons else ("pass", sheet.GOOD)

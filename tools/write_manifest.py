@@ -14,18 +14,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import file_sha256
+from tools.lib import manifest as manifests
 from tools.lib.cli import Parser, positive, run, shown
 from tools.lib.files import walk_files
-from tools.lib.manifest import (
-    describe_index,
-    describe_series,
-    find,
-    manifest_path,
-    read_manifest,
-    read_record,
-    read_rows,
-    write_manifest,
-)  # fmt: skip
 from tools.lib.progress import progress
 
 
@@ -63,10 +54,10 @@ def changed_files(root, dataset, manifest, workers):
     problems = []
     for series in sorted(set(now) | set(manifest["series"])):
         files, line = now.get(series, {}), manifest["series"].get(series)
-        if line == describe_series(files):
+        if line == manifests.describe_series(files):
             continue
-        record = find(read_record, root, dataset, series) if line else {"files": {}}
-        if record is None or line and describe_series(record["files"]) != line:
+        record = manifests.find(manifests.read_record, root, dataset, series) if line else {"files": {}}
+        if record is None or line and manifests.describe_series(record["files"]) != line:
             problems.append(f"changed: {dataset}/{series} (its record is missing or changed too, so no file is named)")
             continue
         was = record["files"]
@@ -78,11 +69,11 @@ def changed_files(root, dataset, manifest, workers):
 
 def verify(root, dataset, workers=4, raw=None):
     """-> one line per difference between the manifest and what is on disk; [] when all is as recorded."""
-    manifest = read_manifest(root, dataset)
+    manifest = manifests.read_manifest(root, dataset)
     problems = changed_files(root, dataset, manifest, workers)
     found = {"processed": {f: sum(s[f] for s in manifest["series"].values()) for f in ("files", "bytes")}}
     try:
-        found |= describe_index(root, dataset)
+        found |= manifests.describe_index(root, dataset)
     except FileNotFoundError:
         problems.append("missing: _index/index.csv")
     except ValueError as error:  # other columns, or text where a number was
@@ -103,16 +94,16 @@ def count_files(folder):
 
 def recompute(root, dataset, workers, raw=None):
     """The manifest anew from what is on disk. A series that the index has and the disk has not is an error."""
-    origin = read_manifest(root, dataset)
+    origin = manifests.read_manifest(root, dataset)
     if raw is not None:
         origin["raw"] = count_files(raw)
-    indexed, sizes = {row["series"] for row in read_rows(root, dataset)}, files_on_disk(root, dataset)
+    indexed, sizes = {row["series"] for row in manifests.read_rows(root, dataset)}, files_on_disk(root, dataset)
     if gone := sorted(indexed - set(sizes)):
         raise ValueError(f"{len(gone)} series of {dataset} in the index are gone, first {gone[0]}; preprocess it again")
     files = hash_files(root, {series: sizes[series] for series in indexed}, workers)
     if bad := [path for of in files.values() for path, (_, digest) in sorted(of.items()) if not digest]:
         raise ValueError(f"{root / shown(bad[0])} is no regular file, or cannot be read; remove it")
-    return write_manifest(root, dataset, origin, files)
+    return manifests.write_manifest(root, dataset, origin, files)
 
 
 def build_parser():
@@ -141,7 +132,7 @@ def main(argv=None):
             changed += len(problems)
         else:
             manifest = recompute(args.data, dataset, args.workers, args.raw)
-            print(manifest_path(args.data, dataset), manifest["counts"])
+            print(manifests.manifest_path(args.data, dataset), manifest["counts"])
     return 1 if changed else 0
 
 

@@ -31,9 +31,8 @@ def of_files(names):
     """Pictures by name, and those below folders -> Source. Ids: the name as given, or the path below its folder."""
     found, missing = {}, [name for name in names if not os.path.exists(name)]
     if missing or not names:
-        words = (
-            f"{len(missing)} of {len(names)} do not exist, first {shown(missing[0], 200)}" if missing else "is empty"
-        )
+        many = f"{len(missing)} of {len(names)} do not exist"
+        words = f"{many}, first {shown(missing[0], 200)}" if missing else "is empty"
         raise FileNotFoundError(f"--images {words}; name files, folders, or - for names on standard input")
     for name in names:
         if name.encode(errors="ignore").decode() != name:

@@ -64,17 +64,15 @@ def odd_weights(nets):
             flat = p.detach().float().flatten()
             bad = (~flat.isfinite()).nonzero().flatten()
             if len(bad):
-                yield {"net": net, "name": name, "count": len(bad), "value": str(flat[bad[0]].item())} | place(
-                    p, bad[0]
-                )
+                about = {"net": net, "name": name, "count": len(bad), "value": str(flat[bad[0]].item())}
+                yield about | place(p, bad[0])
             elif len(flat) >= 16:
                 k = flat.abs().argmax()
                 usual = flat.double().square()
                 usual = ((usual.sum() - usual[k]) / (len(flat) - 1)).clamp(min=0).sqrt().item()
                 if flat[k].abs() > max(LONE * usual, 1):
-                    yield {"net": net, "name": name, "count": 1, "value": f"{flat[k]:.3g}", "usual": usual} | place(
-                        p, k
-                    )
+                    about = {"net": net, "name": name, "count": 1, "value": f"{flat[k]:.3g}", "usual": usual}
+                    yield about | place(p, k)
 
 
 def place(p, k):
@@ -244,9 +242,8 @@ def image_terms(replay, leaves):
         ce = torch.stack([losses.cross_entropy(v, t, w.student_temp) for v, t in zip(views, wanted)], 1)  # [b, V]
         entropy = losses.entropy(probabilities).unflatten(0, (2, b)).mean(0)
         near = torch.stack([nearest_distance(c, w.koleo_group) for c in cls.chunk(2)]).amin(0)
-        found += [
-            {"views": e.tolist(), "target_entropy": h.item(), "nearest": d.item()} for e, h, d in zip(ce, entropy, near)
-        ]
+        rows = zip(ce.tolist(), entropy.tolist(), near.tolist())
+        found += [dict(zip(("views", "target_entropy", "nearest"), row)) for row in rows]
     return found
 
 
@@ -410,9 +407,7 @@ def verdict(found, images):
         return "temperature", [], f"{text}, whatever the images are; look at --teacher-temp."
     if found["weights"]:
         w = found["weights"][0]
-        text = (
-            f"one weight, {w['net']}.{w['name']}{w['at']}, is {w['value']}, its neighbours are about {w['usual']:.2g}"
-        )
+        text = f"one weight, {w['net']}.{w['name']}{w['at']}, is {w['value']}, others are about {w['usual']:.2g}"
         return "weight", [], f"{text}: it was corrupted, or has diverged."
     if not found["finite"]:
         where = first["where"] if first else "the loss or its gradient"

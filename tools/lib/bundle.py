@@ -213,7 +213,6 @@ def write(out, ckpt, policy_path, forced=None):
         if not difference <= TOLERANCE:
             raise ValueError(f"read again, the bundle differs by {difference:.2e} from {ckpt}: nothing written")
         provenance.refuse_change(ckpt, before)
-    print(
-        "\n".join([*(f"forced against: {text}" for text in against), f"read again: logits differ by {difference:.1e}"])
-    )
+    lines = [f"forced against: {text}" for text in against]
+    print("\n".join([*lines, f"read again: logits differ by {difference:.1e}"]))
     return 0

@@ -8,12 +8,12 @@ run, pool, options, table = choose_pool([table_of_val_select, ...])
 import hashlib
 
 import numpy as np
-from tqdm import tqdm
 
 import data
 from tools.lib import calibrate, thresholds
 from tools.lib.fusion import POOLS
 from tools.lib.metrics import calibration_errors, decisions, mcc, nll, score_of
+from tools.lib.progress import progress
 
 MCC_DROP = 0.02  # a calibrator may not cost more
 KS = (1, 2, 3, 5, 7)  # how many views a pool may keep
@@ -48,7 +48,7 @@ def choose(logits, labels, groups, slices=None, names=tuple(calibrate.METHODS), 
     logits, labels = calibrate.check(logits, labels)
     fold, slices = folds_of(labels, groups, folds), None if slices is None else np.asarray(slices)
     table = {"none": scores(labels, calibrate.softmax(logits))}
-    bar = tqdm(names, "calibrators", unit="method", disable=None)
+    bar = progress(names, "calibrators", unit="method")
     table |= {name: scores(labels, cross_fit(name, logits, labels, fold, slices)) for name in bar}
     fair = [name for name in names if table["none"]["mcc"] - table[name]["mcc"] <= MCC_DROP]
     return min(fair or ["temperature"], key=lambda name: table[name]["nll"]), table

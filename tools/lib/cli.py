@@ -33,6 +33,12 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if silent else super()._get_help_string(action)
 
 
+class Flags(argparse.Namespace):
+    """Parsed flags. given {name: default} of those that were typed; it is none of vars(), so no file keeps it."""
+
+    __slots__ = ("given",)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse with defaults in --help, no abbreviated flags, and errors of one line (exit code 2).
 
@@ -44,7 +50,9 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None):
         self.given = list(sys.argv[1:] if args is None else args)
-        return super().parse_known_args(args, namespace)
+        words, flags = {word.split("=")[0] for word in self.given}, namespace or Flags()
+        flags.given = {a.dest: a.default for a in self._actions if words.intersection(a.option_strings)}
+        return super().parse_known_args(args, flags)
 
     def error(self, message):
         """A flag that does not exist comes first: `--dat x` also lacks --data."""

@@ -77,9 +77,8 @@ def slice_features(vit, view, volume, z, grid, tile, encoding="hu16-v1", look=No
     total, weights = None, torch.zeros(grid.rows, grid.cols, 1)
     for first in range(0, len(places), batch):
         some = slice(first, first + batch)
-        views = data.render_views(
-            image, view | {"size": side * p}, boxes[some][:, None], np.zeros(len(boxes[some]), bool)
-        )
+        at, size = boxes[some][:, None], view | {"size": side * p}
+        views = data.render_views(image, size, at, np.zeros(len(at), bool))
         for (y, x), found in zip(places[some], look(views[:, 0].to(device)).float().cpu()):
             total = torch.zeros(grid.rows, grid.cols, found.shape[-1]) if total is None else total
             total[y : y + side, x : x + side] += found * weight(side)[..., None]
@@ -107,9 +106,8 @@ def is_inside(volume, z, grid):
 
 def on_pixels(maps, grid, every):
     """[rows, columns, C] -> [C, h, w] on the slice's pixels, or means of every x every of them."""
-    full = F.interpolate(
-        maps.permute(2, 0, 1)[None], size=(grid.height, grid.width), mode="bilinear", align_corners=False
-    )
+    size, maps = (grid.height, grid.width), maps.permute(2, 0, 1)[None]
+    full = F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
     return (F.avg_pool2d(full, every) if every > 1 else full)[0]
 
 
@@ -134,9 +132,8 @@ def at_point(maps, volume, grid, point):
     """Feature [C] at a point (x, y, z) in mm, between the four patches around it; maps: of the slice nearest to it."""
     x, y, _ = index_of(volume, point)[:3]
     at = 2 * torch.tensor([(x + 0.5) / grid.width, (y + 0.5) / grid.height]).float() - 1
-    return F.grid_sample(
-        maps.permute(2, 0, 1)[None], at.view(1, 1, 1, 2), align_corners=False, padding_mode="border"
-    ).flatten()
+    maps, at = maps.permute(2, 0, 1)[None], at.view(1, 1, 1, 2)
+    return F.grid_sample(maps, at, align_corners=False, padding_mode="border").flatten()
 
 
 def index_of(volume, point):

@@ -4,7 +4,6 @@ import functools
 import re
 
 import numpy as np
-from tqdm import tqdm
 
 from checkpoint import write_text
 from tools.lib import judge, metrics, page, rules, sheet, thresholds, view_sheet
@@ -29,7 +28,7 @@ def intervals(statistics, labels, groups, repeats):
     values = {name: float(statistic(None)) for name, statistic in statistics.items()}
     if len(np.unique(groups)) < judge.FEWEST:
         return {name: {"value": value, "low": None, "high": None} for name, value in values.items()}
-    with tqdm(total=repeats, desc=f"intervals of {' and '.join(statistics)}", unit="resample", disable=None) as bar:
+    with progress(total=repeats, desc=f"intervals of {' and '.join(statistics)}", unit="resample") as bar:
 
         def drawn(weights):
             bar.update(len(weights))
@@ -52,9 +51,8 @@ def evaluate(table, out, before, sets, repeats):
     decisions["coverage"] = decisions["in_set"] if sets else None
     result = {"decided": decisions.pop("decided") or {}, "decisions": decisions, "probabilities": metrics.worth(y, p)}
     result["uncalibrated"] = metrics.worth(y, before)
-    both = {
-        name: functools.partial(getattr(metrics, name), y[kept], out.decision[kept]) for name in ("accuracy", "mcc")
-    }
+    given = y[kept], out.decision[kept]
+    both = {name: functools.partial(getattr(metrics, name), *given) for name in ("accuracy", "mcc")}
     result["intervals"] = intervals(both, y[kept], groups[kept], repeats)
     if p.shape[1] == 2:
         result["intervals"] |= intervals({"auc": functools.partial(metrics.auc, y, p[:, 1])}, y, groups, repeats)

@@ -346,9 +346,8 @@ def held_out(predictors, labels, groups, plans):
                 fitted[name] = choose(classifier, X, labels, groups, fit, r)
         if "size" in fitted:
             size = predictors["size"][1][0]
-            fitted["size + features"] = add_features(
-                fitted["probe"][0], fitted["size"][0], size, labels, groups, fit, r
-            )
+            pair = fitted["probe"][0], fitted["size"][0]
+            fitted["size + features"] = add_features(*pair, size, labels, groups, fit, r)
         for name, (log_p, chosen) in fitted.items():
             p = np.full(log_p.shape[1:], np.nan)
             for one, rows in zip(log_p, test):

@@ -232,9 +232,8 @@ def verdict(result):
             sentences.append(f"{other.capitalize()}: {in_words(own)}; {text}" if own else text[0].upper() + text[1:])
     if result.get("matched", {}).get("pairs"):
         both = [in_words(result["matched"][name]) for name in ("probe", "size")]
-        sentences.append(
-            f"On {result['matched']['pairs']} pairs of one size the probe has {both[0]}, the ruler {both[1]}"
-        )
+        pairs = f"{result['matched']['pairs']} pairs of one size"
+        sentences.append(f"On {pairs} the probe has {both[0]}, the ruler {both[1]}")
     sentences += [text[0].upper() + text[1:] for text in result.get("caveats", ())]
     return f"{'. '.join(sentences)}."
 

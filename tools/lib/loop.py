@@ -21,7 +21,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
 import checkpoint
@@ -80,9 +79,6 @@ def on_device(args, model, nets, world, device, whole=False):
         getattr(m, "backbone", m).stream = torch.bfloat16 if args.precision == "bf16-stream" else None
     if args.compile:  # every size is a shape of its own: at the usual 8 torch goes on uncompiled
         torch._dynamo.config.recompile_limit = 64
-        # what is compiled outlives the run and /tmp: a resumed run, or another of the same sizes, starts in seconds
-        kept = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(kept / "torchinductor"))
         for block in (b for m in nets for b in getattr(m, "backbone", m).blocks[: None if whole else -1]):
             block.compile(dynamic=False)  # mixed --sizes: guessed dynamic shapes fail in the backward (torch 2.13, CPU)
     for m in nets:
@@ -171,12 +167,12 @@ class Upcoming:
     """The next `left` updates of `micros` micro-batches each: read in order and made ready by prepare(read).
 
     On a card one of them ahead, while the card works on the one before; a CPU would only hold one more set of crops.
+    Queued behind that one: on a stream of its own, beside it, an update of ViT-S took 0.7% less (H200), within noise.
     """
 
     def __init__(self, batches, micros, left, device, prepare):
         self.batches, self.micros, self.left, self.device, self.make_ready = batches, micros, left, device, prepare
         self.ready, self.reads = [], []  # reads: begin and end of each
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # beside the update, where room is
 
     def waited(self):
         """Seconds of reading since the last call, without those in which a card had still work."""
@@ -189,21 +185,14 @@ class Upcoming:
             read = [next(self.batches) for _ in range(self.micros)]
         self.reads.append((begin, moment(self.device)))
         self.left -= 1
-        with torch.cuda.stream(self.stream), clock("render"):
+        with clock("render"):
             self.ready.append((read, self.make_ready(read)))
 
     def take(self, clock=contextlib.nullcontext):
         """(micro-batches as read, the same made ready) of the next update."""
         if not self.ready:
             self.prepare(clock)
-        read, ready = self.ready.pop()
-        if self.stream:
-            now = torch.cuda.current_stream(self.device)
-            now.wait_stream(self.stream)
-            for t in pytree.tree_leaves(ready):
-                if isinstance(t, torch.Tensor):
-                    t.record_stream(now)  # its memory stays until `now` has read it
-        return read, ready
+        return self.ready.pop()
 
     def ahead(self, clock=contextlib.nullcontext):
         if self.device.type == "cuda" and self.left:
@@ -310,11 +299,14 @@ def circumstances(device, world):
 
 
 def check_flags(args, saved, harmless):
-    """Refuse a continuation whose flags mean another run; returns the harmless changes."""
-    changed = {}
+    """Refuse a continuation whose flags mean another run; returns the harmless changes.
+
+    A run of before knows no newer flag: it did what that flag's default says.
+    """
+    changed, typed = {}, getattr(args, "given", dict.fromkeys(vars(args)))
     for name, value in json.loads(json.dumps(vars(args))).items():
-        old = json.loads(json.dumps(saved.get(name)))
-        if old == value:
+        old = json.loads(json.dumps(saved.get(name, typed.get(name))))
+        if old == value or name not in saved and name not in typed:
             continue
         if name not in harmless:
             hint = "use --extend N to go on" if name == "steps" else "use the old value, or another --out"

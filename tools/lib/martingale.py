@@ -31,9 +31,8 @@ BETS = len(SLOPES) + 2 * len(POWERS)
 def bets(p):
     """What one unit on each bet becomes; each has mean 1 when p is uniform."""
     low, high = max(p, 1e-12), max(1 - p, 1e-12)
-    return np.array(
-        [1 + slope * (p - 0.5) for slope in SLOPES] + [e * x ** (e - 1) for x in (low, high) for e in POWERS]
-    )
+    powers = [e * x ** (e - 1) for x in (low, high) for e in POWERS]
+    return np.array([1 + slope * (p - 0.5) for slope in SLOPES] + powers)
 
 
 def chance(name, salt):
@@ -46,9 +45,8 @@ def begin(scores, names, delta=0.01):
     """State before the first sample; scores [N, S]: of the calibration samples, larger is odder."""
     scores = np.asarray(scores, np.float64)
     if scores.ndim != 2 or scores.shape[1] != len(names) or len(scores) < 10 or not np.isfinite(scores).all():
-        raise ValueError(
-            f"scores {scores.shape} of {len(names)} names: at least 10 finite calibration scores are needed"
-        )
+        what = f"scores {scores.shape} of {len(names)} names"
+        raise ValueError(f"{what}: at least 10 finite calibration scores are needed")
     return {"version": VERSION, "names": list(names), "delta": delta, "seen": 0, "lost": None, "most": 1.0,
             "scores": np.sort(scores, 0).T.tolist(), "capital": [[] for _ in names], "last": None}  # fmt: skip
 

@@ -197,9 +197,8 @@ def legend(names):
     """Coloured names in one line below the title; 7.7 units is a wide guess for a bold letter of size 12.5."""
     x = 10
     for k, name in enumerate(names):
-        yield svg_text(
-            x, TOP - 8, name, "start", f'fill="{COLOURS[k % len(COLOURS)]}" font-size="12.5" font-weight="600"'
-        )
+        style = f'fill="{COLOURS[k % len(COLOURS)]}" font-size="12.5" font-weight="600"'
+        yield svg_text(x, TOP - 8, name, "start", style)
         x += 7.7 * len(name) + 12
 
 

@@ -81,9 +81,7 @@ def plan_folds(path, source, table):
     print(f"--folds: {len(names)} folds; {moved} {table.unit} lay in several and are kept whole in their first")
     dealt = np.random.default_rng(0).permutation(len(series)) % max(len(names), 2)
     usual, ours = (f"{shared_scans(series, some):.0%}" for some in (dealt, folds))
-    print(
-        f"  a random split of samples, as is usual, would share {usual} of its test scans with train, this one {ours}"
-    )
+    print(f"  a random split of samples, the usual one, shares {usual} of its test scans with train, this one {ours}")
     tests = np.stack([folds == name for name in np.unique(folds)])
     for name, test in zip(np.unique(folds), tests):
         if len(tests) < 2 or fits.fold_count(table.labels[~test], table.groups[~test]) < 2:

@@ -4,8 +4,6 @@ A small network is over on a card before the host has launched the next kernel: 
 for 106 ms, and its host for 129 ms (batch 128, compiled blocks, 2026-11).
 """
 
-import contextlib
-
 import torch
 from torch.utils import _pytree as pytree
 
@@ -13,23 +11,24 @@ PLAIN = 2  # calls before the recording: in these torch compiles, and chooses it
 
 
 class Recorded:
-    """function(*inputs, clock), with its gradients of `parameters`, recorded at the third call of its kind.
+    """function(*inputs), with its gradients of `parameters`, recorded at the third call of its kind.
 
-    Inputs are nested tuples, lists and dicts. Tensors in them are copied to where the recording reads them, and floats
-    become tensors, so that schedules may move them. Of another kind, and recorded anew, is a call with other shapes or
-    with other values of what is left. The function may not wait for the card, nor draw random numbers. What it returns,
-    and the gradients, are overwritten by the next call.
+    Called with a clock as one input more, which times it as a whole. Inputs are nested tuples, lists and dicts. Tensors
+    in them are copied to where the recording reads them, and floats become tensors, so that schedules may move them. Of
+    another kind, and recorded anew, is a call with other shapes or with other values of what is left. The function may
+    not wait for the card, nor draw random numbers. The next call overwrites what it returned, and the gradients.
     """
 
     def __init__(self, function, parameters, device):
         self.function, self.parameters, self.device = function, list(parameters), device
-        self.stream = torch.cuda.Stream(device, priority=-1)  # before the views of the next update
+        self.stream = torch.cuda.Stream(device)
         self.forget()
 
     def forget(self, kind=None):
         self.kind, self.calls, self.graph, self.inputs, self.outputs, self.grads = kind, 0, None, [], None, []
 
-    def __call__(self, *inputs, clock=contextlib.nullcontext):
+    def __call__(self, *inputs):
+        *inputs, clock = inputs
         leaves, form = pytree.tree_flatten(inputs)
         numbers = torch.tensor([x for x in leaves if isinstance(x, float)]).pin_memory()
         numbers = iter(numbers.to(self.device, non_blocking=True).unbind())
@@ -40,7 +39,7 @@ class Recorded:
         self.calls += 1
         now = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(now)
-        with clock("replay" if self.graph else "networks"), torch.cuda.stream(self.stream):
+        with torch.cuda.stream(self.stream), clock("replay" if self.graph else "networks"):
             if self.calls <= PLAIN:
                 self.outputs = self.function(*pytree.tree_unflatten(leaves, form))
             else:

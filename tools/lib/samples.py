@@ -113,9 +113,7 @@ def order_classes(labels):
 def read_table(path, source):
     """-> Table; refuses unknown columns, unknown images, one class, doubled rows, a group other than the index's."""
     if not path.exists():
-        how = (
-            "write path,label" if source.encoding == "photo" else "tools/lidc_nodules.py writes _labels/malignancy.csv"
-        )
+        how = "write path,label" if source.encoding == "photo" else "tools/lidc_nodules.py writes such a table"
         raise FileNotFoundError(f"--labels {path} does not exist; {how}")
     rows, nodules = data.read_labels(path, source.root)
     labels = [row["label"].strip() for row in rows]

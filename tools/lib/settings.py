@@ -18,6 +18,43 @@ OWN_FLAGS = ("weight_decay",)  # what --optimizer cannot say
 ADAPTERS = dict(adapter_rank=32, adapter_alpha=None, adapter_targets="qv", adapter_init="zero", unfreeze=1)
 
 
+SHARES = "warmup teacher_temp_warmup gram_start gram_refresh gram_ramp freeze_last grace".split()
+
+
+def check_together(args):
+    """Checks between flags; the range of each alone is its argparse type."""
+    for name in ("mask_ratio", "ema", "field", "global_scale", "local_scale"):
+        low, high = getattr(args, name) or (0, 1)
+        if low > high:
+            raise ValueError(f"--{name.replace('_', '-')} {low:g} {high:g}: the smaller comes first")
+    if args.koleo_group == 1 < args.micro_batch:
+        raise ValueError("--koleo-group 1: a sample alone has no neighbour; use 2 or more")
+    if not (args.w_dino or args.w_ibot or args.w_koleo or args.gram_weight):
+        raise ValueError("--w-dino, --w-ibot, --w-koleo and --gram-weight are all 0: nothing would be learned")
+
+
+def resolve(args, world):
+    """Turn shares into updates and fill in what depends on the batch, once and for the whole run."""
+    loop.divisor("the number of ranks", world, args.batch_size, "--batch-size")
+    images = args.batch_size // world
+    group = args.koleo_group or min(16, args.batch_size)
+    sizes = [m for m in range(1, min(images, 64) + 1) if images % m == 0]
+    fits = max([m for m in sizes if m % group == 0] or sizes)
+    args.micro_batch = loop.divisor("--micro-batch", args.micro_batch or fits, images, "the images of a rank")
+    args.koleo_group = loop.divisor("--koleo-group", group, args.micro_batch, "--micro-batch")
+    args.grace = args.warmup if args.grace is None else args.grace
+    for name in SHARES:
+        value = getattr(args, name)
+        setattr(args, name, int(value) if value > 1 else round(value * args.steps))
+    if args.warmup > args.steps:
+        raise ValueError(f"--warmup {args.warmup} is more than --steps {args.steps}: --lr would never be reached")
+    args.gram_weight = 0.0 if args.gram_start >= args.steps else args.gram_weight  # never, --extend included
+    check_together(args)
+    fill_adapters(args)
+    args.lr = peak_rate(args)
+    return args
+
+
 def fill_adapters(args):
     """Defaults of the flags of adapters where there are some; refuses them alone."""
     given = [name for name in ADAPTERS if getattr(args, name) is not None]

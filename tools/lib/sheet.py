@@ -452,7 +452,12 @@ def save(path, image):
     path.parent.mkdir(parents=True, exist_ok=True)
     framed = Image.new("RGB", (image.width + 2 * GAP, image.height + 2 * GAP), BACK)
     framed.paste(image, (GAP, GAP))
-    return atomic_write(path, lambda f: framed.save(f, format="PNG"))
+    return write_png(path, framed)
+
+
+def write_png(path, image):
+    """At level 2: 3.3 times as fast as Pillow's usual 6, files are 7 to 23% larger (sheets of runs, 2026-11)."""
+    return atomic_write(path, lambda f: image.save(f, format="PNG", compress_level=2))
 
 
 def earlier_columns(folder, k, like):
@@ -479,7 +484,7 @@ def save_look(folder, drawn):
     save(folder / "sheet.png", stack([block for block, _, _ in drawn.values()], gap=18))
     strips, unread = [], 0
     for k, (title, (_, column, base)) in enumerate(drawn.items(), 1):
-        atomic_write(folder / f"image_{k}.png", lambda f, column=column: column.save(f, format="PNG"))
+        write_png(folder / f"image_{k}.png", column)
         columns, left_out = earlier_columns(folder, k, column)
         save(folder / f"strip_{k}.png", time_strip(f"first look to now: {title}", base, columns))
         strips += [folder / f"strip_{k}.png"] if len(columns) > 1 else []

@@ -43,6 +43,16 @@ def tune_kind(text):
     return kind, int(count or 0)
 
 
+def refuse_unread(parser, args, kind):
+    """Refuse flags that this run would not read; a seed is given to all runs of a comparison."""
+    title, other = ("training (--tune)", "--tune") if kind == "none" else ("frozen probe", "--tune none")
+    (group,) = (g for g in parser._action_groups if g.title == title)
+    for action in group._group_actions:
+        if action.dest in args.given and action.dest not in ("seed", "bootstrap"):
+            raise ValueError(f"{action.option_strings[0]} is not read with --tune {args.tune}: leave it out, or give "
+                             f"{other} too")  # fmt: skip
+
+
 def adapter(rank=16, alpha=0.0, targets="all", init="zero", unfreeze=0):
     """Options of --adapter; alpha 0: chosen so that the low-rank part is scaled by 2."""
 

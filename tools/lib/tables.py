@@ -54,9 +54,8 @@ def checked(name, ids, groups, labels, logits, facts):
         wrong = f"names {shown(names[counts.argmax()])} {counts.max()} times; an id stands for one sample"
     elif not np.isfinite(logits).all():
         bad = np.flatnonzero(~np.isfinite(logits).all((1, 2)))
-        wrong = (
-            f"has logits of {len(bad)} samples that are NaN or infinite, first {shown(ids[bad[0]])}; broken weights?"
-        )
+        first = shown(ids[bad[0]])
+        wrong = f"has logits of {len(bad)} samples that are NaN or infinite, first {first}; broken weights?"
     elif labels.min() < -1 or labels.max() >= len(classes):
         wrong = f"has labels from {labels.min()} to {labels.max()}, expected -1 to {len(classes) - 1}"
     if wrong:
@@ -105,6 +104,5 @@ def write_csv(path, table, probabilities, decision=None, sets=None):
     held = none if sets is None else [" ".join(c for c, there in zip(classes, row) if there) for row in sets.tolist()]
     cells = [[f"{value:.6g}" for value in column] for column in np.asarray(probabilities).T.tolist()]
     columns = [table.ids.tolist(), table.groups.tolist(), names[table.labels].tolist(), *cells, said, held]
-    write_text(
-        path, csv_text([["id", "group", "label", *(f"p_{c}" for c in classes), "decision", "set"], *zip(*columns)])
-    )
+    header = ["id", "group", "label", *(f"p_{c}" for c in classes), "decision", "set"]
+    write_text(path, csv_text([header, *zip(*columns)]))

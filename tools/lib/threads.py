@@ -1,12 +1,17 @@
-"""Import before torch: threads of OpenMP that wait for each other soon give their core away.
+"""Import before torch: what it reads from the environment once, when it is loaded.
 
     import tools.lib.threads  # isort: split
 
-By default they spin, which is fast alone and stops training beside a busy neighbour (numbers in
-tools/recipes/LOG.md). libgomp reads the variable when torch loads it, so this cannot be done later.
+Threads of OpenMP that wait for each other soon give their core away. By default they spin, which is fast alone and
+stops training beside a busy neighbour (numbers in tools/recipes/LOG.md). libgomp reads the variable when torch loads
+it, so this cannot be done later.
 """
 
 import os
+from pathlib import Path
 
+# what is compiled outlives the run and /tmp: a resumed run, or another of the same sizes, starts in seconds
+cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "torchinductor"))
 if "OMP_WAIT_POLICY" not in os.environ:  # else the user has decided, as with GOMP_SPINCOUNT itself
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")

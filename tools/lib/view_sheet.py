@@ -10,24 +10,8 @@ import torch
 from PIL import ImageDraw
 
 import data
-from tools.lib import fused
+from tools.lib import fused, sheet
 from tools.lib.classifiers import layout_of, views_of
-from tools.lib.sheet import (
-    BAD,
-    COLOURS,
-    DIM,
-    INK,
-    attention_over,
-    fit,
-    font,
-    heading,
-    outline,
-    paragraphs,
-    picture,
-    row,
-    stack,
-)
-from tools.lib.sheet import titled as below  # a picture below lines of text
 
 WIDE, SIDE = 760, 190  # pixels: the photograph, a view
 
@@ -68,13 +52,14 @@ def look(classifier, facts, source, i, device):
 
 def photograph(source, i, seen, boxes, size):
     """The picture with its views, the weightier the brighter; those that pruning dropped in grey."""
-    image = fit(picture(data.read_view(source, i, data.find_layout("whole"), WIDE)[0].numpy()), WIDE)
+    image = sheet.fit(sheet.picture(data.read_view(source, i, data.find_layout("whole"), WIDE)[0].numpy()), WIDE)
     scale = np.tile([image.height, image.width] / np.array(size), 2)
     frames, words, large = [], [], 0
     for v in np.argsort(seen.weights):  # the weightiest last, on top
         inset = 3 * (v % 4)  # edges that views share stay apart
         y0, x0, y1, x1 = box = boxes[v] * scale + [inset, inset, -inset, -inset]
-        colour, strong = COLOURS[v % len(COLOURS)] if seen.kept[v] else DIM, seen.weights[v] >= 1 / len(boxes)
+        colour = sheet.COLOURS[v % len(sheet.COLOURS)] if seen.kept[v] else sheet.DIM
+        strong = seen.weights[v] >= 1 / len(boxes)
         frames.append((box, colour, "", 4 if strong and seen.kept[v] else 1))
         text = f"{v}: {seen.weights[v]:.2f} of {seen.alone[v, -1]:.2f}" if seen.kept[v] else f"{v} dropped"
         if (y1 - y0) * (x1 - x0) > image.height * image.width / 4:  # the whole and squares: one line each, below
@@ -82,9 +67,9 @@ def photograph(source, i, seen, boxes, size):
             large += 1
         else:
             words.append(((x0 + x1) / 2, (y0 + y1) / 2, text, colour, "mm"))
-    image = outline(image, frames)
+    image = sheet.outline(image, frames)
     for x, y, text, colour, anchor in words:
-        ImageDraw.Draw(image).text((x, y), text, colour, font(15), anchor, stroke_width=2, stroke_fill="black")
+        ImageDraw.Draw(image).text((x, y), text, colour, sheet.font(15), anchor, stroke_width=2, stroke_fill="black")
     return image
 
 
@@ -102,17 +87,17 @@ def drawn(classifier, facts, source, i, title, label, device="cpu"):
     rows = [[title, v, *box, int(f), int(k), f"{w:.6g}", f"{p:.6g}"] for v, (box, f, k, w, p) in enumerate(columns)]
     name, tiles = facts["classes"][-1], []
     for v in range(len(seen.views)):
-        base = picture(data.denormalise(seen.views[v][None])[0].numpy())
-        both = row([fit(base, SIDE), attention_over(base, seen.attention[v], SIDE)], gap=2)
+        base = sheet.picture(data.denormalise(seen.views[v][None])[0].numpy())
+        both = sheet.row([sheet.fit(base, SIDE), sheet.attention_over(base, seen.attention[v], SIDE)], gap=2)
         words = f"{v}{', mirrored' * bool(flips[v])}: weight {seen.weights[v]:.2f}, alone {seen.alone[v, -1]:.2f}"
-        tiles.append(below(both, [words if seen.kept[v] else f"{words}, dropped"]))
+        tiles.append(sheet.titled(both, [words if seen.kept[v] else f"{words}, dropped"]))
     said = facts["classes"][seen.together.argmax()]
     wrong = label is not None and said != label
     words = f"before any policy: {said}, {name} with {seen.together[-1]:.2f}" + f"; it is {label}" * bool(label)
-    lines = [(words, BAD if wrong else INK)]
+    lines = [(words, sheet.BAD if wrong else sheet.INK)]
     lines += [("On the picture: view, its weight, what it says alone. Right: each view, and the attention of the last "
-               "block in it. alone: what it says without the others.", DIM)]  # fmt: skip
-    left = stack([photograph(source, i, seen, boxes, size), paragraphs(lines, WIDE, 15)])
-    grid = stack([row(tiles[k : k + 3]) for k in range(0, len(tiles), 3)])
-    both = row([left, grid])
-    return stack([heading(title, both.width), both]), rows
+               "block in it. alone: what it says without the others.", sheet.DIM)]  # fmt: skip
+    left = sheet.stack([photograph(source, i, seen, boxes, size), sheet.paragraphs(lines, WIDE, 15)])
+    grid = sheet.stack([sheet.row(tiles[k : k + 3]) for k in range(0, len(tiles), 3)])
+    both = sheet.row([left, grid])
+    return sheet.stack([sheet.heading(title, both.width), both]), rows

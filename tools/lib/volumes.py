@@ -40,7 +40,7 @@ BODY_GRID = 128  # the body is found on about this many points along the shorter
 class Target(NamedTuple):
     """Where series are written, and how."""
 
-    root: str  # processed folder
+    root: Path  # processed folder, absolute
     dataset: str
     encoding: str
 
@@ -187,7 +187,7 @@ def write_series(target, ids, volume, inputs, rejected, **more):
         "inputs": inputs,
         "rejected": sorted(rejected),
         "handled": volume.handled,
-        "files": write(Path(target.root), f"{target.dataset}/{ids.series}", volume.hu),
+        "files": write(target.root, f"{target.dataset}/{ids.series}", volume.hu),
         "rows": index_rows(target, ids, volume),
         **more,
     }
@@ -198,7 +198,7 @@ def find_record(target, series):
     """The record of a series whose files are all there with their sizes, or None."""
     record = manifests.find(manifests.read_record, target.root, target.dataset, series)
     for path, (size, _) in record["files"].items() if record else ():
-        path = Path(target.root) / path
+        path = target.root / path
         if not path.is_file() or path.stat().st_size != size:
             return None
     return record
@@ -206,10 +206,9 @@ def find_record(target, series):
 
 def discard(target, series):
     """Remove what an earlier run wrote of a series, its record first: without one a series counts as not done."""
-    root = Path(target.root)
-    manifests.record_path(root, target.dataset, series).unlink(missing_ok=True)
-    shutil.rmtree(root / target.dataset / series, ignore_errors=True)
-    (root / target.dataset / f"{series}.npy").unlink(missing_ok=True)
+    manifests.record_path(target.root, target.dataset, series).unlink(missing_ok=True)
+    shutil.rmtree(target.root / target.dataset / series, ignore_errors=True)
+    (target.root / target.dataset / f"{series}.npy").unlink(missing_ok=True)
 
 
 # The whole dataset.
@@ -236,9 +235,7 @@ def common_flags(parser, raw):
     parser.add_argument("--dataset", required=True, type=dataset_name, help="its name; groups are dataset/patient")
     parser.add_argument("--format", choices=ENCODINGS, default="rgb", help="PNGs, or exact HU in one .npy a series")
     parser.add_argument("--workers", type=positive, default=os.cpu_count(), help="processes")
-    parser.add_argument(
-        "--min-slices", type=within("[3, 1e18]", int), default=8, help="shorter series are rejected; at least 3"
-    )
+    parser.add_argument("--min-slices", type=within("[3, 1e18]", int), default=8, help="shorter series are rejected")
     parser.add_argument("--list-rejects", action="store_true", help="print the path of every rejected file")
     parser.add_argument("--shard", type=shard, help="K/N: do only the K-th of N parts of the series, for job arrays; "
                         "the same command with --merge N comes after all of them")  # fmt: skip
@@ -261,7 +258,7 @@ def belongs(name, shard):
 
 def prepare(target, names, shard):
     """A dataset has one encoding and one source (names: of all its series); clear the leftovers of killed runs."""
-    root, dataset = Path(target.root), target.dataset
+    root, dataset = target.root, target.dataset
     manifest = manifests.find(manifests.read_manifest, root, dataset)
     if manifest and manifest["series"] and manifest["encoding"] != target.encoding:
         wanted = f"give another --dataset or --out for {target.encoding}"
@@ -280,7 +277,7 @@ def prepare(target, names, shard):
 
 def finish(target, kept, origin):
     """Remove what this run did not keep, then write index and manifest -> manifest."""
-    root, dataset = Path(target.root), target.dataset
+    root, dataset = target.root, target.dataset
     stale = {path.stem for path in (root / "_manifests" / dataset).glob("*.json")} - set(kept)
     for series in stale:
         discard(target, series)
@@ -312,12 +309,8 @@ def summary(entries):
     return "\n".join([*lines, *sorted(advice)])
 
 
-def in_order(rejects):
-    """[(entry of the manifest, raw paths)] in an order that file names play no part in."""
-    return sorted(rejects, key=lambda item: json_key(item[0]))
-
-
 def json_key(entry):
+    """Orders entries of the manifest, in which no name of a raw file stands."""
     return json.dumps(entry, sort_keys=True)
 
 
@@ -326,7 +319,7 @@ def close(target, shard, facts, kept, rejects, list_rejects):
 
     facts: {encoding, options, tool, raw, series: how many there are in all}; rejects [(entry, raw paths)].
     """
-    rejects = in_order(rejects)
+    rejects = sorted(rejects, key=lambda item: json_key(item[0]))
     entries = [entry for entry, _ in rejects]
     if list_rejects:
         print("\n".join(f"{entry['reason']:20} {shown(path, 4096)}" for entry, paths in rejects for path in paths))
@@ -344,11 +337,10 @@ def exit_code(entries):
 
 
 def conclude(target, facts, kept, entries):
-    facts, total = dict(facts), facts["series"]
-    del facts["series"]
-    counts = finish(target, kept, facts | {"rejected": entries})["counts"]
-    of = f"{len(kept)} of {total} series, {counts['slices']} slices, {counts['patient']} patients"
-    print(f"{target.dataset}: {of}")
+    origin = {key: value for key, value in facts.items() if key != "series"}
+    counts = finish(target, kept, origin | {"rejected": entries})["counts"]
+    print(f"{target.dataset}: {len(kept)} of {facts['series']} series, {counts['slices']} slices, "
+          f"{counts['patient']} patients")  # fmt: skip
     print(f"{manifests.index_path(target.root)}\n{manifests.manifest_path(target.root, target.dataset)}")
     print(summary(entries))
     if not kept:
@@ -361,29 +353,27 @@ def conclude(target, facts, kept, entries):
 
 
 def part_path(target, number, count):
-    return Path(target.root) / "_shards" / target.dataset / f"{number}_of_{count}.json"
+    return target.root / "_shards" / target.dataset / f"{number}_of_{count}.json"
 
 
 def merge(target, count):
     """What `count` shards wrote, verified, as one dataset: the same bytes as of one process -> exit code."""
-    again = "run it with --shard {}/{}, then --merge again"
-    parts = {}
-    for k in range(1, count + 1):
-        path = part_path(target, k, count)
-        parts[path] = read_json_file(path, PART, again.format(k, count), manifests.VERSION)
-    (first, facts), *_ = ((path, part["facts"]) for path, part in parts.items())
-    for k, (path, part) in enumerate(parts.items(), 1):
+    paths = [part_path(target, k, count) for k in range(1, count + 1)]
+    again = [f"run it with --shard {k}/{count}, then --merge again" for k in range(1, count + 1)]
+    parts = [read_json_file(*one, manifests.VERSION) for one in zip(paths, [PART] * count, again)]
+    first, facts = paths[0], parts[0]["facts"]
+    for path, part, remedy in zip(paths, parts, again):
         if odd := sorted(key for key in facts.keys() | part["facts"] if facts.get(key) != part["facts"].get(key)):
             raise ValueError(f"{path} and {first} disagree about {', '.join(odd)}: --raw or the flags were others; "
                              f"run all shards again")  # fmt: skip
         if lost := [series for series in part["kept"] if not find_record(target, series)]:
             what = f"{len(lost)} series are not whole, first {shown(lost[0])}"
-            raise ValueError(f"{path}: {what}; {again.format(k, count)}")
-    kept = sorted(series for part in parts.values() for series in part["kept"])
+            raise ValueError(f"{path}: {what}; {remedy}")
+    kept = sorted(series for part in parts for series in part["kept"])
     if facts["encoding"] != target.encoding:
         raise ValueError(f"{first} is of {facts['encoding']}: give the --format of the shards")
     prepare(target, kept, None)
-    entries = sorted((entry for part in parts.values() for entry in part["rejected"]), key=json_key)
+    entries = sorted((entry for part in parts for entry in part["rejected"]), key=json_key)
     code = conclude(target, facts, kept, entries)
     shutil.rmtree(first.parent)
     if not any(first.parent.parent.iterdir()):
