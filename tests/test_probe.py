@@ -267,7 +267,7 @@ def study(tmp_path_factory):
     return root, rows
 
 
-QUICK = "--crop-mm 16,24 --seeds 2 --bootstrap 100 --workers 1 --device cpu".split()
+QUICK = "--crop-mm 16,24 --seeds 1 --bootstrap 100 --workers 1 --device cpu".split()
 
 
 def probe(root, out, *flags, ckpt="w.pth", labels="_labels/malignancy.csv"):
@@ -279,7 +279,7 @@ def probe(root, out, *flags, ckpt="w.pth", labels="_labels/malignancy.csv"):
 @pytest.mark.slow
 def test_the_whole_report(study, tmp_path, capsys):
     root, rows = study
-    result = probe(root, tmp_path / "probe")
+    result = probe(root, tmp_path / "probe", "--seeds", "2")
     said = capsys.readouterr().out
     names = {"probe", "k-NN", "random weights", "raw pixels", "size", "diameter", "box", "size + features"}
     for protocol, patients in (("test", 22), ("cv", 22)):
@@ -322,7 +322,7 @@ def test_the_whole_report(study, tmp_path, capsys):
     cache = list((tmp_path / "features").glob("*.npz"))
     assert len(cache) == 3  # the probe's and two random ones
     before = [path.stat().st_mtime_ns for path in cache]
-    again = probe(root, tmp_path / "second", "--protocol", "test")
+    again = probe(root, tmp_path / "second", "--protocol", "test", "--seeds", "2")
     assert [path.stat().st_mtime_ns for path in cache] == before and "cv" not in again
     assert again["test"]["predictors"] == result["test"]["predictors"]
 
@@ -391,7 +391,7 @@ def test_a_leaked_patient_is_refused_or_named_in_every_title(study, tmp_path, ca
     with pytest.raises(ValueError, match="leak: 2 groups of val_test .*toy/P20, toy/P30.*--allow-seen"):
         probe(root, tmp_path / "a", ckpt="leaky.pth")
     assert not (tmp_path / "a").exists() and looks(root) == before  # no score, and so no look
-    result = probe(root, tmp_path / "b", "--allow-seen", "--seeds", "1", ckpt="leaky.pth")
+    result = probe(root, tmp_path / "b", "--allow-seen", ckpt="leaky.pth")
     assert result["test"]["seen_in_pretraining"] == ["toy/P20", "toy/P30"] and result["cv"]["patients"] == 36
     assert len(result["cv"]["seen_in_pretraining"]) == 4
     page = (tmp_path / "b" / "report.html").read_text()
@@ -399,7 +399,7 @@ def test_a_leaked_patient_is_refused_or_named_in_every_title(study, tmp_path, ca
         assert f"{SEEN} {count}" in result[name]["title"] and result[name]["title"] in page
         assert SEEN.capitalize() in result[name]["verdict"]
     assert SEEN in result["verdict"] and SEEN in capsys.readouterr().out
-    clean = probe(root, tmp_path / "c", "--protocol", "cv", "--seeds", "1", ckpt="leaky.pth")
+    clean = probe(root, tmp_path / "c", "--protocol", "cv", ckpt="leaky.pth")
     assert clean["cv"]["patients"] == 32 and clean["cv"]["seen_in_pretraining"] == []
 
 
@@ -414,7 +414,7 @@ def test_a_series_is_recognised_under_another_name_of_its_patient(study, tmp_pat
     with pytest.raises(ValueError, match="leak: 1 groups of val_test .*toy/P25"):
         probe(root, tmp_path / "a", ckpt="renamed.pth")
     assert looks(root) == before
-    result = probe(root, tmp_path / "b", "--protocol", "cv", "--seeds", "1", ckpt="renamed.pth")
+    result = probe(root, tmp_path / "b", "--protocol", "cv", ckpt="renamed.pth")
     assert result["cv"]["patients"] == 35 and SEEN not in result["cv"]["title"]
 
 
@@ -424,7 +424,7 @@ def test_every_look_at_val_test_is_recorded_that_of_cross_validation_too(study, 
     before, weights = looks(root), data.file_sha256(root / "w.pth")
     labels = data.file_sha256(root / "data" / "_labels" / "malignancy.csv")
     for protocol in ("test", "cv"):
-        probe(root, tmp_path / protocol, "--protocol", protocol, "--seeds", "1")
+        probe(root, tmp_path / protocol, "--protocol", protocol)
         look = looks(root)[len(before)]
         assert (look["program"], look["weights_sha256"], look["labels_sha256"]) == ("train_probe.py", weights, labels)
         assert look["policy_sha256"] is None and protocol in look["why"]
@@ -432,11 +432,11 @@ def test_every_look_at_val_test_is_recorded_that_of_cross_validation_too(study, 
     assert looks(root) == before
     make_checkpoint(root / "other.pth", ["toy/P0"])
     capsys.readouterr()
-    probe(root, tmp_path / "o", "--protocol", "test", "--seeds", "1", ckpt="other.pth")
+    probe(root, tmp_path / "o", "--protocol", "test", ckpt="other.pth")
     assert "val_test was looked at before by" in capsys.readouterr().out
     before = looks(root)
     write_table(tmp_path / "l" / "train.csv", [row for row in rows if int(row[6][5:]) < 14])
-    probe(root, tmp_path / "t", "--protocol", "cv", "--allow-seen", "--seeds", "1", labels=tmp_path / "l" / "train.csv")
+    probe(root, tmp_path / "t", "--protocol", "cv", "--allow-seen", labels=tmp_path / "l" / "train.csv")
     assert looks(root) == before  # patients of train alone
 
 
@@ -446,13 +446,13 @@ def test_images_that_no_protocol_needs_are_not_opened(tmp_path):
     make_split(tmp_path / "data", {f"toy/P{p}": ("val_select", "train", "val_test")[p % 3] for p in range(36)})
     make_checkpoint(tmp_path / "w.pth", ["toy/P1"])
     (tmp_path / "data" / "toy" / "1.2.0.npy").write_bytes(b"no volume")
-    result = probe(tmp_path, tmp_path / "a", "--protocol", "test", "--seeds", "1")
+    result = probe(tmp_path, tmp_path / "a", "--protocol", "test")
     assert result["test"]["patients"] == 12
     with open(tmp_path / "a" / "predictions.csv", newline="") as f:
         table = list(csv.DictReader(f))
     assert len(table) == 72 and {r["split"] for r in table if r["score_test0"]} == {"val_test"}
     with pytest.raises(OSError, match="1.2.0.npy cannot be read"):
-        probe(tmp_path, tmp_path / "b", "--protocol", "cv", "--seeds", "1")
+        probe(tmp_path, tmp_path / "b", "--protocol", "cv")
 
 
 def test_near_duplicates_across_splits_are_refused_or_stand_in_every_title(tmp_path, monkeypatch):
@@ -467,7 +467,7 @@ def test_near_duplicates_across_splits_are_refused_or_stand_in_every_title(tmp_p
         probe(tmp_path, tmp_path / "a")
     assert not looks(tmp_path)
     (tmp_path / "data" / "_splits" / "test_uses.jsonl").write_text('{"weights_sha256": "others"}\n')
-    result = probe(tmp_path, tmp_path / "b", "--allow-duplicates", "--seeds", "1")
+    result = probe(tmp_path, tmp_path / "b", "--allow-duplicates")
     crossing, past = "ear-duplicates cross the splits (1 sets)", "1 other weights or policies looked at val_test"
     titles = {name: title.format("patients") for name, title in protocols.TITLES.items()}
     assert result["cv"]["title"] == f"{titles['cv']}: n{crossing}"
@@ -482,7 +482,7 @@ def test_weights_of_unknown_origin_are_called_so_in_title_and_verdict(study, tmp
     torch.save(build_vit("vit_test", layerscale=0.5).state_dict(), root / "bare.pth")
     make_checkpoint(root / "from_bare.pth", ["toy/P0"], provenance={"known": False, "seen": []})
     for k, ckpt in enumerate(("bare.pth", "from_bare.pth")):
-        flags = ["--protocol", "test", "--seeds", "1", "--size", "32"]
+        flags = ["--protocol", "test", "--size", "32"]
         result = probe(root, tmp_path / str(k), *flags, ckpt=ckpt)["test"]
         assert judge.UNKNOWN in result["title"] and judge.UNKNOWN.capitalize() in result["verdict"]
         assert judge.UNKNOWN in capsys.readouterr().out
@@ -551,7 +551,7 @@ def test_long_texts_are_not_echoed_whole_and_a_pipe_is_not_waited_for(study, tmp
     labels = [long if row[5] else "benign" for row in rows]
     write_table(tmp_path / "l" / "long.csv", [[*row[:5], name, *row[6:]] for row, name in zip(rows, labels)])
     capsys.readouterr()
-    probe(root, tmp_path / "b", "--protocol", "test", "--seeds", "1", labels=tmp_path / "l" / "long.csv")
+    probe(root, tmp_path / "b", "--protocol", "test", labels=tmp_path / "l" / "long.csv")
     assert len(capsys.readouterr().out) < 6000
     os.mkfifo(tmp_path / "l" / "pipe.csv")
     with pytest.raises((ValueError, OSError), match="pipe.csv is a FIFO"):
@@ -587,12 +587,13 @@ def test_weights_that_cannot_be_judged_are_refused(study, tmp_path, monkeypatch)
         probe(root, tmp_path / "f", "--crop-mm", "0,3")
 
 
-def test_no_split_is_an_error_and_cross_validation_does_without(tmp_path, capsys):
+def test_no_split_is_an_error_and_cross_validation_does_without(tmp_path, monkeypatch):
+    monkeypatch.setattr(protocols, "REPEATS", 2)
     make_nodules(tmp_path / "data", patients=12)
     make_checkpoint(tmp_path / "w.pth", ["toy/P0"])
     with pytest.raises(FileNotFoundError, match="make the split of"):
         probe(tmp_path, tmp_path / "a")
-    result = probe(tmp_path, tmp_path / "b", "--protocol", "cv", "--seeds", "1")
+    result = probe(tmp_path, tmp_path / "b", "--protocol", "cv")
     assert result["cv"]["patients"] == 11 and result["split_sha256"] is None
     make_checkpoint(tmp_path / "all.pth", [f"toy/P{p}" for p in range(12)])
     with pytest.raises(ValueError, match="no cross-validation.*--allow-seen"):
@@ -618,9 +619,9 @@ def test_several_classes_over_photographs(tmp_path, capsys, monkeypatch):
     (tmp_path / "data" / "_splits" / "splits.json").write_text(json.dumps(contract))
     make_checkpoint(tmp_path / "w.pth", ["elsewhere"])  # weights of CT: the photographs' own view is used
     with pytest.raises(data.Unreadable, match="1 of 43 files cannot be read.*broken.png.*--skip-bad 1"):
-        probe(tmp_path, tmp_path / "probe", "--seeds", "1", labels="labels.csv")
+        probe(tmp_path, tmp_path / "probe", labels="labels.csv")
     capsys.readouterr()
-    result = probe(tmp_path, tmp_path / "probe", "--seeds", "1", "--skip-bad", "1", labels="labels.csv")
+    result = probe(tmp_path, tmp_path / "probe", "--skip-bad", "1", labels="labels.csv")
     assert result["labels"]["classes"] == ["blue", "green", "red"] and result["recipe"]["view"]["window"] is None
     for name in ("test", "cv"):
         found = result[name]["predictors"]
