@@ -315,17 +315,15 @@ def patience_is_over(best, done, args):
 def make_ready(run, reads):
     """Micro-batches as read -> the same on the device, with all that is drawn for them."""
     args, (_, table), out = run.args, run.train, []
-    rate = supervise.read_head(args.head)[1]
-    dim = run.student.head.last_layer.in_features if rate else 0
+    (_, rate), head = supervise.read_head(args.head), run.student.head
     for read in reads:
         times = read.own // args.micro_batch
         ids = read.ids[: read.own : times]
         views, targets = augment.render(read, table.labels, len(table.classes), run.facts["eval_view"], run.device)
-        if args.fusion:
-            views, targets = views.unflatten(0, (-1, times)), targets[::times]
-        keep = supervise.passing(args.seed, read.step, ids, dim, rate, run.device)
+        views, targets = views.unflatten(0, (-1, times)), targets[::times]
+        keep = supervise.passing(args.seed, read.step, ids, rate and head.last_layer.in_features, rate, run.device)
         u = data.send(torch.from_numpy(supervise.uniform(args.seed, read.step, ids)), run.device)
-        out.append(Micro(views, targets, keep, u))
+        out.append(Micro(views if args.fusion else views[:, 0], targets, keep, u))
     return out
 
 
