@@ -307,6 +307,10 @@ def test_a_run_that_is_being_started_is_ended_too(tmp_path, trainer, monkeypatch
 
     trainer.write_text("import time\ntime.sleep(50)\n")
     monkeypatch.setattr(compare.subprocess, "Popen", slow)
-    with pytest.raises(KeyboardInterrupt):
-        compare.main(["--out", str(tmp_path / "ab"), "--arms", "a: --gain 0.1", "--", str(trainer)])
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's jobs in the background ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            compare.main(["--out", str(tmp_path / "ab"), "--arms", "a: --gain 0.1", "--", str(trainer)])
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert [child.wait(timeout=60) for child in children] == [-signal.SIGTERM]
