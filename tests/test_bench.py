@@ -591,4 +591,5 @@ def test_predict_tells_latency_and_rate_of_each_layout(tmp_path):
     for row in rows:
         assert 0 < row["value"] <= row["p95"] and row["unit"] == "ms" and len(row["seconds"]["one"]) >= 3
         assert row["rate"] == pytest.approx(3 / np.median(row["seconds"]["all"]))
-    assert rows[2]["value"] > rows[0]["value"]
+    one, _, twelve = (min(row["seconds"]["one"]) for row in rows)  # the least: a median of few moves with neighbours
+    assert twelve > one
