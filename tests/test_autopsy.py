@@ -180,8 +180,8 @@ def test_pixels_that_are_not_finite_name_image_and_view(run_of, folder, capsys, 
     source, batches = batch_ids(run, folder, 5)
     real, guilty = data.render, batches[0].images[1]
 
-    def render(images, plan):
-        crops = real(images, plan)
+    def render(images, plan, *how):
+        crops = real(images, plan, *how)
         for j, image in enumerate(images):
             if torch.equal(image, guilty):
                 crops.locals[1 * len(images) + j, 0, 3, 3] = float("nan")
