@@ -66,10 +66,10 @@ def compile_once(function):
 
 
 def by_chunk(function, count, most, compiled):
-    """`count` rows as slices of at most `most`, each with the function for them -> [(slice, function), ...].
+    """Yields (slice, the function for it): `count` rows, at most `most` at a time.
 
-    compiled: one pass over memory instead of one per operation. Every size is compiled on its own, so there are two of
-    them, and the last few rows are left to the plain function.
+    compiled: the function as one pass over memory instead of one per operation. Each size is compiled anew, so there
+    are only two sizes, and the few rows that are left go through the plain function.
     """
     start, fast = 0, compile_once(function) if compiled else function
     for size in (most, max(1, most // 8)) if compiled else (most,):

@@ -583,7 +583,7 @@ def build_run(args, backbone, source, recipes, rank, world, device, gram_arch=No
     student, teacher = build(args, backbone)
     gram_net = build_gram_net(args, teacher.backbone, gram_arch)
     nets = [m for m in (student, teacher, gram_net) if m is not None]
-    # the same number of masked patches in each call, and nothing that an update hands on to the next by Python
+    # a recording needs equal shapes in each update, so all masks of it in one call; softmax keeps centres in a dict
     fixed = world == 1 == len(recipes) and args.micro_batch == args.batch_size and args.centering != "softmax"
     fast = fixed and args.compile and device.type == "cuda" and not torch.version.hip
     net = loop.on_device(args, student, nets, world, device, whole=fast)

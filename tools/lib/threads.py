@@ -8,10 +8,10 @@ it, so this cannot be done later.
 """
 
 import os
-from pathlib import Path
 
 # what is compiled outlives the run and /tmp: a resumed run, or another of the same sizes, starts in seconds
-cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "torchinductor"))
+cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+if not cache.startswith("~"):  # a user without a home, as in some containers: then where torch puts it
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(cache, "torchinductor"))
 if "OMP_WAIT_POLICY" not in os.environ:  # else the user has decided, as with GOMP_SPINCOUNT itself
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
