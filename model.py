@@ -173,17 +173,19 @@ class Attention(nn.Module):
     def split_heads(self, qkv, shape, rope):
         """[B * n, 3D] -> rotated q, k and v [B, H, n, D / H]."""
         q, k, v = qkv.unflatten(0, shape).unflatten(-1, (3, self.heads, -1)).unbind(2)  # [B, n, H, D / H]
+        if v.is_cuda:  # attention keeps v, and a view of qkv all of it: a tenth of what a compiled block keeps
+            v = v.clone(memory_format=torch.contiguous_format)
         rope = [t[:, None] for t in rope]
         return rotate(q, *rope).transpose(1, 2), rotate(k, *rope).transpose(1, 2), v.transpose(1, 2)
 
-    def forward(self, x, shapes, ropes, rows=None):
+    def forward(self, x, shapes, ropes, scale, rows=None):
         """rows: of the result alone, where others are not read."""
         parts = []
         qkv = self.project(x)
         for part, shape, rope in zip(qkv.split([b * n for b, n in shapes]), shapes, ropes):
             q, k, v = self.split_heads(part, shape, rope)
             parts.append(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2).flatten(0, 1))
-        return self.proj(pack(parts) if rows is None else pack(parts).index_select(0, rows))
+        return scale(self.proj, pack(parts) if rows is None else pack(parts).index_select(0, rows))
 
     def cls_probabilities(self, x, shape, rope):
         """Softmax row of the cls token over all tokens, [B, H, 1 + R + N], float32."""
@@ -198,8 +200,8 @@ class MLP(nn.Module):
         self.fc1 = nn.Linear(dim, ffn_dim)
         self.fc2 = nn.Linear(ffn_dim, dim)
 
-    def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x)))
+    def forward(self, x, scale):
+        return scale(self.fc2, F.gelu(self.fc1(x)))
 
 
 class SwiGLU(nn.Module):
@@ -209,8 +211,8 @@ class SwiGLU(nn.Module):
         self.w2 = nn.Linear(dim, ffn_dim)
         self.w3 = nn.Linear(ffn_dim, dim)
 
-    def forward(self, x):
-        return self.w3(F.silu(self.w1(x)) * self.w2(x))
+    def forward(self, x, scale):
+        return scale(self.w3, F.silu(self.w1(x)) * self.w2(x))
 
 
 class LayerScale(nn.Module):
@@ -219,8 +221,11 @@ class LayerScale(nn.Module):
         self.value = float(value)
         self.gamma = nn.Parameter(torch.full((dim,), self.value))
 
-    def forward(self, x):
-        return x * self.gamma
+    def forward(self, linear, x):
+        """linear(x) * gamma. Training scales the weight: no pass over tokens, none kept for the gradient of gamma."""
+        if isinstance(linear, Adapted) or not torch.is_grad_enabled():
+            return linear(x) * self.gamma
+        return F.linear(x, linear.weight * self.gamma[:, None], linear.bias * self.gamma)
 
 
 class Block(nn.Module):
@@ -238,8 +243,8 @@ class Block(nn.Module):
     def forward(self, x, shapes, ropes, keep=(None, None), rows=None):
         if rows is not None:
             return self.forward_rows(x, shapes, ropes, keep, rows)
-        x = add_branch(x, shapes, keep[0], lambda y, kept: self.ls1(self.attn(self.norm1(y), kept, ropes)))
-        return add_branch(x, shapes, keep[1], lambda y, kept: self.ls2(self.mlp(self.norm2(y))))
+        x = add_branch(x, shapes, keep[0], lambda y, kept: self.attn(self.norm1(y), kept, ropes, self.ls1))
+        return add_branch(x, shapes, keep[1], lambda y, kept: self.mlp(self.norm2(y), self.ls2))
 
     def forward_rows(self, x, shapes, ropes, keep, rows):
         """The same for some `rows` [R] of the result: all tokens are keys and values, and the rest is done for R.
@@ -256,8 +261,8 @@ class Block(nn.Module):
                     place = rows.new_zeros(len(x)).index_copy(0, index, at).index_select(0, rows)
                     tokens, kept = x.index_select(0, index), kept_shapes
         x = x.index_select(0, rows)
-        x = x + (factors[0] * self.ls1(self.attn(self.norm1(tokens), kept, ropes, place))).to(x.dtype)
-        return x + (factors[1] * self.ls2(self.mlp(self.norm2(x)))).to(x.dtype)
+        x = x + (factors[0] * self.attn(self.norm1(tokens), kept, ropes, self.ls1, place)).to(x.dtype)
+        return x + (factors[1] * self.mlp(self.norm2(x), self.ls2)).to(x.dtype)
 
 
 class PatchEmbed(nn.Module):

@@ -28,6 +28,7 @@ def adapted(norm="doran", targets="all", init="zero", perturb=0.1, **options):
     return vit
 
 
+@torch.no_grad()  # training scales weights instead of results where there is no adapter
 def everything(vit):
     """All tokens of a packed pass, and the rows that forward_read gives."""
     dense = [t for tokens in vit.forward_crops(crops()) for t in tokens]

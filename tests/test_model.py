@@ -197,6 +197,25 @@ def test_key_bias_has_no_effect_and_no_gradient():
     assert not bias.grad[64:128].any() and bias.grad[:64].any()
 
 
+def unscaled(linear, x):
+    return linear(x)
+
+
+def test_layerscale_by_way_of_the_weight_has_the_gradients_of_the_scaled_result_and_keeps_no_result():
+    linear, scale, x = torch.nn.Linear(8, 6).double(), m.LayerScale(6, 0.3).double(), torch.randn(50, 8).double()
+    torch.nn.init.normal_(scale.gamma)
+    kept, wanted = [], [x.requires_grad_(), linear.weight, linear.bias, scale.gamma]
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        found = scale(linear, x)
+    assert (50, 8) in kept and (50, 6) not in kept
+    plain = linear(x) * scale.gamma
+    torch.testing.assert_close(found, plain)
+    for a, b in zip(*(torch.autograd.grad(y.sin().sum(), wanted) for y in (found, plain))):
+        torch.testing.assert_close(a, b)
+    with torch.no_grad():
+        assert torch.equal(scale(linear, x), plain)  # one view at a time: its tokens are fewer than the weights
+
+
 def test_stochastic_depth_equals_a_loop_over_images_and_is_a_function_of_the_generator():
     vit, crops = small_vit(), random_crops()
     keep = m.draw_keep(torch.Generator().manual_seed(3), vit.depth, [4, 6], 0.4)
@@ -209,8 +228,11 @@ def test_stochastic_depth_equals_a_loop_over_images_and_is_a_function_of_the_gen
             x, rope = vit.embed(crop[i : i + 1])
             shape, x = [tuple(x.shape[:2])], x[0]
             for block, rows in zip(vit.blocks, keep):
-                for kept, branch in zip(rows, (lambda y: block.ls1(block.attn(block.norm1(y), shape, [rope])),
-                                               lambda y: block.ls2(block.mlp(block.norm2(y))))):  # fmt: skip
+                branches = (
+                    lambda y: block.ls1.gamma * block.attn(block.norm1(y), shape, [rope], unscaled),
+                    lambda y: block.ls2.gamma * block.mlp(block.norm2(y), unscaled),
+                )
+                for kept, branch in zip(rows, branches):
                     if i in kept[group].tolist():
                         x = x + branch(x) * len(crop) / len(kept[group])
             torch.testing.assert_close(vit.norm(x)[0], out[group].cls[i], atol=1e-5, rtol=1e-4)
