@@ -1,7 +1,11 @@
 """What several tests share: processes that have imported torch, one phantom collection, a short healthy run on it."""
 
+import atexit
 import json
 import multiprocessing
+import os
+import runpy
+import socket
 import sys
 from multiprocessing import forkserver
 from pathlib import Path
@@ -33,6 +37,42 @@ def forked():
         patch.setenv("PYTHONPATH", f"{root}:{root / 'tests'}")
         forkserver.ensure_running()
     return context
+
+
+def be_program(words, log=os.devnull):
+    """In a forked process: what `python PROGRAM ...` does, without seconds of imports; its output goes to `log`."""
+    multiprocessing.set_start_method("fork", force=True)  # of readers, as in a process that was not forked itself
+    number = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(number, 1), os.dup2(number, 2)
+    sys.argv = [str(word) for word in words]
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    finally:
+        atexit._run_exitfuncs()  # a forked process leaves them out
+
+
+def be_rank(rank, port, words, log=os.devnull):
+    """As torchrun starts two processes; port: free_port()."""
+    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=port)
+    be_program(words, log)
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return str(s.getsockname()[1])
+
+
+@pytest.fixture(scope="session")
+def started(forked):
+    """Starts a program, given its path and flags, in a process of its own."""
+
+    def start(words, log=os.devnull):
+        process = forked.Process(target=be_program, args=(words, str(log)))
+        process.start()
+        return process
+
+    return start
 
 
 @pytest.fixture

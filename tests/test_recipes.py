@@ -1,18 +1,14 @@
 """Every recipe runs as it is typed, at toy size; every flag of train_ssl.py runs beside every other one."""
 
 import argparse
-import atexit
 import contextlib
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import random
 import re
-import runpy
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import be_rank, free_port
 from test_data import make_ct, make_photos, make_split
 from test_train import latest_step, lines, same
 
@@ -516,10 +513,6 @@ def test_what_is_left_out_is_refused_in_one_sentence(kitchen, tmp_path, pair):
 
 def rank_process(rank, port, words, log, signal_at):
     """What torchrun starts; signal_at: (update, signal) that this process gets once that update is saved."""
-    multiprocessing.set_start_method("fork", force=True)  # of readers, as in a process that was not forked itself
-    number = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(number, 1), os.dup2(number, 2)
-    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=port)
     real = os.replace
 
     def replace(source, target):
@@ -532,18 +525,12 @@ def rank_process(rank, port, words, log, signal_at):
 
     if signal_at:
         os.replace = replace
-    sys.argv = ["train_ssl.py", *words]
-    try:
-        runpy.run_path(str(ROOT / "train_ssl.py"), run_name="__main__")
-    finally:
-        atexit._run_exitfuncs()  # a forked process leaves them out
+    be_rank(rank, port, [ROOT / "train_ssl.py", *words], log)
 
 
 def on_two_ranks(context, words, log, signal_at=None):
     """Exit codes of both ranks; a rank whose fellow was killed is killed too."""
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        port = str(s.getsockname()[1])
+    port = free_port()
     given = [(rank, port, words, str(log), signal_at if rank == 0 else None) for rank in range(2)]
     ranks = [context.Process(target=rank_process, args=arguments) for arguments in given]
     for process in ranks:
