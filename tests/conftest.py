@@ -39,8 +39,9 @@ def forked():
     return context
 
 
-def be_program(words, log=os.devnull):
+def be_program(words, log=os.devnull, env=None):
     """In a forked process: what `python PROGRAM ...` does, without seconds of imports; its output goes to `log`."""
+    os.environ |= env or {}
     multiprocessing.set_start_method("fork", force=True)  # of readers, as in a process that was not forked itself
     number = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(number, 1), os.dup2(number, 2)
@@ -67,8 +68,8 @@ def free_port():
 def started(forked):
     """Starts a program, given its path and flags, in a process of its own."""
 
-    def start(words, log=os.devnull):
-        process = forked.Process(target=be_program, args=(words, str(log)))
+    def start(words, log=os.devnull, **env):
+        process = forked.Process(target=be_program, args=(words, str(log), env))
         process.start()
         return process
 
