@@ -1316,17 +1316,15 @@ def test_the_report_opens_in_a_browser_with_every_picture(toy, tmp_path):
 # from cron
 
 
-def start(toy, *more, env=None):
-    flags = ["--ckpt", toy.folder / "last.pth", "--threads", "1", "--images", "1", "--sysfs", toy.sysfs, *more]
-    bare = {"PATH": "/usr/bin:/bin", **(env or {})}
-    pipe = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    return subprocess.Popen([sys.executable, "monitor.py", *map(str, flags)], cwd=ROOT, env=bare, **pipe)
+def flags_of(toy):
+    return ["--ckpt", toy.folder / "last.pth", "--threads", "1", "--images", "1", "--sysfs", toy.sysfs]
 
 
 @pytest.mark.slow
 def test_from_cron_with_an_empty_environment(toy):
     toy.write()
-    process = start(toy)
+    bare = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={"PATH": "/usr/bin:/bin"})
+    process = subprocess.Popen([sys.executable, "monitor.py", *flags_of(toy)], cwd=ROOT, text=True, **bare)
     nice = None
     while process.poll() is None:
         found = re.search(r"\) \S (?:\S+ ){15}(\S+) ", Path(f"/proc/{process.pid}/stat").read_text())
@@ -1353,14 +1351,16 @@ def test_a_bug_does_not_leave_an_older_verdict_standing(looked, monkeypatch):
 
 
 @pytest.mark.slow
-def test_two_monitors_at_once(toy):
+def test_two_monitors_at_once(toy, started, tmp_path):
     toy.write()
-    both = [start(toy) for _ in range(2)]
-    said = [p.communicate() for p in both]
-    codes = sorted(p.returncode for p in both)
+    logs = [tmp_path / f"log{k}" for k in range(2)]
+    both = [started([ROOT / "monitor.py", *flags_of(toy)], log) for log in logs]
+    for process in both:
+        process.join()
+    said, codes = [log.read_text() for log in logs], sorted(process.exitcode for process in both)
     assert codes in ([0, 3], [0, 0]), said  # [0, 0]: one after the other
     if codes == [0, 3]:
-        assert any("is in use by process" in err for _, err in said)
+        assert any("is in use by process" in text for text in said)
     assert toy.status()["verdict"] == "healthy"
     history, skipped = read_lines(toy.out / "history.jsonl")
     assert len(history) == 1 and skipped == 0  # one point per step

@@ -659,7 +659,9 @@ def test_extraction_keeps_up_with_the_forward(tmp_path):
         middle = time.perf_counter()
         features.extract(vit, source, table, framing, "cpu", "x")
         ratios.append((time.perf_counter() - middle) / (middle - start))
-    assert min(ratios) < 1.1, ratios
+        if ratios[-1] < 1.1:
+            return
+    raise AssertionError(ratios)
 
 
 # published folds
