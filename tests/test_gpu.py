@@ -3,6 +3,7 @@
 The first part of tools/recipes/gpu_check.sh. Without a card its half is skipped, and says so.
 """
 
+import argparse
 import contextlib
 import functools
 
@@ -14,7 +15,7 @@ from test_train import golden_step
 import data
 import losses
 import train_ssl as t
-from tools.lib import recorded
+from tools.lib import loop, recorded
 
 NO_CARD = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here: not measured on a GPU")
 DEVICES = ["cpu", pytest.param("cuda", marks=NO_CARD)]
@@ -32,12 +33,8 @@ def moved(micro, device):
 def test_the_golden_step(device, compiled, precision):
     """Losses and gradients of the published method: float32 to rounding; of bfloat16 8 bits, several in a row."""
     student, teacher, gram, micro, g, meta = golden_step()
-    for net in (student, teacher, gram):
-        net.to(device)
-        vit = getattr(net, "backbone", net)
-        vit.stream = torch.bfloat16 if precision == "bf16-stream" else None
-        for block in vit.blocks[:-1] if compiled else ():
-            block.compile(dynamic=False)
+    flags = argparse.Namespace(compile=compiled, precision=precision, fsdp=False)
+    loop.on_device(flags, student, (student, teacher, gram), 1, torch.device(device), whole=True)
     w = t.Weights(meta["teacher_temp"], gram=2.0, koleo_group=4, precision=precision, compiled=compiled)
     sums, _ = t.ssl_update(student, teacher, gram, [moved(micro, device)], w)
     exact = precision == "fp32"
