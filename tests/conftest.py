@@ -1,7 +1,11 @@
 """What several tests share: processes that have imported torch, one phantom collection, a short healthy run on it."""
 
+import atexit
 import json
 import multiprocessing
+import os
+import runpy
+import socket
 import sys
 from multiprocessing import forkserver
 from pathlib import Path
@@ -35,6 +39,43 @@ def forked():
     return context
 
 
+def be_program(words, log=os.devnull, env=None):
+    """In a forked process: what `python PROGRAM ...` does, without seconds of imports; its output goes to `log`."""
+    os.environ |= env or {}
+    multiprocessing.set_start_method("fork", force=True)  # of readers, as in a process that was not forked itself
+    number = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(number, 1), os.dup2(number, 2)
+    sys.argv = [str(word) for word in words]
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    finally:
+        atexit._run_exitfuncs()  # a forked process leaves them out
+
+
+def be_rank(rank, port, words, log=os.devnull):
+    """As torchrun starts two processes; port: free_port()."""
+    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=port)
+    be_program(words, log)
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return str(s.getsockname()[1])
+
+
+@pytest.fixture(scope="session")
+def started(forked):
+    """Starts a program, given its path and flags, in a process of its own."""
+
+    def start(words, log=os.devnull, **env):
+        process = forked.Process(target=be_program, args=(words, str(log), env))
+        process.start()
+        return process
+
+    return start
+
+
 @pytest.fixture
 def on_two_ranks(forked):
     """Runs function(rank, *arguments) in two processes."""
@@ -64,9 +105,9 @@ def collection(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def healthy_run(collection, tmp_path_factory):
-    """Run folder of 300 healthy updates: 51 s on 2 cores."""
+    """Run folder of 200 healthy updates, with 5 checkpoints: 45 s on 2 cores."""
     out = tmp_path_factory.mktemp("runs") / "healthy"
-    flags = ["--steps", "300", "--warmup", "50", "--eval-every", "100", "--save-every", "60", "--keep-last", "5"]
+    flags = ["--steps", "200", "--warmup", "50", "--eval-every", "100", "--save-every", "40", "--keep-last", "5"]
     assert train_ssl.main(["--data", str(collection), "--out", str(out), *HEALTHY, *flags]) == 0
     return out
 

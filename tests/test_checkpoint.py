@@ -182,7 +182,7 @@ def test_a_flipped_bit_is_noticed_or_cannot_matter(tmp_path):
     assert len(covered) > 350 and len(passed) < 0.55 * len(content)
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_every_single_bit(tmp_path):
     path = save(tmp_path / "a.pth", small())
     passed = flip_bits(path, itertools.product(range(path.stat().st_size), range(8)))

@@ -281,7 +281,10 @@ def test_interrupted_and_gone_on_with(tmp_path, trainer, number):
     trainer.write_text(trainer.read_text().replace("import numpy as np\n", textwrap.dedent(wait), 1))
     words = [sys.executable, str(ROOT / "tools" / "compare.py"), "--out", str(tmp_path / "ab"), "--seeds", "0"]
     words += ["1", "--arms", "a: --gain 0.1", "--", str(trainer)]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's jobs in the background ignore it
+    )  # fmt: skip
     while len(calls(trainer)) < 2:
         time.sleep(0.05)
     process.send_signal(number)

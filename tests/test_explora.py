@@ -4,17 +4,16 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import be_rank, free_port
 from test_adapters import apart, everything
 from test_data import make_photos, make_split
 from test_heatmaps import QUICK, make_nodules
-from test_train import TINY, TORCHRUN, command, folder, lines, same, survive, train, weights  # noqa: F401 - a fixture
+from test_train import TINY, command, folder, lines, same, survive, train, weights  # noqa: F401 - a fixture
 
 import checkpoint
 import model as m
@@ -146,38 +145,42 @@ def test_accumulation_changes_no_loss(folder, init, tmp_path):  # noqa: F811
 
 
 KILLED = [
-    "--steps", "40", "--save-every", "1", "--drop-path", "0.2", "--workers", "1", "--eval-every", "7",
+    "--steps", "24", "--save-every", "1", "--drop-path", "0.2", "--workers", "1", "--eval-every", "7",
 ]  # fmt: skip
 
 
 @pytest.mark.slow
-def test_three_kills_change_no_bit(folder, init, tmp_path):  # noqa: F811
+def test_three_kills_change_no_bit(started, folder, init, tmp_path):  # noqa: F811
     plan = ["at random", "in a save", "agent"]
-    counts, _ = survive(folder, tmp_path, plan, seed=2, kills=(*KILLED, "--init", init, *ADAPTERS))
+    counts, _ = survive(started, folder, tmp_path, plan, seed=2, kills=(*KILLED, "--init", init, *ADAPTERS))
     assert sum(v for how, v in counts.items() if how) == 3, counts
 
 
 @pytest.mark.proof
 @pytest.mark.parametrize("optimizer", ["muon", "ademamix:warmup=20", "schedulefree"])
-def test_a_kill_changes_no_bit_whatever_the_optimizer(folder, tmp_path, optimizer):  # noqa: F811
-    counts, _ = survive(folder, tmp_path, ["at random"], seed=3, kills=(*KILLED, "--optimizer", optimizer))
+def test_a_kill_changes_no_bit_whatever_the_optimizer(started, folder, tmp_path, optimizer):  # noqa: F811
+    counts, _ = survive(started, folder, tmp_path, ["at random"], seed=3, kills=(*KILLED, "--optimizer", optimizer))
     assert counts == {"at random": 1}
 
 
 @pytest.mark.parametrize("way", ["--checkpointing", *(pytest.param(way, marks=pytest.mark.slow) for way in (
     "two ranks", "two ranks --fsdp --eval-every 2", "--compile"))])  # fmt: skip
-def test_ranks_shards_and_compiled_blocks_train_the_same_adapters(folder, init, tmp_path, way):  # noqa: F811
+def test_ranks_shards_and_compiled_blocks_train_the_same_adapters(
+    folder, init, tmp_path, way, on_two_ranks, monkeypatch  # noqa: F811
+):  # fmt: skip
+    """Compiled: as far as the graphs of forward and backward; test_adapters.py hands such blocks to a compiler."""
     if "--fsdp" in way and torch.__version__.startswith("2.8"):
         pytest.skip("train_ssl.py refuses it on the CPUs of torch 2.8")
     flags = ["--steps", "4", "--init", init, *ADAPTERS, "--gram-start", "0"]
     assert train(folder, tmp_path / "one", *flags) == 0
-    more = way.removeprefix("two ranks").split()
-    if way == "--checkpointing":
-        assert train(folder, tmp_path / "other", *flags, *more) == 0
+    more, compiled, compile_ = way.removeprefix("two ranks").split(), [], torch.nn.Module.compile
+    if way.startswith("two"):
+        on_two_ranks(be_rank, free_port(), command(folder, tmp_path / "other", *flags, *more, launcher=()))
     else:
-        launcher = (*TORCHRUN[:-1], "--nproc-per-node=2") if way.startswith("two") else (sys.executable,)
-        words = command(folder, tmp_path / "other", *flags, *more, launcher=launcher)
-        subprocess.run(words, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True)
+        monkeypatch.setattr(torch.nn.Module, "compile", lambda block, **how: compiled.append(block) or compile_(
+            block, backend="aot_eager", **how))  # fmt: skip
+        assert train(folder, tmp_path / "other", *flags, *more) == 0
+    assert bool(compiled) == (way == "--compile")
     one, other = (weights(tmp_path / name) for name in ("one", "other"))
     losses, others = ([row["loss"] for row in lines(tmp_path / name, "loss")] for name in ("one", "other"))
     assert others == pytest.approx(losses, rel=1e-4) and other.keys() == one.keys()

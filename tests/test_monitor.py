@@ -1316,17 +1316,15 @@ def test_the_report_opens_in_a_browser_with_every_picture(toy, tmp_path):
 # from cron
 
 
-def start(toy, *more, env=None):
-    flags = ["--ckpt", toy.folder / "last.pth", "--threads", "1", "--images", "1", "--sysfs", toy.sysfs, *more]
-    bare = {"PATH": "/usr/bin:/bin", **(env or {})}
-    pipe = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    return subprocess.Popen([sys.executable, "monitor.py", *map(str, flags)], cwd=ROOT, env=bare, **pipe)
+def flags_of(toy):
+    return ["--ckpt", toy.folder / "last.pth", "--threads", "1", "--images", "1", "--sysfs", toy.sysfs]
 
 
 @pytest.mark.slow
 def test_from_cron_with_an_empty_environment(toy):
     toy.write()
-    process = start(toy)
+    bare = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={"PATH": "/usr/bin:/bin"})
+    process = subprocess.Popen([sys.executable, "monitor.py", *flags_of(toy)], cwd=ROOT, text=True, **bare)
     nice = None
     while process.poll() is None:
         found = re.search(r"\) \S (?:\S+ ){15}(\S+) ", Path(f"/proc/{process.pid}/stat").read_text())
@@ -1353,14 +1351,16 @@ def test_a_bug_does_not_leave_an_older_verdict_standing(looked, monkeypatch):
 
 
 @pytest.mark.slow
-def test_two_monitors_at_once(toy):
+def test_two_monitors_at_once(toy, started, tmp_path):
     toy.write()
-    both = [start(toy) for _ in range(2)]
-    said = [p.communicate() for p in both]
-    codes = sorted(p.returncode for p in both)
+    logs = [tmp_path / f"log{k}" for k in range(2)]
+    both = [started([ROOT / "monitor.py", *flags_of(toy)], log) for log in logs]
+    for process in both:
+        process.join()
+    said, codes = [log.read_text() for log in logs], sorted(process.exitcode for process in both)
     assert codes in ([0, 3], [0, 0]), said  # [0, 0]: one after the other
     if codes == [0, 3]:
-        assert any("is in use by process" in err for _, err in said)
+        assert any("is in use by process" in text for text in said)
     assert toy.status()["verdict"] == "healthy"
     history, skipped = read_lines(toy.out / "history.jsonl")
     assert len(history) == 1 and skipped == 0  # one point per step
@@ -1375,9 +1375,22 @@ LEARNS = (
 ).split()
 
 
-@pytest.mark.parametrize("every", [pytest.param(40, marks=pytest.mark.slow), pytest.param(10, marks=pytest.mark.proof)])
-def test_a_run_that_learns_raises_no_false_alarm(tmp_path, every):
-    """5 (20) checkpoints of a phantom run; its first look is the oldest, as it would be in life."""
+def assert_no_alarm(run, out):
+    """A look at each checkpoint; the first look is the oldest, as it would be in life."""
+    for path in sorted(run.glob("step_*.pth")):
+        assert m.main(["--ckpt", str(path), "--out", str(out), "--threads", "1", "--sysfs", str(out.parent)]) == 0, path
+    words = [row["verdict"] for row in read_lines(out / "history.jsonl")[0]]
+    assert set(words) <= {"healthy", "warming up"} and words[-3:] == ["healthy"] * 3
+    return len(words)
+
+
+@pytest.mark.slow
+def test_a_run_that_learns_raises_no_false_alarm(healthy_run, tmp_path):
+    assert assert_no_alarm(healthy_run, tmp_path / "monitor") == 5
+
+
+@pytest.mark.proof
+def test_twenty_looks_at_a_run_that_learns_raise_no_false_alarm(tmp_path):
     commands = [
         ["make_phantom.py", "--out", "raw", "--patients", "12", "--size", "128", "--workers", "1"],
         ["preprocess_dicom.py", "--raw", "raw", "--out", "ct", "--dataset", "p", "--format", "hu16", "--workers", "1"],
@@ -1387,13 +1400,8 @@ def test_a_run_that_learns_raises_no_false_alarm(tmp_path, every):
         done = subprocess.run([sys.executable, ROOT / "tools" / name, *more], cwd=tmp_path, capture_output=True)
         assert done.returncode <= (name == "preprocess_dicom.py"), done.stderr  # 1: scouts were left out
     out = str(tmp_path / "run")
-    assert t.main(["--data", str(tmp_path / "ct"), "--out", out, *LEARNS, "--save-every", str(every)]) == 0
-    files = sorted((tmp_path / "run").glob("step_*.pth"))
-    assert len(files) == 200 // every
-    for path in files:
-        assert m.main(["--ckpt", str(path), "--threads", "1", "--sysfs", str(tmp_path)]) == 0, path
-    words = [row["verdict"] for row in read_lines(tmp_path / "run" / "monitor" / "history.jsonl")[0]]
-    assert set(words) <= {"healthy", "warming up"} and words[-3:] == ["healthy"] * 3
+    assert t.main(["--data", str(tmp_path / "ct"), "--out", out, *LEARNS, "--save-every", "10"]) == 0
+    assert assert_no_alarm(tmp_path / "run", tmp_path / "run" / "monitor") == 20
 
 
 def test_the_report_names_the_command_after_a_spike_and_after_a_skip():

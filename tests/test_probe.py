@@ -158,14 +158,18 @@ def test_views_do_not_depend_on_how_many_are_rendered_at_once(tmp_path, monkeypa
         rendered.clear()
 
 
-def photographs(root, count, size, exif=None, kind="JPEG"):
-    """Smooth pictures, two a group, a and b in turn; b is brighter on top. exif: stored turned, readers turn them."""
+def photographs(root, count, size, exif=None, kind="JPEG", block=1):
+    """Smooth pictures, two a group, a and b in turn; b is brighter on top. exif: stored turned, readers turn them.
+
+    block: so many pixels a side are equal, which makes large pictures quicker to draw and to encode.
+    """
     root.mkdir()
     rows = []
     for i in range(count):
         coarse = np.random.default_rng(i).integers(40, 120, (6, 8, 3)).astype(np.uint8)
         coarse[:3] += 90 * (i % 2)
-        image = Image.fromarray(coarse).resize(size[::-1], Image.BICUBIC)
+        image = Image.fromarray(coarse).resize((size[1] // block, size[0] // block), Image.BICUBIC)
+        image = image.resize(size[::-1], Image.NEAREST)
         more = {}
         if exif:
             more["exif"] = Image.Exif()
@@ -196,12 +200,15 @@ def test_a_large_photograph_is_cut_to_its_view_and_upright_before_it_is_rendered
 
 @pytest.mark.slow
 def test_memory_is_bounded_by_the_view_not_by_the_picture(tmp_path):
-    """ViT-S, batch 96, 96 pictures of 12 megapixels: below 1.5 GB in all, where whole pictures took 24 GB.
+    """Blocks of ViT-S, batch 96, 96 pictures of 12 megapixels: below 1.5 GB in all, where whole pictures took 24 GB.
 
-    0.83 GB more than the imports on 2 cores, 2026-11; whole pictures one by one 1.7, forwards of 96 views 1.16.
+    0.47 GB more than the imports on 2 cores, 2026-11; whole pictures one by one 1.1, forwards of 96 views 0.97.
     """
-    photographs(tmp_path / "data", 96, (3024, 4032))
-    torch.save(build_vit("vit_small").state_dict(), tmp_path / "w.pth")
+    photographs(tmp_path / "data", 96, (3024, 4032), block=8)
+    vit = build_vit("vit_small", depth=2)  # more blocks take no more memory, but for their weights
+    state = {f"backbone.{k}": v for k, v in vit.state_dict().items()}
+    more = dict(arch=vit.arch, student=state, teacher=state, eval_view=data.eval_view("photo", 224))
+    make_checkpoint(tmp_path / "w.pth", [], "photo", **more)
     code = "import resource, sys, train_probe as t\npeak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
     code += "start = peak()\nt.main(sys.argv[1:])\nprint(start * 1024, peak() * 1024)"
     flags = f"--ckpt {tmp_path}/w.pth --data {tmp_path}/data --labels labels.csv --out {tmp_path}/probe --protocol cv"
@@ -210,7 +217,7 @@ def test_memory_is_bounded_by_the_view_not_by_the_picture(tmp_path):
     done = subprocess.run([sys.executable, "-c", code, *flags.split()], cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     start, peak = map(int, done.stdout.split()[-2:])
-    assert peak < 1.5e9 and peak - start < 1e9, (start, peak)
+    assert peak < 1.5e9 and peak - start < 0.7e9, (start, peak)
 
 
 # the program
@@ -655,7 +662,9 @@ def test_extraction_keeps_up_with_the_forward(tmp_path):
         middle = time.perf_counter()
         features.extract(vit, source, table, framing, "cpu", "x")
         ratios.append((time.perf_counter() - middle) / (middle - start))
-    assert min(ratios) < 1.1, ratios
+        if ratios[-1] < 1.1:
+            return
+    raise AssertionError(ratios)
 
 
 # published folds

@@ -1,18 +1,14 @@
 """Every recipe runs as it is typed, at toy size; every flag of train_ssl.py runs beside every other one."""
 
 import argparse
-import atexit
 import contextlib
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import random
 import re
-import runpy
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,8 +16,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import be_rank, free_port
 from test_data import make_ct, make_photos, make_split
-from test_train import latest_step, lines, same
+from test_train import ended, latest_step, lines, same
 
 import checkpoint
 import train_ssl
@@ -161,8 +158,8 @@ def kill(pids):
 class Shop:
     """Runs recipes on one toy collection; the unbroken run of each is made once."""
 
-    def __init__(self, root):
-        self.root, self.data = root, make_ct(root / "data", series=10)
+    def __init__(self, root, fork):
+        self.root, self.fork, self.data = root, fork, make_ct(root / "data", series=10)
         make_split(self.data, {f"toy/P{i}": "train" if i < 6 else "val_select" for i in range(9)})
         self.env = ENV | {"TORCHINDUCTOR_CACHE_DIR": str(root / "inductor"), "PATIENTS": "8", "SIZE": "64", "WAIT": "1"}
         self.whole, self.started = {}, []
@@ -184,26 +181,43 @@ class Shop:
         self.started.append(process)
         return process
 
+    def start_stated(self, name, out, work=None):
+        """What the recipe (for the folder `work`) says to train_ssl.py, without shell and torchrun: a quick start."""
+        code, calls, errors = dry(self.root, self.words(name, work or out))
+        assert code == 0, errors
+        flags = calls[-1][calls[-1].index("train_ssl.py") + 1 :]
+        flags[flags.index("--out") + 1] = str(out)
+        cache = {"TORCHINDUCTOR_CACHE_DIR": self.env["TORCHINDUCTOR_CACHE_DIR"]}
+        self.started.append(self.fork([ROOT / "train_ssl.py", *flags], f"{out}.log", **cache))
+        return self.started[-1]
+
     def folder(self, name, out):
         return out / "run" if name == "smoke_cpu" else out
 
-    def begin(self, name):
+    def begin(self, name, work=None):
         if name not in self.whole:
-            self.whole[name] = self.start(name, self.root / name)
+            self.whole[name] = self.start_stated(name, self.root / name, work)
 
     def unbroken(self, name):
         self.begin(name)
-        out = self.root / name
-        assert self.whole[name].wait(600) == 0, Path(f"{out}.log").read_text()[-2000:]
-        return self.folder(name, out)
+        assert wait(self.whole[name]) == 0, Path(f"{self.root / name}.log").read_text()[-2000:]
+        return self.root / name
+
+
+def wait(process, seconds=600):
+    """The exit code of a process, however it was started; None: it still runs after so many seconds."""
+    deadline = time.monotonic() + seconds
+    while ended(process) is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return ended(process)
 
 
 @pytest.fixture(scope="module")
-def shop(tmp_path_factory):
-    shop = Shop(tmp_path_factory.mktemp("recipes"))
+def shop(tmp_path_factory, started):
+    shop = Shop(tmp_path_factory.mktemp("recipes"), started)
     yield shop
     for process in shop.started:
-        kill(tree(process.pid) if process.poll() is None else [])
+        kill(tree(process.pid) if ended(process) is None else [])
 
 
 def flat(value, name=""):
@@ -224,33 +238,33 @@ def looked_at(run):
     return {row["step"] for row in lines(run, "val_loss")}
 
 
+TYPED_TWICE = ("pretrain", "big_run", "smoke_cpu")  # it compiles, goes on by itself, makes its own data
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OWN)
 def test_a_recipe_killed_and_typed_again_ends_with_the_same_bits(shop, name):
     out = shop.root / f"{name}-killed"
     run, log = shop.folder(name, out), Path(f"{out}.log")
-    if name == "pretrain":
-        shop.unbroken(name)  # it compiles, which the next runs find done
-    process = shop.start(name, out)
-    shop.begin(name)  # meanwhile
+    process = (shop.start if name in TYPED_TWICE else shop.start_stated)(name, out)
     deadline = time.monotonic() + 300
-    while process.poll() is None and latest_step(run) < KILLED_FROM and time.monotonic() < deadline:
+    while ended(process) is None and latest_step(run) < KILLED_FROM and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert process.poll() is None and latest_step(run) >= KILLED_FROM, log.read_text()[-2000:]
+    assert ended(process) is None and latest_step(run) >= KILLED_FROM, log.read_text()[-2000:]
     if name == "big_run":  # a driver fault: python dies, and the script goes on by itself
         kill(tree(process.pid)[1:2])
     else:
         kill(tree(process.pid))
-        process.wait()
+        wait(process)
         process = shop.start(name, out)
-    assert process.wait(300) == 0, log.read_text()[-2000:]
+    shop.begin(name, out)  # meanwhile
+    assert wait(process, 300) == 0, log.read_text()[-2000:]
     if name == "big_run":
         assert "attempt 1 stopped with code 137; resuming in 1 s" in log.read_text()
 
     whole = shop.unbroken(name)
     a, b = (flat(checkpoint.load(r / "last.pth")) for r in (whole, run))
-    for path in (".args.out", ".args.data"):  # smoke_cpu.sh makes its own data
-        a.pop(path), b.pop(path)
+    a.pop(".args.out"), b.pop(".args.out")
     same(a, b)
     assert sum(isinstance(v, torch.Tensor) for v in a.values()) > 100
 
@@ -516,10 +530,6 @@ def test_what_is_left_out_is_refused_in_one_sentence(kitchen, tmp_path, pair):
 
 def rank_process(rank, port, words, log, signal_at):
     """What torchrun starts; signal_at: (update, signal) that this process gets once that update is saved."""
-    multiprocessing.set_start_method("fork", force=True)  # of readers, as in a process that was not forked itself
-    number = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(number, 1), os.dup2(number, 2)
-    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=port)
     real = os.replace
 
     def replace(source, target):
@@ -532,18 +542,12 @@ def rank_process(rank, port, words, log, signal_at):
 
     if signal_at:
         os.replace = replace
-    sys.argv = ["train_ssl.py", *words]
-    try:
-        runpy.run_path(str(ROOT / "train_ssl.py"), run_name="__main__")
-    finally:
-        atexit._run_exitfuncs()  # a forked process leaves them out
+    be_rank(rank, port, [ROOT / "train_ssl.py", *words], log)
 
 
 def on_two_ranks(context, words, log, signal_at=None):
     """Exit codes of both ranks; a rank whose fellow was killed is killed too."""
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        port = str(s.getsockname()[1])
+    port = free_port()
     given = [(rank, port, words, str(log), signal_at if rank == 0 else None) for rank in range(2)]
     ranks = [context.Process(target=rank_process, args=arguments) for arguments in given]
     for process in ranks:

@@ -18,7 +18,7 @@ import pytest
 import safetensors.torch
 import torch
 import torch.distributed as dist
-from conftest import HEALTHY
+from conftest import HEALTHY, be_rank, free_port
 from safetensors import safe_open
 from test_data import make_ct, make_photos, make_split
 from torch.nn import functional as F
@@ -885,50 +885,67 @@ def command(folder, out, *more, launcher=(sys.executable,)):
     return [*launcher, str(ROOT / "train_ssl.py"), "--data", str(folder), "--out", str(out), *TINY, *more]
 
 
-KILLS = ("--steps", "60", "--save-every", "1", "--drop-path", "0.2", "--workers", "1", "--eval-every", "7")
+KILLS = ("--steps", "42", "--save-every", "1", "--drop-path", "0.2", "--workers", "1", "--eval-every", "7")
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1")
 
 
-def kill_once(run, launch, how, target):
-    """Start the command, wait for the target step, kill -> what happened, or None when the run ended before that.
+def ended(process):
+    """The exit code of a process, however it was started; None while it runs."""
+    return process.poll() if isinstance(process, subprocess.Popen) else process.exitcode
+
+
+def kill_once(process, run, how, target):
+    """Wait for the target step of a process, then kill it -> what happened, or None when the run ended before that.
 
     at random: the moment the step is there; in a save: a temporary file is there, and stays; agent: torchrun alone.
     """
-    process = subprocess.Popen(launch, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while process.poll() is None and not (
+    while ended(process) is None and not (
         latest_step(run) >= target and (how != "in a save" or list(run.glob(".step_*.tmp")))
     ):
-        pass
-    if process.poll() is not None:
+        time.sleep(0.0005)  # its processes need the cores
+    if ended(process) is not None:
         return None
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    while ended(process) is None:
+        time.sleep(0.001)
     if how == "in a save":
         return how if list(run.glob(".step_*.tmp")) else "at random"  # the save had ended meanwhile
     return how
 
 
-def survive(folder, tmp_path, plan, seed, kills=None):
+def survive(started, folder, tmp_path, plan, seed, kills=None):
     """Kill a run as planned, again and again, then let it end: the counts of kills, after comparing every bit."""
-    kills = kills or KILLS
-    subprocess.run(command(folder, tmp_path / "whole", *kills), check=True, capture_output=True)
-    random, run, happened = np.random.default_rng(seed), tmp_path / "run", []
+    kills, run = kills or KILLS, tmp_path / "run"
+
+    def start(out, how=None):
+        if how == "agent":
+            quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # as those that are forked
+            return subprocess.Popen(command(folder, out, *kills, launcher=TORCHRUN), env=one_thread, **quiet)
+        return started(command(folder, out, *kills, launcher=()))
+
+    def whole(out):
+        process = start(out)
+        process.join()
+        assert process.exitcode == 0
+
+    whole(tmp_path / "whole")
+    random, happened = np.random.default_rng(seed), []
     steps = int(kills[1]) // (len(plan) + 1)
     assert steps >= 1, "more kills than updates"
     for how in plan:
-        launcher = TORCHRUN if how == "agent" else (sys.executable,)
         target = latest_step(run) + random.integers(1, steps + 1)
-        happened.append(kill_once(run, command(folder, run, *kills, launcher=launcher), how, target))
-    subprocess.run(command(folder, run, *kills), check=True, capture_output=True)
+        happened.append(kill_once(start(run, how), run, how, target))
+    whole(run)
     same(weights(tmp_path / "whole"), weights(run))
     assert not list(run.glob(".*.tmp"))
     return {how: happened.count(how) for how in set(happened)}, lines(run, "event")
 
 
 @pytest.mark.slow
-def test_kills_at_random_moments_in_saves_and_of_torchrun_change_no_bit(folder, tmp_path):
+def test_kills_at_random_moments_in_saves_and_of_torchrun_change_no_bit(started, folder, tmp_path):
     plan = ["at random", "in a save", "agent", "in a save", "in a save", "at random"]
-    counts, events = survive(folder, tmp_path, plan, seed=0)
+    counts, events = survive(started, folder, tmp_path, plan, seed=0)
     assert counts.get("in a save", 0) >= 1 and counts["agent"] == 1 and sum(counts.values()) >= 5, counts
     assert any(e["event"].startswith("interrupted") and e["why"] == "torchrun died" for e in events), events
 
@@ -941,9 +958,10 @@ def test_a_signal_to_torchrun_saves_although_its_readers_get_it_too(folder, tmp_
     process = subprocess.Popen(
         command(folder, run, *flags, launcher=TORCHRUN), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's jobs in the background ignore it
     )  # fmt: skip
     while process.poll() is None and latest_step(run) < 10:
-        pass
+        time.sleep(0.01)
     os.killpg(process.pid, number)  # as a terminal's Ctrl+C and a batch system do
     process.wait(60)
     last = lines(run, "event")[-1]
@@ -966,9 +984,9 @@ def test_a_run_outlives_the_shell_that_started_it(folder, tmp_path):
 
 
 @pytest.mark.proof
-def test_fifty_kills_change_no_bit(folder, tmp_path, monkeypatch):
+def test_fifty_kills_change_no_bit(started, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(sys.modules[__name__], "KILLS", ("--steps", "160", *KILLS[2:]))
-    counts, _ = survive(folder, tmp_path, ["at random", "in a save"] * 24 + ["agent"] * 2, seed=1)
+    counts, _ = survive(started, folder, tmp_path, ["at random", "in a save"] * 24 + ["agent"] * 2, seed=1)
     print(counts)
     assert counts.get("in a save", 0) >= 10 and sum(v for k, v in counts.items() if k) >= 48, counts
 
@@ -978,20 +996,18 @@ def latest_step(run):
 
 
 @pytest.mark.slow
-def test_two_processes_and_another_world_size_continue_the_same_samples(folder, tmp_path):
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    one = command(folder, tmp_path / "one", "--steps", "4", launcher=(sys.executable,))
+def test_two_processes_and_another_world_size_continue_the_same_samples(folder, tmp_path, on_two_ranks):
+    def both(out, *more):
+        on_two_ranks(be_rank, free_port(), command(folder, tmp_path / out, "--steps", "4", *more, launcher=()))
+
+    assert train(folder, tmp_path / "one", "--steps", "4") == 0
+    torchrun = (*TORCHRUN[:-1], "--nproc-per-node=2")
     two = command(folder, tmp_path / "two", "--steps", "4", launcher=torchrun)
-    mixed = [command(folder, tmp_path / "mixed", "--steps", "4", launcher=x) for x in (torchrun, (sys.executable,))]
-    subprocess.run(one, check=True, env=env, capture_output=True)
-    subprocess.run(two, check=True, env=env, capture_output=True)
-    limited = [*mixed[0], "--time-limit", "0.000001"]  # stops after one update
-    subprocess.run(limited, check=True, env=env, capture_output=True)
+    subprocess.run(two, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True)
+    both("mixed", "--time-limit", "0.000001")  # stops after one update
     assert checkpoint.load(tmp_path / "mixed" / "last.pth")["step"] == 1
-    subprocess.run(mixed[1], check=True, env=env, capture_output=True)
-    fsdp = command(folder, tmp_path / "fsdp", "--steps", "4", "--fsdp", "--eval-every", "2", launcher=torchrun)
-    subprocess.run(fsdp, check=True, env=env, capture_output=True)
+    assert train(folder, tmp_path / "mixed", "--steps", "4") == 0
+    both("fsdp", "--fsdp", "--eval-every", "2")
     reference = weights(tmp_path / "one")
     for name in ("two", "mixed", "fsdp"):
         found = weights(tmp_path / name)
