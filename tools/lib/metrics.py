@@ -5,8 +5,8 @@ are means over one class against the rest. `weights` are counts of each sample, 
 at once (5 times as fast as one call each), which puts `repeats` in front of the result. One class alone has no AUC: an
 error for the data as given, NaN for a resample.
 
-    low, high = bootstrap(lambda i: auc(labels[i], scores[i]), groups)                  # any statistic
-    values = resample(lambda w: auc(labels, scores, w), groups)                         # the same, fast: [repeats]
+    values = resample(lambda w: auc(labels, scores, w), groups)         # [repeats], over resampled patients
+    low, high = interval(values)
 
 What a table of numbers needs (`rates`, `worth`, `slices`) says None where a class is absent: never 0, never NaN.
 """
@@ -347,28 +347,6 @@ def holm(p_values):
     order = np.argsort(p, kind="stable")
     raised = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
     return np.minimum(raised, 1.0)[np.argsort(order, kind="stable")]
-
-
-def paired(statistic, first, second, groups, repeats=2000, seed=0, strata=None):
-    """statistic(values, weights) of two predictors over the same resamples -> {difference, low, high, p}."""
-    drawn = resample(lambda w: statistic(first, w) - statistic(second, w), groups, repeats, seed, strata)
-    low, high = interval(drawn)
-    point = statistic(first, None) - statistic(second, None)
-    return {"difference": float(point), "low": float(low), "high": float(high), "p": p_value(drawn)}
-
-
-def bootstrap(statistic, groups, repeats=2000, seed=0):
-    """95% interval of statistic(indices) -> float over resampled groups; a resample of one class is left out."""
-    statistic(np.arange(len(groups)))  # what is wrong with the data as given is an error
-    values = []
-    for weights in draws(groups, repeats, seed):
-        for row in weights:
-            index = np.repeat(np.arange(len(row)), row)
-            try:
-                values.append(statistic(index))
-            except ValueError:  # check() above: one class
-                values.append(np.nan)
-    return interval(values)
 
 
 # All of them at once. In probabilities [n, K] of K = 2 classes the second column is the score.
