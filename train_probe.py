@@ -626,10 +626,10 @@ def train(args, rank, world, device):
         elif kind != "fusion" and (not path or start < args.steps and not patience_is_over(best, start, args)):
             vit = build_arch(known["arch"]) if path else load_backbone(Path(args.ckpt))  # <- change the backbone there
             view = judge.choose_view(known or read_facts(args.ckpt), source.encoding, args.size, vit.patch_size)
-            row = augment.find_row(args.aug)
-            batches = augment.start_reading(parts[0][0], row, args.views, view["size"], args.seed,
-                                            range(start, args.steps), args.batch_size, args.micro_batch, rank, world,
-                                            args.workers, device.type == "cuda", bool(args.fusion))  # fmt: skip
+            pictures = augment.Pictures(parts[0][0], augment.find_row(args.aug), args.views, view["size"], args.seed,
+                                        range(start, args.steps), args.batch_size, args.micro_batch, rank, world,
+                                        bool(args.fusion))  # fmt: skip
+            batches = data.read_ahead(pictures, args.workers, device.type == "cuda")
             run = build_run(args, rank, world, device, *parts, vit, {})
             run.facts = {key: known[key] for key in RUN_FACTS} if path else describe(
                 args, source, table, splits, parts[0][0], labels, view, run.student.pool)  # fmt: skip

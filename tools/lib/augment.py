@@ -361,10 +361,3 @@ def render(read, labels, classes, view, device):
         targets = F.one_hot(torch.from_numpy(labels[read.ids]), classes).float().to(device)
         views, targets = mix(views, targets, read.draws)
         return data.normalise(views[: read.own]), targets[: read.own]
-
-
-def start_reading(source, row, layout, size, seed, steps, batch, micro_batch, rank, world, workers, pin_memory,
-                  every=False):  # fmt: skip
-    """The micro-batches of these updates in order, read ahead by processes; a broken file is an error."""
-    pictures = Pictures(source, row, layout, size, seed, steps, batch, micro_batch, rank, world, every)
-    return data.read_ahead(pictures, workers, pin_memory, skip_bad=0)
