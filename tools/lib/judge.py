@@ -7,14 +7,13 @@ The first of the predictions is named "probe". Whether a difference is proven is
 """
 
 import functools
-import hashlib
 
 import numpy as np
 import torch
 
 import data
 from model import build_vit
-from tools.lib import fits, page
+from tools.lib import fits, page, policies
 from tools.lib.metrics import (
     all_metrics,
     auc,
@@ -412,8 +411,7 @@ def random_backbones(arch, seed, count=1):
 
 def weights_sha256(path):
     """Of a file, or of the safetensors file of a folder; of several files the hash of their hashes."""
-    hashes = [data.file_sha256(file) for file in ([path] if path.is_file() else sorted(path.glob("*.safetensors")))]
-    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+    return policies.hash_of(map(data.file_sha256, [path] if path.is_file() else sorted(path.glob("*.safetensors"))))
 
 
 def used_by(program, ckpt, labels, why):
