@@ -17,6 +17,7 @@ from torch import nn
 import data
 from model import Classifier
 from tools.lib.cli import shown
+from tools.lib.files import to_number
 from tools.lib.fusion import Fusion, hash_text
 
 COLUMNS = {"gps": ("lat", "lon"), "text": ("text",)}  # where a field comes from, if not from the column of its name
@@ -99,10 +100,7 @@ def texts_of(source, rows, column):
 
 
 def degrees(text, most):
-    try:
-        value = float(text)
-    except ValueError:
-        return math.nan
+    value = to_number(text)
     return value if abs(value) <= most else math.nan
 
 
