@@ -50,11 +50,10 @@ class FusedClassifier(Classifier):
         return self.head(x, facts, known)
 
     @torch.inference_mode()
-    def of_views(self, views, source, rows, chunk=96):
+    def of_views(self, views, source, rows):
         """Views of rows of a Source -> logits [N, 1, C], by what is known of them too."""
-        facts = facts_at(source, rows, self.fields)
-        facts = facts and {name: value.to(views.device) for name, value in facts.items()}
-        return self(views, facts, chunk=chunk).logits[:, None].float().cpu().numpy()
+        facts = facts_at(source, rows, self.fields, views.device)
+        return self(views, facts).logits[:, None].float().cpu().numpy()
 
     @torch.inference_mode()
     def of_features(self, x, source, rows):
@@ -104,7 +103,7 @@ def degrees(text, most):
     return value if abs(value) <= most else math.nan
 
 
-def facts_at(source, rows, fields):
+def facts_at(source, rows, fields, device="cpu"):
     """{field: tensor} of some rows, for Fusion; None without fields."""
     facts = {}
     for name, kind in fields.items():
@@ -116,7 +115,7 @@ def facts_at(source, rows, fields):
         else:
             place = {value: k for k, value in enumerate(kind)}
             facts[name] = torch.tensor([place.get(text, -1) for text in texts_of(source, rows, name)])
-    return facts or None
+    return {name: value.to(device) for name, value in facts.items()} or None
 
 
 # ----- masks of objects
