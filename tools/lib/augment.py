@@ -59,10 +59,10 @@ def find_row(text):
     for part in filter(None, rest.split(",")):
         key, _, value = part.partition("=")
         try:
-            number = type(getattr(row, key))(value)
+            number = type(Row._field_defaults[key])(value)
             if not LIMITS[key][0] <= number <= LIMITS[key][1]:
                 raise ValueError
-        except (ValueError, AttributeError, TypeError, KeyError):
+        except (ValueError, KeyError):
             known = ", ".join(f"{k} {a:g} to {b:g}" for k, (a, b) in LIMITS.items())
             raise ValueError(f"--aug {text}: {part!r} is not one of {known}") from None
         row = row._replace(**{key: number})
