@@ -185,7 +185,7 @@ class Attention(nn.Module):
         for part, shape, rope in zip(qkv.split([b * n for b, n in shapes]), shapes, ropes):
             q, k, v = self.split_heads(part, shape, rope)
             parts.append(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2).flatten(0, 1))
-        return scale(self.proj, pack(parts) if rows is None else pack(parts).index_select(0, rows))
+        return scale(self.proj, *(parts if rows is None else [pack(parts).index_select(0, rows)]))
 
     def cls_probabilities(self, x, shape, rope):
         """Softmax row of the cls token over all tokens, [B, H, 1 + R + N], float32."""
@@ -221,11 +221,16 @@ class LayerScale(nn.Module):
         self.value = float(value)
         self.gamma = nn.Parameter(torch.full((dim,), self.value))
 
-    def forward(self, linear, x):
-        """linear(x) * gamma. Training scales the weight: no pass over tokens, none kept for the gradient of gamma."""
+    def forward(self, linear, *parts):
+        """linear(x) * gamma of all parts, packed.
+
+        Training scales the weight, so that no pass over tokens is made and none kept for the gradient of gamma; and it
+        multiplies part by part: a copy of attention's results, which attention keeps already, would be kept too.
+        """
         if isinstance(linear, Adapted) or not torch.is_grad_enabled():
-            return linear(x) * self.gamma
-        return F.linear(x, linear.weight * self.gamma[:, None], linear.bias * self.gamma)
+            return linear(pack(parts)) * self.gamma
+        weight, bias = linear.weight * self.gamma[:, None], linear.bias * self.gamma
+        return pack([F.linear(x, weight, bias) for x in parts])
 
 
 class Block(nn.Module):

@@ -341,7 +341,7 @@ def pictures(vit, source, images, view, step, old):
     if old and (old["grams"].shape, old["colours"].shape, old["dim"]) != (grams.shape, (*body.shape, 3), vit.dim):
         raise ValueError("first.npz is of another model or image size; give --out another folder")
     basis = sheet.principal(patches[times][body], old["colours"][body] if old else None)
-    colours = basis.along(patches[times]) * body[..., None]  # [n, h, w, 3]
+    colours, share = basis.along(patches[times]) * body[..., None], basis.shares.sum()  # [n, h, w, 3]
     first = old or {"colours": np.half(colours), "grams": np.half(grams), "dim": vit.dim, "step": step}
     numbers = {"gram_drift": float(np.sqrt(np.square(grams - first["grams"]).mean()))}
     numbers["colours_kept"] = float((colours * first["colours"]).sum() / (3 * body.sum()))  # a mean correlation
@@ -354,7 +354,7 @@ def pictures(vit, source, images, view, step, old):
         y0, x0, y1, x1 = data.eval_boxes([raw.shape[1:]])[0].astype(int)
         windows = sheet.inputs(raw[:, y0:y1, x0:x1], source.encoding)
         mm, base = (None, codes) if photo else ((x1 - x0) * source.rows[i]["spacing_x"], codes[1])
-        drawn[name] = *sheet.maps(f"step {step}: {shown(name)}", windows, base, shares[0], dense, basis.share, mm), base
+        drawn[name] = *sheet.maps(f"step {step}: {shown(name)}", windows, base, shares[0], dense, share, mm), base
     return numbers, first, drawn
 
 

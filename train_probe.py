@@ -34,36 +34,12 @@ import checkpoint
 import data
 import losses
 from model import Classifier, Head, build_arch, load_backbone, read_facts, say_trained
-from tools.lib import (
-    augment,
-    baseline,
-    broken,
-    features,
-    fuse,
-    judge,
-    loop,
-    optim,
-    page,
-    protocols,
-    provenance,
-    supervise,
-)
+from tools.lib import augment, baseline, broken, cli, features, fuse, judge, loop, optim, page, protocols, supervise
 from tools.lib.classifiers import logits_of
-from tools.lib.cli import (
-    Parser,
-    above_zero,
-    millimetres,
-    natural,
-    not_negative,
-    pick_device,
-    positive,
-    run,
-    share,
-    shown,
-    within,
-)
+from tools.lib.cli import Parser, above_zero, natural, not_negative, positive, run, share, shown, within
 from tools.lib.files import csv_text, json_text, write_json
 from tools.lib.fusion import POOLS, Fused
+from tools.lib.provenance import refuse_change, refuse_leak, stamp, trained_on
 from tools.lib.samples import leave_out, open_samples, read_table
 
 # ----- splits
@@ -412,7 +388,7 @@ def build_parser():
                    "probe views per forward (default: 96; on a CPU at most 32)")
     g.add_argument("--features", choices=("cls", "mean", "box", "all"), default="all", help="cls token, mean of "
                    "patches, patches inside the nodule's box, or all side by side")
-    g.add_argument("--crop-mm", type=millimetres, default="32,48,64", help="sides of the crops around a nodule")
+    g.add_argument("--crop-mm", type=cli.millimetres, default="32,48,64", help="sides of the crops around a nodule")
     g.add_argument("--scales", choices=("average", "concat"), default="average", help="of the crops' features")
 
     g = p.add_argument_group("frozen probe")
@@ -505,7 +481,7 @@ def probe(args):
     args.protocol, args.batch_size, args.workers = args.protocol or "all", args.batch_size or 96, max(args.workers, 1)
 
     # ----------------------------------------------------------------- labels, splits, leaks
-    before = provenance.stamp(args.ckpt)
+    before = stamp(args.ckpt)
     source, facts = data.open_source(args.data), read_facts(args.ckpt)
     if foreign := loop.other_encoding(facts, source.encoding):
         print(foreign)
@@ -524,10 +500,10 @@ def probe(args):
     if args.features == "box" and table.centres is None:
         raise ValueError("--features box needs a nodule table, which names boxes")
     framing = features.Framing(view, args.crop_mm if table.centres is not None else (), args.batch_size, args.workers)
-    device = pick_device(args.device)
+    device = cli.pick_device(args.device)
     used = np.any([keep for keep, _ in plans.values()], 0)
     look = judge.used_by("train_probe.py", args.ckpt, path, f"frozen probe, --protocol {args.protocol}")
-    provenance.refuse_change(args.ckpt, before)
+    refuse_change(args.ckpt, before)
     chosen, part = open_samples(source, table.take(used), splits[used], look, args.allow_duplicates)
     with broken.named(chosen.take(part.rows)):
         cache = args.cache or args.out.parent / "features"
@@ -573,7 +549,7 @@ def probe(args):
 def describe(args, source, table, splits, train, path, view, pool):
     """What a checkpoint says of its run, beside weights; refuses weights that have seen what is held out."""
     held_out = source.take(table.rows[splits != "train"])
-    provenance.refuse_leak(read_facts(args.ckpt), held_out, "the held-out splits", args.allow_seen)
+    refuse_leak(read_facts(args.ckpt), held_out, "the held-out splits", args.allow_seen)
     return {
         "encoding": source.encoding,
         "eval_view": view,
@@ -583,7 +559,7 @@ def describe(args, source, table, splits, train, path, view, pool):
         "layout": args.views,
         "labels_sha256": data.file_sha256(path),
         **{key: getattr(train, key) for key in ("index_sha256", "split_sha256", "weights_sha256")},
-        **provenance.trained_on((Path(args.ckpt),), train, None),
+        **trained_on((Path(args.ckpt),), train, None),
     }
 
 
@@ -626,10 +602,10 @@ def train(args, rank, world, device):
         elif kind != "fusion" and (not path or start < args.steps and not patience_is_over(best, start, args)):
             vit = build_arch(known["arch"]) if path else load_backbone(Path(args.ckpt))  # <- change the backbone there
             view = judge.choose_view(known or read_facts(args.ckpt), source.encoding, args.size, vit.patch_size)
-            row = augment.find_row(args.aug)
-            batches = augment.start_reading(parts[0][0], row, args.views, view["size"], args.seed,
-                                            range(start, args.steps), args.batch_size, args.micro_batch, rank, world,
-                                            args.workers, device.type == "cuda", bool(args.fusion))  # fmt: skip
+            pictures = augment.Pictures(parts[0][0], augment.find_row(args.aug), args.views, view["size"], args.seed,
+                                        range(start, args.steps), args.batch_size, args.micro_batch, rank, world,
+                                        bool(args.fusion))  # fmt: skip
+            batches = data.read_ahead(pictures, args.workers, device.type == "cuda")
             run = build_run(args, rank, world, device, *parts, vit, {})
             run.facts = {key: known[key] for key in RUN_FACTS} if path else describe(
                 args, source, table, splits, parts[0][0], labels, view, run.student.pool)  # fmt: skip

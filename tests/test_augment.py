@@ -151,3 +151,9 @@ def test_what_does_not_exist_is_refused(text, words):
         "rotate": 10,
         "erase": 0.3,
     }
+
+
+def test_a_whole_number_of_a_row_may_become_a_fraction():
+    assert a.find_row("light:rotate=7.5").rotate == 7.5
+    with pytest.raises(ValueError, match="'trivial=0.5' is not one of"):
+        a.find_row("light:trivial=0.5")

@@ -1,5 +1,6 @@
 """The bench measures what train_ssl.py does, in fair turns, and says so when a point dies."""
 
+import argparse
 import contextlib
 import functools
 import json
@@ -24,7 +25,7 @@ import losses
 import model
 import train_ssl as t
 from tools import bench
-from tools.lib import optim, parts, settings, timing
+from tools.lib import loop, optim, parts, settings, timing
 from tools.lib.cli import ROOT
 
 CPU = torch.device("cpu")
@@ -352,9 +353,8 @@ def test_the_golden_step_holds_with_every_speed_flag(flag, monkeypatch):
     w = t.Weights(teacher_temp=meta["teacher_temp"], gram=2.0, koleo_group=4)
     loss, gradient = 1e-4, dict(rtol=1e-3, atol=1e-5)
     if flag == "compile":
-        w = w._replace(compiled=True)
-        for block in (*student.backbone.blocks, *teacher.backbone.blocks, *gram.blocks):
-            block.compile()
+        w, flags = w._replace(compiled=True), argparse.Namespace(compile=True, precision="fp32", fsdp=False)
+        loop.on_device(flags, student, (student, teacher, gram), 1, torch.device("cpu"), whole=True)
     student.backbone.checkpointing = flag == "checkpointing"
     if flag == "chunked":
         monkeypatch.setattr(losses, "CHUNK", 100)  # one or two rows at a time

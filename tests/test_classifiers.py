@@ -11,7 +11,7 @@ from test_data import make_ct, photo
 import checkpoint
 import data
 import model
-from tools.lib import classifiers, tables
+from tools.lib import classifiers, features, tables
 
 SIZES = [(60, 80), (80, 60), (64, 64), (40, 120), (200, 150), (33, 47), (96, 96)]
 
@@ -104,7 +104,7 @@ def test_a_pretraining_checkpoint_is_no_classifier(tmp_path):
 
 @pytest.mark.parametrize("layout", [None, "whole", "tiles", "tiles_and_squares:flip=1"])
 def test_batched_is_one_by_one(tmp_path, layout, monkeypatch):
-    monkeypatch.setattr(classifiers, "VALUES", 20_000)  # some are rendered together, some alone
+    monkeypatch.setattr(features, "VALUES", 20_000)  # some are rendered together, some alone
     source = data.open_source(pictures(tmp_path / "photos"))
     make_classifier(tmp_path / "best.pth", ("a", "b", "c"))
     net, facts = classifiers.read_classifier(tmp_path / "best.pth")

@@ -5,7 +5,6 @@ import math
 
 import numpy as np
 import pytest
-import torch
 
 from tools.lib import conformal as c
 
@@ -353,28 +352,6 @@ def test_crcp_covers_clean_labels_with_smaller_sets_in_500_resplits(rate):
 def test_crcp_without_noise_is_lac():
     p, y = simulate(np.random.default_rng(13), 333)
     assert c.fit_crcp(p, y, ALPHA, rate=0)["quantiles"] == c.METHODS["lac"][0](p, y, ALPHA)["quantiles"]
-
-
-# the loss
-
-
-def test_the_size_loss_is_the_size_of_sets_and_can_be_trained_through():
-    p, y = simulate(np.random.default_rng(14), 4000)
-    found = c.METHODS["lac"][0](p[:2000], y[:2000], ALPHA)
-    size = c.apply_sets(found, p[2000:]).sum(1).mean()
-    tensors = torch.tensor(p), torch.tensor(y)
-    assert c.size_loss(*tensors, ALPHA, width=1e-3, temperature=1e-3).item() == pytest.approx(size, rel=0.02)
-    z = torch.zeros(200, 4, dtype=torch.float64, requires_grad=True)
-    x = torch.nn.functional.one_hot(torch.tensor(y[:200]), 4).double()
-    w = torch.zeros(4, 4, dtype=torch.float64, requires_grad=True)
-    opt, before = torch.optim.Adam([w], 0.1), None
-    for _ in range(60):
-        loss = c.size_loss((z + x @ w).softmax(1), torch.tensor(y[:200]), ALPHA)
-        before = before or loss.item()
-        opt.zero_grad()
-        loss.backward()
-        opt.step()
-    assert loss.item() < before / 1.5
 
 
 def test_sets_agree_with_crepes_where_it_is_installed():

@@ -363,7 +363,11 @@ def test_outside_its_bands_an_axis_matrix_is_zero():
     assert np.mean(wasted) < 0.5  # else nothing is gained
 
 
-@pytest.mark.parametrize("product", [d.cut_each, d.cut_batched])
+def cut_by_taps(*inputs):
+    return d.cut_by_taps(*inputs, each=lambda function: function)  # as torch compiles it on a card
+
+
+@pytest.mark.parametrize("product", [d.cut_each, d.cut_batched, cut_by_taps])
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16])
 def test_a_cut_equals_pillows_bicubic_to_a_hundredth_of_a_code(product, dtype):
     random = np.random.default_rng(0)
@@ -374,10 +378,26 @@ def test_a_cut_equals_pillows_bicubic_to_a_hundredth_of_a_code(product, dtype):
     flips = [False, True, False, True, False, True]
     for out in (8, 32, 100):
         args = torch.tensor(boxes, dtype=torch.float32), torch.tensor(flips), torch.zeros(6), out
-        views = product(images.float(), *args)
+        views = product(images, *args)
         for i, (box, flip) in enumerate(zip(boxes, flips)):
             expected = pillow_crop(images[i % 2], box, out, flip)
             assert (views[i] - expected).abs().max() < 0.01, (box, out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16])
+def test_sums_of_taps_compiled_are_the_products(dtype):
+    """Views of several reductions, flipped and blurred, some in the margin of padding that no box reaches."""
+    random = np.random.default_rng(0)
+    images = torch.from_numpy(random.integers(0, 256, (4, 3, 128, 192))).to(dtype)
+    low = np.floor(random.uniform(0, 60, (12, 2)))
+    boxes = torch.as_tensor(np.concatenate([low, low + np.floor(random.uniform(1, 60, (12, 2)))], 1)).float()
+    flips, sigmas = torch.arange(12) % 2 == 0, torch.tensor([0.0, 0.7, 2.0] * 4)
+    for at in (slice(0, 12), slice(0, 4)):
+        inputs = boxes[at], flips[at], sigmas[at], 16
+        expected = d.cut_each(images, *inputs)
+        assert (d.cut_by_taps(images, *inputs) - expected).abs().max() < 1e-3
+        assert (cut_by_taps(images, *inputs) - expected).abs().max() < 1e-3
 
 
 def test_blur_is_a_gaussian_convolution_of_the_view():
@@ -462,11 +482,13 @@ def test_noise_is_normal_alike_and_new_for_every_pixel():
 
 @pytest.mark.parametrize("windows", ["wide", "any"])
 def test_the_one_pass_for_accelerators_gives_the_looks_of_a_cpu(windows):
-    """hu_look is what torch compiles on a card; here it runs as it is, with noise of deviation 0 on quiet views."""
+    """hu_look and rgb_look are compiled on a card; here they run as they are, noise of deviation 0 on quiet views."""
     plan = d.plan(3, 1, range(5), replace(d.RECIPES["ct"], windows=windows))
     for views in (slice(0, 2), slice(2, None)):
         x = 500 * torch.randn(*plan.flips[views].shape, 3, 12, 12)
         one_pass = d.hu_look(x.clone(), *d.hu_numbers(plan, views, x))
+        of_codes = d.rgb_look(x.clone() / 9 + 128, *d.rgb_numbers(plan, views, x))
+        assert torch.equal(of_codes, d.normalise(d.intensities(x / 9 + 128, torch.uint8, plan, views)))
         assert torch.equal(one_pass, d.normalise(d.intensities(x, torch.int16, plan, views)))
 
 
@@ -601,9 +623,23 @@ def test_slices_of_different_sizes_are_padded_with_air_outside_every_box(tmp_pat
     ]
     index.write_text("\n".join(lines) + "\n")
     batch = batches(d.open_source(root), batch=4)[0]
-    assert batch.images.shape == (4, 3, 48, 48)
+    assert batch.images.shape == (4, 3, 64, 64)
     j = [d.open_source(root).rows[i]["series"] for i in batch.ids].index("1.2.1")
-    assert (batch.images[j, :, :, 45:] == -1024).all() and batch.plan.boxes[:, j, 3].max() <= 45
+    right = int(batch.plan.boxes[:, j, 3].max())
+    assert right <= 45 and (batch.images[j, :, :, right:] == -1024).all()
+
+
+@pytest.mark.parametrize("encoding", ["hu16-v1", "rgb-v1"])
+def test_readers_bring_the_part_of_a_slice_that_its_views_need(tmp_path, encoding):
+    source = d.open_source(make_ct(tmp_path, encoding, size=96))
+    assert torch.equal(source.read(9, (3, 20, 40, 81)), source.read(9)[:, 3:40, 20:81])
+    small = replace(SMALL, field=(0.1, 0.2))
+    (batch,) = batches(source, recipes=small, steps=range(4, 5))
+    assert batch.images.shape[2:] == (64, 64) and batch.images.is_contiguous()
+    whole = torch.stack([source.read(i) for i in batch.ids])
+    places = [source.size(i) for i in batch.ids], [source.body(i) for i in batch.ids]
+    for ours, theirs in zip(d.render(batch.images, batch.plan)[:2], d.render(whole, d.place(batch.plan, *places))[:2]):
+        assert torch.equal(ours, theirs)
 
 
 def test_a_broken_file_stops_or_is_counted(ct, capsys):

@@ -14,7 +14,7 @@ import checkpoint
 from data import eval_view
 from model import build_vit, load_backbone
 from tools import features, make_phantom, preprocess_dicom
-from tools.lib import dense, space
+from tools.lib import dense, sheet, space
 
 torch.set_num_threads(1)
 
@@ -258,7 +258,7 @@ def test_a_point_gives_the_feature_of_its_own_patch_and_outside_is_an_error():
 
 def test_directions_have_deviation_one_and_most_comes_first():
     rows = np.random.default_rng(0).normal(size=(500, 6)) * (5, 3, 1, 0.1, 0.1, 0.1) + 7
-    mean, axes, shares = dense.principal(rows, 4)
+    mean, axes, shares = sheet.principal(rows, count=4)
     along = (rows - mean) @ axes
     assert np.allclose(np.cov(along.T, bias=True), np.eye(4), atol=1e-6) and list(shares) == sorted(shares)[::-1]
     assert (np.abs(axes[:3, :3]).argmax(0) == [0, 1, 2]).all()

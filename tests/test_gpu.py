@@ -3,8 +3,9 @@
 The first part of tools/recipes/gpu_check.sh. Without a card its half is skipped, and says so.
 """
 
+import argparse
 import contextlib
-import dataclasses
+import functools
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from test_train import golden_step
 import data
 import losses
 import train_ssl as t
-from tools.lib import recorded
+from tools.lib import loop, recorded
 
 NO_CARD = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here: not measured on a GPU")
 DEVICES = ["cpu", pytest.param("cuda", marks=NO_CARD)]
@@ -32,12 +33,8 @@ def moved(micro, device):
 def test_the_golden_step(device, compiled, precision):
     """Losses and gradients of the published method: float32 to rounding; of bfloat16 8 bits, several in a row."""
     student, teacher, gram, micro, g, meta = golden_step()
-    for net in (student, teacher, gram):
-        net.to(device)
-        vit = getattr(net, "backbone", net)
-        vit.stream = torch.bfloat16 if precision == "bf16-stream" else None
-        for block in vit.blocks[:-1] if compiled else ():
-            block.compile(dynamic=False)
+    flags = argparse.Namespace(compile=compiled, precision=precision, fsdp=False)
+    loop.on_device(flags, student, (student, teacher, gram), 1, torch.device(device), whole=True)
     w = t.Weights(meta["teacher_temp"], gram=2.0, koleo_group=4, precision=precision, compiled=compiled)
     sums, _ = t.ssl_update(student, teacher, gram, [moved(micro, device)], w)
     exact = precision == "fp32"
@@ -59,31 +56,15 @@ def test_views_are_those_of_a_cpu(device, dtype, most):
     images = torch.randint(0, 250, (3, 3, 96, 80), generator=generator).to(dtype)
     boxes = np.random.default_rng(0).uniform(0, 30, (4, 3, 4)) + [0, 0, 40, 40]
     flips, sigmas = np.arange(12).reshape(4, 3) % 2 == 0, np.linspace(0, 2, 12).reshape(4, 3)
-    expected = data.cut_each(images.float(), *flat(boxes, flips, sigmas), 32)
-    got = data.cut_batched(images.to(device).float(), *flat(boxes, flips, sigmas), 32)
-    assert (got.cpu() - expected).abs().max() < most
+    expected = data.cut_each(images, *flat(boxes, flips, sigmas), 32)
+    taps = functools.partial(data.cut_by_taps, each=data.compile_once if device == "cuda" else lambda f: f)
+    for product in (data.cut_batched, taps):  # compiled on a CPU: test_data
+        got = product(images.to(device), *flat(boxes, flips, sigmas), 32)
+        assert (got.cpu() - expected).abs().max() < most
     plan = data.place(data.plan(0, 0, range(3), data.RECIPES["ct"]), [(96, 80)] * 3)
     for compiled in (False, True):
         for ours, theirs in zip(data.render(images.to(device), plan, compiled)[:2], data.render(images, plan)[:2]):
             assert (ours.cpu() - theirs).abs().max() < 2e-3  # of numbers whose standard deviation is 1
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_views_from_windows_are_those_from_whole_images(device):
-    images = torch.randint(-1000, 1500, (5, 3, 160, 200), generator=torch.Generator().manual_seed(0)).short().to(device)
-    recipe = dataclasses.replace(data.RECIPES["ct"], global_size=32, local_size=16, gram_size=0)
-    bodies = [(40, 70, 90, 100), (0, 0, 50, 60), (110, 150, 160, 200), (30, 0, 90, 50), (20, 20, 40, 80)]
-    plan = data.place(data.plan(0, 0, range(5), recipe), [(160, 200)] * 5, bodies)
-    part, moved_plan = data.within_boxes(images, plan, step=16)
-    assert part.shape[2] <= 64 and part.shape[3] <= 64 and part.dtype == torch.int16
-    for views, size in ((slice(0, 2), 32), (slice(2, None), 16)):
-        expected, got = (
-            data.cut_batched(pixels.float(), *flat(p.boxes[views], p.flips[views], p.sigmas[views]), size)
-            for pixels, p in ((images, plan), (part, moved_plan))
-        )
-        assert (got - expected).abs().max() < 0.01  # HU
-    same, unmoved = data.within_boxes(images, plan._replace(boxes=plan.boxes * 0 + [0, 0, 160, 200]))
-    assert torch.equal(same, images) and (unmoved.boxes == [0, 0, 160, 200]).all()
 
 
 def flat(boxes, flips, sigmas):

@@ -88,7 +88,8 @@ def test_judgement_pairs_what_it_compares_and_says_it_in_words():
         pairs = zip(predictions["probe"], predictions["size"])
         return np.mean([np.subtract(*(metrics.auc(labels[index], p[index, 1]) for p in pair)) for pair in pairs])
 
-    low, high = metrics.bootstrap(both, groups, 300)
+    rows = [np.repeat(np.arange(len(row)), row) for w in metrics.draws(groups, 300, 0) for row in w]
+    low, high = metrics.interval([both(index) for index in rows])
     gain = result["differences"]["probe - size"]
     assert (gain["low"], gain["high"]) == pytest.approx((low, high))
     assert gain["value"] == pytest.approx(both(np.arange(200)))

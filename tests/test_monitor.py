@@ -1155,7 +1155,7 @@ def test_three_directions_are_the_principal_ones_and_colours_follow_them():
     axes = basis.axes / np.linalg.norm(basis.axes, axis=0)
     assert np.abs(np.abs((axes * expected[:3].numpy().T).sum(0)) - 1).max() < 1e-6
     assert (np.take_along_axis(axes, np.abs(axes).argmax(0)[None], 0) > 0).all()
-    assert basis.share == pytest.approx((values[:3].square().sum() / values.square().sum()).item())
+    assert basis.shares.sum() == pytest.approx((values[:3].square().sum() / values.square().sum()).item())
     along = basis.along(patches)
     assert along.mean(0) == pytest.approx(0, abs=1e-9) and along.std(0) == pytest.approx(1)
     rows = along[:400].reshape(20, 20, 3)

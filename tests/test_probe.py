@@ -147,9 +147,8 @@ def test_views_do_not_depend_on_how_many_are_rendered_at_once(tmp_path, monkeypa
     )
     framing = framing_of(crop_mm, 48)
     whole = features.make_views(source, table, range(7), framing, 3, "cpu")
-    rendered = []
-    render = features.render
-    monkeypatch.setattr(features, "render", lambda images, *rest: rendered.append(len(images)) or render(images, *rest))
+    rendered, pad = [], data.pad_to_one_size
+    monkeypatch.setattr(data, "pad_to_one_size", lambda images: rendered.append(len(images)) or pad(images))
     for values, most in ((1, 1), (13_000, 3)):
         monkeypatch.setattr(features, "VALUES", values)
         parts = features.make_views(source, table, range(7), framing, 3, "cpu")
@@ -183,15 +182,15 @@ def photographs(root, count, size, exif=None, kind="JPEG", block=1):
 
 def test_a_large_photograph_is_cut_to_its_view_and_upright_before_it_is_rendered(tmp_path, monkeypatch):
     size = 32
-    most, render = [], features.render
-    monkeypatch.setattr(features, "render", lambda images, *rest: most.append(images) or render(images, *rest))
+    most, pad = [], data.pad_to_one_size
+    monkeypatch.setattr(data, "pad_to_one_size", lambda images: most.extend(images) or pad(images))
     views = []
     for name, exif in (("plain", None), ("turned", 6)):
         source = data.open_source(photographs(tmp_path / name, 2, (600, 800), exif))
         table = samples.read_table(source.root / "labels.csv", source)
         framing = features.Framing(data.eval_view("photo", size), (), 96, 2)
         views.append(features.make_views(source, table, range(2), framing, 2, "cpu")[0])
-    assert all(max(image.shape) <= 4 * size for images in most for image in images)
+    assert len(most) == 4 and all(max(image.shape) <= 4 * size for image in most)
     assert (views[0] - views[1]).abs().max() < 0.1  # JPEG, in another direction
     whole = source.read(0)
     plain = data.render_eval(whole[None], framing.view)

@@ -75,6 +75,9 @@ def test_what_cannot_be_compared_is_a_sentence(tmp_path):
     write(tmp_path / "b.csv", ["yes", "no"], ids=["0.jpg", "0.jpg"])
     with pytest.raises(ValueError, match="names 0.jpg twice"):
         compare(tmp_path)
+    (tmp_path / "b.csv").write_text("id,group,label,p_no,p_yes,decision,set\n0.jpg,0.jpg,,0.5,half,yes,\n")
+    with pytest.raises(ValueError, match="0.5,half,yes, is no row of this table"):
+        compare(tmp_path)
     (tmp_path / "b.csv").write_text("path,label\n0.jpg,yes\n")
     with pytest.raises(ValueError, match="name a CSV that tools/predict.py wrote"):
         compare(tmp_path)

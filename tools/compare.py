@@ -224,7 +224,7 @@ def table_rows(summary):
             spread = f" ({min(row['scores']):.3f} to {max(row['scores']):.3f})" if len(row["scores"]) > 1 else ""
             cells = [f"{row['mean']:.3f}{spread}", "", "", f"{row['seconds']:.0f} s", ""]
         if "difference" in row:
-            known = row["low"] is not None and np.isfinite(row["low"])
+            known = judge.exists(row["low"])
             ends = f"{row['low']:+.3f} to {row['high']:+.3f}" if known else "too few for an interval"
             cells[1:3] = f"{row['difference']:+.3f} ({ends})", f"{row['p_holm']:.3g}"
             cells[3] += f", {row['seconds'] / rows[arms_of.BASE]['seconds']:.2f} x"
@@ -256,8 +256,7 @@ def in_words(summary):
 
 def plot(summary):
     """Intervals of the differences; row k of the table is the k-th from below."""
-    known = [r.get("low") is not None and np.isfinite(r["low"]) for r in summary["arms"].values()]
-    rows = [(k, r) for k, r in enumerate(summary["arms"].values()) if known[k]]
+    rows = [(k, r) for k, r in enumerate(summary["arms"].values()) if judge.exists(r.get("low"))]
     base, ends = summary["arms"][arms_of.BASE]["scores"], [(r["low"], r["high"], np.nan) for _, r in rows]
     bars = np.ravel(ends), np.ravel([(k, k, np.nan) for k, _ in rows])
     each = [(score - zero, k) for k, r in rows for score, zero in zip(r["scores"], base)]

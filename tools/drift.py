@@ -219,10 +219,8 @@ def metric(name):
 
 def gather(args):
     """-> reference and current tables, policy, features of both or None."""
-    policy, reference = (
-        policies.read_policy(args.policy) if args.policy else None,
-        tables.read(args.reference, args.split),
-    )
+    policy = policies.read_policy(args.policy) if args.policy else None
+    reference = tables.read(args.reference, args.split)
     if not args.ckpt and not args.bundle:
         if folders := [path for path in args.current if path.is_dir() and not list(path.glob("*.npz"))]:
             raise ValueError(f"--current {folders[0]} holds no table; a folder of pictures needs --bundle or --ckpt")
@@ -266,19 +264,11 @@ def look(args):
     result |= {"lost": state["lost"], "wealth": state["last"]}
     write_all(args, result, columns, rows, reference.facts["classes"], wealth)
     numbers = {metric(name): s["value"] for name, s in found["statistics"].items()}
-    write_prom(
-        args,
-        word,
-        code,
-        numbers | {"drift_p": found["p"], "drift_pictures": len(q)} | coverage(rows[-1]) | watch.gauges(state),
-    )
+    numbers |= {"drift_p": found["p"], "drift_pictures": len(q), "drift_decided": rows[-1]["decided"]}
+    write_prom(args, word, code, numbers | watch.gauges(state))
     print(text)
     print(args.out / "report.html")
     return code
-
-
-def coverage(row):
-    return {} if row["decided"] is None else {"drift_decided": row["decided"]}
 
 
 def main(argv=None):

@@ -70,7 +70,7 @@ def refuse_strangers(policy, table, path):
             raise ValueError(f"{path} was fitted with another {name} than these predictions; fit the policy again")
 
 
-def open_look(args, policy, table, root):
+def open_look(args, table, root):
     """Records the look at val_test, before any number is computed."""
     if table.facts["split"] != "val_test":
         return 0
@@ -164,7 +164,7 @@ def main(argv=None):
         raise ValueError(f"{args.predictions[0]}: no sample has a label, so there is nothing to score")
     names = {*args.slices, policy["column"]} - {None}
     columns = {name: policies.column_of(args.labels, root, name, table.ids) for name in names}
-    looks = open_look(args, policy, table, root)
+    looks = open_look(args, table, root)
     out = rules.decide(policy, table.logits, table.ids, columns.get(policy["column"]))
     before, kept = evaluation.uncalibrated(policy, table.logits), out.decision >= 0
     sets = policy["steps"][-1]["kind"] == "conformal"

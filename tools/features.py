@@ -26,7 +26,7 @@ import torch
 from checkpoint import atomic_write
 from data import regular
 from model import load_backbone, read_facts
-from tools.lib import dense, judge, provenance, space
+from tools.lib import dense, judge, provenance, sheet, space
 from tools.lib.cli import Parser, above_zero, finite, pick_device, positive, run, within
 from tools.lib.files import write_json
 from tools.lib.progress import progress
@@ -97,7 +97,7 @@ def learn_basis(args, volume, grid, features):
     rows = torch.cat(rows).numpy()
     if len(rows) <= args.channels:
         raise ValueError(f"{args.volume}: {len(rows)} patches are not air; --patch-mm {args.patch_mm:g} is too large")
-    mean, axes, shares = dense.principal(rows.astype(np.float64), args.channels)
+    mean, axes, shares = sheet.principal(rows.astype(np.float64), count=args.channels)
     facts = {"shares": shares.tolist(), "patches": len(rows)}
     return {"mean": mean.astype(np.float32), "axes": axes.astype(np.float32), "kind": np.array("pca")}, facts
 

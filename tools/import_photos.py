@@ -105,10 +105,8 @@ def read_shards(root, shards, out):
         part = {"part": PART_OF[p]} if (p := re.split(r"[-_.]", shard.name)[0].casefold()) in PART_OF else {}
         rows = (row for batch in file.iter_batches(64) for row in batch.to_pylist())
         for number, row in enumerate(rows, 1):
-            where, picture = (
-                f"{shard.name}, row {number}",
-                take(row, ("image", "img"), f"{shard.name}, row {number}") or {},
-            )
+            where = f"{shard.name}, row {number}"
+            picture = take(row, ("image", "img"), where) or {}
             label = take(row, LABELS, where)
             label = classes[label] if classes and isinstance(label, int) else text_of(label)
             path = f"{name}/{number:06d}{PurePosixPath(picture.get('path') or 'x.jpg').suffix}"
@@ -188,10 +186,8 @@ def put(file, target, copy):
     copied = there and not linked and (there.st_size, there.st_mtime_ns) == (known.st_size, known.st_mtime_ns)
     if copied if copy else linked:
         return
-    new, real = (
-        target.with_name(f".{os.getpid()}.new"),
-        os.path.realpath(file) if file.is_symlink() else file.absolute(),
-    )
+    new = target.with_name(f".{os.getpid()}.new")
+    real = os.path.realpath(file) if file.is_symlink() else file.absolute()
     for way in [shutil.copy2] if copy else [os.link, os.symlink, shutil.copy2]:
         new.unlink(missing_ok=True)
         try:

@@ -26,7 +26,7 @@ import tools.lib.threads  # noqa: F401 - before torch
 import numpy as np
 import torch
 
-from data import denormalise, eval_view, look_windows, make_loader, render, select, weighed
+from data import denormalise, eval_view, look_windows, make_loader, place, render, select, weighed
 from tools.lib import autopsy, sheet
 from tools.lib.cli import ROOT, Parser, natural, pick_device, positive, run, within
 from tools.lib.files import write_json
@@ -67,12 +67,13 @@ def zoom_of(size):
 
 
 def slice_tile(source, batch, j):
-    """The image as read, without the padding of its batch, and the boxes of all its views; of CT in grey."""
-    image, boxes = batch.images[j], batch.plan.boxes[:, j]
-    height, width = np.ceil(boxes[:, 2:].max(0)).astype(int)  # photographs are cut to the union of their boxes
-    replaced = str(source.path(batch.ids[j])) in dict(batch.bad)
+    """A slice in grey, or a photograph as read, without the padding of its batch, and the boxes of all its views."""
+    image, boxes = autopsy.whole(source, batch, j), batch.plan.boxes[:, j]
+    height, width = np.ceil(boxes[:, 2:].max(0)).astype(int)
     if source.encoding != "photo":
-        height, width = image.shape[1:] if replaced else source.size(batch.ids[j])
+        i, (height, width) = autopsy.shown_id(source, batch, j), image.shape[1:]
+        boxes = place(select(batch.plan, [j]), [(height, width)], [source.body(i)]).boxes[:, 0]
+    replaced = str(source.path(batch.ids[j])) in dict(batch.bad)
     values = image[:, :height, :width] / 255
     if image.dtype == torch.int16:
         level, span = eval_view(source.encoding)["window"]
@@ -83,7 +84,7 @@ def slice_tile(source, batch, j):
     picture = sheet.fit(sheet.picture(0.8 * values.clamp(0, 1)), SIDE)  # dimmed, for the boxes
     names = ["g1", "g2", *(str(v) for v in range(1, len(boxes) - 1))]
     named = [(box * factor, colour_of(v), name, 3 - (v > 1)) for v, (box, name) in enumerate(zip(boxes, names))]
-    titles = ["BROKEN FILE: the stand-in" if replaced else "as read, with the boxes of all views"]
+    titles = ["BROKEN FILE: the stand-in" if replaced else "with the boxes of all views"]
     if source.encoding != "photo":
         picture = sheet.scale_bar(picture, source.rows[batch.ids[j]]["spacing_x"] / factor)
         titles.append("in the views: R, G, B = slices z-1, z, z+1")

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from checkpoint import write_text
 from data import read_csv, read_labels
 from tools.lib.cli import Parser, run, share, shown
-from tools.lib.files import csv_cell, csv_text, write_json
+from tools.lib.files import csv_cell, csv_text, to_number, write_json
 from tools.lib.thresholds import binomial_cdf
 
 LEFT = "left"  # the decision of what is left to others
@@ -44,11 +44,8 @@ def read_said(path):
         raise ValueError(f"{path}: columns {shown(','.join(header))}; name a CSV that tools/predict.py wrote")
     said, place = {}, header.index("decision")
     for row in (row for piece in pieces for row in piece if row):
-        try:
-            p = np.array([float(cell) for cell in row[3 : 3 + len(classes)]])
-        except ValueError:
-            p = np.zeros(0)
-        if len(row) != len(header) or len(p) != len(classes):
+        p = np.array([to_number(cell) for cell in row[3 : 3 + len(classes)]])
+        if len(row) != len(header) or np.isnan(p).any():
             raise ValueError(f"{path}: {shown(','.join(row))} is no row of this table; write it anew")
         decision = row[place] or classes[p.argmax()]
         if row[0] in said:

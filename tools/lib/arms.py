@@ -13,6 +13,7 @@ import numpy as np
 
 from tools.lib import commands, metrics
 from tools.lib.cli import shown
+from tools.lib.files import to_number
 
 BASE = "base"
 SURE = 0.04  # of all arms together (Holm)
@@ -51,11 +52,8 @@ def read_space(path):
         flag, kind, *values = [*text.split(), ""][: max(2, len(text.split()))]
         good = flag.startswith("--") and kind in ("log", "uniform", "choice") and values
         if good and kind != "choice":
-            try:
-                values = [float(value) for value in values]
-                good = len(values) == 2 and values[0] < values[1] and (kind == "uniform" or values[0] > 0)
-            except ValueError:
-                good = False
+            values = [to_number(value) for value in values]
+            good = len(values) == 2 and values[0] < values[1] and (kind == "uniform" or values[0] > 0)
         if not good:
             raise ValueError(f"{where}: {shown(text)!r}: write '--lr log 1e-4 1e-2', '--dropout uniform 0 0.5' or "
                              "'--rank choice 4 8 16'")  # fmt: skip

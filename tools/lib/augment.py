@@ -59,10 +59,10 @@ def find_row(text):
     for part in filter(None, rest.split(",")):
         key, _, value = part.partition("=")
         try:
-            number = type(getattr(row, key))(value)
+            number = type(Row._field_defaults[key])(value)
             if not LIMITS[key][0] <= number <= LIMITS[key][1]:
                 raise ValueError
-        except (ValueError, AttributeError, TypeError, KeyError):
+        except (ValueError, KeyError):
             known = ", ".join(f"{k} {a:g} to {b:g}" for k, (a, b) in LIMITS.items())
             raise ValueError(f"--aug {text}: {part!r} is not one of {known}") from None
         row = row._replace(**{key: number})
@@ -361,10 +361,3 @@ def render(read, labels, classes, view, device):
         targets = F.one_hot(torch.from_numpy(labels[read.ids]), classes).float().to(device)
         views, targets = mix(views, targets, read.draws)
         return data.normalise(views[: read.own]), targets[: read.own]
-
-
-def start_reading(source, row, layout, size, seed, steps, batch, micro_batch, rank, world, workers, pin_memory,
-                  every=False):  # fmt: skip
-    """The micro-batches of these updates in order, read ahead by processes; a broken file is an error."""
-    pictures = Pictures(source, row, layout, size, seed, steps, batch, micro_batch, rank, world, every)
-    return data.read_ahead(pictures, workers, pin_memory, skip_bad=0)

@@ -9,6 +9,7 @@ is the part of the batch's gradient along itself, so shares add up to 1. Prototy
 """
 
 import contextlib
+import hashlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -79,13 +80,20 @@ def place(p, k):
     return {"at": [int(i) for i in np.unravel_index(int(k), p.shape)]}
 
 
+def shown_id(source, batch, j):
+    """Of the image that is in this place: its own, or of a broken file that of the next good one, which stands in."""
+    bad, n = dict(batch.bad), len(batch.ids)
+    return next(batch.ids[k % n] for k in range(j, j + n) if str(source.path(batch.ids[k % n])) not in bad)
+
+
+def whole(source, batch, j):
+    """Image j of a micro-batch: all of a slice, of which training reads a part; a photograph as it was read."""
+    return batch.images[j] if source.encoding == "photo" else source.read(shown_id(source, batch, j))
+
+
 def pixels(source, batch, j):
-    """What image j of a micro-batch as read consists of: its name, its values without padding, its windows' input."""
-    i = batch.ids[j]
-    image = batch.images[j]
-    if source.encoding != "photo":
-        height, width = source.size(i)
-        image = image[:, :height, :width]
+    """What image j of a micro-batch consists of: its name, its values, its windows' input."""
+    i, image = batch.ids[j], whole(source, batch, j)
     low, high = (int(v) for v in image.aminmax())
     unit = " HU" if source.encoding == "hu16-v1" else ""
     middle = image[1]
@@ -94,12 +102,13 @@ def pixels(source, batch, j):
     return {"id": int(i), "name": slice_name(source, i), "low": low, "high": high, "flat": flat, "words": words}
 
 
-def copies(read):
+def copies(source, read):
     """Groups of images of the batch with equal pixels: [[(micro, j), ...]]."""
     found = {}
     for m, batch in enumerate(read):
-        for j, image in enumerate(batch.images):
-            found.setdefault(image.numpy().tobytes(), []).append((m, j))
+        for j in range(len(batch.ids)):
+            key = hashlib.sha256(whole(source, batch, j).numpy().tobytes()).digest()
+            found.setdefault(key, []).append((m, j))
     return [places for places in found.values() if len(places) > 1]
 
 
@@ -323,7 +332,7 @@ def examine(replay, micro_batches, read, another):
     """The update's numbers, image by image, and a sentence -> dict for JSON. another(m, j) -> micro-batches with
     another image in that place, drawn alike, and its name."""
     found = {"weights": list(odd_weights({"student": replay.student, "teacher": replay.teacher, "gram": replay.gram}))}
-    found["copies"], found["temperature"] = copies(read), replay.weights.teacher_temp
+    found["copies"], found["temperature"] = copies(replay.source, read), replay.weights.teacher_temp
     images = [
         {"micro": m, "at": j, **pixels(replay.source, b, j)} for m, b in enumerate(read) for j in range(len(b.ids))
     ]

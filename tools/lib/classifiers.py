@@ -17,7 +17,7 @@ import data
 from model import Classifier, Head, load_backbone
 from tools.lib import fused, provenance, tables
 from tools.lib.cli import shown
-from tools.lib.features import CPU_VIEWS, VALUES, ahead
+from tools.lib.features import CPU_VIEWS, ahead, rendered
 from tools.lib.files import wrong_field
 from tools.lib.fusion import probabilities
 from tools.lib.progress import progress
@@ -100,22 +100,9 @@ def layout_of(text):
 
 
 def views_of(source, rows, layout, view, device):
-    """Views [len(rows), V, 3, size, size] of some pictures; memory for pixels depends on VALUES, not on their size."""
-    (layout, flips), views, images, boxes = layout_of(layout), [], [], []
-
-    def render():
-        pixels, at = data.pad_to_one_size(images).to(device), np.stack(boxes, 1)  # [V, b, 4]
-        views.append(data.render_views(pixels, view, at, flips).transpose(0, 1))
-        images.clear(), boxes.clear()
-
-    for i in rows:
-        pixels, at = data.read_view(source, int(i), layout, view["size"])
-        if images and (len(images) + 1) * max(p.numel() for p in (pixels, *images)) > VALUES:
-            render()
-        images.append(pixels)
-        boxes.append(at)
-    render()
-    return torch.cat(views)
+    """Views [len(rows), V, 3, size, size] of some pictures."""
+    layout, flips = layout_of(layout)
+    return rendered((data.read_view(source, int(i), layout, view["size"]) for i in rows), view, device, flips)
 
 
 def looked_at(source, rows, layout, view, device, batch, workers, name):

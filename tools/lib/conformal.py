@@ -1,4 +1,4 @@
-"""From probabilities to sets that hold the truth as often as promised. Copyable: imports numpy and torch only.
+"""From probabilities to sets that hold the truth as often as promised. Copyable: imports numpy only.
 
     fit, apply = METHODS["raps"]
     found = fit(probabilities, labels, alpha=0.1, ids=ids)      # [N, C], [N] of val_calib -> plain dict, ready for JSON
@@ -14,7 +14,6 @@ import hashlib
 import inspect
 
 import numpy as np
-import torch
 
 
 def check(probabilities, labels, alpha):
@@ -248,13 +247,3 @@ METHODS = {
     "scrc": (fit_scrc, apply_risk),
     "crcp": (fit_crcp, apply_sets),
 }
-
-
-def size_loss(probabilities, labels, alpha, width=0.02, temperature=0.1):
-    """What sets cost, to train through (Stutz 2022; Yeh 2025, arXiv:2510.08748): mean size of soft lac sets.
-    Half of the batch gives the quantile, smoothed over `width` of its ranks; the other half pays."""
-    half = len(labels) // 2
-    ranks = (torch.arange(half, device=labels.device) + 1.0 - (half + 1) * (1 - alpha)) / max(1.0, width * half)
-    scores = 1 - probabilities[:half].gather(1, labels[:half, None])[:, 0]
-    q = ((-ranks.square() / 2).softmax(0) * scores.sort().values).sum()
-    return torch.sigmoid((q - (1 - probabilities[half:])) / temperature).sum(1).mean()

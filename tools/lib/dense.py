@@ -144,13 +144,3 @@ def index_of(volume, point):
         place, first, last = (" ".join(f"{v:.4g}" for v in values[:3]) for values in (point, *ends.T))
         raise ValueError(f"--point {place} mm lies outside the volume, whose corners are {first} and {last}")
     return index
-
-
-def principal(rows, count):
-    """Main directions of rows [M, D] -> mean [D], axes [D, count] along which rows have deviation 1, shares [count]."""
-    mean = rows.mean(0)
-    values, vectors = np.linalg.eigh((rows - mean).T @ (rows - mean) / len(rows))
-    values, axes = values[::-1][:count], vectors[:, ::-1][:, :count]
-    axes = axes * np.sign(np.take_along_axis(axes, np.abs(axes).argmax(0, keepdims=True), 0))
-    total = max(np.square(rows - mean).sum(1).mean(), 1e-12)
-    return mean, axes / np.sqrt(np.maximum(values, 1e-8 * total)), values / total

@@ -56,28 +56,40 @@ def read_sample(source, table, k, framing, grid):
     return *data.read_view(source, i, boxes, size), inside / inside.sum(1, keepdims=True)
 
 
-def render(images, boxes, view, device):
-    """Pixels of b samples and their boxes [S, 4] -> views [b, S, 3, side, side]."""
-    images, boxes = data.pad_to_one_size(images).to(device), np.stack(boxes, 1)  # [S, b, 4]
-    return torch.stack([data.render_eval(images, view, at) for at in boxes], 1)
-
-
-def make_views(source, table, members, framing, grid, device):
-    """Views [b * S, 3, side, side] and patch weights [b * S, N] of some samples.
+def rendered(samples, view, device, flips=None):
+    """Pixels and boxes [S, 4] of n samples, one after the other -> views [n, S, 3, side, side]; flips [S]; None: none.
 
     Few enough at once are padded and rendered that memory depends on VALUES, not on the size of the pictures.
     """
-    views, weights, images, boxes = [], [], [], []
-    for k in members:
-        pixels, crops, inside = read_sample(source, table, k, framing, grid)
+    views, images, boxes = [], [], []
+
+    def render():
+        pixels, at = data.pad_to_one_size(images).to(device), np.stack(boxes, 1)  # [S, b, 4]
+        mirrored = np.zeros(len(at), bool) if flips is None else flips
+        views.append(data.render_views(pixels, view, at, mirrored).transpose(0, 1))
+        images.clear(), boxes.clear()
+
+    for pixels, at in samples:
         if images and (len(images) + 1) * max(p.numel() for p in (pixels, *images)) > VALUES:
-            views.append(render(images, boxes, framing.view, device))
-            images, boxes = [], []
+            render()
         images.append(pixels)
-        boxes.append(crops)
-        weights.append(inside)
-    views.append(render(images, boxes, framing.view, device))
-    return torch.cat(views).flatten(0, 1), torch.from_numpy(np.concatenate(weights)).to(device)
+        boxes.append(at)
+    render()
+    return torch.cat(views)
+
+
+def make_views(source, table, members, framing, grid, device):
+    """Views [b * S, 3, side, side] and patch weights [b * S, N] of some samples."""
+    weights = []
+
+    def samples():
+        for k in members:
+            pixels, crops, inside = read_sample(source, table, k, framing, grid)
+            weights.append(inside)
+            yield pixels, crops
+
+    views = rendered(samples(), framing.view, device).flatten(0, 1)
+    return views, torch.from_numpy(np.concatenate(weights)).to(device)
 
 
 def ahead(function, items, workers):

@@ -11,6 +11,7 @@ sentence that names the file, the field, what was found and what to do.
 import csv
 import io
 import json
+import math
 import os
 import re
 from datetime import datetime, timezone
@@ -162,6 +163,14 @@ def csv_text(rows, exact=0):
         # before Python 3.13 the writer leaves a lone \r unquoted, and readers take it for a new line
         (quoted if any("\r" in str(cell) for cell in cells[:exact]) else plain).writerow(cells)
     return text.getvalue()
+
+
+def to_number(text):
+    """A cell as a number; NaN where it is none."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 def walk_files(root):

@@ -17,6 +17,7 @@ from torch import nn
 import data
 from model import Classifier
 from tools.lib.cli import shown
+from tools.lib.files import to_number
 from tools.lib.fusion import Fusion, hash_text
 
 COLUMNS = {"gps": ("lat", "lon"), "text": ("text",)}  # where a field comes from, if not from the column of its name
@@ -49,11 +50,10 @@ class FusedClassifier(Classifier):
         return self.head(x, facts, known)
 
     @torch.inference_mode()
-    def of_views(self, views, source, rows, chunk=96):
+    def of_views(self, views, source, rows):
         """Views of rows of a Source -> logits [N, 1, C], by what is known of them too."""
-        facts = facts_at(source, rows, self.fields)
-        facts = facts and {name: value.to(views.device) for name, value in facts.items()}
-        return self(views, facts, chunk=chunk).logits[:, None].float().cpu().numpy()
+        facts = facts_at(source, rows, self.fields, views.device)
+        return self(views, facts).logits[:, None].float().cpu().numpy()
 
     @torch.inference_mode()
     def of_features(self, x, source, rows):
@@ -99,14 +99,11 @@ def texts_of(source, rows, column):
 
 
 def degrees(text, most):
-    try:
-        value = float(text)
-    except ValueError:
-        return math.nan
+    value = to_number(text)
     return value if abs(value) <= most else math.nan
 
 
-def facts_at(source, rows, fields):
+def facts_at(source, rows, fields, device="cpu"):
     """{field: tensor} of some rows, for Fusion; None without fields."""
     facts = {}
     for name, kind in fields.items():
@@ -118,7 +115,7 @@ def facts_at(source, rows, fields):
         else:
             place = {value: k for k, value in enumerate(kind)}
             facts[name] = torch.tensor([place.get(text, -1) for text in texts_of(source, rows, name)])
-    return facts or None
+    return {name: value.to(device) for name, value in facts.items()} or None
 
 
 # ----- masks of objects

@@ -7,28 +7,13 @@ The first of the predictions is named "probe". Whether a difference is proven is
 """
 
 import functools
-import hashlib
 
 import numpy as np
 import torch
 
 import data
 from model import build_vit
-from tools.lib import fits, page
-from tools.lib.metrics import (
-    all_metrics,
-    auc,
-    calibration_error,
-    interval,
-    matched_auc,
-    matched_pairs,
-    p_value,
-    precision_recall_curve,
-    reliability,
-    resample,
-    roc_curve,
-    score_of,
-)
+from tools.lib import fits, metrics, page, policies
 
 CLAIMS = {  # pair whose AUCs are compared: what a proven gain means, a proven loss, neither
     ("probe", "size"): (
@@ -59,10 +44,10 @@ def estimate(statistic, predictions, groups, repeats=2000):
         values = [statistic(p, weights) for p in predictions]
         return np.stack([np.mean([one[name] for one in values], 0) for name in names], 1)
 
-    drawn, out = resample(means, groups, repeats), {}
+    drawn, out = metrics.resample(means, groups, repeats), {}
     if len(np.unique(groups)) < FEWEST:
         drawn = np.full_like(drawn, np.nan)
-    for name, low, high in zip(names, *interval(drawn)):
+    for name, low, high in zip(names, *metrics.interval(drawn)):
         values = [point[name] for point in points]
         out[name] = {"value": np.mean(values), "low": low, "high": high, "spread": np.std(values)}
     return {name: {k: float(v) for k, v in item.items()} for name, item in out.items()}, dict(zip(names, drawn.T))
@@ -71,8 +56,8 @@ def estimate(statistic, predictions, groups, repeats=2000):
 def difference(values, draws):
     """Two values and their paired draws -> {value, low, high, p}."""
     apart = draws[0] - draws[1]
-    low, high = interval(apart)
-    return {"value": float(values[0] - values[1]), "low": float(low), "high": float(high), "p": p_value(apart)}
+    low, high = metrics.interval(apart)
+    return {"value": float(values[0] - values[1]), "low": float(low), "high": float(high), "p": metrics.p_value(apart)}
 
 
 def judge(labels, groups, predictions, folds, sizes=None, repeats=2000):
@@ -82,7 +67,7 @@ def judge(labels, groups, predictions, folds, sizes=None, repeats=2000):
     """
 
     def everything(item, weights):
-        return all_metrics(labels, item[0], weights, item[1])
+        return metrics.all_metrics(labels, item[0], weights, item[1])
 
     estimates = {name: estimate(everything, list(zip(p, folds)), groups, repeats) for name, p in predictions.items()}
     result = {"samples": len(labels), "patients": len(np.unique(groups)), "unit": "patients", "differences": {}}
@@ -100,7 +85,7 @@ def calibration_by_chance(predictions, draws=500):
     random, errors = np.random.default_rng(0), []
     for p in (predictions[k % len(predictions)] for k in range(draws)):
         truth = (random.random((len(p), 1)) > np.cumsum(p, 1)[:, :-1]).sum(1)
-        errors.append(calibration_error(truth, score_of(p)))
+        errors.append(metrics.calibration_error(truth, metrics.score_of(p)))
     return {"mean": float(np.mean(errors)), "high": float(np.quantile(errors, 0.95))}
 
 
@@ -109,17 +94,17 @@ def judge_by_size(labels, groups, predictions, folds, sizes, repeats):
     edges = np.quantile(sizes, [0, 1 / 3, 2 / 3, 1])
     third = np.searchsorted(edges[1:3], sizes, "right")
     parts = [np.flatnonzero(third == k) for k in range(3)]
-    result = {"matched": {"pairs": int(matched_pairs(labels, sizes).sum()), "tolerance": 0.1}}
+    result = {"matched": {"pairs": int(metrics.matched_pairs(labels, sizes).sum()), "tolerance": 0.1}}
     result["terciles"] = [{"mm": edges[k : k + 2].tolist(), "samples": len(part)} for k, part in enumerate(parts)]
 
     def matched(item, weights):
-        return {"auc": matched_auc(labels, item[0], sizes, weights=weights, folds=item[1])}
+        return {"auc": metrics.matched_auc(labels, item[0], sizes, weights=weights, folds=item[1])}
 
     def within(item, weights, part):
-        return {"auc": auc(labels[part], item[0][part], weights, item[1][part])}
+        return {"auc": metrics.auc(labels[part], item[0][part], weights, item[1][part])}
 
     for name in (name for name in ("probe", "size", "random weights") if name in predictions):
-        items = list(zip(map(score_of, predictions[name]), folds))
+        items = list(zip(map(metrics.score_of, predictions[name]), folds))
         if result["matched"]["pairs"]:
             result["matched"][name] = estimate(matched, items, groups, repeats)[0]["auc"]
         for line, part in zip(result["terciles"], parts):
@@ -148,7 +133,7 @@ def label_efficiency(predictors, labels, groups, train, seeds):
             plans += [(fit[None], ~train[None])] if enough else []
         predictions = fits.held_out(predictors, labels, groups, plans)[0] if len(plans) == seeds else {}
         for name, points in curves.items():
-            aucs = [auc(labels[~train], score_of(p[~train])) for p in predictions.get(name, ())]
+            aucs = [metrics.auc(labels[~train], metrics.score_of(p[~train])) for p in predictions.get(name, ())]
             points.append([float(np.mean(aucs)), min(aucs), max(aucs)] if aucs else None)
     return {"shares": FRACTIONS, "auc": curves}
 
@@ -293,9 +278,9 @@ def draw(result, labels, classes, predictions, sizes):
     else:
         scores = {name: (labels == k, mean["probe"][:, k]) for k, name in enumerate(classes)}
     chance = {"chance": ([0, 1], [0, 1])}
-    roc = {name: roc_curve(*pair) for name, pair in scores.items()}
-    recall = {name: precision_recall_curve(*pair) for name, pair in scores.items()}
-    weight, probability, truth = reliability(labels, score_of(mean["probe"]))
+    roc = {name: metrics.roc_curve(*pair) for name, pair in scores.items()}
+    recall = {name: metrics.precision_recall_curve(*pair) for name, pair in scores.items()}
+    weight, probability, truth = metrics.reliability(labels, metrics.score_of(mean["probe"]))
     full = weight > 0
     bins = {"probe, 10 bins": (probability[full] / weight[full], truth[full] / weight[full])}
     plots = [
@@ -351,7 +336,7 @@ def section(result, labels, classes, predictions, sizes=None):
         names = ("probe", "size", "random weights")
         cells = [[name, *(two_lines(in_words(a[n])) if n in a else "one class" for n in names)] for name, a in lines]
         parts.append(page.table(["AUC within", *names], cells))
-    filled = np.count_nonzero(reliability(labels, score_of(predictions["probe"].mean(0)))[0])
+    filled = np.count_nonzero(metrics.reliability(labels, metrics.score_of(predictions["probe"].mean(0)))[0])
     parts.append(calibration(result, filled))
     return page.section(result["title"], *parts, page.row(*draw(result, labels, classes, predictions, sizes)))
 
@@ -412,8 +397,7 @@ def random_backbones(arch, seed, count=1):
 
 def weights_sha256(path):
     """Of a file, or of the safetensors file of a folder; of several files the hash of their hashes."""
-    hashes = [data.file_sha256(file) for file in ([path] if path.is_file() else sorted(path.glob("*.safetensors")))]
-    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+    return policies.hash_of(map(data.file_sha256, [path] if path.is_file() else sorted(path.glob("*.safetensors"))))
 
 
 def used_by(program, ckpt, labels, why):

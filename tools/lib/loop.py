@@ -57,6 +57,10 @@ def set_precision(args, device):
         torch.use_deterministic_algorithms(True)
 
 
+def heads_of(model):
+    return [getattr(model, name) for name in ("dino_head", "ibot_head") if hasattr(model, name)]
+
+
 def shard(model, device):
     if device.type == "cpu" and torch.__version__.startswith("2.8"):
         raise ValueError(
@@ -64,8 +68,7 @@ def shard(model, device):
         )
     from torch.distributed.fsdp import fully_shard
 
-    heads = [getattr(model, name) for name in ("dino_head", "ibot_head") if hasattr(model, name)]
-    for module in (*getattr(model, "backbone", model).blocks, *heads):
+    for module in (*getattr(model, "backbone", model).blocks, *heads_of(model)):
         fully_shard(module)
     return fully_shard(model, reshard_after_forward=True)  # the teacher has no backward that would do it
 
@@ -73,14 +76,16 @@ def shard(model, device):
 def on_device(args, model, nets, world, device, whole=False):
     """Compile, shard or move `nets` as the flags say -> `model`, one of them, as it is called: itself, or wrapped.
 
-    whole: compile the last block too; elsewhere it runs on other rows each time and would be compiled anew.
+    whole: compile the last block and the heads too; elsewhere they run on other rows each time, compiled anew for each.
     """
     for m in nets:
         getattr(m, "backbone", m).stream = torch.bfloat16 if args.precision == "bf16-stream" else None
     if args.compile:  # every size is a shape of its own: at the usual 8 torch goes on uncompiled
         torch._dynamo.config.recompile_limit = 64
-        for block in (b for m in nets for b in getattr(m, "backbone", m).blocks[: None if whole else -1]):
-            block.compile(dynamic=False)  # mixed --sizes: guessed dynamic shapes fail in the backward (torch 2.13, CPU)
+        parts = [block for m in nets for block in getattr(m, "backbone", m).blocks[: None if whole else -1]]
+        parts += [head.mlp for m in nets if whole for head in heads_of(m)]
+        for part in parts:
+            part.compile(dynamic=False)  # mixed --sizes: guessed dynamic shapes fail in the backward (torch 2.13, CPU)
     for m in nets:
         if args.fsdp and world > 1:
             shard(m, device)  # from the CPU, part by part: no card ever holds a whole network

@@ -8,7 +8,7 @@ from pathlib import Path
 from checkpoint import atomic_write
 from data import INDEX_COLUMNS, file_sha256, read_csv
 from tools.lib.cli import shown
-from tools.lib.files import VERSION, created_utc, csv_text, is_a, read_json_file, write_json, wrong_field
+from tools.lib.files import VERSION, created_utc, csv_text, is_a, read_json_file, to_number, write_json, wrong_field
 
 SERIES = {"files": int, "bytes": int, "sha256": str}  # fields of one series in a manifest
 MANIFEST = {"encoding": str, "index_sha256": str, "series": dict, "rejected": list, "handled": dict}
@@ -88,10 +88,7 @@ def read_rows(root, dataset):
 
 
 def millimetres(root, row, name):
-    try:
-        value = float(row[name])
-    except ValueError:
-        value = math.nan
+    value = to_number(row[name])
     if not math.isfinite(value):
         raise ValueError(f"{index_path(root)}: {name} of {shown(row['path'])} is {shown(row[name])}; preprocess again")
     return value

@@ -91,13 +91,3 @@ def follow(state, scores, ids, when=None):
     state["capital"] = [c.tolist() for c in capital]
     state["last"] = out[-1] if out else state["last"]
     return np.array(out)
-
-
-def in_words(state, guarantee=""):
-    """A sentence for people."""
-    if state["lost"]:
-        when = f" ({state['lost']['when']})" if state["lost"]["when"] else ""
-        what = f": the {guarantee} no longer holds" if guarantee else ""
-        return f"exchangeability lost at picture {state['lost']['picture']:,}{when}{what}"
-    return (f"no sign against exchangeability in {state['seen']:,} pictures (wealth {state['last'] or 1:.3g}, at most "
-            f"{state['most']:.3g}; lost at {1 / state['delta']:g})")  # fmt: skip

@@ -5,8 +5,8 @@ are means over one class against the rest. `weights` are counts of each sample, 
 at once (5 times as fast as one call each), which puts `repeats` in front of the result. One class alone has no AUC: an
 error for the data as given, NaN for a resample.
 
-    low, high = bootstrap(lambda i: auc(labels[i], scores[i]), groups)                  # any statistic
-    values = resample(lambda w: auc(labels, scores, w), groups)                         # the same, fast: [repeats]
+    values = resample(lambda w: auc(labels, scores, w), groups)         # [repeats], over resampled patients
+    low, high = interval(values)
 
 What a table of numbers needs (`rates`, `worth`, `slices`) says None where a class is absent: never 0, never NaN.
 """
@@ -143,33 +143,26 @@ def brier(labels, probabilities, weights=None):
     return mean(errors, weights)
 
 
-def reliability(labels, probabilities, bins=10, weights=None):
-    """Per bin of equal width: weight, summed probability, summed truth, three [.., bins].
+def reliability(labels, probabilities, bins=10, weights=None, mass=False):
+    """Per bin: weight, summed probability, summed truth, three [.., bins]. Bins of equal width, or of equal mass.
 
-    Probability and truth of class 1; of several classes those of the likeliest one.
+    Probability and truth of class 1; of several classes those of the likeliest one. Equal probabilities share a bin.
     """
     labels, p, weights = check(labels, probabilities, weights, classes=1)  # of a draw by chance all may be of one
     if p.min() < 0 or p.max() > 1:
         raise ValueError(f"probabilities from {p.min():.3g} to {p.max():.3g}: calibration needs 0 to 1")
     p, truth = claims(labels, p)
-    member = np.minimum((p * bins).astype(int), bins - 1)[:, None] == np.arange(bins)  # [n, bins]
+    place = np.minimum((p * bins).astype(int), bins - 1)
+    if mass:
+        _, value, count = np.unique(p, return_inverse=True, return_counts=True)
+        place = ((np.cumsum(count) - count) * bins // len(p))[value]  # by the first of equal ones
+    member = place[:, None] == np.arange(bins)  # [n, bins]
     return [weights @ (member * values[:, None]) for values in (np.ones_like(p), p, truth)]
 
 
 def claims(labels, p):
     """The probability that is judged and whether it came true: that of class 1; of several classes the likeliest."""
     return (p, labels.astype(float)) if p.ndim == 1 else (p.max(1), (labels == p.argmax(1)).astype(float))
-
-
-def binned(p, truth, bins, mass=False):
-    """Weight, summed probability and truth of each bin that is not empty; equal probabilities share a bin."""
-    if mass:
-        _, place, count = np.unique(p, return_inverse=True, return_counts=True)
-        member = ((np.cumsum(count) - count) * bins // len(p))[place]  # by the first of equal ones
-    else:
-        member = np.minimum((p * bins).astype(int), bins - 1)
-    sums = np.stack([np.bincount(member, values, bins) for values in (np.ones_like(p), p, truth)])
-    return sums[:, sums[0] > 0]
 
 
 def calibration_error(labels, probabilities, bins=10, weights=None):
@@ -185,14 +178,14 @@ def calibration_errors(labels, probabilities, bins=15):
     """
     labels, p, _ = check(labels, probabilities)
     columns = np.stack([1 - p, p], 1) if p.ndim == 1 else p
-    each = [binned(columns[:, k], labels == k, bins) for k in range(columns.shape[1])]
-    sums = {"ece": reliability(labels, p, bins), "ece_mass": binned(*claims(labels, p), bins, mass=True)}
+    each = [reliability(labels == k, columns[:, k], bins) for k in range(columns.shape[1])]
+    sums = {"ece": reliability(labels, p, bins), "ece_mass": reliability(labels, p, bins, mass=True)}
     values = {name: np.abs(said - true).sum() / weight.sum() for name, (weight, said, true) in sums.items()}
     values["ece_classes"] = np.mean([np.abs(said - true).sum() / weight.sum() for weight, said, true in each])
-    weight, said, true = sums["ece_mass"]
+    weight, said, true = np.compress(sums["ece_mass"][0] > 0, sums["ece_mass"], 1)
     chance = true / weight * (1 - true / weight) / np.maximum(weight - 1, 1)
     squared = (weight * (((said - true) / weight) ** 2 - chance)).sum() / weight.sum()
-    weight, said, true = binned(*claims(labels, p), bins)
+    weight, said, true = np.compress(sums["ece"][0] > 0, sums["ece"], 1)
     values |= {"ece_debiased": np.sqrt(max(0.0, squared)), "mce": np.max(np.abs(said - true) / weight)}
     return {name: float(value) for name, value in values.items()}
 
@@ -347,28 +340,6 @@ def holm(p_values):
     order = np.argsort(p, kind="stable")
     raised = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
     return np.minimum(raised, 1.0)[np.argsort(order, kind="stable")]
-
-
-def paired(statistic, first, second, groups, repeats=2000, seed=0, strata=None):
-    """statistic(values, weights) of two predictors over the same resamples -> {difference, low, high, p}."""
-    drawn = resample(lambda w: statistic(first, w) - statistic(second, w), groups, repeats, seed, strata)
-    low, high = interval(drawn)
-    point = statistic(first, None) - statistic(second, None)
-    return {"difference": float(point), "low": float(low), "high": float(high), "p": p_value(drawn)}
-
-
-def bootstrap(statistic, groups, repeats=2000, seed=0):
-    """95% interval of statistic(indices) -> float over resampled groups; a resample of one class is left out."""
-    statistic(np.arange(len(groups)))  # what is wrong with the data as given is an error
-    values = []
-    for weights in draws(groups, repeats, seed):
-        for row in weights:
-            index = np.repeat(np.arange(len(row)), row)
-            try:
-                values.append(statistic(index))
-            except ValueError:  # check() above: one class
-                values.append(np.nan)
-    return interval(values)
 
 
 # All of them at once. In probabilities [n, K] of K = 2 classes the second column is the score.

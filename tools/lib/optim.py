@@ -110,7 +110,7 @@ class AdEMAMix(Stepper):
 class Sophia(Stepper):
     """Mean gradient over a diagonal Hessian, each number clipped to 1 (arXiv:2305.14342).
 
-    Before the first and about every tenth step give observe() an estimate by hutchinson() or gauss_newton().
+    Before the first and about every tenth step give observe() an estimate by gauss_newton().
     """
 
     def __init__(self, params, lr=2e-4, betas=(0.965, 0.99), gamma=0.01, eps=1e-12, weight_decay=0.0):
@@ -126,15 +126,6 @@ class Sophia(Stepper):
         m = self.buffer(p, "exp_avg").lerp_(grad, 1 - group["betas"][0])
         move = m / (group["gamma"] * self.buffer(p, "hessian")).clamp_(min=group["eps"])
         p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(group["lr"] * move.clamp_(-1, 1))
-
-
-def hutchinson(loss, params, generator=None):
-    """u * (Hessian u) for a normal u. Attention must run on the math kernel: others have no second derivative."""
-    params = list(params)
-    grads = torch.autograd.grad(loss, params, create_graph=True)
-    us = [torch.randn(p.shape, generator=generator).to(p) for p in params]
-    products = torch.autograd.grad(sum((g * u).sum() for g, u in zip(grads, us)), params)
-    return {p: u * product for p, u, product in zip(params, us, products)}
 
 
 def gauss_newton(params, n):

@@ -63,11 +63,14 @@ def measure_render(point, device):
         pictures = [[Image.fromarray(plane) for plane in x.numpy().astype(np.float32)] for x in images]
     ways = {"ours": functools.partial(data.render, images.to(device), plan)}
     ways["Pillow"] = functools.partial(pillow_render, pictures, images.dtype, plan)
+    if device.type != "cpu":
+        ways["compiled"] = functools.partial(data.render, images.to(device), plan, True)
     with FlopCounterMode(display=False) as counter:
         ways["ours"]()
     times, limits = alternate(ways, device, point["seconds"], gemm(device))
     share = share_of(limits["ours"], counter.get_total_flops() / 1e12, times["ours"])
     note = f"{ratio(times['Pillow'], times['ours']):.2f} x Pillow, crop by crop on one thread"
+    note += f"; compiled {ratio(times['ours'], times['compiled']):.2f} x as fast" if "compiled" in times else ""
     more = dict(seconds=times, limits=limits)
     return [as_row(point["setting"], count / median(times["ours"]), "images/s", share, "GEMM", note, **more)]
 

@@ -3,7 +3,6 @@
 Nodule tables (tools/lidc_nodules.py) name places in CT in millimetres; any other table is path,label[,group].
 """
 
-import math
 from typing import NamedTuple
 
 import numpy as np
@@ -11,6 +10,7 @@ import numpy as np
 import data
 from tools.lib import broken
 from tools.lib.cli import shown
+from tools.lib.files import to_number
 from tools.lib.slices import find_slice
 
 CROPS = "crops"  # a unit of tables that tools/import_crops.py writes: whose nodules they are, nobody says
@@ -63,13 +63,6 @@ def refuse_doubled(path, names):
         if name in first:
             raise in_row(path, k, f"{shown(name)} stands in row {first[name] + 2} already; keep one row for each")
         first[name] = k
-
-
-def to_number(text):
-    try:
-        return float(text)
-    except ValueError:
-        return math.nan
 
 
 def read_places(path, rows, source, index):

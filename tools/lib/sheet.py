@@ -313,8 +313,8 @@ class Basis(NamedTuple):
     """Turns features of patches into three numbers that become red, green and blue."""
 
     mean: np.ndarray  # [D]
-    axes: np.ndarray  # [D, 3]; along each, features have deviation 1
-    share: float  # of the features' variance
+    axes: np.ndarray  # [D, 3], or as many as were asked for; along each, features have deviation 1
+    shares: np.ndarray  # [3] of the variance of the features, falling
 
     def along(self, patches):
         """[..., D] -> [..., 3]"""
@@ -327,8 +327,8 @@ def dense(attention, patches, basis, point):
     return Dense(attention, basis.along(patches), unit @ unit[point], point)
 
 
-def principal(patches, like=None):
-    """Basis of the three main directions of [M, D]; the largest entry of each is positive.
+def principal(patches, like=None, count=3):
+    """Basis of the main directions of [M, D]; the largest entry of each is positive.
 
     like [M, 3]: earlier numbers of the same patches, to which these come as near as turns and mirrors bring them: a
     network turns its features while it learns, and colours are to change only where it tells other things apart.
@@ -336,12 +336,13 @@ def principal(patches, like=None):
     mean = patches.mean(0)
     values, vectors = np.linalg.eigh((patches - mean).T @ (patches - mean) / len(patches))
     floor = 1e-8 * np.square(patches).sum(1).mean() + 1e-12  # below is rounding: constant features are grey
-    axes = vectors[:, :-4:-1] / np.sqrt(np.maximum(values[:-4:-1], floor))
+    largest, axes = values[::-1][:count], vectors[:, ::-1][:, :count]
+    axes = axes / np.sqrt(np.maximum(largest, floor))
     axes = axes * np.sign(np.take_along_axis(axes, np.abs(axes).argmax(0, keepdims=True), 0))
     if like is not None:
         left, _, right = np.linalg.svd(((patches - mean) @ axes).T @ like)  # Procrustes
         axes = axes @ (left @ right)
-    return Basis(mean, axes, float(values[-3:].sum() / max(values.sum(), 1e-12)))
+    return Basis(mean, axes, largest / max(values.sum(), 1e-12))
 
 
 def inputs(image, encoding):

@@ -9,6 +9,8 @@ What is measured on the samples of the fit promises nothing; with delta above 0 
 thresholds from the strictest on, each by an exact binomial test, until one fails: that is a promise.
 """
 
+import functools
+
 import numpy as np
 
 from tools.lib.calibrate import ONE
@@ -181,10 +183,6 @@ def apply_gate(found, probabilities):
     return np.full(len(p), -1) if t is None else np.where(gate_of(found, p) >= t, p.argmax(1), -1)
 
 
-def threshold(name):
-    return lambda probabilities, labels, **option: fit_threshold(name, probabilities, labels, **option)
-
-
-METHODS = {name: (threshold(name), apply_threshold) for name in CRITERIA}
+METHODS = {name: (functools.partial(fit_threshold, name), apply_threshold) for name in CRITERIA}
 METHODS |= {"exit": (fit_exit, apply_exit), "gate": (fit_gate, apply_gate)}
 KIND_OF = {name: name if name in ("exit", "gate") else "threshold" for name in METHODS}

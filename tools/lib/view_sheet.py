@@ -37,8 +37,7 @@ def look(classifier, facts, source, i, device):
         even = np.full(V, 1 / V)
         return Look(views.cpu(), attention, logits.softmax(1).cpu().numpy(),
                     logits.mean(0).softmax(0).cpu().numpy(), even, even > 0)  # fmt: skip
-    x, known = classifier.features(views), fused.facts_at(source, [i], classifier.fields)
-    known = known and {name: value.to(device) for name, value in known.items()}
+    x, known = classifier.features(views), fused.facts_at(source, [i], classifier.fields, device)
     each = known and {name: value.expand(V, *value.shape[1:]) for name, value in known.items()}
     at = torch.arange(V, device=x.device)
     if classifier.head.prescore is not None:  # the others are drawn, and were not looked at

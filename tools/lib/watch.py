@@ -24,14 +24,11 @@ def scores_of(probabilities, classes):
     return np.stack(odd, 1), names
 
 
-def promise_of(policy):
-    return policy["guarantee"] if policy else "none"
-
-
 def begin(reference, probabilities, policy, delta=0.01):
     """State before the first picture; reference: table of val_calib, with its probabilities by the same policy."""
     state = martingale.begin(*scores_of(probabilities, reference.facts["classes"]), delta)
-    return state | {"weights_sha256": reference.facts["weights_sha256"], "guarantee": promise_of(policy)}
+    guarantee = policy["guarantee"] if policy else "none"
+    return state | {"weights_sha256": reference.facts["weights_sha256"], "guarantee": guarantee}
 
 
 def read_watch(path):
@@ -63,8 +60,13 @@ def revoked(out, state, before):
 
 
 def in_words(state):
-    promise = "" if state["guarantee"] == "none" else f"guarantee ({state['guarantee']})"
-    return martingale.in_words(state, promise)
+    """A sentence for people."""
+    if state["lost"]:
+        when = f" ({state['lost']['when']})" if state["lost"]["when"] else ""
+        what = "" if state["guarantee"] == "none" else f": the guarantee ({state['guarantee']}) no longer holds"
+        return f"exchangeability lost at picture {state['lost']['picture']:,}{when}{what}"
+    return (f"no sign against exchangeability in {state['seen']:,} pictures (wealth {state['last'] or 1:.3g}, at most "
+            f"{state['most']:.3g}; lost at {1 / state['delta']:g})")  # fmt: skip
 
 
 def gauges(state):

@@ -1,11 +1,14 @@
 #!/usr/bin/env bash
 # Purpose: what an update does on a card: right numbers first, then how fast, how idle and how large.
-# Usage: gpu_check.sh [WORK]. Without a card it runs at toy size on the CPU and says what was not measured.
+# Usage: gpu_check.sh [WORK [more]]. more: two precisions over 1,000 updates too. Without a card it runs at toy size on the
+# CPU and says what was not measured.
 # Hardware: one CUDA GPU. Time: its parts took 6 minutes on an H200, one after the other not tried; 4 on 2 CPU cores.
 # Result: WORK/table.txt, WORK/*.json, and exit code 1 where a number is wrong (a slow one is only reported).
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 work=${1:-runs/gpu_check}
+more=${2:-}
+[ -z "$more" ] || [ "$more" = more ] || { echo "unknown word $more; the second one is: more" >&2; exit 2; }
 [ $# -gt 0 ] || rm -rf "$work"  # ours; a folder that somebody named must be new
 [ ! -e "$work" ] || { echo "$work exists; name a new folder" >&2; exit 2; }
 mkdir -p "$work"
@@ -51,6 +54,7 @@ done
 
 say "3. the table: images/s, share of a matrix product, idle share, host, memory, phases"
 bench() { python tools/bench.py step --seconds 5 --json "$work/$1.json" "${@:2}" || wrong=1; }
+python tools/bench.py render --seconds 2 $([ -n "$card" ] || echo --quick) || wrong=1
 if [ -n "$card" ]; then
   bench small_base --arch vit_small vit_base --batch-size 128 --precision bf16 bf16-stream --way compile
   bench large --arch vit_large --batch-size 64 --precision bf16 bf16-stream --way compile
@@ -74,5 +78,26 @@ for file in sorted(pathlib.Path(sys.argv[1]).glob("*.json")):
               + f" (asked: {most})" * (most is not None) + (f", compiled in {row['compile_s']:.0f} s; " if "compile_s" in row else "; ")
               + ", ".join(f"{k} {100 * v:.1f}%" for k, v in row["phases"].items()))
 END
+if [ -n "$more" ]; then
+updates=$([ -n "$card" ] && echo 1000 || echo 20)
+say "4. bf16 against bf16-stream: the mean loss of the last tenth of $updates updates, two seeds of each"
+for precision in bf16 bf16-stream; do for seed in 0 1; do
+  python train_ssl.py --data "$work/data" --out "$work/$precision-$seed" --no-split --arch vit_tiny --workers 2 --batch-size 32 \
+    --global-size 64 --local-size 32 --local-crops 4 --prototypes 1024 --head-hidden 512 --head-bottleneck 128 --lr 5e-4 \
+    --steps "$updates" --precision "$precision" --seed "$seed" --log-every 2 $([ -n "$card" ] && echo --compile) \
+    > "$work/$precision-$seed.log" 2>&1 || wrong=1
+done; done
+python - "$work" "$updates" << 'END' | tee -a "$work/table.txt" || wrong=1
+import json, sys
+work, updates, ends = sys.argv[1], int(sys.argv[2]), {}
+for run in ("bf16-0", "bf16-1", "bf16-stream-0", "bf16-stream-1"):
+    lines = [json.loads(line) for line in open(f"{work}/{run}/metrics.jsonl")]
+    found = [line["loss"] for line in lines if line["step"] > 0.9 * updates and "loss" in line]
+    ends[run] = sum(found) / len(found)
+print(", ".join(f"{run} {loss:.4f}" for run, loss in ends.items()))
+of = [sum(ends[f"{p}-{seed}"] for seed in (0, 1)) / 2 for p in ("bf16", "bf16-stream")]
+print(f"bf16-stream minus bf16 {of[1] - of[0]:+.4f}; seed 1 minus seed 0 of bf16 {ends['bf16-1'] - ends['bf16-0']:+.4f}")
+END
+fi
 say "done; exit code $wrong"
 exit "$wrong"
