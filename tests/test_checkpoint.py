@@ -135,7 +135,7 @@ def notice(path):
     return None
 
 
-@pytest.mark.parametrize("step", [7, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [7, pytest.param(1, marks=pytest.mark.proof)])
 def test_a_file_cut_at_any_length_is_noticed(tmp_path, step):
     path = save(tmp_path / "a.pth", small())
     content = path.read_bytes()

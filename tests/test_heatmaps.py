@@ -557,7 +557,7 @@ def test_wrong_input_is_named(root, tmp_path):
 def test_masks_of_the_phantom_s_readers_lie_on_its_nodules(tmp_path):
     """From DICOM and XML to the numbers: what is bright in the lung is what the readers outlined."""
     raw, root = tmp_path / "raw", tmp_path / "processed"
-    flags = "--patients 12 --slices 24 --size 192 --workers 1 --seed 3".split()
+    flags = "--patients 8 --slices 24 --size 192 --workers 1 --seed 3".split()
     assert make_phantom.main(["--out", str(raw), *flags]) == 0
     flags = "--dataset phantom --format hu16 --workers 1".split()
     assert preprocess_dicom.main(["--raw", str(raw), "--out", str(root), *flags]) == 1  # scouts are rejected
