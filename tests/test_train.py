@@ -1074,7 +1074,7 @@ def test_a_thousand_slices_are_learned_by_heart(tmp_path_factory):
 
 @pytest.mark.slow
 def test_a_planted_collapse_is_named(collection, tmp_path):
-    flags = "--steps 120 --warmup 50 --eval-every 0 --batch-size 32 --centering none --teacher-temp 1 1 --lr .1".split()
+    flags = "--steps 90 --warmup 50 --eval-every 0 --batch-size 32 --centering none --teacher-temp 1 1 --lr .1".split()
     code = t.main(["--data", str(collection), "--out", str(tmp_path), *HEALTHY, *flags])
     events = [row["event"] for row in lines(tmp_path, "event")]
     assert any("collapse" in e or "diverged" in e for e in events) or code == 3, events
