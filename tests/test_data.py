@@ -492,6 +492,19 @@ def test_the_one_pass_for_accelerators_gives_the_looks_of_a_cpu(windows):
         assert torch.equal(one_pass, d.normalise(d.intensities(x, torch.int16, plan, views)))
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_an_accelerator_gets_views_of_the_same_shapes(monkeypatch, dtype, compiled):
+    """On the device without data: every tensor must be there, and nothing may ask for a value."""
+    monkeypatch.setattr(d, "compile_once", lambda function: function)
+    monkeypatch.setattr(d.cut_by_taps, "__defaults__", (d.compile_once,))
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # this device has none
+    images, recipe = torch.zeros(4, 3, 64, 128, dtype=dtype), replace(SMALL, gram_size=48, blur=(0.5, 0.5, 0.5))
+    plan = d.plan(0, 0, range(4), recipe)
+    for ours, theirs in zip(d.render(images.to("meta"), plan, compiled), d.render(images, plan)):
+        assert ours.device.type == "meta" and ours.shape == theirs.shape and ours.dtype == theirs.dtype
+
+
 def test_photo_colour_against_colorsys_and_plain_formulas():
     x = torch.rand(5, 3, 6, 6)
     turned = d.shift_hue(x, torch.full((5,), 0.07))
