@@ -105,7 +105,7 @@ def collection(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def healthy_run(collection, tmp_path_factory):
-    """Run folder of 200 healthy updates, with 5 checkpoints: 45 s on 2 cores."""
+    """Run folder of 200 healthy updates, with 5 checkpoints: a minute on 2 cores."""
     out = tmp_path_factory.mktemp("runs") / "healthy"
     flags = ["--steps", "200", "--warmup", "50", "--eval-every", "100", "--save-every", "40", "--keep-last", "5"]
     assert train_ssl.main(["--data", str(collection), "--out", str(out), *HEALTHY, *flags]) == 0
