@@ -355,6 +355,9 @@ def test_the_golden_step_holds_with_every_speed_flag(flag, monkeypatch):
     if flag == "compile":
         w, flags = w._replace(compiled=True), argparse.Namespace(compile=True, precision="fp32", fsdp=False)
         loop.on_device(flags, student, (student, teacher, gram), 1, torch.device("cpu"), whole=True)
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        student.ibot_head.bottleneck(torch.randn(3, student.backbone.dim))
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs + 1  # else it stayed as it was
     student.backbone.checkpointing = flag == "checkpointing"
     if flag == "chunked":
         monkeypatch.setattr(losses, "CHUNK", 100)  # one or two rows at a time

@@ -73,7 +73,7 @@ def slice_tile(source, batch, j):
     if source.encoding != "photo":
         i, (height, width) = autopsy.shown_id(source, batch, j), image.shape[1:]
         boxes = place(select(batch.plan, [j]), [(height, width)], [source.body(i)]).boxes[:, 0]
-    replaced = str(source.path(batch.ids[j])) in dict(batch.bad)
+    replaced = autopsy.shown_id(source, batch, j) != batch.ids[j]
     values = image[:, :height, :width] / 255
     if image.dtype == torch.int16:
         level, span = eval_view(source.encoding)["window"]
@@ -86,7 +86,7 @@ def slice_tile(source, batch, j):
     named = [(box * factor, colour_of(v), name, 3 - (v > 1)) for v, (box, name) in enumerate(zip(boxes, names))]
     titles = ["BROKEN FILE: the stand-in" if replaced else "with the boxes of all views"]
     if source.encoding != "photo":
-        picture = sheet.scale_bar(picture, source.rows[batch.ids[j]]["spacing_x"] / factor)
+        picture = sheet.scale_bar(picture, source.rows[i]["spacing_x"] / factor)
         titles.append("in the views: R, G, B = slices z-1, z, z+1")
     return sheet.titled(sheet.outline(picture, named), titles)
 
@@ -97,7 +97,7 @@ def describe(source, batch, v, j):
     height, width = plan.boxes[v, j, 2:] - plan.boxes[v, j, :2]
     unit = "px"
     if source.encoding != "photo":
-        row = source.rows[batch.ids[j]]
+        row = source.rows[autopsy.shown_id(source, batch, j)]
         height, width, unit = height * row["spacing_y"], width * row["spacing_x"], "mm"
     name = f"global {v + 1}" if v < 2 else f"local {v - 1}"
     first = f"{name}: {height:.0f} x {width:.0f} {unit}{', flip' * bool(plan.flips[v, j])}"

@@ -18,6 +18,7 @@ import torch
 
 import checkpoint
 import losses
+from data import Unreadable
 from model import SSLOutput
 from tools.lib.files import last_per_step
 from tools.lib.progress import progress
@@ -83,7 +84,16 @@ def place(p, k):
 def shown_id(source, batch, j):
     """Of the image that is in this place: its own, or of a broken file that of the next good one, which stands in."""
     bad, n = dict(batch.bad), len(batch.ids)
-    return next(batch.ids[k % n] for k in range(j, j + n) if str(source.path(batch.ids[k % n])) not in bad)
+    ids = (batch.ids[k % n] for k in range(j, j + n))  # of a volume one slice may be broken, another not
+    return next((i for i in ids if str(source.path(i)) not in bad or readable(source, i)), batch.ids[j])
+
+
+def readable(source, i):
+    try:
+        source.read(i)
+    except Unreadable:
+        return False
+    return True
 
 
 def whole(source, batch, j):

@@ -83,9 +83,10 @@ def on_device(args, model, nets, world, device, whole=False):
     if args.compile:  # every size is a shape of its own: at the usual 8 torch goes on uncompiled
         torch._dynamo.config.recompile_limit = 64
         parts = [block for m in nets for block in getattr(m, "backbone", m).blocks[: None if whole else -1]]
-        parts += [head.mlp for m in nets if whole for head in heads_of(m)]
         for part in parts:
             part.compile(dynamic=False)  # mixed --sizes: guessed dynamic shapes fail in the backward (torch 2.13, CPU)
+        for head in (head for m in nets if whole for head in heads_of(m)):
+            head.bottleneck = torch.compile(head.bottleneck, dynamic=False)
     for m in nets:
         if args.fsdp and world > 1:
             shard(m, device)  # from the CPU, part by part: no card ever holds a whole network
