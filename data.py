@@ -1079,6 +1079,7 @@ def axis_taps(start, end, flip, window, out, device="cpu", step=1, each=lambda f
     [n, out, taps] of it and the next ones; as many taps as the widest needs, or the next multiple of `step`.
 
     start, end, window: [n] float32 and flip [n] bool, all on the CPU, so that no shape waits for a device.
+    each: compiles what runs on the device, or leaves it as it is.
     Same weights as Pillow's resize of the crop: support stretched by the reduction, cut at the box, normalised.
     """
     taps = math.ceil(4 * max(((end - start) / out).max().item(), 1)) + 2

@@ -58,6 +58,7 @@ def set_precision(args, device):
 
 
 def heads_of(model):
+    """Of an SSLModel; a backbone alone has none."""
     return [getattr(model, name) for name in ("dino_head", "ibot_head") if hasattr(model, name)]
 
 
@@ -76,15 +77,14 @@ def shard(model, device):
 def on_device(args, model, nets, world, device, whole=False):
     """Compile, shard or move `nets` as the flags say -> `model`, one of them, as it is called: itself, or wrapped.
 
-    whole: compile the last block and the heads too; elsewhere they run on other rows each time, compiled anew for each.
+    whole: compile the last block and the heads too; elsewhere their number of rows changes, and each would be compiled.
     """
     for m in nets:
         getattr(m, "backbone", m).stream = torch.bfloat16 if args.precision == "bf16-stream" else None
     if args.compile:  # every size is a shape of its own: at the usual 8 torch goes on uncompiled
         torch._dynamo.config.recompile_limit = 64
-        parts = [block for m in nets for block in getattr(m, "backbone", m).blocks[: None if whole else -1]]
-        for part in parts:
-            part.compile(dynamic=False)  # mixed --sizes: guessed dynamic shapes fail in the backward (torch 2.13, CPU)
+        for block in (b for m in nets for b in getattr(m, "backbone", m).blocks[: None if whole else -1]):
+            block.compile(dynamic=False)  # mixed --sizes: guessed dynamic shapes fail in the backward (torch 2.13, CPU)
         for head in (head for m in nets if whole for head in heads_of(m)):
             head.bottleneck = torch.compile(head.bottleneck, dynamic=False)
     for m in nets:
