@@ -208,7 +208,7 @@ def measure_read(point, device):
     source, workers = data.open_source(point["data"]), point["workers"]
     recipe, ahead = data.RECIPES["photo" if source.encoding == "photo" else "ct"], 1 + 2 * workers
     batches = data.make_loader(source, recipe, 0, range(10**6), 16, workers=workers)
-    first = next(batches)
+    next(batches)
     rate = copying()
 
     def read():
@@ -222,8 +222,8 @@ def measure_read(point, device):
 
     (seconds,), (limits,) = (d.values() for d in alternate({"": read}, CPU, point["seconds"], limit))
     seconds, share = [s / ahead for s in seconds], None
-    if source.encoding == "hu16-v1":  # of what views need, every byte is read once and written once
-        share = share_of(limits, 2 * first.images.nbytes / 1e9, seconds)
+    if source.encoding == "hu16-v1":  # every byte read and written once, also those that no view needs
+        share = share_of(limits, 16 * 2 * source.read(0).nbytes / 1e9, seconds)
     return [as_row(point["setting"], 16 / median(seconds), "slices/s", share, "copy", seconds=seconds, limits=limits)]
 
 
