@@ -315,7 +315,8 @@ def check_flags(args, saved, harmless):
         if old == value or name not in saved and name not in typed:
             continue
         if name not in harmless:
-            hint = "use --extend N to go on" if name == "steps" else "use the old value, or another --out"
+            longer = name == "steps" and value > old
+            hint = "use --extend N to go on" if longer else "use the old value, or another --out"
             raise ValueError(f"--{name.replace('_', '-')} was {old} in this run and is now {value}; {hint}")
         changed[name] = [old, value]
     return changed
