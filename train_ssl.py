@@ -493,7 +493,10 @@ def write_config(run):
         "split_sha256": source.split_sha256,
         **loop.circumstances(run.device, run.world),
     }
-    write_json(Path(args.out) / "config.json", config)
+    path = Path(args.out) / "config.json"
+    if path.exists():
+        tqdm.write(f"{args.out}: an earlier start left no checkpoint, this one begins anew; see --save-every")
+    write_json(path, config)
 
 
 def log_line(run, log, update, now, pace):

@@ -307,6 +307,15 @@ def test_tokens_between_blocks_are_bfloat16_and_a_resumed_run_has_the_same_bits(
     assert {v.dtype for k in ("student", "teacher") for v in state[k].values()} == {torch.float32}
 
 
+def test_a_start_that_left_no_checkpoint_is_said_to_be_lost(folder, tmp_path, capsys):
+    run = tmp_path / "run"
+    for words in (False, True, False):  # a first start; one after its checkpoints are gone; one that resumes
+        assert train(folder, run, "--steps", "4", "--time-limit", "1e-9") == 0
+        assert ("left no checkpoint" in capsys.readouterr().out) == words
+        for file in run.glob("*.pth") if not words else ():
+            file.unlink()
+
+
 @pytest.mark.proof
 def test_losses_in_a_bfloat16_stream_stay_within_the_noise_of_two_seeds(folder, tmp_path):
     """Mean distance of the loss curves over 200 updates: of the stream to float32 less than of two seeds."""
