@@ -49,7 +49,7 @@ def csv_of(path):
     return {line.split(",")[0]: line.split(",")[3:] for line in path.read_text().splitlines()[1:]}
 
 
-def test_predict_says_what_evaluate_says_after_the_folder_was_moved(photos, made, run, tmp_path):  # noqa: F811
+def test_predict_says_what_evaluate_says_after_the_folder_was_moved(photos, made, run, tmp_path, capsys):  # noqa: F811
     root = tmp_path / "photos"
     shutil.copytree(photos, root)
     moved = tmp_path / "elsewhere" / "b"
@@ -58,6 +58,7 @@ def test_predict_says_what_evaluate_says_after_the_folder_was_moved(photos, made
     assert evaluate.main(list(map(str, words))) == 0
     ask(moved, tmp_path / "folder", "--images", root)
     ask(moved, tmp_path / "split", "--data", root, "--split", "val_test")
+    printed = capsys.readouterr().out
     evaluated = csv_of(tmp_path / "evaluation" / "predictions.csv")
     assert len(evaluated) == 12
     for out, name in (("folder", "images.csv"), ("split", "val_test.csv")):
@@ -65,6 +66,9 @@ def test_predict_says_what_evaluate_says_after_the_folder_was_moved(photos, made
         for key, cells in evaluated.items():
             assert [float(cell) for cell in said[key][:2]] == pytest.approx([float(c) for c in cells[:2]], abs=2e-6)
             assert said[key][2:] == cells[2:]  # decision and set
+        counts = [sum(cells[2] == word for cells in said.values()) for word in ("bright", "dark", "")]
+        assert sum(counts) >= 12 and min(counts[:2]) > 0
+        assert f"decided: {counts[0]} bright, {counts[1]} dark, {counts[2]} left to others\n" in printed
     looks = [json.loads(line) for line in data.split_path(root, "test_uses.jsonl").read_text().splitlines()]
     assert len(looks) == 1 and looks[0]["policy_sha256"] == data.file_sha256(run / "policy.json")
     words = ["--ckpt", run / "best.pth", "--data", root, "--split", "val_test", "--out", tmp_path / "ckpt"]
@@ -319,12 +323,31 @@ def test_a_run_that_is_worth_nothing_makes_no_bundle(other, tmp_path):
     no_bundle(other, out, "all 18 samples of val_select are called dark.*--force")
     rewrite(other, "val_select", logits=-t.logits)
     no_bundle(other, out, "on val_select its accuracy 0.* is not above 0.*always saying the most frequent")
+    rewrite(other, "val_select", logits=t.logits)
+    policy = json.loads((other / "policy.json").read_text())
+    policy["steps"][-1]["parameters"]["threshold"] = 1.0  # nothing is dark, whatever the weights say
+    (other / "policy.json").write_text(json.dumps(policy))
+    no_bundle(other, out, "with the policy's threshold the MCC on val_select is 0.000")
     make(other, out, "--force", "a demonstration of failure")
     facts = json.loads((out / "bundle.json").read_text())
     assert (
         facts["forced"] == "a demonstration of failure"
         and "demonstration of failure" in (out / "README.md").read_text()
     )
+
+
+def test_the_card_says_what_the_policy_decides(other, tmp_path, capsys):
+    """Not what the most likely class is: with a threshold of its own these are two numbers."""
+    policy, t = json.loads((other / "policy.json").read_text()), tables.read(other, "val_select")
+    p = rules.decide(policy, t.logits, t.ids).probabilities[:, 1]
+    plain, right = ((p > 0.5) == t.labels).mean(), lambda threshold: ((p >= threshold) == t.labels).mean()
+    threshold = next(float(u) for u in np.sort(p)[:0:-1] if right(u) not in (plain, 0.5))
+    policy["steps"][-1]["parameters"]["threshold"] = threshold
+    (other / "policy.json").write_text(json.dumps(policy))
+    make(other, tmp_path / "b")
+    words = f"the policy decides 100.0%, with accuracy {right(threshold):.4g} and MCC"
+    assert words in capsys.readouterr().out and words in (tmp_path / "b" / "README.md").read_text()
+    assert plain == json.loads((tmp_path / "b" / "bundle.json").read_text())["worth"]["accuracy"]
 
 
 def test_a_run_that_did_not_end_and_strangers_make_no_bundle(other, tmp_path):

@@ -223,7 +223,7 @@ def rezip(path, **replaced):
 
 def strangers(folder):
     victim = str(folder / "victim")
-    yield "empty", b""
+    yield "the file is empty", b""
     yield "text", b"hello\n" * 100
     yield "bare pickle", pickle.dumps(Attack(victim))
     path = folder / "made"

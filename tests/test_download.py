@@ -267,7 +267,7 @@ def test_rate_limits_are_waited_for(archive, tmp_path, date):
     archive.errors["getSeriesSize"] = [(500, {})]  # asked once: the size is only an estimate
     start = time.monotonic()
     assert download(archive, tmp_path) == 0
-    assert 0.9 < time.monotonic() - start < 4 and archive.count("getSeriesSize") == 1
+    assert 0.9 < time.monotonic() - start < 25 and archive.count("getSeriesSize") == 1
     assert_whole(archive, tmp_path, "1.2")
 
 
@@ -447,11 +447,11 @@ def test_ctrl_c_leaves_what_the_next_run_resumes(archive, tmp_path):
         command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, env=os.environ, text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore Ctrl+C
     )  # fmt: skip
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline and not any(p.stat().st_size > 2000 for p in tmp_path.rglob("*.zip")):
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=5) == 130
+    assert process.wait(timeout=60) == 130
     assert process.stderr.read().strip().splitlines()[-1] == "interrupted"
     parts = {p.stem: p.stat().st_size for p in tmp_path.rglob("*.zip")}
     assert parts and not list((tmp_path / "Toy CT").glob("1.*"))

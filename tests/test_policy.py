@@ -67,6 +67,7 @@ def test_fit_and_evaluate_leave_what_they_say(tmp_path, capsys, method):
     assert found == test.ids[worst].tolist()
     page = (folder / "report.html").read_text()
     assert "<svg" in page and "Targets" in page and 'src="http' not in page
+    assert ("Set sizes" in page) == (len({*out.sets.sum(1).tolist()}) > 1)
     assert result["probabilities"]["nll"] < result["uncalibrated"]["nll"] or "exit" in method or "gate" in method
 
 

@@ -76,6 +76,11 @@ def test_files_folders_and_names_on_standard_input_say_the_same(photos, ckpt, tm
     assert lines[0] == "id,group,label,p_no,p_yes,decision,set" and lines[1].startswith("3.jpg,3.jpg,,0.")
 
 
+def test_decisions_are_counted():
+    words = predict.counted(np.array([0, 2, -1, 0, -1, 0]), ["no", "un\nsure", "yes"])
+    assert words == "decided: 3 no, 0 un\\nsure, 1 yes, 2 left to others"
+
+
 def test_a_folder_without_a_split_and_one_without_labels(ckpt, tmp_path):
     root = pictures(tmp_path / "photos", 5)
     say(ckpt, tmp_path / "out", "--data", root)

@@ -127,6 +127,16 @@ def test_equal_input_gives_equal_bytes(ckpt, monkeypatch):
     assert b"Made 2023-11-14T22:13:20Z." in kept["README.md"]
 
 
+def test_card_and_terminal_say_what_monitor_last_said(ckpt, capsys):
+    shutil.rmtree(export(ckpt))
+    assert f"no look at this run yet: python monitor.py --ckpt {ckpt}" in capsys.readouterr().out
+    (ckpt.parent / "monitor").mkdir()
+    status = {"version": 1, "verdict": "rank collapse", "step": 1200}
+    (ckpt.parent / "monitor" / "status.json").write_text(json.dumps(status))
+    words = "The last look of `monitor.py` at this run, after update 1,200: rank collapse."
+    assert words in (export(ckpt) / "README.md").read_text() and words in capsys.readouterr().out
+
+
 # nothing of this machine, nobody's id
 
 

@@ -214,7 +214,7 @@ def test_a_policy_is_a_plain_list_that_decides_alike_after_a_round_trip(spec):
 def test_steps_are_fitted_on_what_came_before_on_other_groups():
     t = table(2, 3000, V=2)
     policy = rules.fit_steps(t, "mean temperature mcc")
-    part = rules.part_of(t.groups, 2)
+    part = rules.part_of(t.groups, t.labels, 2)
     assert 0.45 < part.mean() < 0.55 and all(len(set(part[t.groups == g])) == 1 for g in t.groups[::60])
     z = t.logits.astype(np.float64).mean(1)
     fit, apply = calibrate.METHODS["temperature"]
@@ -222,9 +222,31 @@ def test_steps_are_fitted_on_what_came_before_on_other_groups():
     assert policy["steps"][1]["parameters"] == found
     p = apply(found, z[part == 1])
     assert policy["steps"][2]["parameters"] == thresholds.METHODS["mcc"][0](p, t.labels[part == 1])
-    three = rules.part_of(t.groups, 3)
+    three = rules.part_of(t.groups, t.labels, 3)
     assert np.bincount(three) / 3000 == pytest.approx([0.4, 0.3, 0.3], abs=0.04)
-    assert (rules.part_of(t.groups, 1) == 0).all()
+    assert (rules.part_of(t.groups, t.labels, 1) == 0).all()
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_few_groups_still_give_each_step_its_share_of_every_class(count):
+    """To half of the group that lies across the border; a hash alone deals 16 groups 12 and 4, now and then."""
+    for seed in range(20):
+        sizes = np.random.default_rng(seed).integers(1, 7, 16)
+        groups = np.repeat([f"scene {seed}.{g}" for g in range(16)], sizes)
+        labels = np.repeat(np.arange(16) % 2, sizes)
+        part = rules.part_of(groups, labels, count)
+        assert all(len({*part[groups == name]}) == 1 for name in groups)
+        for kind in (0, 1):
+            dealt = np.bincount(part[labels == kind], minlength=count).cumsum()
+            asked = (labels == kind).sum() * np.cumsum(rules.SHARES[count])
+            assert np.abs(dealt - asked).max() <= sizes.max() / 2 + 1e-9
+
+
+def test_the_order_of_samples_changes_no_part():
+    t = table(4, 300)
+    order = np.random.default_rng(0).permutation(300)
+    parts = rules.part_of(t.groups, t.labels, 3)
+    assert (rules.part_of(t.groups[order], t.labels[order], 3) == parts[order]).all()
 
 
 WRONG = [

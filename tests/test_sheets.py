@@ -280,6 +280,15 @@ def test_the_picture_holds_the_crops_and_masks_of_that_update(tmp_path, kind):
     assert locate(other, locals_[0]) is None
 
 
+@pytest.mark.parametrize("locals_, rows", [(8, [4, 4]), (7, [7]), (15, [5, 5, 5]), (1, [1])])
+def test_no_local_crop_stands_alone_in_a_row(tmp_path, monkeypatch, locals_, rows):
+    root, lengths, row = make_ct(tmp_path / "data"), [], inspect_step.sheet.row
+    make_run(root, tmp_path / "run", [replace(SMALL, local_crops=locals_)])
+    monkeypatch.setattr(inspect_step.sheet, "row", lambda tiles: lengths.append(len(tiles)) or row(tiles))
+    inspect(tmp_path / "run", 2, "--images", "1")
+    assert lengths == [3, *rows]  # 7 fit into the width
+
+
 def test_gram_crops_appear_when_training_starts_to_use_them(tmp_path):
     root = make_ct(tmp_path / "data")
     make_run(root, tmp_path / "run", [replace(SMALL, gram_size=64)], gram_start=2)  # used from update 2, counted from 0

@@ -697,6 +697,13 @@ def test_a_loss_below_zero_that_moves_a_little_is_no_spike(before, now, spike):
     assert [text[:10] for text in loop.warnings_in_words(numbers, before, 64, 64)] == ["loss spike"] * spike
 
 
+@pytest.mark.parametrize("every", ["50", "2"])
+def test_the_pace_is_said_before_a_first_line_that_is_far_away(folder, tmp_path, capsys, every):
+    assert train(folder, tmp_path / "run", "--steps", "5", "--log-every", every, "--eval-every", "0") == 0
+    said = re.findall(r"^step (\d+): [\d.e-]+ s an update, about [\d:]+ to go$", capsys.readouterr().out, re.MULTILINE)
+    assert said == (["3"] if every == "50" else [])
+
+
 def test_broken_files_of_every_rank_are_recorded(tmp_path):
     for rank in (0, 1):
         log = loop.Log(tmp_path, 0, 9, quiet=rank > 0)

@@ -8,8 +8,8 @@ best: pool and number of views with the highest MCC on val_select; with runs=1 a
 exports of the same weights with other overlaps. topk keeps the surest views: where any view may show the object, it
 prefers views that are sure of nothing; topk_positive and whole_topk have no such bias.
 
-Each fitted step has its own part of the groups: two steps 50/50, three 40/30/30. With --by, calibrators and mondrian
-are fitted for each value of a fact column.
+Each fitted step has its own part of the groups of each class: two steps 50/50, three 40/30/30. With --by, calibrators
+and mondrian are fitted for each value of a fact column.
 """
 
 import json

@@ -16,6 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import tools.lib.threads  # noqa: F401 - before torch
 
 # isort: split
+import numpy as np
+
 import data
 from checkpoint import write_text
 from tools.lib import asking, broken, bundle, classifiers, sheet, tables, view_sheet, watch
@@ -92,6 +94,12 @@ def watched(args, policy, table, out):
     return watch.revoked(out, state, before) if args.if_lost == "abstain" else out
 
 
+def counted(decision, classes):
+    names = [*classes, "left to others"]  # -1 is the last one
+    counts = np.bincount(decision % len(names), minlength=len(names)).tolist()
+    return "decided: " + ", ".join(f"{count:,} {shown(name)}" for name, count in zip(names, counts))
+
+
 def main(argv=None):
     args = build_parser().parse_args(argv)
     if (args.calibration or args.if_lost != "say") and not args.watch:
@@ -124,6 +132,8 @@ def main(argv=None):
         views, known = table.logits.shape[1], (table.labels >= 0).sum()
         print(f"{path} (.json, .csv): {len(table.ids):,} samples, {known:,} with a label, {views} views each, classes "
               f"{shown(facts['classes'])}")  # fmt: skip
+        if policy:
+            print(counted(out.decision, facts["classes"]))
         args.draw = draw(args, classifier, facts, source, asked, path, device)
     if args.draw:
         raise ValueError(f"--draw {shown(args.draw[0])} is none of these samples: an id of the CSV is asked for")

@@ -141,7 +141,7 @@ of ImageNet{by}. Sides that are other multiples of {patch} work as well.
 ## Training
 
 Method: DINOv3 (arXiv:2508.10104): DINO, iBOT, KoLeo and Gram losses, Sinkhorn-Knopp centering, EMA teacher.
-Started from {start}. Every flag that decides what was learned:
+Started from {start}. {look}Every flag that decides what was learned:
 
 {recipe}
 
@@ -389,6 +389,16 @@ def fill(folder, ckpt, facts, name, texts, provenance, layout):
     write_sums(folder)
 
 
+def last_look(ckpt):
+    """What monitor.py last said of the run, as a sentence, or None."""
+    path = ckpt.parent / "monitor" / "status.json"
+    if not path.exists():
+        return None
+    status = read_json_file(path, {"verdict": str, "step": int}, "look again with monitor.py, or delete it", 1)
+    when = f", after update {status['step']:,}" if status["step"] >= 0 else ""
+    return f"The last look of `monitor.py` at this run{when}: {shown(status['verdict'], 40)}."
+
+
 # Numbers of a probe. results.json may come from anywhere: what the card repeats must be possible.
 
 
@@ -540,7 +550,9 @@ def main(argv=None):
     export.refuse_full(args.out)
     before = stamp(args.ckpt)
     facts, results = facts_for_card(args.ckpt), read_results(args.probe, args.ckpt)
-    texts = dict(licence=licence_of(facts, args.license), created=created_utc())
+    texts, look = dict(licence=licence_of(facts, args.license), created=created_utc()), last_look(args.ckpt)
+    texts["look"] = f"{look} " if look else ""
+    print(look or f"no look at this run yet: python monitor.py --ckpt {shown(args.ckpt, 400)}")
     source = open_images(facts, args.data)
     provenance = provenance_file(facts, source)
     texts |= dict(data=datasets(facts, source), lineage=lineage(provenance))

@@ -28,6 +28,7 @@ from model import is_view, load_backbone, read_facts, read_tensors
 from tools.lib import classifiers, export, fused, fusion, metrics, policies, provenance, rules, tables
 from tools.lib.cli import shown
 from tools.lib.files import created_utc, read_json_file, write_json
+from tools.lib.page import number
 
 TOLERANCE = 1e-5  # of the logits of what was written and read again
 REMEDY = "get the bundle anew, or make it again with tools/release.py --policy"
@@ -44,8 +45,8 @@ A classifier of {encoding} images into {classes}, with the policy that turns its
     python tools/predict.py --bundle {name} --images PICTURES --out said
     python tools/evaluate.py --bundle {name} --data DATA --out evaluation
 
-Views: {layout}, {size} pixels. Policy: {policy}. Guarantee: {guarantee}. On {split} of its own data: accuracy
-{accuracy:.3f} (always the most frequent class: {majority:.3f}), MCC {mcc:.3f}, {n} samples. These numbers chose it.
+Views: {layout}, {size} pixels. Policy: {policy}. Guarantee: {guarantee}. On {split} of its own data:
+{worth}. These numbers chose it.
 {forced}Numbers hold for pictures like those of its training. Not a medical device.
 """
 
@@ -137,8 +138,8 @@ def judged(ckpt, sha, policy):
     if not len(table.ids):
         raise ValueError(f"{tables.find(run, split)} has no labels, so nothing says what these weights are worth")
     said = fusion.probabilities(table.logits).argmax(1)
-    if policy["column"] is None:
-        said = rules.decide(policy, table.logits, table.ids).probabilities.argmax(1)
+    out = rules.decide(policy, table.logits, table.ids) if policy["column"] is None else None
+    said = said if out is None else out.probabilities.argmax(1)
     values = {"n": len(said), "split": split, "accuracy": float((said == table.labels).mean())}
     values |= {
         "majority": float(np.bincount(table.labels).max() / len(said)),
@@ -149,7 +150,23 @@ def judged(ckpt, sha, policy):
     if values["accuracy"] <= values["majority"]:
         against.append(f"on {split} its accuracy {values['accuracy']:.3f} is not above {values['majority']:.3f}, that "
                        "of always saying the most frequent class")  # fmt: skip
+    if out is not None:  # the card says what is decided; --by needs facts that are not at hand here
+        seen = rules.measured(table.labels, out)
+        values |= {"decided_share": seen["decided_share"], "decided": seen["decided"]}
+        mcc = seen["decided"]["mcc"] if policy["steps"][-1]["kind"] == "threshold" else None  # None: a class is missing
+        if mcc is not None and mcc <= 0:
+            against.append(f"with the policy's threshold the MCC on {split} is {mcc:.3f}")
     return against, values
+
+
+def in_words(worth):
+    """The numbers of judged() as a sentence."""
+    words = (f"accuracy {worth['accuracy']:.3f} (always the most frequent class: {worth['majority']:.3f}), MCC "
+             f"{worth['mcc']:.3f}, {worth['n']} samples")  # fmt: skip
+    if decided := worth.get("decided"):
+        accuracy, mcc = number(decided["accuracy"]), number(decided["mcc"])
+        words += f"; the policy decides {worth['decided_share']:.1%}, with accuracy {accuracy} and MCC {mcc}"
+    return words
 
 
 def fill(folder, classifier, facts, policy_path, policy, worth, forced, name):
@@ -161,8 +178,11 @@ def fill(folder, classifier, facts, policy_path, policy, worth, forced, name):
     shutil.copyfile(policy_path, folder / "policy.json")
     write_json(folder / "provenance.json", export.provenance_file(facts, None), indent=None)
     words = {"name": name, "encoding": facts["encoding"], "classes": ", ".join(map(shown, facts["classes"]))}
-    words |= {"layout": facts["layout"] or "the body", "size": facts["eval_view"]["size"], **worth}
     words |= {
+        "layout": facts["layout"] or "the body",
+        "size": facts["eval_view"]["size"],
+        "split": worth["split"],
+        "worth": in_words(worth),
         "policy": " ".join(step["method"] for step in policy["steps"]),
         "guarantee": shown(policy["guarantee"], 300),
     }
@@ -213,6 +233,6 @@ def write(out, ckpt, policy_path, forced=None):
         if not difference <= TOLERANCE:
             raise ValueError(f"read again, the bundle differs by {difference:.2e} from {ckpt}: nothing written")
         provenance.refuse_change(ckpt, before)
-    lines = [f"forced against: {text}" for text in against]
+    lines = [f"forced against: {text}" for text in against] + [f"on {worth['split']}: {in_words(worth)}"]
     print("\n".join([*lines, f"read again: logits differ by {difference:.1e}"]))
     return 0

@@ -106,7 +106,8 @@ def draw(y, out, before, policy):
     curves = {"confidence": thinned(metrics.risk_coverage(wrong, p.max(1))), "best": best}
     yield page.line_plot("Risk and coverage", curves, "share accepted", "errors among accepted")
     share = np.bincount(out.sets.sum(1), minlength=p.shape[1] + 1) / len(y)
-    yield page.line_plot("Set sizes", {"": (range(len(share)), share)}, "classes in the set", "share", points=True)
+    if share.max() < 1:  # else every sample has a set of the same size: nothing to see
+        yield page.line_plot("Set sizes", {"": (range(len(share)), share)}, "classes in the set", "share", points=True)
     if two and len(classes) == 2:
         curves = {"policy": thinned(metrics.roc_curve(y, p[:, 1])), "chance": ([0, 1], [0, 1])}
         yield page.line_plot("ROC", curves, "false alarms", "hits")

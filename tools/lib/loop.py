@@ -546,7 +546,7 @@ class Log:
             return
         from torch.utils.tensorboard import SummaryWriter  # slow to import
 
-        self.tb = SummaryWriter(out / "tb", purge_step=start + 1)
+        self.tb, self.updates, self.said, self.first = SummaryWriter(out / "tb", purge_step=start + 1), 0, False, 0.0
         self.bar = tqdm(total=total, initial=start, unit="update", dynamic_ncols=True, smoothing=0.05, disable=None)
 
     @contextlib.contextmanager
@@ -572,7 +572,7 @@ class Log:
             for key, value in line.items():
                 if isinstance(value, (int, float)):
                     self.tb.add_scalar(key, value, step)
-        shown = [f"{key} {line[key]:.4g}" for key in SHOWN if key in line]
+        shown, self.said = [f"{key} {line[key]:.4g}" for key in SHOWN if key in line], True
         tqdm.write(f"step {step}: " + ", ".join(shown))
 
     def tick(self, crops=None):
@@ -580,6 +580,13 @@ class Log:
         if self.quiet:
             return
         self.bar.update()
+        self.updates += 1
+        if self.updates == 1:  # which takes longer than others, so that it is not counted
+            self.first = time.perf_counter()
+        if self.updates == 3 and self.bar.disable and not self.said:  # no bar, and the first line may be minutes away
+            seconds = (time.perf_counter() - self.first) / 2
+            to_go = tqdm.format_interval((self.bar.total - self.done) * seconds)
+            tqdm.write(f"step {self.done}: {seconds:.2g} s an update, about {to_go} to go")
         views = {} if crops is None else {"globals": crops.globals[:8], "locals": crops.locals[:16]}
         for name, images in views.items():
             with self.writing():

@@ -4,7 +4,8 @@
     policy = fit_steps(table, "topk:k=3 auto raps:alpha=0.05")             # the same as text
     out = decide(policy, logits, ids, slices)                              # predicting and evaluating call this
 
-Each step is fitted on what the steps before it put out, on its own part of the groups. A policy is a plain dict.
+Each step is fitted on what the steps before it put out, on its own part of the groups (a share of each class). A policy
+is a plain dict.
 """
 
 import hashlib
@@ -57,11 +58,22 @@ def check_order(kinds):
                          f"exactly one of {', '.join(LAST)}")  # fmt: skip
 
 
-def part_of(groups, count):
-    """Which fitted step each sample is for, 0..count-1, by a hash of its group."""
-    names, place = np.unique(np.asarray(groups).astype(str), return_inverse=True)
-    u = [int.from_bytes(hashlib.sha256(f"part {name}".encode()).digest()[:7], "big") / 256**7 for name in names]
-    return np.searchsorted(np.cumsum(SHARES[count])[:-1], u, side="right")[place]
+def part_of(groups, labels, count):
+    """Which fitted step each sample is for, 0..count-1: whole groups, class by class in the order of their hash.
+
+    A group is of the class that most of its samples have. By the hash alone, few groups can leave a step hardly any
+    samples of one class.
+    """
+    names, place, sizes = np.unique(np.asarray(groups).astype(str), return_inverse=True, return_counts=True)
+    votes = np.zeros((len(names), max(labels, default=0) + 1), int)
+    np.add.at(votes, (place, labels), 1)
+    order = np.argsort([hashlib.sha256(f"part {name}".encode()).hexdigest() for name in names])
+    kinds, part = votes.argmax(1), np.zeros(len(names), int)
+    for kind in np.unique(kinds):
+        mine = order[kinds[order] == kind]
+        middle = (np.cumsum(sizes[mine]) - sizes[mine] / 2) / sizes[mine].sum()  # of each group, among its class
+        part[mine] = np.searchsorted(np.cumsum(SHARES[count])[:-1], middle, side="right")
+    return part[place]
 
 
 # ----- one step: fitting and applying
@@ -146,7 +158,7 @@ def fit_steps(table, spec, slices=None, column=None):
     kinds, known = [kind for kind, _, _ in steps], np.flatnonzero(table.labels >= 0)
     table, slices = table.take(known), None if slices is None else np.asarray(slices).astype(str)[known]
     fitted = [kind != "aggregate" or method == "weights" for kind, method, _ in steps]
-    part, x, done = part_of(table.groups, sum(fitted)), table.logits.astype(np.float64), []
+    part, x, done = part_of(table.groups, table.labels, sum(fitted)), table.logits.astype(np.float64), []
     for number, (kind, method, options) in enumerate(steps):
         x = before_last(kinds, x) if kind in LAST else x
         n = sum(fitted[:number])
