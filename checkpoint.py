@@ -196,7 +196,7 @@ def wrong_field(state):
 def check(f, path):
     """Raise ValueError with the reason unless the open file, whose name is `path`, is a whole checkpoint of ours."""
     if not os.fstat(f.fileno()).st_size:
-        raise ValueError("the file is empty")
+        raise ValueError("not a whole and safe checkpoint: the file is empty")
     try:
         state = read_zip(f, path)  # what load() could not open is refused here (torch has its own zip reader)
         state = state if isinstance(state, dict) else {}

@@ -83,6 +83,12 @@ def by_chunk(function, count, most, compiled):
         yield slice(start, count), function
 
 
+def rows_at(x, at):
+    """x[:, at] of [C, r, K]; of one crop with the strides of these rows alone, which do not change with r: for others
+    a compiled function would be compiled again, and after eight times no more."""
+    return x[:, at] if len(x) > 1 else x[0, at][None]
+
+
 # Targets. What centres a teacher's logits is one number per prototype, its offset: the targets are
 # softmax(logits / temperature - offsets), formed where they are read, so that only the logits are ever of size [M, K].
 # Offsets are kept as [2, K], a number and what rounding left of it: near 1e5 (logits of 1e4) one float32 would be off
@@ -328,9 +334,9 @@ class LastLayerLoss(torch.autograd.Function):
                 student = inputs @ w_low.T  # [C, r, K]
                 logits[:, start : start + rows] = student[:kept]
                 for at, each in by_chunk(score_chunk, inputs.shape[1], few, compiled):
-                    chunk = targets._replace(logits=some_targets[:, at])
+                    chunk = targets._replace(logits=rows_at(some_targets, at))
                     some = coefficients[start : start + rows][at]
-                    parts.append(each(student[:, at], temperature, *chunk, some))
+                    parts.append(each(rows_at(student, at), temperature, *chunk, some))
                 if needs_grad:
                     grad_x[:, start : start + rows] = student @ w_low
                     part = student.flatten(0, 1).T @ inputs.flatten(0, 1)

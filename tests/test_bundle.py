@@ -350,6 +350,27 @@ def test_the_card_says_what_the_policy_decides(other, tmp_path, capsys):
     assert plain == json.loads((tmp_path / "b" / "bundle.json").read_text())["worth"]["accuracy"]
 
 
+@pytest.mark.parametrize("last", ["exit:fnr=0.1", "gate:error=0.3", "lac:alpha=0.2"])
+def test_the_card_of_every_kind_of_policy_says_how_much_is_decided(other, tmp_path, last):
+    words = ["--predictions", str(other), "--out", str(other / "policy.json"), "--method", "mean", last]
+    assert fit_policy.main(words) == 0
+    policy, t = json.loads((other / "policy.json").read_text()), tables.read(other, "val_select")
+    share = (rules.decide(policy, t.logits, t.ids).decision >= 0).mean()
+    make(other, tmp_path / "b")
+    assert f"the policy decides {share:.1%}, with accuracy" in (tmp_path / "b" / "README.md").read_text()
+    if "exit" in last:  # decides one picture, of one class: no reason against it. None at all is one
+        p = rules.decide(policy, t.logits, t.ids).probabilities.max(1)
+        for threshold in (float(p.max()), None):
+            policy["steps"][-1]["parameters"]["threshold"] = threshold
+            (other / "policy.json").write_text(json.dumps(policy))
+            if threshold:
+                make(other, tmp_path / "one")
+                assert "the policy decides 5.6%, with accuracy" in (tmp_path / "one" / "README.md").read_text()
+        no_bundle(other, tmp_path / "none", "the policy decides none of the 18 samples of val_select")
+        make(other, tmp_path / "none", "--force", "to see")
+        assert "the policy decides 0.0%." in (tmp_path / "none" / "README.md").read_text()
+
+
 def test_a_run_that_did_not_end_and_strangers_make_no_bundle(other, tmp_path):
     out = tmp_path / "b"
     results = json.loads((other / "results.json").read_text())

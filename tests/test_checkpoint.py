@@ -752,7 +752,7 @@ def test_the_snapshot_is_of_the_moment_of_the_call(tmp_path, monkeypatch):
     gate, real = threading.Event(), checkpoint.save
 
     def slow(path, state):
-        assert gate.wait(10)
+        assert gate.wait(60)
         return real(path, state)
 
     monkeypatch.setattr(checkpoint, "save", slow)
@@ -772,22 +772,25 @@ def test_the_snapshot_is_of_the_moment_of_the_call(tmp_path, monkeypatch):
 
 
 def test_a_second_save_waits_and_the_wait_is_counted(tmp_path, monkeypatch):
-    real, running = checkpoint.save, []
+    real, running, asked = checkpoint.save, [], threading.Event()
 
     def slow(path, state):
         running.append(threading.current_thread())
         assert sum(t.is_alive() for t in running) == 1
-        time.sleep(0.3)
+        assert asked.wait(60)  # so that the first is still at work when the second is asked for
+        time.sleep(0.5)
         return real(path, state)
 
     monkeypatch.setattr(checkpoint, "save", slow)
     saver = Saver(tmp_path, 3, 0)
     stalls = []
     for step in (1, 2):
+        if step == 2:
+            asked.set()
         saver.save(step, small(step))
         stalls.append(saver.stall_s)
     saver.wait()
-    assert stalls[1] > 0.25
+    assert stalls[1] > 0.1
     assert [load(step_path(tmp_path, step))["step"] for step in (1, 2)] == [1, 2]
     assert [event["stall_s"] for event in saver.events] == stalls
 

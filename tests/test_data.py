@@ -772,7 +772,7 @@ def test_readers_of_a_killed_process_end_although_nobody_takes_what_they_read(tm
     process.wait()
     process.stdout.close()
     assert len(readers) == 2
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while any(running(pid) for pid in readers) and time.monotonic() < deadline:
         time.sleep(0.1)
     left = [pid for pid in readers if running(pid)]

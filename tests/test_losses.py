@@ -332,6 +332,29 @@ def test_scores_equal_the_plain_losses_in_value_and_gradient(monkeypatch, chunk,
                 assert_close(a, b)
 
 
+def test_scores_of_any_number_of_masked_patches_are_compiled_twice(monkeypatch):
+    """Once for each size of a chunk: their numbers differ between micro-batches, and after eight torch gives up."""
+    graphs, compiling = [], torch.compile
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda f, **how: compiling(f, dynamic=how["dynamic"], backend=backend))
+    K = 64
+    monkeypatch.setattr(losses, "CHUNK", 64 * K)
+    monkeypatch.setattr(losses, "CHUNK_CPU", 16 * K)
+    losses.compile_once.cache_clear()
+    torch._dynamo.reset()
+    weight = torch.randn(K, 8, requires_grad=True)
+    for masked in (64, 130, 137, 150, 171, 190, 201, 77):
+        targets = losses.Targets(torch.randn(masked, K), torch.tensor(0.07), torch.zeros(2, K))
+        x = torch.randn(masked, 8, requires_grad=True)
+        losses.ibot_scores(targets, torch.ones(masked), 10, 0.1, True, x, weight).terms["ibot"].backward()
+    losses.compile_once.cache_clear()
+    assert len(graphs) == 2
+
+
 @pytest.mark.proof
 def test_compiled_scores_equal_the_plain_losses():
     for masked in (7, 9, 8):  # the number of masked patches differs from one micro-batch to the next

@@ -129,9 +129,13 @@ def test_equal_input_gives_equal_bytes(ckpt, monkeypatch):
 
 def test_card_and_terminal_say_what_monitor_last_said(ckpt, capsys):
     shutil.rmtree(export(ckpt))
-    assert f"no look at this run yet: python monitor.py --ckpt {ckpt}" in capsys.readouterr().out
     (ckpt.parent / "monitor").mkdir()
-    status = {"version": 1, "verdict": "rank collapse", "step": 1200}
+    for more in ({"step": -1}, {"verdict": "[fine](http://a.b)"}):  # it could not look; a stranger's words
+        status = {"version": 1, "verdict": "rank collapse", "step": 1200}
+        (ckpt.parent / "monitor" / "status.json").write_text(json.dumps(status | more))
+        assert "The last look" not in (export(ckpt) / "README.md").read_text()
+        shutil.rmtree(ckpt.parent.parent / "out")
+    assert capsys.readouterr().out.count(f"no verdict about this run yet: python monitor.py --ckpt {ckpt}") == 3
     (ckpt.parent / "monitor" / "status.json").write_text(json.dumps(status))
     words = "The last look of `monitor.py` at this run, after update 1,200: rank collapse."
     assert words in (export(ckpt) / "README.md").read_text() and words in capsys.readouterr().out

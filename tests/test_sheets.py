@@ -280,7 +280,7 @@ def test_the_picture_holds_the_crops_and_masks_of_that_update(tmp_path, kind):
     assert locate(other, locals_[0]) is None
 
 
-@pytest.mark.parametrize("locals_, rows", [(8, [4, 4]), (7, [7]), (15, [5, 5, 5]), (1, [1])])
+@pytest.mark.parametrize("locals_, rows", [(8, [4, 4]), (7, [7]), (15, [5, 5, 5]), (16, [6, 5, 5]), (1, [1])])
 def test_no_local_crop_stands_alone_in_a_row(tmp_path, monkeypatch, locals_, rows):
     root, lengths, row = make_ct(tmp_path / "data"), [], inspect_step.sheet.row
     make_run(root, tmp_path / "run", [replace(SMALL, local_crops=locals_)])

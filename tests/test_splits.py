@@ -321,12 +321,12 @@ def test_patients_that_share_a_study_are_joined_and_a_placeholder_joins_nobody(t
     assert not (root / "_splits").exists()
 
 
-@pytest.mark.parametrize("scenes", [True, False])
-def test_pictures_that_nobody_grouped_are_named(tmp_path, capsys, scenes):
+@pytest.mark.parametrize("grouped", [0, 4, 60])
+def test_pictures_that_nobody_grouped_are_counted(tmp_path, capsys, grouped):
     root = photographs(tmp_path, [f"{i}.png" for i in range(60)])
-    table(root / "labels.csv", [f"{i}.png,x,{i // 2 if scenes else ''}" for i in range(60)], "path,label,group")
+    table(root / "labels.csv", [f"{i}.png,x,{i // 2 if i < grouped else ''}" for i in range(60)], "path,label,group")
     split(root)
-    assert ("every picture is a group of its own" in capsys.readouterr().out) is not scenes
+    assert (f"note: {60 - grouped} of 60 pictures are groups of their own" in capsys.readouterr().out) == (grouped < 60)
 
 
 def test_photographs_are_joined_by_name_too(tmp_path, capsys):

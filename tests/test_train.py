@@ -704,6 +704,18 @@ def test_the_pace_is_said_before_a_first_line_that_is_far_away(folder, tmp_path,
     assert said == (["3"] if every == "50" else [])
 
 
+def test_the_pace_leaves_the_first_update_and_the_look_before_it_out(tmp_path, monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: now[0])
+    log = loop.Log(tmp_path, 5, 105, quiet=False)
+    log.numbers(5, {"val_loss": 1.0})
+    for seconds in (500, 90, 110, 1):
+        now[0], log.done = now[0] + seconds, log.done + 1
+        log.tick()
+    log.close()
+    assert capsys.readouterr().out.splitlines()[1:] == ["step 8: 100 s an update, about 2:41:40 to go"]
+
+
 def test_broken_files_of_every_rank_are_recorded(tmp_path):
     for rank in (0, 1):
         log = loop.Log(tmp_path, 0, 9, quiet=rank > 0)
@@ -979,7 +991,7 @@ def test_a_signal_to_torchrun_saves_although_its_readers_get_it_too(folder, tmp_
     while process.poll() is None and latest_step(run) < 10:
         time.sleep(0.01)
     os.killpg(process.pid, number)  # as a terminal's Ctrl+C and a batch system do
-    process.wait(60)
+    process.wait(120)
     last = lines(run, "event")[-1]
     assert any(e["event"].startswith("interrupted, saved at step") for e in lines(run, "event")), last
     saved = [e["step"] for e in lines(run, "event") if e["event"].startswith("interrupted")]

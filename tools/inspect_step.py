@@ -130,8 +130,8 @@ def draw_image(source, batch, j, patch_size, with_gram):
         tile = sheet.picture(crop, zoom_of(crop.shape[1]))
         gram.append(sheet.titled(tile, [f"Gram teacher's global {v + 1}", "not blurred"], colour_of(v)))
     fit = (sheet.WIDTH + sheet.GAP) // (max([t.width for t in small], default=1) + sheet.GAP)  # locals in one row
-    fit = math.ceil(len(small) / max(1, math.ceil(len(small) / fit))) or 1  # as many in each row: none stands alone
-    rows = [tiles, *(small[k : k + fit] for k in range(0, len(small), fit)), gram]
+    parts = np.array_split(np.arange(len(small)), max(1, math.ceil(len(small) / fit)))  # rows of about equal length
+    rows = [tiles, *([small[k] for k in part] for part in parts), gram]
     return sheet.stack([sheet.row(some) for some in rows if some])
 
 

@@ -316,9 +316,12 @@ def main(argv=None):
         raise ValueError(f"{len(units)} independent groups cannot fill {len(ratios)} splits; add groups or drop splits")
     images = "images" if photos else "slices"
     print(f"{len(source)} {images} in {len(slices)} groups, {len(units)} of them independent")
-    if photos and len(units) == len(source):
-        print("note: every picture is a group of its own, so pictures of one scene may lie in two splits; name scenes "
-              "in the column group of labels.csv, find copies with tools/check_duplicates.py")  # fmt: skip
+    single = sum(sum(slices[name] for name in unit) == 1 for unit in units)
+    if photos and single > len(source) / 2:
+        print(
+            f"note: {single} of {len(source)} pictures are groups of their own, so those of one scene may lie in two "
+            "splits; name scenes in the column group of labels.csv, find copies with tools/check_duplicates.py"
+        )
     path = split_path(args.data)
     placed = earlier_splits(path, units, ratios) if args.extend else {}
     if photos:

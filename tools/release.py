@@ -395,8 +395,9 @@ def last_look(ckpt):
     if not path.exists():
         return None
     status = read_json_file(path, {"verdict": str, "step": int}, "look again with monitor.py, or delete it", 1)
-    when = f", after update {status['step']:,}" if status["step"] >= 0 else ""
-    return f"The last look of `monitor.py` at this run{when}: {shown(status['verdict'], 40)}."
+    if status["step"] < 0 or not re.fullmatch("[a-z -]{1,40}", status["verdict"]):  # it could not look, or is not ours
+        return None
+    return f"The last look of `monitor.py` at this run, after update {status['step']:,}: {status['verdict']}."
 
 
 # Numbers of a probe. results.json may come from anywhere: what the card repeats must be possible.
@@ -552,7 +553,7 @@ def main(argv=None):
     facts, results = facts_for_card(args.ckpt), read_results(args.probe, args.ckpt)
     texts, look = dict(licence=licence_of(facts, args.license), created=created_utc()), last_look(args.ckpt)
     texts["look"] = f"{look} " if look else ""
-    print(look or f"no look at this run yet: python monitor.py --ckpt {shown(args.ckpt, 400)}")
+    print(look or f"no verdict about this run yet: python monitor.py --ckpt {shown(args.ckpt, 400)}")
     source = open_images(facts, args.data)
     provenance = provenance_file(facts, source)
     texts |= dict(data=datasets(facts, source), lineage=lineage(provenance))

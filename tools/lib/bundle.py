@@ -153,6 +153,8 @@ def judged(ckpt, sha, policy):
     if out is not None:  # the card says what is decided; --by needs facts that are not at hand here
         seen = rules.measured(table.labels, out)
         values |= {"decided_share": seen["decided_share"], "decided": seen["decided"]}
+        if not seen["decided_share"]:
+            against.append(f"the policy decides none of the {len(said)} samples of {split}")
         mcc = seen["decided"]["mcc"] if policy["steps"][-1]["kind"] == "threshold" else None  # None: a class is missing
         if mcc is not None and mcc <= 0:
             against.append(f"with the policy's threshold the MCC on {split} is {mcc:.3f}")
@@ -163,9 +165,10 @@ def in_words(worth):
     """The numbers of judged() as a sentence."""
     words = (f"accuracy {worth['accuracy']:.3f} (always the most frequent class: {worth['majority']:.3f}), MCC "
              f"{worth['mcc']:.3f}, {worth['n']} samples")  # fmt: skip
+    if "decided_share" in worth:
+        words += f"; the policy decides {worth['decided_share']:.1%}"
     if decided := worth.get("decided"):
-        accuracy, mcc = number(decided["accuracy"]), number(decided["mcc"])
-        words += f"; the policy decides {worth['decided_share']:.1%}, with accuracy {accuracy} and MCC {mcc}"
+        words += f", with accuracy {number(decided['accuracy'])} and MCC {number(decided['mcc'])}"
     return words
 
 

@@ -315,7 +315,7 @@ def check_flags(args, saved, harmless):
         if old == value or name not in saved and name not in typed:
             continue
         if name not in harmless:
-            longer = name == "steps" and value > old
+            longer = name == "steps" and "extend" in vars(args) and value > old
             hint = "use --extend N to go on" if longer else "use the old value, or another --out"
             raise ValueError(f"--{name.replace('_', '-')} was {old} in this run and is now {value}; {hint}")
         changed[name] = [old, value]
@@ -546,7 +546,8 @@ class Log:
             return
         from torch.utils.tensorboard import SummaryWriter  # slow to import
 
-        self.tb, self.updates, self.said, self.first = SummaryWriter(out / "tb", purge_step=start + 1), 0, False, 0.0
+        self.tb = SummaryWriter(out / "tb", purge_step=start + 1)
+        self.updates, self.since, self.told = 0, 0.0, False  # of this start; after the first of them; a line of numbers
         self.bar = tqdm(total=total, initial=start, unit="update", dynamic_ncols=True, smoothing=0.05, disable=None)
 
     @contextlib.contextmanager
@@ -572,7 +573,7 @@ class Log:
             for key, value in line.items():
                 if isinstance(value, (int, float)):
                     self.tb.add_scalar(key, value, step)
-        shown, self.said = [f"{key} {line[key]:.4g}" for key in SHOWN if key in line], True
+        shown, self.told = [f"{key} {line[key]:.4g}" for key in SHOWN if key in line], self.updates > 0
         tqdm.write(f"step {step}: " + ", ".join(shown))
 
     def tick(self, crops=None):
@@ -580,17 +581,17 @@ class Log:
         if self.quiet:
             return
         self.bar.update()
-        self.updates += 1
-        if self.updates == 1:  # which takes longer than others, so that it is not counted
-            self.first = time.perf_counter()
-        if self.updates == 3 and self.bar.disable and not self.said:  # no bar, and the first line may be minutes away
-            seconds = (time.perf_counter() - self.first) / 2
-            to_go = tqdm.format_interval((self.bar.total - self.done) * seconds)
-            tqdm.write(f"step {self.done}: {seconds:.2g} s an update, about {to_go} to go")
         views = {} if crops is None else {"globals": crops.globals[:8], "locals": crops.locals[:16]}
         for name, images in views.items():
             with self.writing():
                 self.tb.add_images(f"crops/{name}", denormalise(images).clamp(0, 1).float().cpu(), self.done)
+        self.updates += 1
+        if self.updates == 1:  # it took longer than others
+            self.since = time.perf_counter()
+        if self.updates == 3 and self.bar.disable and not self.told:  # no bar, and the first line may be minutes away
+            seconds = (time.perf_counter() - self.since) / 2
+            to_go = tqdm.format_interval((self.bar.total - self.done) * seconds)
+            tqdm.write(f"step {self.done}: {seconds:.3g} s an update, about {to_go} to go")
 
     def close(self):
         if not self.quiet:

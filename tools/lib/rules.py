@@ -21,6 +21,7 @@ from tools.lib.fusion import POOLS
 from tools.lib.metrics import rates
 
 VERSION = 1
+GOLDEN = (5**0.5 - 1) / 2
 SHARES = {1: [1.0], 2: [0.5, 0.5], 3: [0.4, 0.3, 0.3]}  # of val_calib, by the number of fitted steps
 LAST = ("threshold", "exit", "gate", "conformal")
 KIND_OF = {**dict.fromkeys([*POOLS, "weights", "best"], "aggregate"), **thresholds.KIND_OF}
@@ -62,17 +63,20 @@ def part_of(groups, labels, count):
     """Which fitted step each sample is for, 0..count-1: whole groups, class by class in the order of their hash.
 
     A group is of the class that most of its samples have. By the hash alone, few groups can leave a step hardly any
-    samples of one class.
+    samples of one class. Where in a class the dealing begins is drawn too, by another part of a hash: otherwise the
+    only group of a class would always go to the same step.
     """
     names, place, sizes = np.unique(np.asarray(groups).astype(str), return_inverse=True, return_counts=True)
     votes = np.zeros((len(names), max(labels, default=0) + 1), int)
     np.add.at(votes, (place, labels), 1)
-    order = np.argsort([hashlib.sha256(f"part {name}".encode()).hexdigest() for name in names])
+    hashes = [hashlib.sha256(f"part {name}".encode()).hexdigest() for name in names]
+    order = np.argsort(hashes)
     kinds, part = votes.argmax(1), np.zeros(len(names), int)
     for kind in np.unique(kinds):
         mine = order[kinds[order] == kind]
-        middle = (np.cumsum(sizes[mine]) - sizes[mine] / 2) / sizes[mine].sum()  # of each group, among its class
-        part[mine] = np.searchsorted(np.cumsum(SHARES[count])[:-1], middle, side="right")
+        begin = (int(hashes[order[0]][-13:], 16) / 16**13 + GOLDEN * kind) % 1  # spread evenly over the classes
+        at = (np.cumsum(sizes[mine]) - begin * sizes[mine]) / sizes[mine].sum()  # of each group, among its class
+        part[mine] = np.searchsorted(np.cumsum(SHARES[count])[:-1], at, side="right")
     return part[place]
 
 
