@@ -61,6 +61,18 @@ def test_texts_of_files_do_not_steer_the_terminal(monkeypatch, capsys):
     assert "\x1b" not in printed and "\x07" not in printed and len(printed) < 2500
 
 
+@pytest.mark.parametrize("body, words", [
+    ("open('/proc/self/stat/x')", "/proc/self/stat/x: Not a directory; a file stands where a folder is needed"),
+    ("raise OSError(28, 'No space left on device', 'a/b')", "a/b: No space left on device; make room on that disk"),
+    ("raise OSError(28, 'No space left on device')", "error: No space left on device; make room on that disk"),
+    ("raise OSError('no folder x; make the split first')", "no folder x; make the split first (tools/make_splits.py)"),
+])  # fmt: skip
+def test_errors_of_the_system_say_what_to_do(capsys, body, words):
+    with pytest.raises(SystemExit):
+        cli.run(in_our_file(body))
+    assert words in capsys.readouterr().err
+
+
 def test_a_run_that_was_told_to_stop_keeps_its_own_exit_code():
     before = signal.getsignal(signal.SIGTERM)
     try:

@@ -44,7 +44,12 @@ def test_fit_and_evaluate_leave_what_they_say(tmp_path, capsys, method):
     run = Run(tmp_path)
     assert run.fit(*method.split()) == 0
     said = capsys.readouterr().out
-    assert "foretold with AUROC 0." in said and "guarantee: " in said and str(run.policy) in said
+    assert (
+        "FNR and recall speak, is c1, the last by name" in said
+        and "foretold with AUROC 0." in said
+        and "guarantee: " in said
+        and str(run.policy) in said
+    )
     assert run.evaluate() == 0
     said, folder = capsys.readouterr().out, run.out / "evaluation"
     assert "samples of val_test" in said
@@ -67,6 +72,8 @@ def test_fit_and_evaluate_leave_what_they_say(tmp_path, capsys, method):
     assert found == test.ids[worst].tolist()
     page = (folder / "report.html").read_text()
     assert "<svg" in page and "Targets" in page and 'src="http' not in page
+    positive = "The positive class is c1, the last by name."
+    assert positive in said and positive in page and "false negatives among decided (of c1)" in page
     assert ("Set sizes" in page) == (len({*out.sets.sum(1).tolist()}) > 1)
     assert result["probabilities"]["nll"] < result["uncalibrated"]["nll"] or "exit" in method or "gate" in method
 

@@ -321,6 +321,27 @@ def test_patients_that_share_a_study_are_joined_and_a_placeholder_joins_nobody(t
     assert not (root / "_splits").exists()
 
 
+@pytest.mark.parametrize("row, words", [
+    ("1.png,Cone,", "row 32: label Cone differs from cone in capitals alone; write one of them"),
+    ("1.png,cone,s1", "row 32: 1.png stands above already; keep one row for each"),
+])  # fmt: skip
+def test_labels_in_other_capitals_and_rows_that_stand_twice_are_refused(tmp_path, row, words):
+    root = photographs(tmp_path, [f"{i}.png" for i in range(30)])
+    table(root / "labels.csv", [*(f"{i}.png,cone,s{i}" for i in range(30)), row], "path,label,group")
+    with pytest.raises(ValueError, match=words):
+        split(root)
+
+
+def test_pictures_without_label_or_group_are_counted(tmp_path, capsys):
+    root = photographs(tmp_path, [f"{i}.png" for i in range(90)])
+    rows = [f"{i}.png,cone,{f's{i // 2}' if i < 40 else ''}" for i in range(60)]
+    table(root / "labels.csv", rows, "path,label,group")
+    split(root)
+    said = capsys.readouterr().out
+    assert f"{root}/labels.csv: 60 of 90 pictures have a label" in said
+    assert f"{root}/labels.csv: 20 of 60 rows have no group, first 40.png: each is a group of its own" in said
+
+
 @pytest.mark.parametrize("grouped", [0, 4, 60])
 def test_pictures_that_nobody_grouped_are_counted(tmp_path, capsys, grouped):
     root = photographs(tmp_path, [f"{i}.png" for i in range(60)])

@@ -704,6 +704,14 @@ def test_the_pace_is_said_before_a_first_line_that_is_far_away(folder, tmp_path,
     assert said == (["3"] if every == "50" else [])
 
 
+def test_lines_of_a_file_say_how_long_it_takes(tmp_path, capsys):
+    log = loop.Log(tmp_path, 5, 105, quiet=False)
+    log.numbers(6, {"loss": 1.0, "seconds_to_go": 9700.0})
+    log.numbers(7, {"val_loss": 1.0})
+    log.close()
+    assert capsys.readouterr().out.splitlines() == ["step 6: loss 1, about 2:41:40 to go", "step 7: val_loss 1"]
+
+
 def test_the_pace_leaves_the_first_update_and_the_look_before_it_out(tmp_path, monkeypatch, capsys):
     now = [0.0]
     monkeypatch.setattr(loop.time, "perf_counter", lambda: now[0])

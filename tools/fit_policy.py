@@ -49,10 +49,14 @@ def build_parser():
 
 def report(policy):
     """Lines for a person: each step, what is promised, what was seen on the samples of the fit."""
+    if len(policy["classes"]) == 2:
+        yield f"the positive class, of which FNR and recall speak, is {shown(policy['classes'][1])}, the last by name"
     for k, step in enumerate(policy["steps"], 1):
         fitted = step.get("fitted_on")
         where = f" on {fitted['n']} samples, by class {fitted['n_per_class']}" if fitted else ", not fitted"
         yield f"{k}. {step['kind']} {step['method']}{where}: {shown(json.dumps(step['parameters']), 200)}"
+        if step["parameters"].get("temperature") in (0.1, 10.0):
+            yield "   note: that is the end of its range: too few mistakes to say how sure the weights should be"
         for name, worth in step.get("choice", {}).items():
             numbers = ", ".join(f"{key.upper()} {value:.4f}" for key, value in worth.items())
             yield f"   {name:14s} {'on val_select' if step['kind'] == 'aggregate' else 'cross-fitted'}: {numbers}"
@@ -72,7 +76,8 @@ def foreseen(table):
     known = table.take(np.flatnonzero(table.labels >= 0))
     errors = failure.wrong(known.logits, known.labels)
     if min(errors.sum(), (~errors).sum()) < 20:
-        return f"{errors.sum()} of {len(errors)} samples are wrong: too few to learn what foretells it"
+        return (f"{errors.sum()} of {len(errors)} samples are wrong, {(~errors).sum()} right: 20 of each are needed to "
+                "learn what foretells it")  # fmt: skip
     auroc = failure.compare(known.logits, known.labels, known.groups)
     return (f"being wrong is foretold with AUROC {auroc['predictor']:.3f} by six features of the views, "
             f"{auroc['largest_probability']:.3f} by the largest probability (cross-fitted)")  # fmt: skip

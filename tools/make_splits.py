@@ -34,9 +34,15 @@ FOUR_WAY = "train=0.60,val_select=0.15,val_calib=0.15,val_test=0.10"
 def read_table(table, root, known):
     """[(path, label, group or "", source or "")] of a table; pictures have one label, slices any number."""
     rows, nodules = read_labels(table, root)
-    label_of = {}
+    label_of, spelt, seen = {}, {}, set()
     for number, row in enumerate(rows, 2):
         path, label = row["path"], row["label"].strip()
+        if (other := spelt.setdefault(label.casefold(), label)) != label:
+            here = f"label {shown(label)} differs from {shown(other)} in capitals alone"
+            raise ValueError(f"{table}, row {number}: {here}; write one of them")
+        if not nodules and (same := tuple(row.values())) in seen:  # once in each of two groups joins these
+            raise ValueError(f"{table}, row {number}: {shown(path)} stands above already; keep one row for each")
+        seen.add(None if nodules else same)
         if path not in known:
             raise ValueError(f"{table}, row {number}: no image {shown(path)!r} in the data; leave the row out")
         if not nodules and label_of.setdefault(path, label) != label:
@@ -54,8 +60,10 @@ def parse_ratios(text):
         raise ValueError(f"--ratios {text!r}: write it like {THREE_WAY}") from None
     if len(ratios) < len(pairs) or "train" not in ratios or not set(ratios) <= set(SPLITS):
         raise ValueError(f"--ratios {text!r}: names are {', '.join(SPLITS)}, each once, train among them")
-    if min(ratios.values()) <= 0 or sum(ratios.values()) != 1:
-        raise ValueError(f"--ratios {text!r}: each above 0 and together 1, not {float(sum(ratios.values())):g}")
+    if min(ratios.values()) <= 0:
+        raise ValueError(f"--ratios {text!r}: each must be above 0")
+    if sum(ratios.values()) != 1:
+        raise ValueError(f"--ratios {text!r}: together they must be 1, not {float(sum(ratios.values())):g}")
     return {name: ratios[name] for name in SPLITS if name in ratios}
 
 
@@ -317,6 +325,11 @@ def main(argv=None):
     images = "images" if photos else "slices"
     print(f"{len(source)} {images} in {len(slices)} groups, {len(units)} of them independent")
     single = sum(sum(slices[name] for name in unit) == 1 for unit in units)
+    if table and photos and len(labels) < len(source):
+        print(f"{table}: {len(labels)} of {len(source)} pictures have a label")
+    if photos and 0 < (empty := sum(not row[2] for row in labels)) < len(labels):
+        first = shown(next(row[0] for row in labels if not row[2]))
+        print(f"note: {table}: {empty} of {len(labels)} rows have no group, first {first}: each is a group of its own")
     if photos and single > len(source) / 2:
         print(
             f"note: {single} of {len(source)} pictures are groups of their own, so those of one scene may lie in two "

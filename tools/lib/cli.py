@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import difflib
 import dis
+import errno
 import inspect
 import json
 import math
@@ -220,6 +221,25 @@ def named(text):
     return f"{text} ({', '.join(programs)})" if programs else text
 
 
+WHAT_TO_DO = {
+    errno.ENOSPC: "make room on that disk, then type the same command again",
+    errno.EDQUOT: "make room, then type the same command again",
+    errno.EFBIG: "a limit of this shell (ulimit -f) is in the way",
+    errno.EEXIST: "choose another name, or delete it",
+    errno.ENOTDIR: "a file stands where a folder is needed; choose another name",
+    errno.EACCES: "change its rights, or choose another place",
+    errno.ENOENT: "check the name",
+}
+
+
+def in_words(error):
+    """The text of an error; of one that the system made: its path, what is wrong and what to do."""
+    if isinstance(error, OSError) and error.strerror:
+        about = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        return f"{about}; {WHAT_TO_DO[error.errno]}" if error.errno in WHAT_TO_DO else about
+    return named(" ".join(str(error).split()))
+
+
 def unforeseen(kind, error, trace):
     """sys.excepthook of looks: a crash ends with exit code 3, where Python's own 1 would read as a warning."""
     traceback.print_exception(kind, error, trace)
@@ -241,6 +261,6 @@ def run(main):
     except (ValueError, OSError) as error:
         if isinstance(error, ValueError) and not is_ours(error):
             raise
-        print(f"{Path(sys.argv[0]).name}: error: {shown(named(' '.join(str(error).split())), 2000)}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: error: {shown(in_words(error), 2000)}", file=sys.stderr)
         code = 2
     sys.exit(code)

@@ -8,6 +8,7 @@ import numpy as np
 from checkpoint import write_text
 from tools.lib import judge, metrics, page, rules, sheet, thresholds, view_sheet
 from tools.lib.calibrate import softmax
+from tools.lib.cli import shown
 from tools.lib.files import csv_text
 from tools.lib.progress import progress
 
@@ -51,6 +52,7 @@ def evaluate(table, out, before, sets, repeats):
     decisions["coverage"] = decisions["in_set"] if sets else None
     result = {"decided": decisions.pop("decided") or {}, "decisions": decisions, "probabilities": metrics.worth(y, p)}
     result["uncalibrated"] = metrics.worth(y, before)
+    result["positive"] = table.facts["classes"][1] if p.shape[1] == 2 else None
     given = y[kept], out.decision[kept]
     both = {name: functools.partial(getattr(metrics, name), *given) for name in ("accuracy", "mcc")}
     result["intervals"] = intervals(both, y[kept], groups[kept], repeats)
@@ -67,6 +69,7 @@ def met(result):
         value = result[part].get(key)
         good = value is not None and (value >= bound if least else value <= bound)
         word = "not defined" if value is None else "met" if good else "not met"
+        name += f" (of {shown(result['positive'])})" if key == "fnr" and result["positive"] else ""
         yield [name, f"{'at least' if least else 'at most'} {bound:g}", value, word]
 
 
@@ -81,6 +84,7 @@ def verdict(result, policy, split, looks):
     words += ". " if policy["feasible"] else ". What was asked of the policy could not be reached. "
     words += "Nothing is promised. " if policy["guarantee"] == "none" else f"Promised: {policy['guarantee']}. "
     words += f"Targets that are not met: {', '.join(missed)}." if missed else "All targets that are defined are met."
+    words += f" The positive class is {shown(result['positive'])}, the last by name." if result["positive"] else ""
     before = f" Looks by other weights or policies that came before, which makes this optimistic: {looks}."
     return words + (before if looks else "")
 

@@ -574,6 +574,8 @@ class Log:
                 if isinstance(value, (int, float)):
                     self.tb.add_scalar(key, value, step)
         shown, self.told = [f"{key} {line[key]:.4g}" for key in SHOWN if key in line], self.updates > 0
+        if self.bar.disable and line.get("seconds_to_go"):
+            shown.append(f"about {tqdm.format_interval(line['seconds_to_go'])} to go")
         tqdm.write(f"step {step}: " + ", ".join(shown))
 
     def tick(self, crops=None):
