@@ -611,6 +611,8 @@ def main(argv=None):
         args.device = pick_device(args.device)
         if not args.ckpt.parent.is_dir() or (args.ckpt.suffix != ".pth" and not args.ckpt.exists()):
             raise FileNotFoundError(f"--ckpt {args.ckpt} does not exist; name the folder of a run, or its last.pth")
+        if args.ckpt.suffix != ".pth" or not (args.ckpt.exists() or (args.ckpt.parent / "config.json").exists()):
+            raise FileNotFoundError(f"--ckpt {args.ckpt} is no checkpoint of a run; name its folder, or its last.pth")
         out.mkdir(parents=True, exist_ok=True)
         held = lock(out, patience_s=1)
         return look(args, out)

@@ -622,6 +622,14 @@ def test_pictures_of_earlier_looks_that_are_damaged_are_left_out_of_the_strips(l
 # what a newcomer meets
 
 
+@pytest.mark.parametrize("name", ["notes.md", ""])
+def test_nothing_is_written_beside_what_is_no_run(tmp_path, capsys, name):
+    (tmp_path / "notes.md").write_text("# notes")
+    assert m.main(["--ckpt", str(tmp_path / name)]) == 3
+    assert "is no checkpoint of a run; name its folder, or its last.pth" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.md"]
+
+
 def test_the_folder_of_a_run_is_enough(toy, capsys):
     toy.write()
     assert m.main(["--ckpt", str(toy.folder), "--threads", "1", "--images", "1", "--sysfs", str(toy.sysfs)]) == 0

@@ -78,6 +78,15 @@ def test_fit_and_evaluate_leave_what_they_say(tmp_path, capsys, method):
     assert result["probabilities"]["nll"] < result["uncalibrated"]["nll"] or "exit" in method or "gate" in method
 
 
+def test_a_temperature_at_the_end_of_its_range_is_named(tmp_path, capsys):
+    run = Run(tmp_path)
+    t = tables.read(run.out, "val_calib")
+    sure = np.where(t.labels[:, None] == np.arange(2), 0.1, -0.1)[:, None].astype(np.float32)  # no mistake in it
+    tables.write(run.out / "predictions", t._replace(logits=np.repeat(sure, t.logits.shape[1], 1)))
+    run.fit("mean", "temperature", "mcc")
+    assert "note: that is the end of its range: too few mistakes" in capsys.readouterr().out
+
+
 def test_a_second_policy_on_val_test_needs_a_reason_and_every_look_is_kept(tmp_path, capsys):
     run = Run(tmp_path)
     run.fit("mean", "temperature", "mcc")
