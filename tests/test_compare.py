@@ -288,7 +288,8 @@ def test_interrupted_and_gone_on_with(tmp_path, trainer, number):
     while len(calls(trainer)) < 2:
         time.sleep(0.05)
     process.send_signal(number)
-    process.communicate(timeout=120)
+    said, _ = process.communicate(timeout=120)
+    assert f"interrupted: {tmp_path}/ab/base/seed_1\n" in said and "failed" not in said
     assert process.returncode == 130 and not (tmp_path / "ab" / "summary.json").exists()
     (tmp_path / "go").touch()  # a run that is left would go on now
     time.sleep(1)

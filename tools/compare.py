@@ -145,7 +145,7 @@ def run_all(jobs, devices):
             print(f"done: {folder}", flush=True)
         except Failed as error:
             failed[folder] = str(error)
-            print(f"failed: {folder}: {error}", flush=True)
+            print(f"interrupted: {folder}" if stop.is_set() else f"failed: {folder}: {error}", flush=True)
         finally:
             free.put(device)
             bar.update()
