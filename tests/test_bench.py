@@ -173,10 +173,10 @@ def test_what_is_compiled_outlives_the_run_and_tmp(tmp_path):
     assert done.stdout.strip() == str(tmp_path / "torchinductor"), done.stderr
 
 
+@torch._dynamo.config.patch(recompile_limit=8)  # beyond which torch goes on uncompiled; monkeypatch would delete it
 def test_a_way_is_what_its_name_says(folder, monkeypatch, tmp_path):
     compiled = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda block, **_: compiled.append(block))
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)  # beyond which torch goes on uncompiled
     plain = bench.make_run(bench.train_args(toy_point(folder), ""), CPU)
     assert plain.args.micro_batch == 4 and not plain.student.backbone.checkpointing and not compiled
     args = bench.train_args(toy_point(folder), "accumulate 4")
