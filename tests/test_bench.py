@@ -218,7 +218,7 @@ def test_rows_of_a_step_hold_rate_limit_and_phases(folder, monkeypatch):
     monkeypatch.setattr(bench.math, "ceil", lambda x: 1)  # one call per sample
     plain, split = bench.measure_step(toy_point(folder, "", "accumulate 4", gram=True), CPU)
     assert max(plain["phases"], key=plain["phases"].get) == "ema" and sum(plain["phases"].values()) == pytest.approx(1)
-    assert 0 < plain["phases"]["other"] < plain["phases"]["ema"]
+    assert 0 < plain["phases"]["other"] < 0.3 < plain["phases"]["ema"]
     assert 0 < plain["host_ms"] < 1e3 * plain["seconds"][0] and "idle" not in plain and "compile_s" not in plain
     assert set(plain["phases"]) == offered | {"other"} and {"read", "render", "gram", "backward"} < offered
     seconds = sorted(plain["seconds"])
@@ -581,7 +581,7 @@ def test_the_index_of_the_bench_opens_from_its_columns(monkeypatch):
     """From the second time on faster than from the CSV; memory is that of the process itself."""
     (row,) = parts.measure_index({"rows": 100_000, "setting": "open"}, CPU)
     (first, *_), *later = row["all"]
-    assert len(later) == 3 and min(opened for opened, *_ in later) < first / 3
+    assert len(later) == 3 and max(opened for opened, *_ in later) < first / 3
     assert row["value"] == pytest.approx(1e3 * sorted(opened for opened, *_ in later)[1])
     for opened, seconds, before, after, peak in row["all"]:
         assert 0 < opened <= seconds and 0 < before <= after + 1 and after < peak + 1

@@ -1,3 +1,4 @@
+import argparse
 import copy
 import gc
 import json
@@ -702,6 +703,12 @@ def test_the_pace_is_said_before_a_first_line_that_is_far_away(folder, tmp_path,
     assert train(folder, tmp_path / "run", "--steps", "5", "--log-every", every, "--eval-every", "0") == 0
     said = re.findall(r"^step (\d+): [\d.e-]+ s an update, about [\d:]+ to go$", capsys.readouterr().out, re.MULTILINE)
     assert said == (["3"] if every == "50" else [])
+
+
+def test_only_a_program_with_extend_hints_at_it():
+    for more, hint in (({"extend": 0}, "use --extend N to go on"), ({}, "use the old value, or another --out")):
+        with pytest.raises(ValueError, match=f"--steps was 4 in this run and is now 8; {hint}"):
+            loop.check_flags(argparse.Namespace(steps=8, **more), {"steps": 4, **more}, ())
 
 
 def test_lines_of_a_file_say_how_long_it_takes(tmp_path, capsys):

@@ -23,7 +23,7 @@ import tools.lib.threads  # noqa: F401 - before torch
 # isort: split
 import numpy as np
 
-from tools.lib import failure, policies, rules
+from tools.lib import calibrate, failure, policies, rules
 from tools.lib.choice import choose_pool
 from tools.lib.cli import Parser, read_options, run, shown
 from tools.lib.files import write_json
@@ -47,6 +47,12 @@ def build_parser():
     return parser
 
 
+AT_AN_END = {  # temperature: what that says
+    calibrate.COLDEST: "too few mistakes to say how sure the weights should be",
+    calibrate.HOTTEST: "the weights tell hardly more than chance here",
+}
+
+
 def report(policy):
     """Lines for a person: each step, what is promised, what was seen on the samples of the fit."""
     if len(policy["classes"]) == 2:
@@ -55,8 +61,8 @@ def report(policy):
         fitted = step.get("fitted_on")
         where = f" on {fitted['n']} samples, by class {fitted['n_per_class']}" if fitted else ", not fitted"
         yield f"{k}. {step['kind']} {step['method']}{where}: {shown(json.dumps(step['parameters']), 200)}"
-        if step["parameters"].get("temperature") in (0.1, 10.0):
-            yield "   note: that is the end of its range: too few mistakes to say how sure the weights should be"
+        if (why := AT_AN_END.get(step["parameters"].get("temperature"))) is not None:
+            yield f"   note: that is the end of its range: {why}"
         for name, worth in step.get("choice", {}).items():
             numbers = ", ".join(f"{key.upper()} {value:.4f}" for key, value in worth.items())
             yield f"   {name:14s} {'on val_select' if step['kind'] == 'aggregate' else 'cross-fitted'}: {numbers}"

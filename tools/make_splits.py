@@ -40,9 +40,10 @@ def read_table(table, root, known):
         if (other := spelt.setdefault(label.casefold(), label)) != label:
             here = f"label {shown(label)} differs from {shown(other)} in capitals alone"
             raise ValueError(f"{table}, row {number}: {here}; write one of them")
-        if not nodules and (same := tuple(row.values())) in seen:  # once in each of two groups joins these
+        whole = tuple(row.values())
+        if not nodules and whole in seen:  # a picture may stand in rows of two groups, which joins these
             raise ValueError(f"{table}, row {number}: {shown(path)} stands above already; keep one row for each")
-        seen.add(None if nodules else same)
+        seen.add(whole)
         if path not in known:
             raise ValueError(f"{table}, row {number}: no image {shown(path)!r} in the data; leave the row out")
         if not nodules and label_of.setdefault(path, label) != label:
@@ -243,6 +244,21 @@ def kept_together(args, source, labels, group_of):
     return sets
 
 
+def remarks(table, labels, units, slices):
+    """What a person may have forgotten: labels, groups, scenes. slices: pictures of each group."""
+    pictures, bare = sum(slices.values()), [path for path, _, group, _ in labels if not group]
+    if labels and len(labels) < pictures:
+        yield f"{table}: {len(labels)} of {pictures} pictures have a label"
+    if 0 < len(bare) < len(labels):
+        yield (f"note: {table}: {len(bare)} of {len(labels)} rows have no group, first {shown(bare[0])}: each is a "
+               "group of its own")  # fmt: skip
+    single = sum(sum(slices[name] for name in unit) == 1 for unit in units)
+    if single > pictures / 2:
+        yield (f"note: {single} of {pictures} pictures are groups of their own, so those of one scene may lie in two "
+               "splits; name scenes in the column group of labels.csv, find copies with "
+               "tools/check_duplicates.py")  # fmt: skip
+
+
 def verify(groups, counts, slices, sets):
     """Raise on what a bug in this file would break, before anything is written."""
     assert set(groups) == set(slices), "a group is missing or invented"
@@ -324,17 +340,8 @@ def main(argv=None):
         raise ValueError(f"{len(units)} independent groups cannot fill {len(ratios)} splits; add groups or drop splits")
     images = "images" if photos else "slices"
     print(f"{len(source)} {images} in {len(slices)} groups, {len(units)} of them independent")
-    single = sum(sum(slices[name] for name in unit) == 1 for unit in units)
-    if table and photos and len(labels) < len(source):
-        print(f"{table}: {len(labels)} of {len(source)} pictures have a label")
-    if photos and 0 < (empty := sum(not row[2] for row in labels)) < len(labels):
-        first = shown(next(row[0] for row in labels if not row[2]))
-        print(f"note: {table}: {empty} of {len(labels)} rows have no group, first {first}: each is a group of its own")
-    if photos and single > len(source) / 2:
-        print(
-            f"note: {single} of {len(source)} pictures are groups of their own, so those of one scene may lie in two "
-            "splits; name scenes in the column group of labels.csv, find copies with tools/check_duplicates.py"
-        )
+    if photos:
+        print(*(f"{line}\n" for line in remarks(table, labels, units, slices)), sep="", end="")
     path = split_path(args.data)
     placed = earlier_splits(path, units, ratios) if args.extend else {}
     if photos:

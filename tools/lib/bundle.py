@@ -137,9 +137,8 @@ def judged(ckpt, sha, policy):
     table = table.take(np.flatnonzero(table.labels >= 0))
     if not len(table.ids):
         raise ValueError(f"{tables.find(run, split)} has no labels, so nothing says what these weights are worth")
-    said = fusion.probabilities(table.logits).argmax(1)
-    out = rules.decide(policy, table.logits, table.ids) if policy["column"] is None else None
-    said = said if out is None else out.probabilities.argmax(1)
+    out = rules.decide(policy, table.logits, table.ids) if policy["column"] is None else None  # else facts are needed
+    said = (out.probabilities if out else fusion.probabilities(table.logits)).argmax(1)
     values = {"n": len(said), "split": split, "accuracy": float((said == table.labels).mean())}
     values |= {
         "majority": float(np.bincount(table.labels).max() / len(said)),
@@ -150,7 +149,7 @@ def judged(ckpt, sha, policy):
     if values["accuracy"] <= values["majority"]:
         against.append(f"on {split} its accuracy {values['accuracy']:.3f} is not above {values['majority']:.3f}, that "
                        "of always saying the most frequent class")  # fmt: skip
-    if out is not None:  # the card says what is decided; --by needs facts that are not at hand here
+    if out:
         seen = rules.measured(table.labels, out)
         values |= {"decided_share": seen["decided_share"], "decided": seen["decided"]}
         if not seen["decided_share"]:

@@ -64,10 +64,15 @@ def rows(x, weights):
     return (x[:, None] * weights).sum(2)  # x @ weights.T, but BLAS rounds a row by where it stands in the batch
 
 
+COLDEST, HOTTEST = 0.1, 10.0
+
+
 def fit_temperature(logits, labels):
     """p = softmax(z / T), T from 0.1 to 10 (Guo 2017); the loss is convex in 1 / T, so a clipped optimum is one."""
     z, y = torch.from_numpy(logits), torch.from_numpy(labels)
-    return {"temperature": float(1 / np.clip(minimise(lambda w: F.cross_entropy(z * w, y), 1.0), 0.1, 10))}
+    return {
+        "temperature": float(1 / np.clip(minimise(lambda w: F.cross_entropy(z * w, y), 1.0), 1 / HOTTEST, 1 / COLDEST))
+    }
 
 
 def fit_vector(logits, labels):

@@ -21,7 +21,7 @@ from tools.lib.fusion import POOLS
 from tools.lib.metrics import rates
 
 VERSION = 1
-GOLDEN = (5**0.5 - 1) / 2
+GOLDEN = (5**0.5 - 1) / 2  # its multiples lie evenly in [0, 1), without what is before the point
 SHARES = {1: [1.0], 2: [0.5, 0.5], 3: [0.4, 0.3, 0.3]}  # of val_calib, by the number of fitted steps
 LAST = ("threshold", "exit", "gate", "conformal")
 KIND_OF = {**dict.fromkeys([*POOLS, "weights", "best"], "aggregate"), **thresholds.KIND_OF}
@@ -74,7 +74,7 @@ def part_of(groups, labels, count):
     kinds, part = votes.argmax(1), np.zeros(len(names), int)
     for kind in np.unique(kinds):
         mine = order[kinds[order] == kind]
-        begin = (int(hashes[order[0]][-13:], 16) / 16**13 + GOLDEN * kind) % 1  # spread evenly over the classes
+        begin = (int(hashes[order[0]][-13:], 16) / 16**13 + GOLDEN * kind) % 1
         at = (np.cumsum(sizes[mine]) - begin * sizes[mine]) / sizes[mine].sum()  # of each group, among its class
         part[mine] = np.searchsorted(np.cumsum(SHARES[count])[:-1], at, side="right")
     return part[place]
